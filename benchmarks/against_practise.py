@@ -1,0 +1,108 @@
+"""TT-MPD against PRACTISE + MiR, random and magnitude at equal latency.
+
+    python benchmarks/against_practise.py --model resnet20            # hours on a CPU; stop and start as you like
+    python benchmarks/against_practise.py --model resnet56            # one target, a tenth of the scoring steps
+
+500 unlabelled images of CIFAR-10-JPEG, accuracy on the other 9,500. Every row is kept on disk as it is finished.
+Writes results/against_practise.csv: accuracy, agreement with the unpruned source, measured speedup (interleaved with
+the original, median and quartiles) and the seconds of each stage.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import CACHE, DATA, cached, cifar, require_data, write_csv
+
+from ttmpd.adapt.none import NoAdaptation
+from ttmpd.adapt.norm import Norm
+from ttmpd.distill.mimic import Mimic
+from ttmpd.guard import logits_of
+from ttmpd.models import open_model
+from ttmpd.pipeline import Result, Target, compress_many
+from ttmpd.plan.greedy import Greedy
+from ttmpd.samples import open_samples
+from ttmpd.score.magnitude import Magnitude
+from ttmpd.score.practise import Practise
+from ttmpd.score.random import Random
+
+TARGETS = {"resnet20": (0.8, 0.65, 0.5, 0.35), "resnet56": (0.55,)}
+PRACTISE_STEPS = {"resnet20": 1000, "resnet56": 100}
+SEEDS = (0, 1, 2)
+
+
+def settings(method: str, model: str) -> dict[str, Any]:
+    """What each competitor is made of; what is not named is the default of ``compress``."""
+    plain = {"adapt": NoAdaptation(), "actions": ("drop",), "plan": Greedy()}
+    return {
+        "ttmpd": {"adapt": Norm()},
+        "ttmpd, no adaptation": {"adapt": NoAdaptation()},
+        "practise + mir": plain
+        | {"score": Practise(steps=PRACTISE_STEPS[model]), "distill": Mimic(steps=2000), "holdout": 0.0},
+        "random": plain | {"score": Random()},
+        "magnitude": plain | {"score": Magnitude()},
+    }[method]
+
+
+METHODS = ("ttmpd", "ttmpd, no adaptation", "random", "magnitude", "practise + mir")
+
+
+def run(model: str, method: str, seed: int) -> list[dict[str, Any]]:
+    """One row per target."""
+    pixels, labels = cifar()
+    opened = open_model(f"{DATA / 'zoo.py'}:{model}")
+    work = CACHE / "runs" / f"{model}-{method.replace(' ', '_').replace(',', '')}-{seed}"
+    targets = [Target(speedup=1 / share) for share in TARGETS[model]]
+    results = compress_many(
+        opened, pixels, targets=targets, outputs=[work / str(share) for share in TARGETS[model]], resume=True,
+        num_samples=500, seed=seed, **settings(method, model),
+    )  # fmt: skip
+    everything = open_samples(pixels, opened.preprocessing)
+    used = set(results[0].sample_ids)
+    others = [i for i, name in enumerate(everything.ids) if name not in used]
+    test, truth = everything.subset(others), torch.from_numpy(labels)[others]
+    source = logits_of(opened.module, test, 256).argmax(-1)
+    return [
+        row(result, share, test, truth, source) | {"model": model, "method": method, "seed": seed}
+        for share, result in zip(TARGETS[model], results, strict=True)
+    ]
+
+
+def row(result: Result, share: float, test: Any, truth: torch.Tensor, source: torch.Tensor) -> dict[str, Any]:
+    answers = logits_of(result.model, test, 256).argmax(-1)
+    facts = result.facts
+    return {
+        "target": share,
+        "accuracy": round(100 * float((answers == truth).float().mean()), 2),
+        "source_accuracy": round(100 * float((source == truth).float().mean()), 2),
+        "agreement": round(100 * float((answers == source).float().mean()), 2),
+        "speedup": round(facts["latency"]["speedup"]["median"], 3),
+        "speedup_low": round(facts["latency"]["speedup"]["low"], 3),
+        "speedup_high": round(facts["latency"]["speedup"]["high"], 3),
+        "removed": len(result.plan.removals),
+        "n_test": len(truth),
+        "seconds": json.dumps({name: round(value, 2) for name, value in facts["seconds"].items()}),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(TARGETS), nargs="+", default=sorted(TARGETS))
+    parser.add_argument("--method", choices=METHODS, nargs="+", default=METHODS)
+    parser.add_argument("--seed", type=int, nargs="+", default=SEEDS)
+    args = parser.parse_args()
+    require_data("zoo.py", "cifar10_jpeg/test.npz")
+    for seed in args.seed:
+        for model in args.model:
+            for method in args.method:
+                rows = cached(f"against_practise/{model}-{method}-{seed}", lambda: run(model, method, seed))  # noqa: B023
+                for line in rows:
+                    print(model, method, seed, line["target"], line["accuracy"], line["speedup"], line["seconds"])
+    found = [json.loads(path.read_text()) for path in sorted(Path(CACHE, "against_practise").glob("*.json"))]
+    print(write_csv("against_practise.csv", [line for rows in found for line in rows]))
+
+
+if __name__ == "__main__":
+    main()

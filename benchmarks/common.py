@@ -1,0 +1,61 @@
+"""What the benchmarks share: where data lie, finished rows on disk, the table, the machine's name."""
+
+import csv
+import datetime
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ttmpd.timing import machine
+
+ROOT = Path(__file__).resolve().parent
+DATA = Path(os.environ.get("TTMPD_DATA", ROOT.parent.parent / "shared" / "data"))
+RESULTS = ROOT / "results"
+CACHE = Path(os.environ.get("TTMPD_CACHE", ROOT / ".cache"))
+
+
+def require_data(*names: str) -> None:
+    """Leave with the next step when the data are not there."""
+    missing = [name for name in names if not (DATA / name).exists()]
+    if missing:
+        sys.exit(f"TTMPD_DATA must point to a folder with {', '.join(missing)}, but got {DATA}")
+
+
+def cifar(name: str = "cifar10_jpeg") -> tuple[np.ndarray, np.ndarray]:
+    """(pixels, labels) of a CIFAR-10 test set."""
+    with np.load(DATA / name / "test.npz") as file:
+        return file["x"], file["y"]
+
+
+def cached(key: str, compute: Callable[[], Any]) -> Any:
+    """A finished row from disk, or a new one: long runs resume."""
+    path = CACHE / f"{key}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    data = compute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(data))
+    temporary.replace(path)
+    return data
+
+
+def write_csv(name: str, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write the rows with the machine and the date beside each."""
+    RESULTS.mkdir(exist_ok=True)
+    here = machine("cuda" if torch.cuda.is_available() else "cpu")
+    stamp = {"machine": here["device"], "threads": here["threads"], "torch": here["torch"]}
+    stamp["date"] = datetime.date.today().isoformat()
+    path = RESULTS / name
+    columns = list(dict.fromkeys(key for row in rows for key in [*row, *stamp]))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(stamp | row for row in rows)
+    return path

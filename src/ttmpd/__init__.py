@@ -1,0 +1,1 @@
+"""Make a pretrained model faster on your device, adapted to your data, without labels."""

@@ -1,0 +1,1 @@
+"""How the student recovers, from the teacher's answers."""

@@ -1,0 +1,47 @@
+"""The contract of a distiller."""
+
+import abc
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import nn
+
+from ttmpd.method import Method
+from ttmpd.records import Fit, Samples, Targets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Where and how long a distiller may work.
+
+    Args:
+        folder: for targets and the resume state; kept by the caller.
+        batch_size: samples per teacher pass and per check.
+        seed: of everything random.
+        deadline: value of ``time.monotonic()`` at which ``fit`` ends with the best so far.
+        amp: "auto", "on" or "off".
+    """
+
+    folder: Path
+    batch_size: int = 64
+    seed: int = 0
+    deadline: float = math.inf
+    amp: str = "auto"
+
+
+class Distiller(Method, abc.ABC):
+    """Recovers a student in two phases: ``prepare`` asks the teacher, ``fit`` never does (when ``one_time``)."""
+
+    one_time: ClassVar[bool] = True
+    """Whether the teacher is never called after ``prepare``."""
+    steps: int = 200
+
+    @abc.abstractmethod
+    def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, work: Work) -> Targets:
+        """The teacher's answers for the samples and the held-out samples; the only call of the teacher."""
+
+    @abc.abstractmethod
+    def fit(self, student: nn.Module, samples: Samples, held_out: Samples, targets: Targets, work: Work) -> Fit:
+        """Train ``student`` in place; it is left with its best state, never worse on ``held_out`` than it came."""

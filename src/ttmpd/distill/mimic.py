@@ -1,0 +1,75 @@
+"""MiR as PRACTISE runs it: mimic the last feature map, the teacher in the loop on random views."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ttmpd.distill.base import Distiller, Work
+from ttmpd.guard import freeze_head, logits_of
+from ttmpd.errors import UnsupportedError
+from ttmpd.method import check_range
+from ttmpd.modules import evaluating, find_feature_tap, read, to_fast_format, to_plain_format
+from ttmpd.records import Fit, Samples, Targets
+from ttmpd.training import Loop, Schedule, batch_order, train
+from ttmpd.views import random_view
+
+
+class Mimic(Distiller):
+    """Mean squared error of the feature map before pooling; all backbone weights train, statistics update.
+
+    There is no check on held-out samples: the baseline is kept as its authors run it.
+    """
+
+    source: ClassVar[str] = "MiR (Wang et al., CVPR 2022, arXiv 2201.02620) as used by PRACTISE (arXiv 2202.07861)"
+    needs: ClassVar[tuple[str, ...]] = ("gradients", "training")
+    one_time: ClassVar[bool] = False
+    steps: int = 2000
+    lr: float = 0.02
+    batch: int = 64
+
+    def __post_init__(self) -> None:
+        check_range("mimic.steps", self.steps, 0)
+        check_range("mimic.batch", self.batch, 2)
+
+    def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, work: Work) -> Targets:
+        """Targets that hold the teacher itself.
+
+        Raises:
+            UnsupportedError: the model has no single head, so there are no features to mimic.
+        """
+        few = samples.batch(slice(0, 2), next(teacher.parameters()).device)
+        tap = find_feature_tap(teacher, few)
+        if tap is None:
+            raise UnsupportedError("mimic needs a model with one linear head behind its features; use one_time")
+        kept = logits_of(teacher, held_out, work.batch_size)
+        return Targets(
+            tap=tap, features=None, logits=torch.empty(0), feature_variance=1.0, held_out=kept, teacher=teacher
+        )
+
+    def fit(self, student: nn.Module, samples: Samples, held_out: Samples, targets: Targets, work: Work) -> Fit:
+        """Train all parameters but the head's, the teacher running on every view."""
+        teacher, tap = targets.teacher, targets.tap
+        if teacher is None or tap is None:
+            raise UnsupportedError("mimic needs the teacher in its targets: call mimic's own prepare")
+        device = next(student.parameters()).device
+        to_fast_format(student)
+        frozen = freeze_head(student, samples.batch(slice(0, 2), device))
+        student.train()
+        generator = torch.Generator().manual_seed(work.seed)
+
+        def loss_at(step: int) -> Tensor:
+            index = batch_order(len(samples), self.batch, step, work.seed)
+            view = random_view(samples.batch(index, device), generator)
+            with torch.no_grad():
+                wanted = read(teacher, view, {"f": tap})["f"]
+            return F.mse_loss(read(student, view, {"f": tap})["f"], wanted)
+
+        with evaluating(teacher, gradients=True):
+            loop = Loop(deadline=work.deadline, state=work.folder / "distill.safetensors")
+            fit = train(student, loss_at, Schedule(steps=self.steps, lr=self.lr, shape="thirds"), loop)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        to_plain_format(student).eval()
+        return fit

@@ -1,0 +1,131 @@
+"""TT-MPD's distillation: the teacher answers once, for fixed views of the samples, and is never run again."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.distill.base import Distiller, Work
+from ttmpd.guard import freeze_head, held_out_check, logits_of
+from ttmpd.losses import feature_loss, feature_variance, soft_label_loss
+from ttmpd.method import check_range
+from ttmpd.modules import call, evaluating, find_feature_tap, tapped, to_fast_format, to_plain_format
+from ttmpd.progress import track
+from ttmpd.records import Fit, Samples, Tap, Targets
+from ttmpd.targets import TargetsWriter
+from ttmpd.training import Loop, Schedule, autocast, batch_order, choose_amp, train
+from ttmpd.views import fixed_view
+
+
+class OneTime(Distiller):
+    """Feature loss before the head plus soft-label loss, on targets that were computed once and lie on disk."""
+
+    source: ClassVar[str] = (
+        "TT-MPD (arXiv 2412.07114): pseudo labels made one time; features before pooling as in MiR "
+        "(arXiv 2201.02620); number of views, weights and guard are this project's own"
+    )
+    needs: ClassVar[tuple[str, ...]] = ("gradients", "training")
+    one_time: ClassVar[bool] = True
+    steps: int = 200
+    lr: float = 0.02
+    views: int = 4
+    """Fixed views per sample: the sample itself and shifted, mirrored copies. Teacher passes per sample = views."""
+    batch: int = 64
+    soft_weight: float = 0.5
+    """Weight of the soft-label loss beside the feature loss."""
+    temperature: float = 1.0
+    clip: float = 5.0
+    train_norm: bool = True
+    """Let batch normalisation use and update batch statistics while training."""
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("one_time.steps", self.steps, 0)
+        check_range("one_time.lr", self.lr, 0.0)
+        check_range("one_time.views", self.views, 1)
+        check_range("one_time.batch", self.batch, 2)
+        check_range("one_time.soft_weight", self.soft_weight, 0.0)
+        check_range("one_time.temperature", self.temperature, 1e-3)
+
+    def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, work: Work) -> Targets:
+        """Features and logits of the fixed views, memory-mapped under ``work.folder``.
+
+        Cost: exactly ``views`` teacher passes per sample and one per held-out sample.
+        """
+        device = next(teacher.parameters()).device
+        n_views = self.views if samples.is_image else 1
+        few = samples.batch(slice(0, 2), device)
+        tap = find_feature_tap(teacher, few)
+        store = TargetsWriter(work.folder, n_views, len(samples))
+        starts = range(0, len(samples), work.batch_size)
+        with evaluating(teacher):
+            for view in range(n_views):
+                for start in track(starts, f"teacher view {view + 1}/{n_views}", len(starts)):
+                    index = torch.arange(start, min(start + work.batch_size, len(samples)))
+                    batch = fixed_view(samples.batch(index, device), index, view, work.seed, len(samples))
+                    store.write(view, start, *_answers(teacher, batch, tap))
+        features, logits = store.finish()
+        first = features[0] if features is not None else logits[0]
+        kept = logits_of(teacher, held_out, work.batch_size)
+        return Targets(tap=tap, features=features, logits=logits, feature_variance=feature_variance(first), held_out=kept)
+
+    def fit(self, student: nn.Module, samples: Samples, held_out: Samples, targets: Targets, work: Work) -> Fit:
+        """Train the student on the stored targets; the head stays frozen."""
+        device = next(student.parameters()).device
+        to_fast_format(student)
+        frozen = freeze_head(student, samples.batch(slice(0, 2), device))
+        student.train(self.train_norm)
+        n_views, n = targets.logits.shape[:2]
+
+        def loss_with(step: int, amp: bool) -> Tensor:
+            index = batch_order(n * n_views, self.batch, step, work.seed)
+            view, place = index // n, index % n
+            parts = [
+                fixed_view(samples.batch(place[view == v], device), place[view == v], v, work.seed, n)
+                for v in range(n_views)
+                if bool((view == v).any())
+            ]
+            order = torch.cat([torch.nonzero(view == v).flatten() for v in range(n_views)])
+            batch = torch.cat(parts)
+            with autocast(device, amp):
+                return self._loss(student, batch, targets, view[order], place[order])
+
+        if self.steps:
+            amp = choose_amp(lambda on: loss_with(0, on).backward(), device, work.amp)  # type: ignore[no-untyped-call]
+            student.zero_grad(set_to_none=True)
+        else:
+            amp = False
+        fit = train(
+            student,
+            lambda step: loss_with(step, amp),
+            Schedule(steps=self.steps, lr=self.lr, clip=self.clip),
+            Loop(
+                check=held_out_check(student, held_out, targets, work.batch_size),
+                check_every=max(1, self.steps // 10),
+                patience=self.patience,
+                deadline=work.deadline,
+                state=work.folder / "distill.safetensors",
+            ),
+        )
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        to_plain_format(student).eval()
+        return fit
+
+    def _loss(self, student: nn.Module, batch: Tensor, targets: Targets, view: Tensor, place: Tensor) -> Tensor:
+        device = batch.device
+        taps = {"f": targets.tap} if targets.tap is not None else {}
+        with tapped(student, taps) as seen:
+            logits = call(student, batch)
+        wanted = targets.logits[view, place].to(device)
+        loss = self.soft_weight * soft_label_loss(logits, wanted, self.temperature)
+        if targets.features is not None:
+            features = targets.features[view, place].to(device, torch.float32)
+            loss = loss + feature_loss(seen["f"], features, targets.feature_variance)
+        return loss
+
+
+def _answers(teacher: nn.Module, batch: Tensor, tap: Tap | None) -> tuple[Tensor | None, Tensor]:
+    with tapped(teacher, {"f": tap} if tap is not None else {}) as seen:
+        logits = call(teacher, batch)
+    return seen.get("f"), logits

@@ -1,0 +1,48 @@
+"""Pure tensor functions: no models, no state."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def feature_loss(student: Tensor, teacher: Tensor, variance: float) -> Tensor:
+    """Mean squared error in units of the teacher's variance: 1.0 is as bad as answering with the mean.
+
+    Args:
+        student: (B, ...) features.
+        teacher: features of the same shape.
+        variance: mean variance of the teacher's features over samples.
+    """
+    return F.mse_loss(student.float(), teacher.float()) / variance
+
+
+def soft_label_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean Kullback-Leibler divergence from the teacher's tempered probabilities, times temperature squared.
+
+    Source: Hinton et al., 2015, section 2. Both arguments are logits of shape (B, n_classes).
+    """
+    log_student = F.log_softmax(student.float() / temperature, -1)
+    log_teacher = F.log_softmax(teacher.float() / temperature, -1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of each row's softmax, (B,)."""
+    log_p = F.log_softmax(logits.float(), -1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def mutual_information(logits: Tensor) -> Tensor:
+    """Entropy of the mean prediction minus the mean entropy: high when answers are sure *and* varied.
+
+    Source: information maximisation, Krause et al., 2010. ``logits`` has the shape (N, n_classes).
+    """
+    mean = F.softmax(logits.float(), -1).mean(0)
+    return -(mean * mean.clamp_min(1e-12).log()).sum() - entropy(logits).mean()
+
+
+def feature_variance(features: Tensor) -> float:
+    """Mean variance over samples (first axis) of every feature, never zero."""
+    if len(features) < 2:
+        return max(float(features.float().square().mean()), 1e-12)
+    return max(float(torch.var(features.float(), dim=0, unbiased=False).mean()), 1e-12)

@@ -1,0 +1,250 @@
+"""Look inside a model: paths, hooks that clean up, taps, the head, nested outputs."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ttmpd.errors import InvalidValueError, ModelError
+from ttmpd.records import Tap
+
+
+class StopForwardError(Exception):
+    """Ends a forward pass early, once everything that was asked for has been seen; never leaves this package."""
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor in a nested output, ``logits`` before anything else."""
+    if isinstance(value, Tensor):
+        return value
+    if getattr(value, "logits", None) is not None:
+        return cast(Tensor, value.logits)
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return next((t for t in map(first_tensor, value) if t is not None), None)
+    return None
+
+
+def with_first(value: Any, tensor: Tensor) -> Any:
+    """``value`` with its first tensor replaced: keeps the tuple that a block answers with."""
+    if isinstance(value, tuple) and type(value) is tuple:
+        return (tensor, *value[1:])
+    return tensor
+
+
+def call(model: nn.Module, batch: Tensor) -> Tensor:
+    """The model's logits for a batch, (B, n_classes)."""
+    logits = first_tensor(model(batch))
+    if logits is None:
+        raise ModelError(f"{type(model).__name__} must answer with a tensor, but answered without one")
+    return logits
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at ``path``.
+
+    Raises:
+        InvalidValueError: the model has no such module.
+    """
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise InvalidValueError(f"path must name a module of {type(model).__name__}, but got {path!r}") from None
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put ``new`` where ``path`` points, in place."""
+    parent, _, name = path.rpartition(".")
+    setattr(module_at(model, parent), name, new)
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """An independent copy: own weights, no hooks shared."""
+    return copy.deepcopy(model)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[nn.Module]:
+    """Run ``model`` in eval mode; train flags, gradients and the random state are as found afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    wanted = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    model.eval()
+    with torch.random.fork_rng(enabled=True), torch.set_grad_enabled(gradients):
+        try:
+            yield model
+        finally:
+            for module, training in flags:
+                module.training = training
+            for parameter, requires_grad, grad in wanted:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = grad
+
+
+@contextlib.contextmanager
+def hooks(handles: Sequence[Any]) -> Iterator[None]:
+    """Remove the hook handles on the way out, whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def stubbed(model: nn.Module, stubs: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """While active, the modules at the given paths are not run: the stubs answer in the place of their ``forward``.
+
+    Only ``forward`` is exchanged, on the instance; weights and hooks stay as they are.
+    """
+    changed: list[nn.Module] = []
+    try:
+        for path, stub in stubs.items():
+            module = module_at(model, path)
+            module.__dict__["forward"] = stub
+            changed.append(module)
+        yield
+    finally:
+        for module in changed:
+            module.__dict__.pop("forward", None)
+
+
+@contextlib.contextmanager
+def tapped(model: nn.Module, taps: Mapping[str, Tap], stop: bool = False) -> Iterator[dict[str, Tensor]]:
+    """While active, every forward pass leaves the tensors at ``taps`` in the dictionary that is yielded.
+
+    Args:
+        model: the model to read from.
+        taps: name -> place.
+        stop: raise :class:`StopForwardError` as soon as all taps have been read (see :func:`prefix`).
+    """
+    seen: dict[str, Tensor] = {}
+    handles = []
+
+    def note(name: str, value: Any) -> None:
+        tensor = first_tensor(value)
+        if tensor is not None:
+            seen[name] = tensor
+        if stop and len(seen) == len(taps):
+            raise StopForwardError
+
+    for name, tap in taps.items():
+        module = module_at(model, tap.path)
+        if tap.side == "input":
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _m, args, kwargs, name=name: note(name, args or kwargs), with_kwargs=True
+                )
+            )
+        else:
+            handles.append(module.register_forward_hook(lambda _m, _a, out, name=name: note(name, out)))
+    with hooks(handles):
+        yield seen
+
+
+def read(model: nn.Module, batch: Tensor, taps: Mapping[str, Tap]) -> dict[str, Tensor]:
+    """The tensors at ``taps`` for one batch; the rest of the network after the last tap is not run."""
+    with tapped(model, taps, stop=True) as seen, contextlib.suppress(StopForwardError):
+        model(batch)
+    return seen
+
+
+def find_head(model: nn.Module, batch: Tensor) -> str | None:
+    """Path of the layer that gives the logits, or None when no single layer does."""
+    leaves = {name: m for name, m in model.named_modules() if name and not list(m.children()) and _weights(m)}
+    last: dict[str, Tensor] = {}
+    handles = [
+        m.register_forward_hook(lambda _m, _a, out, name=name: last.__setitem__(name, cast(Tensor, first_tensor(out))))
+        for name, m in leaves.items()
+    ]
+    with evaluating(model), hooks(handles):
+        logits = call(model, batch)
+    for name in reversed(last):
+        found = last[name]
+        if found is not None and found.numel() == logits.numel() and torch.equal(found.flatten(), logits.flatten()):
+            return name
+    return None
+
+
+def find_feature_tap(model: nn.Module, batch: Tensor, pooled: bool = False) -> Tap | None:
+    """Where the final features are read: the last feature map before pooling, else the input of the head.
+
+    Args:
+        model: any classifier.
+        batch: a few samples.
+        pooled: always take the input of the head.
+
+    Returns:
+        The tap, or None when the model has no single head (then only its logits can be mimicked).
+    """
+    head = find_head(model, batch)
+    if head is None:
+        return None
+    width = module_at(model, head).weight.shape[1]
+    maps: list[str] = []
+    reached_head = False
+
+    def finish(name: str, output: Any) -> None:
+        # A map before pooling: 4 axes, as wide as the head's input, more than one position.
+        if reached_head or not isinstance(output, Tensor) or output.dim() != 4:
+            return
+        if width in (output.shape[1], output.shape[3]) and output[0].numel() > width:
+            maps.append(name)
+
+    def reach(*_: Any) -> None:
+        nonlocal reached_head
+        reached_head = True
+
+    handles = [m.register_forward_hook(lambda _m, _a, out, n=n: finish(n, out)) for n, m in model.named_modules() if n]
+    handles.append(module_at(model, head).register_forward_pre_hook(reach))
+    with evaluating(model), hooks(handles):
+        model(batch)
+    if pooled or not maps:
+        return Tap(head, "input")
+    return Tap(maps[-1], "output")
+
+
+def _weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters, shared ones counted once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def count_macs(model: nn.Module, batch: Tensor) -> dict[str, int]:
+    """Multiply-accumulates per sample of every module by path; the whole model under ""."""
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        model(batch)
+    root = type(model).__name__
+    macs = {"": counter.get_total_flops() // 2 // len(batch)}
+    for name, counts in counter.get_flop_counts().items():
+        path = name.removeprefix(root).lstrip(".")
+        if path and name != "Global":
+            macs[path] = sum(counts.values()) // 2 // len(batch)
+    return macs
+
+
+def has_nan(tensor: Tensor) -> bool:
+    """Whether any value is NaN or infinite."""
+    return not bool(torch.isfinite(tensor).all())
+
+
+def prefers_channels_last(model: nn.Module) -> bool:
+    """Whether the model is convolutional, so that the channels_last memory format pays."""
+    return any(isinstance(m, nn.Conv2d) for m in model.modules())
+
+
+def to_fast_format(model: nn.Module) -> nn.Module:
+    """The model in channels_last when it is convolutional (in place; values are unchanged)."""
+    return model.to(memory_format=torch.channels_last) if prefers_channels_last(model) else model  # type: ignore[call-overload]
+
+
+def to_plain_format(model: nn.Module) -> nn.Module:
+    """The model with contiguous weights (in place; values are unchanged)."""
+    return model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

@@ -1,0 +1,1 @@
+"""Which removals meet the budget with the least predicted harm."""

@@ -1,0 +1,52 @@
+"""The contract of a planner."""
+
+import abc
+from collections.abc import Mapping, Sequence
+
+from ttmpd.errors import BudgetUnreachableError
+from ttmpd.method import Method
+from ttmpd.records import Action, Option
+
+
+class Planner(Method, abc.ABC):
+    """Chooses removals that save enough milliseconds at little harm. Scores are made once and serve many targets."""
+
+    @abc.abstractmethod
+    def choose(self, options: Sequence[Option], needed_ms: float, *, seed: int = 0) -> tuple[Option, ...]:
+        """At most one option per unit, together saving at least ``needed_ms``.
+
+        Args:
+            options: every removal that is on offer; one unit may offer several actions.
+            needed_ms: milliseconds that have to go; nothing is chosen when it is zero or less.
+            seed: of everything random.
+
+        Raises:
+            BudgetUnreachableError: all options together do not save enough; ``best_ms`` holds what they would *save*.
+        """
+
+
+def require_reachable(options: Sequence[Option], needed_ms: float) -> None:
+    """Raise :class:`BudgetUnreachableError` when no choice saves ``needed_ms``."""
+    most = most_saved(options)
+    if needed_ms > most + 1e-9:
+        raise BudgetUnreachableError(
+            f"the plan must save {needed_ms:.3g} ms, but all removable units together save {most:.3g} ms; "
+            "ask for less, or allow more units or actions",
+            best_ms=most,
+        )
+
+
+def most_saved(options: Sequence[Option]) -> float:
+    """What the best action of every unit saves in all, in milliseconds."""
+    best: dict[str, float] = {}
+    for option in options:
+        best[option.unit] = max(best.get(option.unit, 0.0), option.saved_ms)
+    return sum(best.values())
+
+
+def useful(options: Sequence[Option]) -> list[Option]:
+    """The options that save anything."""
+    return [option for option in options if option.saved_ms > 0]
+
+
+Actions = Mapping[str, Action]

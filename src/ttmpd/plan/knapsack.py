@@ -1,0 +1,69 @@
+"""The exact choice: least total harm among all plans that meet the budget."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import ClassVar
+
+from ttmpd.method import check_range
+from ttmpd.plan.base import Planner, require_reachable, useful
+from ttmpd.records import Option
+
+
+class Knapsack(Planner):
+    """Multiple-choice knapsack, solved by its Pareto front, unit by unit.
+
+    After each unit only choices stay that no other beats in both harm and milliseconds. The answer is exact as long as
+    the front has at most ``max_front`` points; beyond, points that lie closest together are thinned out.
+    """
+
+    source: ClassVar[str] = "multiple-choice knapsack (Sinha and Zoltners, 1979) by dominance (Nemhauser and Ullmann, 1969)"
+    max_front: int = 20_000
+
+    def __post_init__(self) -> None:
+        check_range("knapsack.max_front", self.max_front, 2)
+
+    def choose(self, options: Sequence[Option], needed_ms: float, *, seed: int = 0) -> tuple[Option, ...]:
+        """The options of least total harm that save at least ``needed_ms``."""
+        require_reachable(options, needed_ms)
+        if needed_ms <= 0:
+            return ()
+        by_unit: dict[str, list[Option]] = defaultdict(list)
+        for option in useful(options):
+            by_unit[option.unit].append(option)
+        # A point: (saved, harm, link); the link is (option, link before) so that choices are never copied.
+        front: list[_Point] = [(0.0, 0.0, None)]
+        for choices in by_unit.values():
+            more = [(s + o.saved_ms, h + max(o.harm, 0.0), (o, link)) for s, h, link in front for o in choices]
+            front = _thinned(_pareto(front + more, needed_ms), self.max_front)
+        saved, _, link = min((p for p in front if p[0] >= needed_ms - 1e-9), key=lambda p: (p[1], p[0]))
+        return _options(link)
+
+
+_Link = tuple[Option, "_Link"] | None  # type: ignore[misc]
+_Point = tuple[float, float, _Link]
+
+
+def _pareto(points: list[_Point], needed_ms: float) -> list[_Point]:
+    """Points that no other beats, by falling savings; what is saved beyond the need counts nothing."""
+    kept: list[_Point] = []
+    least = float("inf")
+    for point in sorted(points, key=lambda p: (-min(p[0], needed_ms), p[1], -p[0])):
+        if point[1] < least:
+            kept.append(point)
+            least = point[1]
+    return kept
+
+
+def _thinned(front: list[_Point], limit: int) -> list[_Point]:
+    """At most ``limit`` points, spread evenly over the front; both ends stay."""
+    if len(front) <= limit:
+        return front
+    return [front[round(i * (len(front) - 1) / (limit - 1))] for i in range(limit)]
+
+
+def _options(link: _Link) -> tuple[Option, ...]:
+    chosen: list[Option] = []
+    while link is not None:
+        option, link = link
+        chosen.append(option)
+    return tuple(reversed(chosen))

@@ -1,0 +1,278 @@
+"""The records that move between the stages: frozen data that checks itself."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.errors import InvalidValueError
+
+Action = Literal["drop", "linear"]
+ACTIONS: tuple[Action, ...] = ("drop", "linear")
+Layout = Literal["channels_first", "channels_last"]
+Form = Literal["plain", "arguments", "tuple"]
+
+
+def _finite(name: str, value: float, low: float = -math.inf) -> None:
+    if not (math.isfinite(value) and value >= low):
+        rule = "be finite" if low == -math.inf else f"be finite and at least {low:g}"
+        raise InvalidValueError(f"{name} must {rule}, but got {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A part of a model that can be removed.
+
+    Args:
+        kind: the file in ``ttmpd/units`` that found it.
+        path: the module's path in the model, as in ``named_modules``.
+        module: the class name of the module.
+        shape: shape of its output for one sample, without the batch dimension.
+        layout: which axis of the output holds the channels.
+        activation: "relu" or "relu6" when the unit's output went through it, else "".
+        n_params: number of parameters that go when it is dropped.
+        macs: multiply-accumulate operations per sample that go when it is dropped.
+        form: "plain" when it maps one tensor to one tensor, "arguments" when it is called with more of them, "tuple"
+            when it answers with a tuple.
+    """
+
+    kind: str
+    path: str
+    module: str
+    shape: tuple[int, ...]
+    layout: Layout
+    activation: str
+    n_params: int
+    macs: int
+    form: Form = "plain"
+
+    @property
+    def channels(self) -> int:
+        """Width of the unit's output."""
+        return self.shape[0] if self.layout == "channels_first" else self.shape[-1]
+
+    @property
+    def id(self) -> str:
+        """Name of the unit, unique within a model."""
+        return self.path if self.kind == "block" else f"{self.kind}:{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Milliseconds of one call: median and quartiles over interleaved rounds."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    n_rounds: int
+
+    def __post_init__(self) -> None:
+        _finite("median_ms", self.median_ms, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """Milliseconds per batch that one removal saves; more is better, and a stand-in may even cost time."""
+
+    unit: str
+    action: Action
+    saved_ms: float
+
+    def __post_init__(self) -> None:
+        _finite("saved_ms", self.saved_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How much one removal is predicted to hurt; higher hurts more.
+
+    ``parts`` holds the quantities the harm was made of, for the report.
+    """
+
+    unit: str
+    action: Action
+    harm: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _finite("harm", self.harm)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One removal with its harm and its saving: what a planner chooses from."""
+
+    unit: str
+    action: Action
+    harm: float
+    saved_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """One decision of a plan."""
+
+    unit: Unit
+    action: Action
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is removed, in the order of the network, and what that was predicted to bring.
+
+    Args:
+        removals: units with their actions.
+        harm: predicted harm, in the scorer's own scale.
+        original_ms: measured latency of the unpruned model, milliseconds per batch.
+        budget_ms: the latency that was asked for.
+        predicted_ms: predicted latency of the pruned model.
+    """
+
+    removals: tuple[Removal, ...]
+    harm: float
+    original_ms: float
+    budget_ms: float
+    predicted_ms: float
+
+    def __post_init__(self) -> None:
+        ids = [removal.unit.id for removal in self.removals]
+        if len(set(ids)) != len(ids):
+            raise InvalidValueError(f"a plan must name each unit once, but got {ids}")
+        for name in ("harm", "original_ms", "budget_ms", "predicted_ms"):
+            _finite(name, getattr(self, name))
+
+    @property
+    def actions(self) -> dict[str, Action]:
+        """Action per unit id."""
+        return {removal.unit.id: removal.action for removal in self.removals}
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """A place in a model where a tensor is read: the first input or the output of a module."""
+
+    path: str
+    side: Literal["input", "output"]
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Share of samples on which two models answer alike, with its 95 % Wilson interval. It is not accuracy."""
+
+    share: float
+    low: float
+    high: float
+    n_samples: int
+
+
+def agreement(n_alike: int, n_samples: int) -> Agreement:
+    """Wilson score interval at 95 % (Wilson, 1927) for ``n_alike`` of ``n_samples``.
+
+    Raises:
+        InvalidValueError: ``n_samples`` is not positive or ``n_alike`` lies outside 0..n_samples.
+    """
+    if n_samples < 1 or not 0 <= n_alike <= n_samples:
+        raise InvalidValueError(f"n_alike must lie in 0..n_samples, n_samples >= 1, but got {n_alike} of {n_samples}")
+    z, p, n = 1.959964, n_alike / n_samples, n_samples
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Agreement(p, max(0.0, center - half), min(1.0, center + half), n)
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a training run did.
+
+    Args:
+        steps: optimizer steps that were done.
+        stopped: why it ended: "finished", "time budget", "no progress".
+        rolled_back: true if the start was better and was restored.
+        best_step: the step whose weights were kept; 0 is the start.
+        losses: mean training loss between evaluations.
+        checks: (step, agreement share, held-out loss) at every evaluation.
+    """
+
+    steps: int
+    stopped: str
+    rolled_back: bool
+    best_step: int
+    losses: tuple[float, ...] = ()
+    checks: tuple[tuple[int, float, float], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """The teacher's answers for fixed views of the samples: all that ``fit`` may know of it.
+
+    Args:
+        tap: where the features are read, in teacher and student; None when only logits are mimicked.
+        features: (n_views, n_samples, ...) teacher features, memory-mapped, half precision where safe.
+        logits: (n_views, n_samples, n_classes) teacher logits.
+        feature_variance: mean variance of the features over samples: the scale of the feature loss.
+        held_out: (n_held_out, n_classes) logits on the held-out samples, for the guard.
+        teacher: the teacher itself, only for methods that keep asking it (``one_time = False``).
+    """
+
+    tap: Tap | None
+    features: Tensor | None
+    logits: Tensor
+    feature_variance: float
+    held_out: Tensor
+    teacher: nn.Module | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Unlabelled inputs of a model, kept compactly and prepared batch by batch.
+
+    Args:
+        inputs: (N, C, H, W) uint8 pixels, or (N, ...) values of any floating type that go to the model as they are.
+        ids: one content hash per sample; the same pixels have the same id wherever they lie.
+        mean: per-channel mean that is subtracted from pixels scaled to 0..1; empty for floating inputs.
+        std: per-channel divisor; empty for floating inputs.
+        skipped: (name, reason) of what could not be used.
+        names: where each sample came from (file name or row), for reports; empty when unknown.
+    """
+
+    inputs: Tensor
+    ids: tuple[str, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.inputs):
+            raise InvalidValueError(f"samples must have one id each, but got {len(self.ids)} for {len(self.inputs)}")
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def is_image(self) -> bool:
+        """Whether a sample has the shape (C, H, W) with 1, 3 or 4 channels."""
+        return self.inputs.dim() == 4 and self.inputs.shape[1] in (1, 3, 4)
+
+    def batch(self, index: slice | Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """The chosen samples as the model wants them: (B, ...) float32 on ``device``."""
+        chosen = self.inputs[index].to(device)
+        if chosen.dtype != torch.uint8:
+            return chosen.float()
+        shape = (1, -1) + (1,) * (chosen.dim() - 2)
+        mean = torch.tensor(self.mean or (0.0,), device=device).view(shape)
+        std = torch.tensor(self.std or (1.0,), device=device).view(shape)
+        return (chosen.float() / 255 - mean) / std
+
+    def batches(self, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+        """All samples in order, ``batch_size`` at a time."""
+        for start in range(0, len(self), batch_size):
+            yield self.batch(slice(start, start + batch_size), device)
+
+    def subset(self, index: Sequence[int]) -> "Samples":
+        """The samples at the given positions, in that order."""
+        names = tuple(self.names[i] for i in index) if self.names else ()
+        ids = tuple(self.ids[i] for i in index)
+        return replace(self, inputs=self.inputs[torch.as_tensor(index, dtype=torch.long)], ids=ids, names=names)

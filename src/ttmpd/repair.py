@@ -1,0 +1,263 @@
+"""Closed-form repair: linear stand-ins from normal equations, fitted in order along the student, folded where exact.
+
+A stand-in answers ``phi(x + B [x 1])``: ridge least squares on the residual branch, so that an infinite ridge is the
+identity (the dropped block), with the block's own final activation ``phi`` applied afterwards. All sums are float64.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ttmpd.modules import evaluating, module_at, read, stubbed
+from ttmpd.progress import track
+from ttmpd.records import Removal, Samples, Tap, Unit
+from ttmpd.units.block import Block, answering, put, standing
+
+MAX_POSITIONS = 64
+"""Pixels or tokens per sample that enter a fit; neighbours say nearly the same, and 64 x 100 samples are plenty."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinearMap:
+    """A fitted stand-in: ``y = weight @ x + bias`` at every position."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, unit: Unit, x: Tensor) -> Tensor:
+        """The stand-in's answer for the unit's input, its activation included."""
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if unit.layout == "channels_first":
+            y = F.conv2d(x, weight[:, :, None, None], bias) if x.dim() == 4 else F.conv1d(x, weight[:, :, None], bias)
+        else:
+            y = F.linear(x, weight, bias)
+        return {"": y, "relu": y.relu(), "relu6": F.relu6(y)}[unit.activation] if unit.activation else y
+
+
+@dataclass
+class NormalEquations:
+    """Running sums of a weighted least-squares fit of ``y - x`` by ``[x 1]``.
+
+    Memory is O(channels^2) however many rows are added.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [2.0], [3.0]])
+        >>> eq = NormalEquations(1)
+        >>> eq.add(x, 3 * x + 1)
+        >>> fit = eq.solve(ridge=0.0)
+        >>> round(float(fit.weight), 6), round(float(fit.bias), 6)
+        (3.0, 1.0)
+    """
+
+    channels: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        size = self.channels + 1
+        # MPS has no float64: there the small sums live on the CPU.
+        self.at = torch.device("cpu") if self.device.type == "mps" else self.device
+        self.gram = torch.zeros(size, size, dtype=torch.float64, device=self.at)
+        self.cross = torch.zeros(size, self.channels, dtype=torch.float64, device=self.at)
+
+    def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
+        """Add rows: ``x`` and ``y`` are (rows, channels), ``weight`` is (rows,)."""
+        x64 = F.pad(x.to(self.at).double(), (0, 1), value=1.0)
+        left = x64 if weight is None else x64 * weight.to(self.at).double()[:, None]
+        self.gram += left.T @ x64
+        self.cross += left.T @ (y.to(self.at).double() - x64[:, :-1])
+
+    def solve(self, ridge: float) -> LinearMap:
+        """The map that minimises the weighted squared error plus ``ridge x mean diagonal x |B|^2``."""
+        penalty = ridge * self.gram.diagonal()[:-1].mean() + 1e-12
+        system = self.gram.clone()
+        system.diagonal()[:-1] += penalty
+        system.diagonal()[-1] += 1e-12
+        solution = torch.linalg.lstsq(system, self.cross, driver="gelsd" if self.at.type == "cpu" else None).solution
+        weight = solution[:-1].T + torch.eye(self.channels, dtype=torch.float64, device=self.at)
+        return LinearMap(weight.to(self.device, torch.float32), solution[-1].to(self.device, torch.float32))
+
+
+def positions(unit: Unit, seed: int = 0, limit: int = MAX_POSITIONS) -> Tensor:
+    """Up to ``limit`` flat positions of the unit's output, drawn without replacement."""
+    total = max(1, int(torch.tensor(unit.shape).prod()) // unit.channels)
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
+
+
+def rows(value: Tensor, unit: Unit, index: Tensor) -> Tensor:
+    """The chosen positions of a batch as (B x positions, channels)."""
+    index = index.to(value.device)
+    if unit.layout == "channels_first":
+        return value.flatten(2)[:, :, index].transpose(1, 2).reshape(-1, unit.channels)
+    return value.reshape(len(value), -1, unit.channels)[:, index].reshape(-1, unit.channels)
+
+
+def install(student: nn.Module, kind: Block, unit: Unit, fit: LinearMap) -> None:
+    """Put a fitted stand-in in the place of the unit, in place."""
+    module = kind.stand_in(unit).to(fit.weight.device)
+    linear = module[0] if isinstance(module, nn.Sequential) else module
+    assert isinstance(linear, nn.Linear | nn.Conv1d | nn.Conv2d)
+    with torch.no_grad():
+        linear.weight.copy_(fit.weight.view_as(linear.weight))
+        assert linear.bias is not None
+        linear.bias.copy_(fit.bias)
+    put(student, unit, module)
+
+
+def repaired(
+    teacher: nn.Module, removals: Sequence[Removal], samples: Samples, *, ridge: float = 1e-3, batch_size: int = 64
+) -> nn.Module:
+    """The student of a plan: dropped units are gone, linear ones are fitted stand-ins.
+
+    Stand-ins are fitted in the order of the network, each to the teacher's output given the *student's* input, so a
+    later one makes up for the errors before it.
+
+    Args:
+        teacher: the model as found; not changed.
+        removals: in the order of the network.
+        samples: unlabelled samples; a few hundred are enough.
+        ridge: relative to the mean diagonal of the normal equations.
+        batch_size: samples per forward pass.
+
+    Returns:
+        A new model in eval mode.
+
+    Cost: one teacher pass, plus one pass of the student's first part per stand-in.
+    """
+    kind = Block()
+    linear = [removal.unit for removal in removals if removal.action == "linear"]
+    student = kind.cut(teacher, [removal.unit for removal in removals]).eval()
+    device = next(teacher.parameters()).device
+    if not linear:
+        return student
+    chosen = {unit.id: positions(unit) for unit in linear}
+    wanted: dict[str, list[Tensor]] = {unit.id: [] for unit in linear}
+    taps = {unit.id: Tap(unit.path, "output") for unit in linear}
+    with evaluating(teacher):
+        for batch in samples.batches(batch_size, device):
+            seen = read(teacher, batch, taps)
+            for unit in linear:
+                wanted[unit.id].append(rows(seen[unit.id], unit, chosen[unit.id]))
+    with evaluating(student):
+        for unit in track(linear, "repair", len(linear)):
+            equations = NormalEquations(unit.channels, device)
+            tap = {"x": Tap(unit.path, "input")}
+            for batch, y in zip(samples.batches(batch_size, device), wanted.pop(unit.id), strict=True):
+                x = rows(read(student, batch, tap)["x"], unit, chosen[unit.id])
+                equations.add(x, y)
+            install(student, kind, unit, equations.solve(ridge))
+    return student
+
+
+def replay(model: nn.Module, removals: Sequence[Removal], state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the stock model with the removals made and the weights in ``state`` loaded: how artifacts come back.
+
+    Which stand-ins were folded away, and which readers got a bias by that, is seen in the names of the weights.
+
+    Raises:
+        RuntimeError: the weights do not fit (torch's own message names the keys).
+    """
+    kind = Block()
+    student = kind.cut(model, [removal.unit for removal in removals])
+    for removal in removals:
+        path = removal.unit.path
+        if removal.action == "linear" and any(key.startswith(f"{path}.") for key in state):
+            put(student, removal.unit, kind.stand_in(removal.unit))
+    for key, value in state.items():
+        layer, _, name = key.rpartition(".")
+        module = _submodule(student, layer)
+        if name == "bias" and isinstance(module, nn.Linear | nn.Conv2d) and module.bias is None:
+            module.bias = nn.Parameter(torch.zeros_like(value))
+    student.load_state_dict(dict(state))
+    return student.to(next(iter(model.parameters())).device).eval()
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def fold(student: nn.Module, removals: Sequence[Removal], batch: Tensor, tolerance: float = 1e-4) -> int:
+    """Fold stand-ins without activation into the linear layer that reads them, where that is exact. In place.
+
+    The reader is the next layer in calling order; whether it is the *only* reader is settled by numbers: the fold is
+    kept when the model's output stays within ``tolerance`` of its scale, else it is undone.
+
+    Returns:
+        How many stand-ins became identities.
+    """
+    folded = 0
+    with evaluating(student):
+        for removal in removals:
+            if removal.action == "linear" and not removal.unit.activation:
+                folded += _fold_one(student, removal.unit, batch, tolerance)
+    return folded
+
+
+def _fold_one(student: nn.Module, unit: Unit, batch: Tensor, tolerance: float) -> int:
+    own = standing(student, unit)
+    reader = _next_layer(student, unit, batch)
+    if reader is None or not isinstance(own, nn.Linear | nn.Conv2d) or own.bias is None:
+        return 0
+    before = student(batch)
+    old_weight, old_bias = reader.weight, reader.bias
+    flat = old_weight.flatten(1).double() @ own.weight.flatten(1).double()
+    shift = old_weight.flatten(1).double() @ own.bias.double()
+    bias = shift if old_bias is None else shift + old_bias.double()
+    reader.weight = nn.Parameter(flat.view_as(old_weight).to(old_weight.dtype))
+    reader.bias = nn.Parameter(bias.to(old_weight.dtype))
+    put(student, unit, nn.Identity())
+    if torch.allclose(student(batch), before, rtol=0, atol=tolerance * float(before.abs().max())):
+        return 1
+    reader.weight, reader.bias = old_weight, old_bias
+    put(student, unit, own)
+    return 0
+
+
+def _next_layer(student: nn.Module, unit: Unit, batch: Tensor) -> nn.Linear | nn.Conv2d | None:
+    """The first layer with weights that runs after the unit, if it is a matrix or a 1x1 convolution as wide as it."""
+    calls: list[str] = []
+    layers = [
+        (name, m) for name, m in student.named_modules() if not list(m.children()) and list(m.parameters(recurse=False))
+    ]
+    handles = [m.register_forward_hook(lambda _m, _a, _o, n=name: calls.append(n)) for name, m in layers]
+    handles.append(module_at(student, unit.path).register_forward_hook(lambda *_: calls.append("")))
+    try:
+        student(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    after = calls[calls.index("") + 1 :]
+    layer = module_at(student, after[0]) if after else None
+    if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1:
+        return layer if layer.in_channels == unit.channels and layer.padding == (0, 0) else None
+    return layer if isinstance(layer, nn.Linear) and layer.in_features == unit.channels else None
+
+
+def skippable(teacher: nn.Module, units: Sequence[Unit], batch: Tensor) -> frozenset[str]:
+    """Units behind which the network depends on their output alone.
+
+    For them the units before can be skipped when only what comes after is of interest. Settled by numbers: with all
+    earlier units skipped and the unit's true output handed in, the logits must be the model's own.
+    """
+    proven = set()
+    with evaluating(teacher):
+        seen = read(teacher, batch, {unit.id: Tap(unit.path, "output") for unit in units})
+        logits = teacher(batch)
+        for number, unit in enumerate(units):
+            given = seen[unit.id]
+            with stubbed(teacher, tail_stubs(units[:number], unit, given)):
+                if torch.allclose(teacher(batch), logits, rtol=1e-4, atol=1e-4):
+                    proven.add(unit.id)
+    return frozenset(proven)
+
+
+def tail_stubs(earlier: Sequence[Unit], unit: Unit, output: Tensor) -> dict[str, object]:
+    """Stubs that skip ``earlier`` units and put ``output`` where ``unit`` would answer."""
+    stubs: dict[str, object] = {u.path: answering(u, lambda x: x) for u in earlier}
+    stubs[unit.path] = answering(unit, lambda _x: output)
+    return stubs

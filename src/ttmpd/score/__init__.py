@@ -1,0 +1,1 @@
+"""How much a removal would hurt, predicted without fine-tuning."""

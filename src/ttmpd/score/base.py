@@ -1,0 +1,34 @@
+"""The contract of a scorer."""
+
+import abc
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import nn
+
+from ttmpd.method import Method
+from ttmpd.records import Action, Samples, Score, Unit
+
+
+class Scorer(Method, abc.ABC):
+    """Predicts, for every unit and action, how much the removal would hurt after recovery; higher hurts more."""
+
+    actions: ClassVar[tuple[Action, ...]] = ("drop",)
+    """The actions it tells apart. A planner offers no others."""
+
+    @abc.abstractmethod
+    def score(
+        self, teacher: nn.Module, units: Sequence[Unit], samples: Samples, *, batch_size: int = 64, seed: int = 0
+    ) -> tuple[Score, ...]:
+        """One score per unit and action, in the order of ``units``.
+
+        Args:
+            teacher: the model as found, on the device where it shall run; left untouched.
+            units: what can be removed.
+            samples: unlabelled samples from the place of use.
+            batch_size: samples per forward pass.
+            seed: of everything random.
+
+        Raises:
+            UnsupportedError: the method cannot treat this model or a unit.
+        """

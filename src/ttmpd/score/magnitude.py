@@ -1,0 +1,29 @@
+"""Small weights hurt little: the oldest criterion, for whole blocks."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import nn
+
+from ttmpd.modules import module_at
+from ttmpd.records import Samples, Score, Unit
+from ttmpd.score.base import Scorer
+
+
+class Magnitude(Scorer):
+    """Mean absolute weight of a unit, its vectors (norms, biases) left out."""
+
+    source: ClassVar[str] = "L1 norm of weights (Li et al., 2017, arXiv 1608.08710), averaged over a block"
+
+    def score(
+        self, teacher: nn.Module, units: Sequence[Unit], samples: Samples, *, batch_size: int = 64, seed: int = 0
+    ) -> tuple[Score, ...]:
+        """The mean absolute value of all weights with two or more axes; of all weights where there are none."""
+        return tuple(Score(unit.id, "drop", _mean_magnitude(module_at(teacher, unit.path))) for unit in units)
+
+
+def _mean_magnitude(module: nn.Module) -> float:
+    weights = [p.detach() for p in module.parameters()]
+    matrices = [p for p in weights if p.dim() >= 2] or weights
+    total = sum(float(p.abs().sum()) for p in matrices)
+    return total / max(1, sum(p.numel() for p in matrices))

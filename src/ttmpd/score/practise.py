@@ -1,0 +1,150 @@
+"""PRACTISE's recoverability: train small adaptors around the hole and see how far they get."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ttmpd.errors import UnsupportedError
+from ttmpd.method import check_range
+from ttmpd.modules import call, evaluating, find_feature_tap, hooks, module_at, read, replace_module
+from ttmpd.progress import track
+from ttmpd.records import Samples, Score, Tap, Unit
+from ttmpd.score.base import Scorer
+from ttmpd.training import Loop, Schedule, batch_order, train
+from ttmpd.units.block import Block
+from ttmpd.views import random_view
+
+
+class Practise(Scorer):
+    """R of each block: error of the last feature map after 1x1 adaptors around the removed block were trained."""
+
+    source: ClassVar[str] = "Wang and Wu, CVPR 2023 (arXiv 2202.07861); adaptors, schedule and loss as in the authors' code"
+    needs: ClassVar[tuple[str, ...]] = ("gradients", "training")
+    steps: int = 1000
+    """Adaptor iterations per block."""
+    lr: float = 0.02
+    train_batch: int = 64
+
+    def __post_init__(self) -> None:
+        check_range("practise.steps", self.steps, 0)
+        check_range("practise.train_batch", self.train_batch, 1)
+
+    def score(
+        self, teacher: nn.Module, units: Sequence[Unit], samples: Samples, *, batch_size: int = 64, seed: int = 0
+    ) -> tuple[Score, ...]:
+        """One score per unit for "drop": the mean squared error that remains.
+
+        Raises:
+            UnsupportedError: the model has no feature map before pooling, or its blocks hold no convolutions.
+
+        Cost: ``steps`` training steps per unit, with the teacher in the loop.
+        """
+        if not units:
+            return ()
+        device = next(teacher.parameters()).device
+        few = samples.batch(slice(0, 2), device)
+        tap = find_feature_tap(teacher, few)
+        if tap is None or tap.side != "output":
+            raise UnsupportedError("practise needs a feature map before pooling, which this model does not have; use ttmpd")
+        blocks = _blocks(teacher, units, few)
+        return tuple(
+            Score(unit.id, "drop", self._recoverability(teacher, unit, blocks, samples, tap, seed))
+            for unit in track(units, "practise", len(units))
+        )
+
+    def _recoverability(
+        self, teacher: nn.Module, unit: Unit, blocks: list["_Block"], samples: Samples, tap: Tap, seed: int
+    ) -> float:
+        device = next(teacher.parameters()).device
+        pruned = Block().cut(teacher, [unit]).eval()
+        for parameter in pruned.parameters():
+            parameter.requires_grad_(False)
+        _insert_adaptors(pruned, unit, blocks)
+        generator = torch.Generator().manual_seed(seed)
+
+        def loss_at(step: int) -> Tensor:
+            index = batch_order(len(samples), self.train_batch, step, seed)
+            view = random_view(samples.batch(index, device), generator)
+            with torch.no_grad():
+                wanted = read(teacher, view, {"f": tap})["f"]
+            return F.mse_loss(read(pruned, view, {"f": tap})["f"], wanted)
+
+        with evaluating(teacher):
+            # The adaptors are in eval mode like the rest: there is nothing in them that depends on it.
+            train(pruned, loss_at, Schedule(steps=self.steps, lr=self.lr, shape="thirds"), Loop(stage=f"adaptors {unit.id}"))
+            with evaluating(pruned):
+                error = torch.zeros((), dtype=torch.float64)
+                for batch in samples.batches(self.train_batch, device):
+                    difference = read(pruned, batch, {"f": tap})["f"] - read(teacher, batch, {"f": tap})["f"]
+                    error += difference.square().flatten(1).mean(1).sum().double().cpu()
+        return float(error) / len(samples)
+
+
+class _Block:
+    """One block of a stage: where adaptors may go."""
+
+    def __init__(self, path: str, shape: tuple[int, ...], convs: list[str], shortcut: str | None) -> None:
+        self.path, self.shape, self.shortcut = path, shape, shortcut
+        self.first, self.last = convs[0], convs[-1]
+
+
+def _blocks(teacher: nn.Module, units: Sequence[Unit], batch: Tensor) -> list[_Block]:
+    """All siblings of the units in calling order, with their first, last and shortcut convolutions."""
+    parents = list(dict.fromkeys(unit.path.rpartition(".")[0] for unit in units))
+    paths = {f"{p}.{name}" if p else name for p in parents for name, _ in module_at(teacher, p).named_children()}
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    convs: dict[str, list[tuple[str, Tensor]]] = {}
+    handles = []
+    for path in paths:
+        module = module_at(teacher, path)
+        handles.append(module.register_forward_hook(lambda _m, a, out, p=path: seen.__setitem__(p, (a[0], out))))
+        for name, conv in module.named_modules():
+            if isinstance(conv, nn.Conv2d):
+                full = f"{path}.{name}"
+                handles.append(
+                    conv.register_forward_hook(
+                        lambda _m, a, _out, p=path, n=full: convs.setdefault(p, []).append((n, a[0]))
+                    )
+                )
+    with evaluating(teacher), hooks(handles):
+        call(teacher, batch)
+    blocks = []
+    for path, (given, answer) in seen.items():
+        inside = convs.get(path, [])
+        if not inside or not isinstance(answer, Tensor):
+            continue
+        shortcut = next((n for n, x in inside[1:] if x is given), None)
+        blocks.append(_Block(path, tuple(answer.shape[1:]), [n for n, _ in inside if n != shortcut], shortcut))
+    missing = [unit.id for unit in units if unit.path not in {block.path for block in blocks}]
+    if missing:
+        raise UnsupportedError(f"practise needs convolutional blocks, but {missing[0]} has no convolution; use ttmpd")
+    return blocks
+
+
+def _insert_adaptors(pruned: nn.Module, unit: Unit, blocks: list[_Block]) -> None:
+    """Identity 1x1 convolutions: after the last convolution of earlier blocks of the stage (its shortcut too), before
+    the first of later ones, up to and including the first block of the next stage (its shortcut too)."""
+    place = next(i for i, block in enumerate(blocks) if block.path == unit.path)
+    for block in reversed(blocks[:place]):
+        if block.shape != unit.shape:
+            break
+        for path in filter(None, (block.last, block.shortcut)):
+            _wrap(pruned, path, before=False)
+    for block in blocks[place + 1 :]:
+        same_stage = block.shape == unit.shape
+        for path in filter(None, (block.first, None if same_stage else block.shortcut)):
+            _wrap(pruned, path, before=True)
+        if not same_stage:
+            break
+
+
+def _wrap(model: nn.Module, path: str, before: bool) -> None:
+    conv = module_at(model, path)
+    assert isinstance(conv, nn.Conv2d)
+    width = conv.in_channels if before else conv.out_channels
+    adaptor = nn.Conv2d(width, width, 1, bias=False).to(conv.weight.device)
+    nn.init.dirac_(adaptor.weight)
+    replace_module(model, path, nn.Sequential(adaptor, conv) if before else nn.Sequential(conv, adaptor))

@@ -1,0 +1,123 @@
+"""Finished stages on disk, so that a killed run goes on where it was; one run per folder at a time."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ttmpd.errors import InvalidValueError
+
+Tensors = dict[str, Tensor]
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short hash of plain data."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A short hash of a model's class, its weight names and their values."""
+    digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=12)
+    for name, value in model.state_dict().items():
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(f"{float(value.double().sum()):.9e} {float(value.double().abs().sum()):.9e}".encode())
+    return digest.hexdigest()
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write strict JSON under a temporary name and rename it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
+    temporary.replace(path)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this run alone; a killed run lets go of it.
+
+    Raises:
+        InvalidValueError: another run is writing there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise InvalidValueError(
+            f"output must be a folder that no other run is writing to, but {str(folder)!r} is in use; "
+            "wait for that run or choose another folder"
+        ) from None
+
+
+class Stages:
+    """A folder of finished stages. What is there is not computed again.
+
+    Args:
+        folder: made if missing.
+        run: fingerprint of everything the stages depend on; a folder of another run is emptied.
+        resume: keep what an earlier run with the same fingerprint left.
+    """
+
+    def __init__(self, folder: Path, run: str, resume: bool = False) -> None:
+        self.folder = folder
+        self.seconds: dict[str, float] = {}
+        self.reused: list[str] = []
+        marker = folder / "run.json"
+        if not (resume and marker.exists() and json.loads(marker.read_text()) == run):
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(marker, run)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds of a block to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def json(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The plain data of a stage: from disk if it is finished, else computed and kept."""
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            return self._again(name, json.loads(path.read_text(encoding="utf-8")))
+        start = time.perf_counter()
+        with self.timed(name):
+            data = compute()
+        write_json(path, {"data": data, "seconds": time.perf_counter() - start})
+        return data
+
+    def tensors(self, name: str, compute: Callable[[], tuple[Mapping[str, Tensor], Any]]) -> tuple[Tensors, Any]:
+        """The tensors and plain data of a stage: from disk if it is finished, else computed and kept."""
+        path = self.folder / f"{name}.safetensors"
+        try:
+            with safe_open(path, "pt") as file:
+                stored = json.loads(file.metadata()["stage"])
+            return load_file(path), self._again(name, stored)
+        except (OSError, SafetensorError, KeyError, TypeError):
+            pass  # not there, or broken: compute it
+        start = time.perf_counter()
+        with self.timed(name):
+            found, data = compute()
+        kept = {key: value.detach().cpu().contiguous().clone() for key, value in found.items()}
+        temporary = path.with_name(f"{path.name}.tmp")
+        facts = json.dumps({"data": data, "seconds": time.perf_counter() - start})
+        save_file(kept, temporary, {"stage": facts})
+        temporary.replace(path)
+        return kept, data
+
+    def _again(self, name: str, stored: Any) -> Any:
+        self.reused.append(name)
+        self.seconds[name] = stored["seconds"]
+        return stored["data"]

@@ -1,0 +1,81 @@
+"""The teacher's answers on disk: written once, memory-mapped ever after."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ttmpd.records import Tap, Targets
+
+
+class TargetsWriter:
+    """Writes ``features.npy`` and ``logits.npy``, each (views, samples, ...), batch by batch.
+
+    Args:
+        folder: made if missing.
+        n_views: fixed views per sample.
+        n_samples: samples.
+    """
+
+    def __init__(self, folder: Path, n_views: int, n_samples: int) -> None:
+        self.folder, self.shape = folder, (n_views, n_samples)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.arrays: dict[str, np.memmap] = {}
+
+    def write(self, view: int, start: int, features: Tensor | None, logits: Tensor) -> None:
+        """Store one batch; features go to half precision where their range is safe."""
+        values = {"logits": logits.float()} | ({} if features is None else {"features": features.float()})
+        for name, value in values.items():
+            if name not in self.arrays:
+                half = name == "features" and float(value.abs().max()) < 1e3
+                self.arrays[name] = np.lib.format.open_memmap(
+                    self.folder / f"{name}.npy",
+                    mode="w+",
+                    dtype=np.float16 if half else np.float32,
+                    shape=(*self.shape, *value.shape[1:]),
+                )
+            stored = self.arrays[name]
+            if stored.dtype == np.float16:
+                value = value.clamp(-65504, 65504)
+            stored[view, start : start + len(value)] = value.cpu().numpy()
+
+    def finish(self) -> tuple[Tensor | None, Tensor]:
+        """(features, logits) as memory-mapped tensors."""
+        for array in self.arrays.values():
+            array.flush()
+        features = self.arrays.get("features")
+        return None if features is None else torch.from_numpy(features), torch.from_numpy(self.arrays["logits"])
+
+
+def save_targets(targets: Targets, folder: Path) -> None:
+    """Write what :func:`load_targets` needs beside the arrays; ``targets.json`` comes last and makes them valid."""
+    np.save(folder / "held_out.npy", targets.held_out.cpu().numpy())
+    facts = {
+        "tap": None if targets.tap is None else [targets.tap.path, targets.tap.side],
+        "feature_variance": targets.feature_variance,
+        "arrays": ["logits", "held_out"] + (["features"] if targets.features is not None else []),
+    }
+    temporary = folder / "targets.json.tmp"
+    temporary.write_text(json.dumps(facts), encoding="utf-8")
+    temporary.replace(folder / "targets.json")
+
+
+def load_targets(folder: Path) -> Targets | None:
+    """Targets that an earlier run finished in ``folder``, or None."""
+    facts = folder / "targets.json"
+    if not facts.exists():
+        return None
+    data = json.loads(facts.read_text(encoding="utf-8"))
+    # Copy on write: torch wants writable memory, the files stay as they are.
+    arrays = {
+        name: torch.from_numpy(np.lib.format.open_memmap(folder / f"{name}.npy", mode="c")) for name in data["arrays"]
+    }
+    return Targets(
+        tap=None if data["tap"] is None else Tap(*data["tap"]),
+        features=arrays.get("features"),
+        logits=arrays["logits"],
+        feature_variance=data["feature_variance"],
+        held_out=arrays["held_out"],
+    )

@@ -1,0 +1,150 @@
+"""Milliseconds on this device: warm-up, interleaved rounds, medians with their quartiles.
+
+Single runs lie on busy machines. Whatever is to be compared runs in the same rounds, one call each per round in a
+seeded order, so that a slow moment hits all candidates alike; ratios are taken round by round and their median quoted.
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.errors import InvalidValueError
+from ttmpd.modules import evaluating
+from ttmpd.records import Timing
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """Raw milliseconds: one value per candidate and round; value i of all candidates is from the same round."""
+
+    ms: Mapping[str, tuple[float, ...]]
+
+    def timing(self, name: str) -> Timing:
+        """Median and quartiles of one candidate."""
+        low, median, high = quartiles(self.ms[name])
+        return Timing(median, low, high, len(self.ms[name]))
+
+    def ratio(self, slow: str, fast: str) -> Timing:
+        """How many times faster ``fast`` is than ``slow``: median and quartiles of the round-by-round ratios."""
+        low, median, high = quartiles([a / b for a, b in zip(self.ms[slow], self.ms[fast], strict=True)])
+        return Timing(median, low, high, len(self.ms[slow]))
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile.
+
+    Example:
+        >>> quartiles([1.0, 2.0, 3.0, 4.0, 5.0])
+        (2.0, 3.0, 4.0)
+    """
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 15,
+    warmup: int = 2,
+    min_seconds: float = 0.0,
+    clock: Clock = time.perf_counter,
+    seed: int = 0,
+) -> Rounds:
+    """Time all candidates in turn, round after round.
+
+    Args:
+        candidates: name -> call without arguments; a call must not return before its work is done.
+        rounds: counted rounds; at least this many.
+        warmup: rounds that are run and thrown away.
+        min_seconds: go on (up to 20 times ``rounds``) until the counted rounds have taken this long: fast calls need
+            more of them.
+        clock: returns seconds; injected by tests.
+        seed: of the order within a round.
+
+    Raises:
+        InvalidValueError: there is nothing to time or no round.
+    """
+    if not candidates or rounds < 1 or warmup < 0:
+        raise InvalidValueError(f"timing must have candidates and rounds >= 1, but got {len(candidates)} and {rounds}")
+    order, shuffle = list(candidates), random.Random(seed)
+    ms: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(warmup + 20 * rounds):
+        shuffle.shuffle(order)
+        for name in order:
+            start = clock()
+            candidates[name]()
+            if number >= warmup:
+                ms[name].append((clock() - start) * 1e3)
+        done = number + 1 - warmup
+        if done >= rounds and sum(map(sum, ms.values())) >= min_seconds * 1e3:
+            break
+    return Rounds({name: tuple(values) for name, values in ms.items()})
+
+
+def forward_call(model: nn.Module, batch: Tensor) -> Callable[[], object]:
+    """A call that runs one forward pass without gradients and waits for the device."""
+
+    def run() -> None:
+        with torch.no_grad():
+            model(batch)
+        synchronize(batch.device)
+
+    return run
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def time_models(
+    models: Mapping[str, nn.Module],
+    batch: Tensor,
+    *,
+    rounds: int = 15,
+    min_seconds: float = 2.0,
+    clock: Clock = time.perf_counter,
+) -> Rounds:
+    """Interleaved forward passes of several models (or modules) on the same batch, in eval mode."""
+    stack = [evaluating(model) for model in models.values()]
+    for manager in stack:
+        manager.__enter__()
+    try:
+        calls = {name: forward_call(model, batch) for name, model in models.items()}
+        return interleaved(calls, rounds=rounds, min_seconds=min_seconds, clock=clock)
+    finally:
+        for manager in reversed(stack):
+            manager.__exit__(None, None, None)
+
+
+def machine(device: torch.device | str) -> dict[str, str | int]:
+    """What the milliseconds belong to: device name, threads, torch version."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = _cpu_name() if device.type == "cpu" else device.type
+    return {"device": name, "type": device.type, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = [line for line in file if line.startswith("model name")]
+        return lines[0].partition(":")[2].strip()
+    except (OSError, IndexError):
+        import platform
+
+        return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""What can be removed: ``find``, ``mask``, ``cut``."""

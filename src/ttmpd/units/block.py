@@ -1,0 +1,338 @@
+"""Whole residual blocks, found in any network without tracing.
+
+A unit is a module that has weights, is called once, answers with the shape it was given, and has a shortcut around it
+(or stands in a row of equal modules). Shortcuts are read off the autograd graph: a path from output to input that
+crosses an addition and no weights.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.errors import InvalidValueError, ModelError
+from ttmpd.modules import (
+    call,
+    count_macs,
+    count_parameters,
+    evaluating,
+    first_tensor,
+    has_nan,
+    hooks,
+    module_at,
+    replace_module,
+    with_first,
+)
+from ttmpd.records import Layout, Unit
+from ttmpd.units.base import Found, Kind
+
+# Backward nodes that keep every value apart from shifts, clipping and normalisation: a shortcut may cross them.
+_TRANSPARENT = {
+    "Add", "Relu", "Hardtanh", "LeakyRelu", "Gelu", "Silu", "Hardswish", "Elu", "Threshold", "View", "UnsafeView",
+    "ReshapeAlias", "Permute", "Transpose", "T", "Clone", "ToCopy", "Alias", "Slice", "Squeeze", "Unsqueeze", "Roll",
+    "NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "NativeGroupNorm", "NativeDropout", "Contiguous",
+}  # fmt: skip
+
+
+class PassThrough(nn.Module):
+    """Stands where a unit was: hands on its first argument, or what ``inner`` makes of it.
+
+    Used where ``nn.Identity`` does not do: blocks that are called with more arguments or answer with a tuple.
+    """
+
+    def __init__(self, inner: nn.Module | None = None, as_tuple: bool = False) -> None:
+        super().__init__()
+        self.inner = inner if inner is not None else nn.Identity()
+        self.as_tuple = as_tuple
+
+    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        """``inner(hidden_states)``, as a tuple of one where the unit answered with a tuple."""
+        answer = self.inner(hidden_states)
+        return (answer,) if self.as_tuple else answer
+
+
+@dataclass
+class _Call:
+    """What was seen of one module during a forward pass."""
+
+    count: int = 0
+    n_inputs: int = 0
+    given: Tensor | None = None
+    answer: Tensor | None = None
+    wrapped: bool = False
+    shortcut: bool = False
+
+
+class Block(Kind):
+    """Blocks whose output has the shape of their input.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> [unit.path for unit in Block().find(resnet18().eval(), torch.zeros(1, 3, 64, 64)).units]
+        ['layer1.0', 'layer1.1', 'layer2.1', 'layer3.1', 'layer4.1']
+    """
+
+    source: ClassVar[str] = "PRACTISE (arXiv 2202.07861), section 3: residual blocks of equal shape; found here by shape"
+    actions: ClassVar[tuple[str, ...]] = ("drop", "linear")
+
+    def find(self, model: nn.Module, batch: Tensor) -> Found:
+        """The removable blocks, in the order of the network.
+
+        Raises:
+            ModelError: the model cannot be run on the batch or answers with NaN.
+        """
+        seen = _watch(model, batch)
+        refused: dict[str, str] = {}
+        repeated = _in_rows(model, seen)
+        chosen = _choose(model, "", seen, repeated, refused)
+        order = {path: number for number, path in enumerate(seen)}
+        macs = count_macs(model, batch)
+        units = [_unit(path, module_at(model, path), seen[path], macs) for path in sorted(chosen, key=order.__getitem__)]
+        kept = [unit for unit in units if _works_without(self, model, unit, batch, refused)]
+        return Found(tuple(kept), tuple(refused.items()))
+
+    def cut(self, model: nn.Module, units: Sequence[Unit]) -> nn.Module:
+        """A copy of the model in which an identity stands where each unit was; all other paths keep their names."""
+        # The memo makes deepcopy take the replacement instead of copying what is cut.
+        student: nn.Module = copy.deepcopy(model, {id(module_at(model, u.path)): wrapped(u, nn.Identity()) for u in units})
+        return student
+
+    @contextlib.contextmanager
+    def mask(self, model: nn.Module, units: Sequence[Unit]) -> Iterator[None]:
+        """The blocks still run, but each hands on its input."""
+
+        def hand_on(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            given = first_tensor(args) if args else first_tensor(kwargs)
+            assert given is not None
+            return with_first(output, given)
+
+        handles = [module_at(model, u.path).register_forward_hook(hand_on, with_kwargs=True) for u in units]
+        with hooks(handles):
+            yield
+
+    def stand_in(self, unit: Unit) -> nn.Module:
+        """A 1x1 convolution or a square matrix, followed by the block's own activation."""
+        linear: nn.Module
+        if unit.layout == "channels_first" and len(unit.shape) == 3:
+            linear = nn.Conv2d(unit.channels, unit.channels, 1)
+        elif unit.layout == "channels_first" and len(unit.shape) == 2:
+            linear = nn.Conv1d(unit.channels, unit.channels, 1)
+        else:
+            linear = nn.Linear(unit.channels, unit.channels)
+        if not unit.activation:
+            return linear
+        return nn.Sequential(linear, {"relu": nn.ReLU, "relu6": nn.ReLU6}[unit.activation]())
+
+
+def wrapped(unit: Unit, new: nn.Module) -> nn.Module:
+    """``new`` in the form in which the model calls the unit."""
+    return new if unit.form == "plain" else PassThrough(new, unit.form == "tuple")
+
+
+def put(student: nn.Module, unit: Unit, new: nn.Module) -> None:
+    """Set ``new`` in the place of ``unit``, in place."""
+    replace_module(student, unit.path, wrapped(unit, new))
+
+
+def standing(student: nn.Module, unit: Unit) -> nn.Module:
+    """What stands in the place of ``unit``, without its wrapper."""
+    module = module_at(student, unit.path)
+    return module.inner if isinstance(module, PassThrough) else module
+
+
+def answering(unit: Unit, function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """A ``forward`` for the unit's place that answers with ``function(input)``: see :func:`ttmpd.modules.stubbed`."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = first_tensor(args) if args else first_tensor(kwargs)
+        assert given is not None
+        return (function(given),) if unit.form == "tuple" else function(given)
+
+    return forward
+
+
+def _watch(model: nn.Module, batch: Tensor) -> dict[str, _Call]:
+    """Run the model once with gradients on and note every module's first input and output, in calling order."""
+    seen: dict[str, _Call] = {}
+
+    def before(path: str, args: Any, kwargs: Any) -> Any:
+        record = seen.setdefault(path, _Call())
+        record.count += 1
+        given = first_tensor(args) if args else first_tensor(kwargs)
+        record.given = given
+        record.n_inputs = len(args) + len(kwargs)
+
+    def after(path: str, output: Any) -> None:
+        record = seen[path]
+        record.wrapped = isinstance(output, tuple)
+        record.answer = first_tensor(output)
+        record.shortcut = _has_shortcut(record.answer, record.given)
+
+    handles: list[Any] = []
+    for path, module in model.named_modules():
+        if path and any(True for _ in module.children()):
+            handles.append(
+                module.register_forward_pre_hook(lambda _m, a, k, p=path: before(p, a, k), with_kwargs=True)
+            )
+            handles.append(module.register_forward_hook(lambda _m, _a, out, p=path: after(p, out)))
+    with evaluating(model, gradients=True), hooks(handles):
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        source = batch.clone().requires_grad_(batch.is_floating_point())
+        try:
+            logits = call(model, source)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ModelError(
+                f"{type(model).__name__} must run on a batch of shape {tuple(batch.shape)}, but failed: "
+                f"{str(error).splitlines()[0][:200]}; check the input size and the preprocessing"
+            ) from error
+    if has_nan(logits):
+        raise ModelError(f"{type(model).__name__} must answer with finite values, but got NaN or infinity")
+    return seen
+
+
+def _node_name(node: Any) -> str:
+    return str(node.name()).rpartition("::")[2].partition("Backward")[0]
+
+
+def _has_shortcut(answer: Tensor | None, given: Tensor | None) -> bool:
+    """Whether the autograd graph leads from ``answer`` to ``given`` through an addition and past no weights."""
+    if answer is None or given is None or answer.grad_fn is None or given.grad_fn is None:
+        return False
+    goal, stack, visited = given.grad_fn, [(answer.grad_fn, False)], set()
+    while stack:
+        node, added = stack.pop()
+        if (node, added) in visited:
+            continue
+        visited.add((node, added))
+        if node is goal:
+            if added:
+                return True
+            continue
+        if _node_name(node) in _TRANSPARENT:
+            added = added or (_node_name(node) == "Add" and len([n for n, _ in node.next_functions if n]) > 1)
+            stack += [(parent, added) for parent, _ in node.next_functions[:2] if parent is not None]
+    return False
+
+
+def _same_shape(record: _Call) -> bool:
+    given, answer = record.given, record.answer
+    return given is not None and answer is not None and given.shape == answer.shape and given.dtype == answer.dtype
+
+
+def _in_rows(model: nn.Module, seen: dict[str, _Call]) -> set[str]:
+    """Paths of modules that keep the shape and have a sibling of the same class that does too."""
+    rows: dict[tuple[str, type], list[str]] = {}
+    for path, record in seen.items():
+        module = module_at(model, path)
+        if record.count == 1 and _same_shape(record) and type(module) is not nn.Sequential:
+            rows.setdefault((path.rpartition(".")[0], type(module)), []).append(path)
+    return {path for paths in rows.values() if len(paths) > 1 for path in paths}
+
+
+def _choose(
+    model: nn.Module, path: str, seen: dict[str, _Call], repeated: set[str], refused: dict[str, str]
+) -> list[str]:
+    """The units below ``path``: a module itself, or its parts when they make up nearly all of it (a stage)."""
+    module, record = module_at(model, path), seen.get(path)
+    refused_below: dict[str, str] = {}
+    below: list[str] = []
+    for name, _ in module.named_children():
+        below += _choose(model, f"{path}.{name}" if path else name, seen, repeated, refused_below)
+    weights = count_parameters(module)
+    if record is None or weights == 0 or not path:
+        refused.update(refused_below)
+        return below
+    covered = sum(count_parameters(module_at(model, part)) for part in below)
+    reason = _refusal(record, path in repeated)
+    if reason and not below and _worth_telling(module, record):
+        refused[path] = reason
+    if reason or covered >= 0.9 * weights:
+        refused.update(refused_below)
+        return below
+    return [path]
+
+
+def _refusal(record: _Call, in_row: bool) -> str:
+    """Why a module is no unit; "" when it is one."""
+    if record.given is None or record.answer is None:
+        return "no tensor in or out"
+    if record.count > 1:
+        return f"called {record.count} times in one pass"
+    if not _same_shape(record):
+        return f"changes the shape from {tuple(record.given.shape[1:])} to {tuple(record.answer.shape[1:])}"
+    if not record.shortcut and not in_row:
+        return "has no shortcut around it"
+    return ""
+
+
+def _worth_telling(module: nn.Module, record: _Call) -> bool:
+    """Whether a user would expect to see this module in the list of refusals: block-like, not a layer's wrapper."""
+    n_layers = sum(1 for m in module.modules() if not list(m.children()) and count_parameters(m))
+    is_map = record.given is not None and record.given.dim() >= 3
+    return is_map and n_layers >= 3 and type(module) is not nn.Sequential
+
+
+def _unit(path: str, module: nn.Module, record: _Call, macs: dict[str, int]) -> Unit:
+    assert record.answer is not None and record.given is not None
+    answer = record.answer.detach()
+    return Unit(
+        kind="block",
+        path=path,
+        module=type(module).__name__,
+        shape=tuple(answer.shape[1:]),
+        layout=_layout(module, answer),
+        activation=_activation(answer),
+        n_params=count_parameters(module),
+        macs=macs.get(path, 0),
+        form="tuple" if record.wrapped else "plain" if record.n_inputs == 1 else "arguments",
+    )
+
+
+def _layout(module: nn.Module, answer: Tensor) -> Layout:
+    """Read off the layers which axis holds the channels: convolutions say axis 1, matrices the last axis."""
+    if answer.dim() == 2:
+        return "channels_last"
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.in_channels == answer.shape[1]:
+            return "channels_first"
+        if isinstance(layer, nn.Linear | nn.LayerNorm) and layer.weight.shape[-1] == answer.shape[-1]:
+            return "channels_last"
+    return "channels_first" if answer.dim() == 4 else "channels_last"
+
+
+def _activation(answer: Tensor) -> str:
+    """Which clipping the block ends with, seen in its values."""
+    if float(answer.min()) != 0.0 or int((answer == 0).sum()) < answer.numel() // 50:
+        return ""
+    return "relu6" if float(answer.max()) == 6.0 else "relu"
+
+
+def _works_without(kind: Block, model: nn.Module, unit: Unit, batch: Tensor, refused: dict[str, str]) -> bool:
+    """Whether the rest of the model runs when the unit is really gone (some models read a block's attributes)."""
+    original = module_at(model, unit.path)
+    put(model, unit, nn.Identity())
+    try:
+        with evaluating(model):
+            call(model, batch[:1])
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        refused[unit.path] = f"the model does not run without it: {str(error).splitlines()[0][:120]}"
+        return False
+    finally:
+        replace_module(model, unit.path, original)
+    return True
+
+
+def check_units(model: nn.Module, units: Sequence[Unit]) -> None:
+    """Raise :class:`InvalidValueError` when a unit does not belong to ``model``."""
+    for unit in units:
+        if count_parameters(module_at(model, unit.path)) != unit.n_params:
+            raise InvalidValueError(
+                f"unit {unit.id} must have {unit.n_params} parameters, but the model's has "
+                f"{count_parameters(module_at(model, unit.path))}; the plan belongs to another model"
+            )
+
