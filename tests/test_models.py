@@ -11,7 +11,8 @@ from PIL import Image
 from torch import nn
 
 from ttmpd.errors import InvalidValueError, MissingPackageError, ModelError, UnsupportedError
-from ttmpd.models import INTERPOLATIONS, OpenedModel, Preprocessing, open_model, preprocessing_of
+from ttmpd.models import OpenedModel, open_model
+from ttmpd.preprocessing import INTERPOLATIONS, Preprocessing, preprocessing_of
 
 DATA = Path(os.environ.get("TTMPD_DATA", Path(__file__).resolve().parents[1] / "../shared/data"))
 HALF = (0.5, 0.5, 0.5)

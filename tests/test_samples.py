@@ -16,9 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from ttmpd.errors import InvalidValueError, SamplesError
-from ttmpd.models import Preprocessing, open_model
+from ttmpd.files import image_files
+from ttmpd.labels import Labels, open_labels
+from ttmpd.models import open_model
+from ttmpd.preprocessing import Preprocessing
 from ttmpd.records import Samples
-from ttmpd.samples import Labels, image_files, open_labels, open_samples, stream_samples
+from ttmpd.samples import open_samples, stream_samples
 
 DATA = Path(os.environ.get("TTMPD_DATA", Path(__file__).resolve().parents[1] / "../shared/data"))
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.5, 0.5)

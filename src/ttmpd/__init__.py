@@ -1,1 +1,157 @@
-"""Make a pretrained model faster on your device, adapted to your data, without labels."""
+"""Make a pretrained model faster on your device, adapted to your data, without labels.
+
+Example:
+    >>> import ttmpd
+    >>> result = ttmpd.compress("timm:resnet50.a1_in1k", "photos/", speedup=2.0, output="fast/")  # doctest: +SKIP
+    >>> net = ttmpd.load("fast/")  # doctest: +SKIP
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ttmpd.errors import (
+    BudgetUnreachableError,
+    CheckpointError,
+    InvalidValueError,
+    MissingPackageError,
+    ModelError,
+    SamplesError,
+    TTMPDError,
+    UnknownMethodError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    from ttmpd.adapt.none import NoAdaptation
+    from ttmpd.adapt.norm import Norm
+    from ttmpd.checkpoint import load
+    from ttmpd.distill.mimic import Mimic
+    from ttmpd.distill.one_time import OneTime
+    from ttmpd.evaluation import Accuracy, BenchRow, Evaluation, Quality, bench, evaluate
+    from ttmpd.inspection import Inspection, Preview, inspect, preview
+    from ttmpd.models import OpenedModel, open_model
+    from ttmpd.pipeline import Result, Settings, Target, compress, compress_many
+    from ttmpd.plan.greedy import Greedy
+    from ttmpd.plan.knapsack import Knapsack
+    from ttmpd.preprocessing import Preprocessing
+    from ttmpd.records import Agreement, Fit, Plan, Removal, Samples, Score, Timing, Unit
+    from ttmpd.samples import open_samples
+    from ttmpd.score.damage import Damage
+    from ttmpd.score.magnitude import Magnitude
+    from ttmpd.score.practise import Practise
+    from ttmpd.score.ttmpd import TTMPD
+    from ttmpd.units.block import Block
+
+    from_pretrained = load
+
+# Everything that needs torch is imported when it is first asked for: the command line starts at once.
+_HOMES = {
+    "Accuracy": "evaluation",
+    "Agreement": "records",
+    "BenchRow": "evaluation",
+    "Block": "units.block",
+    "Damage": "score.damage",
+    "Evaluation": "evaluation",
+    "Fit": "records",
+    "Greedy": "plan.greedy",
+    "Inspection": "inspection",
+    "Knapsack": "plan.knapsack",
+    "Magnitude": "score.magnitude",
+    "Mimic": "distill.mimic",
+    "NoAdaptation": "adapt.none",
+    "Norm": "adapt.norm",
+    "OneTime": "distill.one_time",
+    "OpenedModel": "models",
+    "Plan": "records",
+    "Practise": "score.practise",
+    "Preprocessing": "preprocessing",
+    "Preview": "inspection",
+    "Quality": "evaluation",
+    "Removal": "records",
+    "Result": "pipeline",
+    "Samples": "records",
+    "Score": "records",
+    "Settings": "pipeline",
+    "TTMPD": "score.ttmpd",
+    "Target": "pipeline",
+    "Timing": "records",
+    "Unit": "records",
+    "bench": "evaluation",
+    "compress": "pipeline",
+    "compress_many": "pipeline",
+    "evaluate": "evaluation",
+    "from_pretrained": "checkpoint",
+    "inspect": "inspection",
+    "load": "checkpoint",
+    "open_model": "models",
+    "open_samples": "samples",
+    "preview": "inspection",
+}
+
+__all__ = [
+    "TTMPD",
+    "Accuracy",
+    "Agreement",
+    "BenchRow",
+    "Block",
+    "BudgetUnreachableError",
+    "CheckpointError",
+    "Damage",
+    "Evaluation",
+    "Fit",
+    "Greedy",
+    "Inspection",
+    "InvalidValueError",
+    "Knapsack",
+    "Magnitude",
+    "Mimic",
+    "MissingPackageError",
+    "ModelError",
+    "NoAdaptation",
+    "Norm",
+    "OneTime",
+    "OpenedModel",
+    "Plan",
+    "Practise",
+    "Preprocessing",
+    "Preview",
+    "Quality",
+    "Removal",
+    "Result",
+    "Samples",
+    "SamplesError",
+    "Score",
+    "Settings",
+    "TTMPDError",
+    "Target",
+    "Timing",
+    "Unit",
+    "UnknownMethodError",
+    "UnsupportedError",
+    "bench",
+    "compress",
+    "compress_many",
+    "evaluate",
+    "from_pretrained",
+    "inspect",
+    "load",
+    "open_model",
+    "open_samples",
+    "preview",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("ttmpd")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ttmpd' has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"ttmpd.{_HOMES[name]}"), "load" if name == "from_pretrained" else name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,5 +1,361 @@
-"""Save and load artifacts (being written)."""
+"""Save and load artifacts: a readable plan and safetensors, replayed on the stock model; nothing is unpickled.
+
+A folder is an artifact when it holds ``plan.json``, which is written last. Loading runs no code that the folder names:
+only models of timm, torchvision, Hugging Face and this package are rebuilt from their id; any other model is passed in.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-def save_artifact(folder: Path, **kw: Any) -> Path:
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ttmpd.errors import CheckpointError, InvalidValueError, TTMPDError
+from ttmpd.models import OpenedModel, is_rebuildable, open_model
+from ttmpd.preprocessing import Preprocessing, preprocessing_of
+from ttmpd.records import ACTIONS, Plan, Removal, Unit
+from ttmpd.repair import replay
+from ttmpd.stages import disk_guarded, write_json
+from ttmpd.units.block import check_units
+
+FORMAT = 1
+PLAN, WEIGHTS = "plan.json", "model.safetensors"
+_FILES = (WEIGHTS, "report.json", "report.html", "README.md")
+_UNFINISHED = ".unfinished"
+_KEYS = {
+    "format", "ttmpd", "model", "preprocessing", "class_names", "input_shape", "plan", "methods", "settings",
+    "sample_ids", "weights",
+}  # fmt: skip
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+def save_artifact(
+    folder: Path,
+    *,
+    model: nn.Module,
+    plan: Plan,
+    opened: OpenedModel,
+    sample_ids: Sequence[str],
+    facts: Mapping[str, Any],
+) -> Path:
+    """Write an artifact into ``folder``, each file whole or not at all.
+
+    Args:
+        folder: made if missing; an artifact that is there is replaced.
+        model: the compressed model.
+        plan: what was removed.
+        opened: the model it was made from.
+        sample_ids: content hashes of the unlabelled samples that were used.
+        facts: what the run measured, for the report.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TTMPDError: there is no room or no permission to write.
+    """
+    from ttmpd.report import write_report
+
+    check_output(folder)
+    with disk_guarded(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+        try:
+            # Tied tensors are written once each: loading copies them into one place again.
+            state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+            save_file(state, unfinished / WEIGHTS)
+            write_report(facts, unfinished)
+            data = _described(plan, opened, sample_ids, facts)
+            data["weights"] = {"file": WEIGHTS, "sha256": _sha256(unfinished / WEIGHTS)}
+            write_json(unfinished / PLAN, data)
+            shutil.copymode(unfinished / PLAN, unfinished / WEIGHTS)  # safetensors makes it private
+            (folder / _UNFINISHED).touch()  # from here to the last rename the folder is no artifact
+            (folder / PLAN).unlink(missing_ok=True)
+            for path in sorted(unfinished.iterdir(), key=lambda path: path.name == PLAN):
+                path.replace(folder / path.name)
+            (folder / _UNFINISHED).unlink()
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def check_output(folder: Path) -> None:
+    """Refuse to write among files that are not ours.
+
+    Raises:
+        InvalidValueError: the folder is a file, or holds files and is no artifact.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InvalidValueError(f"output must be a folder, but {str(folder)!r} is a file; choose another")
+    if folder.is_dir() and not (folder / PLAN).exists():
+        others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        if any((folder / name).exists() for name in _FILES) and not (folder / _UNFINISHED).exists():
+            raise InvalidValueError(
+                f"output must be a new or empty folder, or an artifact, but {str(folder)!r} holds other files "
+                f"({', '.join(others[:3])}) that would be overwritten; choose another"
+            )
+
+
+def _described(plan: Plan, opened: OpenedModel, sample_ids: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
+    numbers = {key: getattr(plan, key) for key in ("harm", "original_ms", "budget_ms", "predicted_ms")}
+    removals = (*opened.removed, *plan.removals)
+    return {
+        "format": FORMAT,
+        "ttmpd": str(facts.get("ttmpd", "unknown")),
+        "model": {
+            "id": opened.id,
+            "rebuildable": is_rebuildable(opened.id),
+            "class": type(opened.module).__name__,
+        },
+        "preprocessing": opened.preprocessing.to_dict() if opened.preprocessing else None,
+        "class_names": list(opened.class_names),
+        "input_shape": facts.get("samples", {}).get("input_shape"),
+        "plan": {"removals": [dataclasses.asdict(r.unit) | {"action": r.action} for r in removals]} | numbers,
+        "methods": facts.get("methods", {}),
+        "settings": facts.get("settings", {}),
+        "sample_ids": list(dict.fromkeys((*opened.used_ids, *sample_ids))),
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Artifact:
+    """What ``plan.json`` says, checked.
+
+    Args:
+        folder: where it lies.
+        model_id: id of the stock model; "" for a module that was passed in.
+        model_class: class name of the stock model.
+        removals: in the order in which they were made.
+        preprocessing: of the model, when known.
+        class_names: when known.
+        input_shape: shape of one input, when known.
+        sample_ids: content hashes of the samples that were used.
+        batch_size: on which latency was measured.
+        sha256: of the weights.
+    """
+
+    folder: Path
+    model_id: str
+    model_class: str
+    removals: tuple[Removal, ...]
+    preprocessing: Preprocessing | None
+    class_names: tuple[str, ...]
+    input_shape: tuple[int, ...]
+    sample_ids: tuple[str, ...]
+    batch_size: int
+    sha256: str
+
+    @property
+    def rebuildable(self) -> bool:
+        """Whether the stock model comes from its id; decided here, not by what the file claims."""
+        return is_rebuildable(self.model_id)
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The compressed model of an artifact: an ordinary module in eval mode.
+
+    Args:
+        folder: what ``compress`` wrote.
+        model: the original network, when it came from your own code; it is not changed.
+
+    Raises:
+        CheckpointError: the folder is broken, foreign, newer, or belongs to another model; the message says which.
+    """
+    artifact = read_artifact(folder)
+    return _restored(artifact, stock_model(artifact) if model is None else model)
+
+
+def open_artifact(folder: str | Path, source: str | None = None) -> OpenedModel:
+    """The compressed model with its preprocessing and class names.
+
+    Args:
+        folder: what ``compress`` wrote.
+        source: id of the original model, needed when it came from your own code.
+
+    Raises:
+        CheckpointError: as :func:`load`.
+    """
+    artifact = read_artifact(folder)
+    module = _restored(artifact, stock_model(artifact, source))
+    return OpenedModel(
+        module,
+        artifact.model_id,
+        artifact.rebuildable,
+        artifact.preprocessing or preprocessing_of(module),
+        artifact.class_names,
+        artifact.removals,
+        artifact.sample_ids,
+    )
+
+
+def is_artifact(place: str | Path | nn.Module) -> bool:
+    """Whether a place is a folder, and so can only be meant as an artifact."""
+    return not isinstance(place, nn.Module) and Path(place).expanduser().is_dir()
+
+
+def read_artifact(folder: str | Path) -> Artifact:
+    """What the folder's ``plan.json`` says.
+
+    Raises:
+        CheckpointError: it is missing, broken, foreign or newer.
+    """
+    folder = Path(folder).expanduser()
+    data = _read_plan(folder)
+    _check_format(folder, data)
+    try:
+        weights = data["weights"]
+        if weights["file"] != WEIGHTS:
+            raise CheckpointError(f"weights of {str(folder)!r} must lie in {WEIGHTS}, but got {weights['file']!r}")
+        preprocessing = data["preprocessing"]
+        return Artifact(
+            folder,
+            str(data["model"]["id"]),
+            str(data["model"]["class"]),
+            tuple(_removal(row) for row in data["plan"]["removals"]),
+            Preprocessing.from_dict(preprocessing) if preprocessing else None,
+            tuple(map(str, data["class_names"])),
+            tuple(map(int, data["input_shape"] or ())),
+            tuple(map(str, data["sample_ids"])),
+            int(data["settings"].get("batch_size", 64)),
+            str(weights["sha256"]),
+        )
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, TTMPDError) as error:
+        cause = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(
+            f"{PLAN} of {str(folder)!r} must say what was done, but is broken: {cause}; copy or make it again"
+        ) from error
+
+
+def _read_plan(folder: Path) -> Any:
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(f"an artifact must be a folder, but {str(folder)!r} {found}; check the path")
+    if not (folder / PLAN).is_file():
+        if (folder / ".work").is_dir() or (folder / _UNFINISHED).exists():
+            raise CheckpointError(
+                f"an artifact must hold {PLAN}, but the run that was to write {str(folder)!r} was interrupted; "
+                "go on with the same command and --resume"
+            )
+        raise CheckpointError(
+            f"an artifact must hold {PLAN}, but {str(folder)!r} does not: it was not written by ttmpd"
+            + (f"; to open a Hugging Face model write hf:{folder}" if (folder / "config.json").is_file() else "")
+        )
+    try:
+        return json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(
+            f"{PLAN} of {str(folder)!r} must be whole JSON, but is cut off or broken ({error}); copy or make it again"
+        ) from error
+
+
+def _check_format(folder: Path, data: Any) -> None:
+    found = data.get("format") if isinstance(data, dict) else None
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise CheckpointError(f"{PLAN} of {str(folder)!r} must state its format, but does not: ttmpd did not write it")
+    if found > FORMAT:
+        raise CheckpointError(
+            f"the format of {str(folder)!r} must be at most {FORMAT}, but is {found}: it was written by a newer ttmpd "
+            f"({data.get('ttmpd', 'unknown')}); pip install --upgrade ttmpd"
+        )
+    unknown = sorted(set(data) - _KEYS)
+    if unknown:
+        raise CheckpointError(f"{PLAN} of {str(folder)!r} must hold known keys only, but has {', '.join(unknown)}")
+
+
+def _removal(row: Mapping[str, Any]) -> Removal:
+    fields = {field.name for field in dataclasses.fields(Unit)}
+    if set(row) != fields | {"action"}:
+        different = ", ".join(sorted(set(row) ^ (fields | {"action"})))
+        raise CheckpointError(f"a removal must have the keys of a unit and an action, but differs in {different}")
+    known = {"kind": ("block",), "action": ACTIONS, "form": ("plain", "arguments", "tuple"),
+             "layout": ("channels_first", "channels_last"), "activation": ("", "relu", "relu6")}  # fmt: skip
+    for key, values in known.items():
+        if row[key] not in values:
+            raise CheckpointError(f"{key} of a removal must be one of {', '.join(values)}, but got {row[key]!r}")
+    unit = Unit(**{key: row[key] for key in fields} | {"shape": tuple(int(size) for size in row["shape"])})
+    if not unit.shape or math.prod(unit.shape) < 1 or not isinstance(unit.path, str):
+        raise CheckpointError(f"a removal must name a path and a shape, but got {unit.path!r} and {unit.shape}")
+    return Removal(unit, row["action"])
+
+
+def stock_model(artifact: Artifact, source: str | None = None) -> nn.Module:
+    """The original network with random weights, or as the user's own factory makes it.
+
+    Raises:
+        CheckpointError: it came from the user's own code and no source is given, or it cannot be built any more.
+    """
+    if source is not None:
+        return open_model(source, pretrained=False).module
+    if not artifact.rebuildable:
+        origin = f"your own factory {artifact.model_id!r}" if artifact.model_id else "a module that was passed in"
+        raise CheckpointError(
+            f"the model of {str(artifact.folder)!r} came from {origin}, which ttmpd does not run by itself; pass the "
+            "original network again: ttmpd.load(dir, model=net), or --source FILE.py:factory"
+        )
+    try:
+        with torch.random.fork_rng():
+            return open_model(artifact.model_id, pretrained=False).module
+    except TTMPDError as error:
+        raise CheckpointError(
+            f"the model of {str(artifact.folder)!r} must be possible to build from {artifact.model_id!r}, but: {error}"
+        ) from error
+
+
+def _restored(artifact: Artifact, stock: nn.Module) -> nn.Module:
+    found = type(stock).__name__
+    if found != artifact.model_class:
+        raise CheckpointError(
+            f"the model of {str(artifact.folder)!r} must be a {artifact.model_class}, but got a {found}; pass the "
+            "network that was compressed"
+        )
+    state = _weights(artifact)
+    try:
+        check_units(stock, [removal.unit for removal in artifact.removals])
+        model = replay(stock, artifact.removals, state)
+    except (TTMPDError, RuntimeError, AttributeError, KeyError, TypeError) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"the weights of {str(artifact.folder)!r} must fit the given {found}, but it has other layers or shapes: "
+            f"{detail}"
+        ) from error
+    if artifact.preprocessing is not None and preprocessing_of(model) is None:
+        model.pretrained_cfg = artifact.preprocessing.to_dict()  # type: ignore[assignment]
+    return model
+
+
+def _weights(artifact: Artifact) -> dict[str, Tensor]:
+    path = artifact.folder / WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"an artifact must hold {WEIGHTS}, but {str(artifact.folder)!r} does not; copy it again")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{WEIGHTS} of {str(artifact.folder)!r} must be whole, but is cut off or broken ({error}); copy it again"
+        ) from error
+    if _sha256(path) != artifact.sha256:
+        raise CheckpointError(
+            f"{WEIGHTS} of {str(artifact.folder)!r} must be the file that {PLAN} belongs to, but its SHA-256 differs; "
+            "copy both from one run"
+        )
+    return state

@@ -71,6 +71,7 @@ def collect(
         "samples": {
             "n_fit": len(ready.samples),
             "n_held_out": len(ready.held_out),
+            "input_shape": list(few.shape[1:]),
             "skipped": [list(row) for row in ready.samples.skipped],
         },
         "adapt": {"note": ready.adapt_note, "facts": ready.adapt_facts},

@@ -40,6 +40,6 @@ def held_out_check(
     def check() -> Check:
         logits = logits_of(student, held_out, batch_size)
         alike = float((logits.argmax(-1) == targets.held_out.argmax(-1)).float().mean())
-        return Check(alike, float(soft_label_loss(logits, targets.held_out)))
+        return Check(alike, float(soft_label_loss(logits, targets.held_out)), len(held_out))
 
     return check

@@ -80,8 +80,12 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"))
 
 def names(verb: str) -> tuple[str, ...]:
     """The names of all methods of a verb, from the files of its folder."""
+    return tuple(name for name in _files(verb) if name != "none")
+
+
+def _files(verb: str) -> tuple[str, ...]:
     package = importlib.import_module(f"ttmpd.{verb}")
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in ("base", "none")))
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base"))
 
 
 def method_class(verb: str, name: str) -> type[Method]:
@@ -90,7 +94,7 @@ def method_class(verb: str, name: str) -> type[Method]:
     Raises:
         UnknownMethodError: there is no such file.
     """
-    if name not in names(verb):
+    if name not in _files(verb):
         known = names(verb)
         raise UnknownMethodError(f"{verb} must be one of {', '.join(known)}, but got {name!r}", known)
     module = importlib.import_module(f"ttmpd.{verb}.{name}")
@@ -113,3 +117,16 @@ def from_dict(verb: str, data: dict[str, Any]) -> Method:
     """
     settings = dict(data)
     return method_class(verb, settings.pop("name"))().with_settings(**settings)
+
+
+def listing() -> list[dict[str, str]]:
+    """Every method of every verb, from the files: verb, name, what, needs, source."""
+    rows = []
+    for verb in VERBS:
+        for name in names(verb):
+            found = method_class(verb, name)
+            what = (inspect.getdoc(found) or "").partition("\n")[0]
+            rows.append(
+                {"verb": verb, "name": name, "what": what, "needs": ", ".join(found.needs), "source": found.source}
+            )
+    return rows

@@ -58,9 +58,12 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Put ``new`` where ``path`` points, in place."""
-    parent, _, name = path.rpartition(".")
-    setattr(module_at(model, parent), name, new)
+    """Put ``new`` where ``path`` points, in place; under every name that the model has for that module."""
+    old = module_at(model, path)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if child is old:
+                setattr(parent, name, new)
 
 
 def clone(model: nn.Module) -> nn.Module:
@@ -74,6 +77,8 @@ def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[nn.Module]
     flags = [(module, module.training) for module in model.modules()]
     wanted = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     model.eval()
+    for parameter in model.parameters():
+        parameter.grad = None  # a backward pass would add to what was found
     with torch.random.fork_rng(enabled=True), torch.set_grad_enabled(gradients):
         try:
             yield model
@@ -101,16 +106,18 @@ def stubbed(model: nn.Module, stubs: Mapping[str, Callable[..., Any]]) -> Iterat
 
     Only ``forward`` is exchanged, on the instance; weights and hooks stay as they are.
     """
-    changed: list[nn.Module] = []
+    changed: list[tuple[nn.Module, Any]] = []
     try:
         for path, stub in stubs.items():
             module = module_at(model, path)
+            changed.append((module, module.__dict__.get("forward")))
             module.__dict__["forward"] = stub
-            changed.append(module)
         yield
     finally:
-        for module in changed:
-            module.__dict__.pop("forward", None)
+        for module, own in reversed(changed):
+            module.__dict__.pop("forward")
+            if own is not None:
+                module.__dict__["forward"] = own
 
 
 @contextlib.contextmanager
@@ -155,7 +162,7 @@ def read(model: nn.Module, batch: Tensor, taps: Mapping[str, Tap]) -> dict[str, 
 
 def find_head(model: nn.Module, batch: Tensor) -> str | None:
     """Path of the layer that gives the logits, or None when no single layer does."""
-    leaves = {name: m for name, m in model.named_modules() if name and not list(m.children()) and _weights(m)}
+    leaves = {name: m for name, m in model.named_modules() if name and not list(m.children()) and _is_matrix(m)}
     last: dict[str, Tensor] = {}
     handles = [
         m.register_forward_hook(lambda _m, _a, out, name=name: last.__setitem__(name, cast(Tensor, first_tensor(out))))
@@ -184,7 +191,7 @@ def find_feature_tap(model: nn.Module, batch: Tensor, pooled: bool = False) -> T
     head = find_head(model, batch)
     if head is None:
         return None
-    width = module_at(model, head).weight.shape[1]
+    width = cast(Tensor, module_at(model, head).weight).shape[1]
     maps: list[str] = []
     reached_head = False
 
@@ -195,11 +202,18 @@ def find_feature_tap(model: nn.Module, batch: Tensor, pooled: bool = False) -> T
         if width in (output.shape[1], output.shape[3]) and output[0].numel() > width:
             maps.append(name)
 
+    def pass_on(*_: Any) -> None:
+        if not reached_head:
+            maps.clear()
+
     def reach(*_: Any) -> None:
         nonlocal reached_head
         reached_head = True
 
     handles = [m.register_forward_hook(lambda _m, _a, out, n=n: finish(n, out)) for n, m in model.named_modules() if n]
+    # What runs through more weights on its way to the head is not final: the patches of a vision transformer, say.
+    matrices = [m for m in model.modules() if any(p.dim() >= 2 for p in m.parameters(recurse=False))]
+    handles += [m.register_forward_pre_hook(pass_on) for m in matrices if m is not module_at(model, head)]
     handles.append(module_at(model, head).register_forward_pre_hook(reach))
     with evaluating(model), hooks(handles):
         model(batch)
@@ -208,8 +222,9 @@ def find_feature_tap(model: nn.Module, batch: Tensor, pooled: bool = False) -> T
     return Tap(maps[-1], "output")
 
 
-def _weights(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters(recurse=False))
+def _is_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() >= 2
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -220,6 +235,8 @@ def count_parameters(module: nn.Module) -> int:
 def count_macs(model: nn.Module, batch: Tensor) -> dict[str, int]:
     """Multiply-accumulates per sample of every module by path; the whole model under ""."""
     with evaluating(model), FlopCounterMode(display=False) as counter:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)  # the counter follows gradients even where there are none
         model(batch)
     root = type(model).__name__
     macs = {"": counter.get_total_flops() // 2 // len(batch)}
@@ -235,6 +252,11 @@ def has_nan(tensor: Tensor) -> bool:
     return not bool(torch.isfinite(tensor).all())
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether any layer normalises over the batch."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
 def prefers_channels_last(model: nn.Module) -> bool:
     """Whether the model is convolutional, so that the channels_last memory format pays."""
     return any(isinstance(m, nn.Conv2d) for m in model.modules())
@@ -242,9 +264,9 @@ def prefers_channels_last(model: nn.Module) -> bool:
 
 def to_fast_format(model: nn.Module) -> nn.Module:
     """The model in channels_last when it is convolutional (in place; values are unchanged)."""
-    return model.to(memory_format=torch.channels_last) if prefers_channels_last(model) else model  # type: ignore[call-overload]
+    return model.to(memory_format=torch.channels_last) if prefers_channels_last(model) else model
 
 
 def to_plain_format(model: nn.Module) -> nn.Module:
     """The model with contiguous weights (in place; values are unchanged)."""
-    return model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return model.to(memory_format=torch.contiguous_format)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ttmpd.adapt.base import Adapter
 from ttmpd.adapt.norm import Norm
-from ttmpd.checkpoint import save_artifact
+from ttmpd.checkpoint import check_output, save_artifact
 from ttmpd.distill.base import Distiller, Work
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import BudgetUnreachableError, InvalidValueError, ModelError, SamplesError, UnsupportedError
@@ -35,7 +35,7 @@ from ttmpd.samples import open_samples
 from ttmpd.savings import UnitTiming, compare, skeleton, time_units
 from ttmpd.score.base import Scorer
 from ttmpd.score.ttmpd import TTMPD
-from ttmpd.stages import Stages, fingerprint, locked, weights_fingerprint
+from ttmpd.stages import Stages, disk_guarded, fingerprint, locked, weights_fingerprint
 from ttmpd.targets import load_targets, save_targets
 from ttmpd.units.base import Found
 from ttmpd.units.block import Block
@@ -265,19 +265,13 @@ def compress_many(
         command: as in :func:`compress`.
         **settings: as in :func:`compress`.
     """
-    chosen = _settings(settings)
+    chosen = settings_of(settings)
     folders = [None if o is None else Path(o) for o in (outputs or [None] * len(targets))]
-    opened = model if isinstance(model, OpenedModel) else open_model(model)
-    deadline = time.monotonic() + chosen.time_budget
-    found = open_samples(samples, opened.preprocessing, n_samples=chosen.num_samples, seed=chosen.seed)
-    few = _split(found, chosen)
-    with _work_folder(folders[0]) as work:
-        run = fingerprint(
-            weights_fingerprint(opened.module), few[0].ids, few[1].ids, chosen.to_dict() | {"time_budget": None}
-        )
-        stages = Stages(work, run, resume)
-        ready = get_ready(opened, few, chosen, stages, deadline)
-        results = []
+    for folder in folders:
+        if folder is not None:
+            check_output(folder)
+    results = []
+    with prepared(model, samples, chosen, folders[0], resume) as (ready, stages):
         for number, (target, folder) in enumerate(zip(targets, folders, strict=True)):
             result = finish(ready, target, stages, number if len(targets) > 1 else None, command)
             if folder is not None:
@@ -286,7 +280,25 @@ def compress_many(
     return results
 
 
-def _settings(given: Mapping[str, Any]) -> Settings:
+@contextmanager
+def prepared(
+    model: nn.Module | str | OpenedModel, samples: Any, chosen: Settings, output: Path | None = None, resume: bool = False
+) -> Iterator[tuple[Ready, Stages]]:
+    """What is made once for all targets, and the stages: kept in ``output`` until the block ends well."""
+    opened = model if isinstance(model, OpenedModel) else open_model(model)
+    deadline = time.monotonic() + chosen.time_budget
+    found = open_samples(samples, opened.preprocessing, n_samples=chosen.num_samples, seed=chosen.seed)
+    few = _split(found, chosen)
+    with _work_folder(output) as work:
+        run = fingerprint(
+            weights_fingerprint(opened.module), few[0].ids, few[1].ids, chosen.to_dict() | {"time_budget": None}
+        )
+        stages = Stages(work, run, resume)
+        yield get_ready(opened, few, chosen, stages, deadline), stages
+
+
+def settings_of(given: Mapping[str, Any]) -> Settings:
+    """Settings from keyword arguments, with a clear error for unknown ones."""
     known = {item.name for item in dataclasses.fields(Settings)}
     for name in given:
         if name not in known:
@@ -298,10 +310,13 @@ def _settings(given: Mapping[str, Any]) -> Settings:
 def _work_folder(output: Path | None) -> Iterator[Path]:
     """Where stages are kept: inside the output folder, removed once the artifact is written; else temporary."""
     if output is None:
-        with tempfile.TemporaryDirectory(prefix="ttmpd-") as folder:
+        temporary = tempfile.TemporaryDirectory(prefix="ttmpd-")
+        with temporary as folder, disk_guarded(Path(folder)):
             yield Path(folder) / "work"
         return
-    with locked(output):
+    with locked(output), disk_guarded(output):
+        for left in output.glob(".writing-*"):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         work = output / ".work"
         yield work
         shutil.rmtree(work, ignore_errors=True)
@@ -488,7 +503,7 @@ def finish(ready: Ready, target: Target, stages: Stages, number: int | None, com
     plan, attempts = _plan(ready, target, stages, suffix)
     student = _repaired(ready, plan, stages, suffix)
     start = logits_of(student, ready.held_out, ready.settings.batch_size)
-    fit, teacher_logits = _distill(ready, student, stages, suffix)
+    fit, teacher_logits = _distill(ready, student, stages, f"-{fingerprint(plan.actions)[:8]}{suffix}")
     final = logits_of(student, ready.held_out, ready.settings.batch_size)
     with stages.timed("measure"):
         rounds = compare(ready.source, student, ready.batch)
@@ -520,6 +535,7 @@ def _plan(ready: Ready, target: Target, stages: Stages, suffix: str) -> tuple[Pl
 
 def _repaired(ready: Ready, plan: Plan, stages: Stages, suffix: str) -> nn.Module:
     batch = ready.samples.batch(slice(0, 2), next(ready.teacher.parameters()).device)
+    made: nn.Module | None = None
 
     def compute() -> tuple[dict[str, Tensor], Any]:
         few = ready.samples.subset(range(min(256, len(ready.samples))))
@@ -529,7 +545,6 @@ def _repaired(ready: Ready, plan: Plan, stages: Stages, suffix: str) -> nn.Modul
         made = student
         return student.state_dict(), None
 
-    made: nn.Module | None = None
     state, _ = stages.tensors(f"repair-{fingerprint(plan.actions)[:8]}{suffix}", compute)
     return made if made is not None else replay(ready.teacher, plan.removals, state)
 

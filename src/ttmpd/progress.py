@@ -23,7 +23,7 @@ def watched(watcher: Watcher) -> Iterator[None]:
 
 
 def tell(stage: str, done: int, total: int) -> None:
-    """Say that ``done`` of ``total`` steps of a stage are finished."""
+    """Say that ``done`` of ``total`` steps of a stage are finished; a total of 0 is unknown."""
     watcher = _watcher.get()
     if watcher is not None:
         watcher(stage, done, total)

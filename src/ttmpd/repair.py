@@ -4,14 +4,15 @@ A stand-in answers ``phi(x + B [x 1])``: ridge least squares on the residual bra
 identity (the dropped block), with the block's own final activation ``phi`` applied afterwards. All sums are float64.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ttmpd.modules import evaluating, module_at, read, stubbed
+from ttmpd.modules import call, evaluating, module_at, read, stubbed
 from ttmpd.progress import track
 from ttmpd.records import Removal, Samples, Tap, Unit
 from ttmpd.units.block import Block, answering, put, standing
@@ -203,7 +204,7 @@ def _fold_one(student: nn.Module, unit: Unit, batch: Tensor, tolerance: float) -
     reader = _next_layer(student, unit, batch)
     if reader is None or not isinstance(own, nn.Linear | nn.Conv2d) or own.bias is None:
         return 0
-    before = student(batch)
+    before = call(student, batch)
     old_weight, old_bias = reader.weight, reader.bias
     flat = old_weight.flatten(1).double() @ own.weight.flatten(1).double()
     shift = old_weight.flatten(1).double() @ own.bias.double()
@@ -211,7 +212,7 @@ def _fold_one(student: nn.Module, unit: Unit, batch: Tensor, tolerance: float) -
     reader.weight = nn.Parameter(flat.view_as(old_weight).to(old_weight.dtype))
     reader.bias = nn.Parameter(bias.to(old_weight.dtype))
     put(student, unit, nn.Identity())
-    if torch.allclose(student(batch), before, rtol=0, atol=tolerance * float(before.abs().max())):
+    if torch.allclose(call(student, batch), before, rtol=0, atol=tolerance * float(before.abs().max())):
         return 1
     reader.weight, reader.bias = old_weight, old_bias
     put(student, unit, own)
@@ -247,17 +248,17 @@ def skippable(teacher: nn.Module, units: Sequence[Unit], batch: Tensor) -> froze
     proven = set()
     with evaluating(teacher):
         seen = read(teacher, batch, {unit.id: Tap(unit.path, "output") for unit in units})
-        logits = teacher(batch)
+        logits = call(teacher, batch)
         for number, unit in enumerate(units):
             given = seen[unit.id]
             with stubbed(teacher, tail_stubs(units[:number], unit, given)):
-                if torch.allclose(teacher(batch), logits, rtol=1e-4, atol=1e-4):
+                if torch.allclose(call(teacher, batch), logits, rtol=1e-4, atol=1e-4):
                     proven.add(unit.id)
     return frozenset(proven)
 
 
-def tail_stubs(earlier: Sequence[Unit], unit: Unit, output: Tensor) -> dict[str, object]:
+def tail_stubs(earlier: Sequence[Unit], unit: Unit, output: Tensor) -> dict[str, Callable[..., Any]]:
     """Stubs that skip ``earlier`` units and put ``output`` where ``unit`` would answer."""
-    stubs: dict[str, object] = {u.path: answering(u, lambda x: x) for u in earlier}
+    stubs = {u.path: answering(u, lambda x: x) for u in earlier}
     stubs[unit.path] = answering(unit, lambda _x: output)
     return stubs

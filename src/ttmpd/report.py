@@ -1,27 +1,26 @@
 """The facts of a run as ``report.json``, ``report.html`` and a model card: numbers here, drawing in the templates."""
 
 import base64
-import binascii
 import json
 import math
 import numbers
 import os
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 _UNKNOWN = "–"
 _ACTIONS = {"keep": "kept", "drop": "dropped", "linear": "linear stand-in"}
-_MAX_CLASSES, _MAX_PARTED, _MAX_DOTS, _N_BINS = 20, 60, 400, 10
+_MAX_CLASSES, _MAX_PARTED, _MAX_DOTS = 20, 60, 400
+_PNG = re.compile(r"\AiVBORw0KGgo[A-Za-z0-9+/]{25,}={0,2}\Z")  # the signature and the width, in base64
 _HUB_ID = re.compile(r"(?:timm:|hf:(?=[^/]+/))([\w.-]+(?:/[\w.-]+)?)", re.ASCII)
-
-# ------------------------------------------------------------------------------------------------------------- writing
 
 
 def write_report(facts: Mapping[str, Any], folder: Path) -> None:
@@ -32,12 +31,9 @@ def write_report(facts: Mapping[str, Any], folder: Path) -> None:
         folder: where to write; made if it is not there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {
-        "report.json": json.dumps(_plain(facts), indent=1, allow_nan=False, ensure_ascii=False) + "\n",
-        "report.html": render_html(facts),
-        "README.md": render_card(facts),
-    }
-    for name, text in texts.items():
+    plain = json.dumps(_plain(facts), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    texts = ("report.json", plain), ("report.html", render_html(facts)), ("README.md", render_card(facts))
+    for name, text in texts:
         unfinished = folder / f".{name}.{os.getpid()}"
         try:
             unfinished.write_text(text, encoding="utf-8")
@@ -49,34 +45,37 @@ def write_report(facts: Mapping[str, Any], folder: Path) -> None:
 def render_html(facts: Mapping[str, Any]) -> str:
     """One HTML page that loads nothing: styles, drawings and pictures are inside it."""
     known = _plain(facts)
-    environment = _environment(autoescape=True)
-    environment.globals.update(at=_at, list=_list, scale=_scale, span=_spread)
-    environment.filters.update(ms=_ms, number=_number, count=_count, percent=_percent, show=_show)
-    return environment.get_template("report.html.j2").render(
-        facts=known, actions=_ACTIONS, sentences=_sentences(known), rows=_before_after(known),
-        units=_units_info(known), front=_front_info(known), latency=_latency_info(known), fit=_fit_info(known),
-        attempts=_attempts_info(known), confidence=_confidence_info(known), classes=_classes_info(known),
-        parted=_parted_info(known), refused=_refused_info(known), seconds=_seconds_info(known),
+    return _template("report.html.j2").render(
+        facts=known, sentences=_sentences(known), rows=_before_after(known), units=_units_info(known),
+        front=_front_info(known), latency=_latency_info(known), fit=_fit_info(known),
+        confidence=_confidence_info(known), classes=_classes_info(known), parted=_parted_info(known),
     )  # fmt: skip
 
 
 def render_card(facts: Mapping[str, Any]) -> str:
     """A Hugging Face model card: YAML front matter, what was done, before and after, how to load it."""
     known = _plain(facts)
-    environment = _environment(autoescape=False, finalize=_markdown)
     hub = _HUB_ID.fullmatch(str(_at(known, "model", "id", default="")))
     name = hub[1] if hub else None
-    return environment.get_template("card.md.j2").render(
-        facts=known, actions=_ACTIONS, sentences=_sentences(known), rows=_before_after(known),
+    return _template("card.md.j2").render(
+        facts=known, sentences=_sentences(known), rows=_before_after(known),
         units=[unit for unit in _list(known, "units") if _action(unit) != "keep"],
         base_model=Markup(json.dumps(name if "/" in name else f"timm/{name}")) if name else None,
         command=Markup(" ".join(str(_at(known, "command", default="")).split())),  # in an indented block: verbatim
     )  # fmt: skip
 
 
-def _environment(**options: Any) -> Environment:
-    loader = FileSystemLoader(Path(__file__).parent)
-    return Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options)
+@cache
+def _template(name: str) -> Template:
+    """A template whose every value is escaped: by autoescape in HTML, by ``_markdown`` in the card."""
+    is_html = name.endswith(".html.j2")
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=is_html,
+        finalize=None if is_html else _markdown, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    made.globals.update(at=_at, list=_list, actions=_ACTIONS, scale=_scale)
+    made.filters.update(ms=_ms, number=_number, count=_count, percent=_percent, change=_change, show=_show)
+    return made.get_template(name)
 
 
 def _plain(value: Any) -> Any:
@@ -87,20 +86,15 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value) if math.isfinite(value) else None
+    if isinstance(value, numbers.Real):  # NumPy's too
+        return int(value) if isinstance(value, numbers.Integral) else float(value) if math.isfinite(value) else None
     return str(value).encode("utf-8", "replace").decode()  # file names may hold bytes that are no characters
-
-
-# ------------------------------------------------------------------------------------------------------------- wording
 
 
 def _at(facts: Any, *keys: str, default: Any = None) -> Any:
     """What lies under the nested keys, or ``default`` when any of them is absent or None."""
     for key in keys:
-        facts = facts.get(key) if isinstance(facts, Mapping) else None
+        facts = facts.get(key) if isinstance(facts, dict) else None
     return default if facts is None else facts
 
 
@@ -120,10 +114,9 @@ def _ms(value: float | None) -> str:
 
 def _count(value: float | None) -> str:
     """Three figures with k, M, G or T."""
-    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value is not None and value >= size * 0.9995:
-            return f"{value / size:.3g} {suffix}"
-    return _number(value)
+    sizes = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+    fitting = (f"{value / size:.3g} {suffix}" for size, suffix in sizes if value and value >= size * 0.9995)
+    return next(fitting, _number(value))
 
 
 def _percent(share: float | None) -> str:
@@ -140,9 +133,9 @@ def _show(value: Any) -> str:
     """Any setting, readable."""
     if value is None or value == "":
         return _UNKNOWN
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
+    if isinstance(value, (dict, list)):
+        return json.dumps(value, ensure_ascii=False)
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def _markdown(value: Any) -> Any:
@@ -153,22 +146,17 @@ def _markdown(value: Any) -> Any:
     return re.sub(r"[\\`*\[\]|]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
 
 
-def _times(facts: Any) -> str:
-    speedup = _at(facts, "latency", "speedup", "median")
-    return _UNKNOWN if speedup is None else f"{speedup:.2f}×"
-
-
 def _spread(timing: Any) -> str:
-    low, high = _at(timing, "low_ms"), _at(timing, "high_ms")
-    return _ms(_at(timing, "median_ms")) + ("" if None in (low, high) else f" ({_ms(low)} to {_ms(high)})")
+    median, low, high = (_at(timing, part) for part in ("median_ms", "low_ms", "high_ms"))
+    return _ms(median) + ("" if None in (low, high) else f" ({_ms(low)} to {_ms(high)})")
 
 
 def _sentences(facts: Any) -> list[str]:
     """What was done and whether the target is met, in words."""
     actions = Counter(_action(unit) for unit in _list(facts, "units"))
-    removed, total = actions["drop"] + actions["linear"], sum(actions.values())
+    removed = f"{actions['drop'] + actions['linear']} of {sum(actions.values())} removable units were removed"
     kinds = f"{actions['drop']} dropped, {actions['linear']} replaced by a linear stand-in"
-    done = f"{removed} of {total} removable units were removed: {kinds}." if removed else "Nothing was removed."
+    done = f"{removed}: {kinds}." if actions["drop"] + actions["linear"] else "Nothing was removed."
     asked, budget = _at(facts, "target", "asked"), _at(facts, "target", "budget_ms")
     if asked is None and budget is None:
         return [done]
@@ -180,29 +168,27 @@ def _sentences(facts: Any) -> list[str]:
     return [done, f"The target, {what}, {verdict}."]
 
 
-
 def _before_after(facts: Any) -> list[tuple[str, str, str, str]]:
     """Rows of the table: what, original, compressed, change."""
     original, compressed = (_at(facts, "latency", key) for key in ("original", "compressed"))
-    size = _at(facts, "machine", "batch_size")
-    rows = [(f"Milliseconds per batch{f' of {size}' if size else ''}", _spread(original), _spread(compressed),
-             f"{_times(facts)} as fast")]  # fmt: skip
     slow, fast = _at(original, "median_ms"), _at(compressed, "median_ms")
+    size, speedup = _at(facts, "machine", "batch_size"), _at(facts, "latency", "speedup", "median")
+    faster = _change(slow, fast) if speedup is None else f"{speedup:.2f}× as fast"
+    rows = [
+        ("Milliseconds per batch" + (f" of {size}" if size else ""), _spread(original), _spread(compressed), faster)
+    ]
     if size and slow and fast:
-        rates = 1000 * size / slow, 1000 * size / fast
-        rows.append(("Samples per second", *(_number(rate) for rate in rates), _change(*rates)))
+        before, after = 1000 * size / slow, 1000 * size / fast
+        rows.append(("Samples per second", _number(before), _number(after), _change(before, after)))
     for name, key in (("Parameters", "parameters"), ("MACs per sample", "macs")):
         before, after = _at(facts, "model", key), _at(facts, "student", key)
         rows.append((name, _count(before), _count(after), _change(before, after)))
     for name, key in (("before distillation", "agreement_repaired"), ("at the end", "agreement")):
         alike = _at(facts, key)
         if alike is not None:
-            interval = f"{_percent(_at(alike, 'low'))} to {_percent(_at(alike, 'high'))}"
-            rows.append((f"Agreement with the teacher, {name}", "", _percent(_at(alike, "share")), interval))
+            low, share, high = (_percent(_at(alike, part)) for part in ("low", "share", "high"))
+            rows.append((f"Agreement with the teacher, {name}", "", f"{share} ({low} to {high})", ""))
     return rows
-
-
-# ------------------------------------------------------------------------------------------------------------- numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +209,8 @@ class _Scale:
         rough = (self.high - self.low) / 5
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-        return [(i * step, f"{round(i * step, 12):g}") for i in range(first, last + 1)]
+        places = range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)
+        return [(i * step, f"{round(i * step, 12):g}") for i in places]
 
 
 def _scale(values: Sequence[float | None], start: float, end: float, *, zero: bool = False) -> _Scale:
@@ -236,55 +222,41 @@ def _scale(values: Sequence[float | None], start: float, end: float, *, zero: bo
 
 
 def _action(unit: Any) -> str:
-    action = str(_at(unit, "action", default="keep"))
-    return action if action in _ACTIONS else "keep"
+    return action if (action := str(_at(unit, "action"))) in _ACTIONS else "keep"
 
 
 def _units_info(facts: Any) -> dict[str, Any]:
     """Units with their action, and the longest bars."""
     units = [{**unit, "action": _action(unit)} for unit in _list(facts, "units")]
-    harms = [max(_at(unit, f"harm_{action}", default=0.0), 0.0) for unit in units for action in ("drop", "linear")]
+    harms = [_at(unit, f"harm_{action}", default=0.0) for unit in units for action in ("drop", "linear")]
     parts = list(dict.fromkeys(name for unit in units for name in _at(unit, "parts", default={})))
-    most_ms = max((_at(unit, "ms", default=0.0) for unit in units), default=0.0)
-    return {"units": units, "most_harm": max(harms, default=0.0), "most_ms": most_ms, "parts": parts}
+    most_ms = max([0.0, *(_at(unit, "ms", default=0.0) for unit in units)])
+    return {"units": units, "most_harm": max([0.0, *harms]), "most_ms": most_ms, "parts": parts}
 
 
 def _front_info(facts: Any) -> dict[str, Any]:
     """Predicted (ms, harm) of every plan on the front, and of the chosen one."""
     points = [p for p in _list(facts, "front") if None not in (_at(p, "predicted_ms"), _at(p, "harm"))]
-    units = _list(facts, "units")
-    harms = [_at(unit, f"harm_{_action(unit)}", default=0.0) for unit in units if _action(unit) != "keep"]
-    return {
-        "points": sorted(points, key=lambda p: float(p["predicted_ms"])),
-        "chosen_ms": _at(facts, "latency", "predicted_ms") if units else None,
-        "chosen_harm": sum(max(harm, 0.0) for harm in harms),
-    }
+    points.sort(key=lambda p: float(p["predicted_ms"]))
+    harms = [_at(unit, f"harm_{_action(unit)}", default=0.0) for unit in _list(facts, "units")]  # a kept unit has none
+    chosen_ms = _at(facts, "latency", "predicted_ms") if harms else None
+    return {"points": points, "chosen_ms": chosen_ms, "chosen_harm": sum(max(harm, 0.0) for harm in harms)}
 
 
 def _latency_info(facts: Any) -> list[dict[str, Any]]:
     """Original and compressed: timing with the rounds, thinned evenly."""
-    rows = []
-    for key in ("original", "compressed"):
-        rounds = _list(facts, "latency", f"{key}_ms")
-        if rounds:
-            step = math.ceil(len(rounds) / _MAX_DOTS)
-            rows.append({"name": key, "rounds": rounds[::step], "timing": _at(facts, "latency", key, default={})})
-    return rows
-
-
-def _attempts_info(facts: Any) -> list[tuple[float, float]]:
-    pairs = [(_at(a, "predicted_ms"), _at(a, "measured_ms")) for a in _list(facts, "attempts")]
-    return [pair for pair in pairs if None not in pair]
+    rounds = [(key, _list(facts, "latency", f"{key}_ms")) for key in ("original", "compressed")]
+    thinned = [(key, ms[:: 1 + len(ms) // _MAX_DOTS]) for key, ms in rounds if ms]
+    return [{"name": key, "rounds": ms, "timing": _at(facts, "latency", key)} for key, ms in thinned]
 
 
 def _fit_info(facts: Any) -> dict[str, list[tuple[float, float]]]:
     """Three curves over the steps. The first check is before training, so it has no training loss."""
     checks = [check for check in _list(facts, "fit", "checks") if len(check) == 3]
-    losses = _at(facts, "fit", "losses", default=[])
-    steps = [check[0] for check in checks[1:]]
+    losses, steps = _at(facts, "fit", "losses", default=[]), [check[0] for check in checks[1:]]
     if len(steps) != len(losses):
-        last = _at(facts, "fit", "steps", default=len(losses))
-        steps = [last * (i + 1) / len(losses) for i in range(len(losses))]
+        apart = _at(facts, "fit", "steps", default=len(losses)) / max(1, len(losses))
+        steps = [apart * (i + 1) for i in range(len(losses))]
     curves = {
         "agreement": [(step, share) for step, share, _ in checks],
         "held-out loss": [(step, loss) for step, _, loss in checks],
@@ -295,20 +267,14 @@ def _fit_info(facts: Any) -> dict[str, list[tuple[float, float]]]:
 
 def _confidence_info(facts: Any) -> dict[str, list[int]]:
     """How many held-out samples fall into each tenth of confidence."""
-    counts = {}
-    for who in ("teacher", "student"):
-        found = Counter(
-            min(_N_BINS - 1, max(0, int(value * _N_BINS))) for value in _list(facts, "held_out", f"{who}_confidence")
-        )
-        if found:
-            counts[who] = [found[i] for i in range(_N_BINS)]
-    return counts
+    values = {who: _list(facts, "held_out", f"{who}_confidence") for who in ("teacher", "student")}
+    tenths = {who: Counter(min(9, int(10 * value)) for value in known) for who, known in values.items() if known}
+    return {who: [found[i] for i in range(10)] for who, found in tenths.items()}
 
 
 def _class_name(facts: Any, index: Any) -> str:
     names = _at(facts, "class_names", default=[])
-    known = isinstance(index, int) and 0 <= index < len(names)
-    return str(names[index]) if known else f"class {_show(index)}"
+    return str(names[index]) if index is not None and 0 <= index < len(names) else f"class {_show(index)}"
 
 
 def _classes_info(facts: Any) -> dict[str, Any]:
@@ -317,37 +283,17 @@ def _classes_info(facts: Any) -> dict[str, Any]:
     order = sorted({*teacher, *student}, key=lambda i: (-abs(student[i] - teacher[i]), -teacher[i], i))
     rows = [(_class_name(facts, i), teacher[i], student[i]) for i in order]
     most = max((max(row[1:]) for row in rows), default=0)
-    return {"rows": rows[:_MAX_CLASSES], "n_hidden": max(0, len(rows) - _MAX_CLASSES), "most": most}
+    return {"rows": rows[:_MAX_CLASSES], "n_hidden": len(rows[_MAX_CLASSES:]), "most": most}
 
 
 def _parted_info(facts: Any) -> dict[str, Any]:
     """Samples on which student and teacher part; a picture that is no base64 PNG is left out."""
-    names = {who: _list(facts, "held_out", who) for who in ("teacher", "student")}
-    found = _list(facts, "parted")
-    n_parted = sum(a != b for a, b in zip(names["teacher"], names["student"], strict=False))
-    items = []
+    found, items = _list(facts, "parted"), []
+    answers = (_at(facts, "held_out", who, default=[]) for who in ("teacher", "student"))
+    n_parted = sum(a != b for a, b in zip(*answers, strict=False))
     for item in found[:_MAX_PARTED]:
-        answers = {who: _class_name(facts, _at(item, who)) for who in ("teacher", "student")}
-        items.append({**item, **answers, "png": _png(_at(item, "png", default=""))})
+        teacher, student = (_class_name(facts, _at(item, who)) for who in ("teacher", "student"))
+        png = "".join(_PNG.findall(str(_at(item, "png"))))
+        small = bool(png) and int.from_bytes(base64.b64decode(png[:32])[16:20]) < 100  # its width, from the header
+        items.append({**item, "teacher": teacher, "student": student, "png": png, "small": small})
     return {"items": items, "n_parted": max(n_parted, len(found))}
-
-
-def _png(text: str) -> str:
-    """The text if it is a PNG in base64, else nothing."""
-    try:
-        return text if base64.b64decode(text, validate=True).startswith(b"\x89PNG") else ""
-    except (binascii.Error, ValueError):
-        return ""
-
-
-def _refused_info(facts: Any) -> dict[str, list[str]]:
-    """Module paths by the reason why they cannot be removed."""
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for path, reason in _list(facts, "refused"):
-        reasons[reason].append(path)
-    return dict(reasons)
-
-
-def _seconds_info(facts: Any) -> dict[str, float]:
-    known = _at(facts, "seconds", default={})
-    return {stage: value for stage, value in known.items() if value is not None}

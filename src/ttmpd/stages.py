@@ -1,5 +1,6 @@
 """Finished stages on disk, so that a killed run goes on where it was; one run per folder at a time."""
 
+import errno
 import hashlib
 import json
 import os
@@ -10,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ttmpd.errors import InvalidValueError
+from ttmpd.errors import InvalidValueError, TTMPDError
 
 Tensors = dict[str, Tensor]
 
@@ -30,7 +32,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=12)
     for name, value in model.state_dict().items():
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(f"{float(value.double().sum()):.9e} {float(value.double().abs().sum()):.9e}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -42,13 +44,48 @@ def write_json(path: Path, data: Any) -> None:
 
 
 @contextmanager
+def disk_guarded(folder: Path) -> Iterator[None]:
+    """Say plainly that the disk is full, or that ``folder`` cannot be written.
+
+    Raises:
+        TTMPDError: there is no room left.
+        InvalidValueError: ``folder`` is a file, or may not be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise TTMPDError(
+                f"the disk must have room for {str(folder)!r}, but it is full; free some space, then run the same "
+                "command with --resume: finished stages are kept"
+            ) from error
+        ours = str(getattr(error, "filename", "")).startswith(str(folder))  # not the user's data
+        if ours and number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise InvalidValueError(
+                f"output must be a folder that can be written, but {str(folder)!r} is not "
+                f"({getattr(error, 'strerror', error)}); choose another"
+            ) from error
+        raise
+
+
+def _read_json(path: Path) -> Any:
+    """What the file holds; None when it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+@contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for this run alone; a killed run lets go of it.
 
     Raises:
         InvalidValueError: another run is writing there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_guarded(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
             yield
@@ -73,7 +110,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
         self.reused: list[str] = []
         marker = folder / "run.json"
-        if not (resume and marker.exists() and json.loads(marker.read_text()) == run):
+        if not (resume and _read_json(marker) == run):
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(marker, run)
@@ -90,8 +127,9 @@ class Stages:
     def json(self, name: str, compute: Callable[[], Any]) -> Any:
         """The plain data of a stage: from disk if it is finished, else computed and kept."""
         path = self.folder / f"{name}.json"
-        if path.exists():
-            return self._again(name, json.loads(path.read_text(encoding="utf-8")))
+        stored = _read_json(path)
+        if isinstance(stored, dict) and stored.keys() == {"data", "seconds"}:
+            return self._again(name, stored)
         start = time.perf_counter()
         with self.timed(name):
             data = compute()
@@ -105,7 +143,7 @@ class Stages:
             with safe_open(path, "pt") as file:
                 stored = json.loads(file.metadata()["stage"])
             return load_file(path), self._again(name, stored)
-        except (OSError, SafetensorError, KeyError, TypeError):
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             pass  # not there, or broken: compute it
         start = time.perf_counter()
         with self.timed(name):

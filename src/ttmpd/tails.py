@@ -51,7 +51,8 @@ def teacher_tails(
                         [float((moved - features).square().sum()), float(soft_label_loss(changed, logits)) * len(batch)]
                     )
     mean, square = torch.stack(moments).sum(0) / len(samples)
-    scale = max(float((square - mean.square()).clamp_min(0).sum()), 1e-12) * len(samples)
+    spread = square - mean.square() if len(samples) > 1 else square  # one sample has no variance
+    scale = max(float(spread.clamp_min(0).sum()), 1e-12) * len(samples)
     return {
         key: {"feature": float(total[0]) / scale, "prediction": float(total[1]) / len(samples)}
         for key, total in sums.items()

@@ -1,6 +1,8 @@
 """The teacher's answers on disk: written once, memory-mapped ever after."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,7 @@ class TargetsWriter:
                     dtype=np.float16 if half else np.float32,
                     shape=(*self.shape, *value.shape[1:]),
                 )
+                _claim(self.folder / f"{name}.npy")
             stored = self.arrays[name]
             if stored.dtype == np.float16:
                 value = value.clamp(-65504, 65504)
@@ -47,6 +50,17 @@ class TargetsWriter:
             array.flush()
         features = self.arrays.get("features")
         return None if features is None else torch.from_numpy(features), torch.from_numpy(self.arrays["logits"])
+
+
+def _claim(path: Path) -> None:
+    """Take the file's room on the disk now: writing to a mapped file on a full disk would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # some file systems cannot promise room
+                    raise
 
 
 def save_targets(targets: Targets, folder: Path) -> None:

@@ -4,6 +4,7 @@ Single runs lie on busy machines. Whatever is to be compared runs in the same ro
 seeded order, so that a slow moment hits all candidates alike; ratios are taken round by round and their median quoted.
 """
 
+import math
 import random
 import statistics
 import time
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ttmpd.errors import InvalidValueError
 from ttmpd.modules import evaluating
+from ttmpd.progress import tell
 from ttmpd.records import Timing
 
 Clock = Callable[[], float]
@@ -84,8 +86,11 @@ def interleaved(
             candidates[name]()
             if number >= warmup:
                 ms[name].append((clock() - start) * 1e3)
-        done = number + 1 - warmup
-        if done >= rounds and sum(map(sum, ms.values())) >= min_seconds * 1e3:
+        done, spent = number + 1 - warmup, sum(map(sum, ms.values())) / 1e3
+        if done > 0:
+            expected = math.ceil(done * min_seconds / spent) if spent > 0 else rounds
+            tell("timing", done, min(20 * rounds, max(rounds, expected)))
+        if done >= rounds and spent >= min_seconds:
             break
     return Rounds({name: tuple(values) for name, values in ms.items()})
 

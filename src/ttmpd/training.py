@@ -1,5 +1,6 @@
 """The one training loop: schedule, mixed precision, checks with the best state kept, deadline, resume."""
 
+import dataclasses
 import json
 import math
 import os
@@ -28,10 +29,24 @@ class Check:
 
     agreement: float
     loss: float
+    n_samples: int = 1
 
     def better_than(self, other: "Check") -> bool:
-        """More agreement, or as much at a lower loss."""
-        return (self.agreement, -self.loss) > (other.agreement, -other.loss)
+        """More agreement by a standard error, or not less by one and a lower loss; never with NaN.
+
+        A few dozen held-out samples cannot tell agreements apart that lie closer; the loss can.
+        """
+        if not (math.isfinite(self.loss) and math.isfinite(other.loss)):
+            return math.isfinite(self.loss)
+        # Laplace's estimate: the noise is not zero where all samples happen to agree.
+        share = (other.agreement * self.n_samples + 1) / (self.n_samples + 2)
+        if abs(self.agreement - other.agreement) > math.sqrt(share * (1 - share) / self.n_samples):
+            return self.agreement > other.agreement
+        return self.loss < other.loss
+
+    def ruined(self, best: "Check") -> bool:
+        """Whether training has gone astray: far worse than the best so far, in loss and in agreement."""
+        return not self.loss <= 2 * best.loss and self.agreement <= best.agreement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,19 +202,27 @@ class _Run:
         self.running: list[Tensor] = []
         self.best: Check | None = None
         self.best_state: dict[str, Tensor] = {}
+        self.lr_scale = 1.0
 
     def take(self, loss_at: Callable[[int], Tensor]) -> None:
-        """One optimizer step; a step whose loss is not finite is left out."""
-        loss = loss_at(self.step)
+        """One optimizer step; a step whose loss is not finite, or whose clipped gradient is not, is left out.
+
+        Dropout draws by the number of the step: a resumed run goes on exactly, and the caller's random state stays.
+        """
+        with torch.random.fork_rng():
+            torch.manual_seed(self.step)
+            loss = loss_at(self.step)
         self.step += 1
         if self.optimizer is None or not bool(torch.isfinite(loss.detach())):
             return
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.lr_at(self.step - 1)
+            group["lr"] = self.schedule.lr_at(self.step - 1) * self.lr_scale
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.schedule.clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip)
+            if not bool(torch.isfinite(norm)):
+                return
         self.optimizer.step()
         self.running.append(loss.detach())
 
@@ -216,8 +239,16 @@ class _Run:
             self.best_state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         else:
             self.idle += 1
+            if now.ruined(self.best):
+                self._back_off()
             if self.loop.patience and self.idle >= self.loop.patience:
                 self.stopped = "no progress"
+
+    def _back_off(self) -> None:
+        """Go on from the best state at a third of the learning rate, without the old momentum."""
+        self.model.load_state_dict(self.best_state)
+        self.optimizer = self.schedule.build(self.parameters)
+        self.lr_scale /= 3
 
     def finish(self) -> Fit:
         """Restore the best state and tell what was done."""
@@ -247,8 +278,8 @@ class _Run:
         tensors |= {f"best.{name}": value for name, value in self.best_state.items()}
         tensors |= {f"optimizer.{i}.{key}": value for i, key, value in self._optimizer_tensors()}
         facts = {
-            "step": self.step, "best_step": self.best_step, "idle": self.idle, "losses": self.losses,
-            "checks": self.checks, "best": None if self.best is None else [self.best.agreement, self.best.loss],
+            "step": self.step, "best_step": self.best_step, "idle": self.idle, "lr_scale": self.lr_scale, "losses": self.losses,
+            "checks": self.checks, "best": None if self.best is None else dataclasses.astuple(self.best),
         }  # fmt: skip
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         save_file({k: v.contiguous().clone() for k, v in tensors.items()}, temporary, {"facts": json.dumps(facts)})
@@ -281,6 +312,7 @@ class _Run:
                 parameter = self.parameters[int(number)]
                 self.optimizer.state[parameter][name] = value if name == "step" else value.to(device)
         self.step, self.best_step, self.idle = facts["step"], facts["best_step"], facts["idle"]
+        self.lr_scale = facts["lr_scale"]
         self.losses, self.checks = facts["losses"], [(s, a, b) for s, a, b in facts["checks"]]
         self.best = None if facts["best"] is None else Check(*facts["best"])
         return True

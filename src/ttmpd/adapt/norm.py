@@ -11,6 +11,7 @@ from ttmpd.guard import logits_of
 from ttmpd.losses import mutual_information
 from ttmpd.method import check_range
 from ttmpd.modules import clone, evaluating
+from ttmpd.progress import track
 from ttmpd.records import Samples
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
@@ -49,13 +50,15 @@ class Norm(Adapter):
         source = _statistics(adapted)
         data = _estimated(adapted, few, batch_size)
         found: dict[float, float] = {}
-        for weight in self.weights:
+        for weight in track(self.weights, "adapt", len(self.weights)):
             _load(adapted, source, data, weight)
             found[weight] = float(mutual_information(logits_of(adapted, few, batch_size)))
         best = max(found, key=lambda w: found[w])
         _load(adapted, source, data, best)
         note = f"normalisation statistics mixed, {best:.0%} from {len(few)} samples"
-        facts = {"weight": best, "information": found[best], "information_source": found.get(0.0, float("nan"))}
+        facts = {"weight": best, "information": found[best]}
+        if 0.0 in found:
+            facts["information_source"] = found[0.0]
         return Adapted(adapted, note, facts)
 
 
@@ -79,21 +82,22 @@ def _estimated(model: nn.Module, samples: Samples, batch_size: int) -> Statistic
     """Mean over batches of what each layer sees while the layers before it use batch statistics."""
     device = next(model.parameters()).device
     layers = _layers(model)
-    before = {name: layer.momentum for name, layer in layers.items()}
+    before = {name: (layer.momentum, layer.num_batches_tracked) for name, layer in layers.items()}
     with evaluating(model):
-        for layer in layers.values():
+        for name, layer in layers.items():
             layer.train()
-            layer.reset_running_stats()
+            layer.num_batches_tracked = torch.tensor(0, device=device)
             layer.momentum = None  # cumulative average
         # The last batch joins the one before it: a batch of one has no variance.
+        batch_size = max(2, batch_size)
         starts = list(range(0, len(samples), batch_size))
-        if len(starts) > 1 and len(samples) - starts[-1] < batch_size // 2:
+        if len(starts) > 1 and len(samples) - starts[-1] < max(2, batch_size // 2):
             starts.pop()
         for start, stop in zip(starts, [*starts[1:], len(samples)], strict=True):
             with torch.no_grad():
                 model(samples.batch(slice(start, stop), device))
     for name, layer in layers.items():
-        layer.momentum = before[name]
+        layer.momentum, layer.num_batches_tracked = before[name]
     return _statistics(model)
 
 

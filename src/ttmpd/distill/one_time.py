@@ -9,7 +9,7 @@ from ttmpd.distill.base import Distiller, Work
 from ttmpd.guard import freeze_head, held_out_check, logits_of
 from ttmpd.losses import feature_loss, feature_variance, soft_label_loss
 from ttmpd.method import check_range
-from ttmpd.modules import call, evaluating, find_feature_tap, tapped, to_fast_format, to_plain_format
+from ttmpd.modules import call, evaluating, find_feature_tap, has_batch_norm, tapped, to_fast_format, to_plain_format
 from ttmpd.progress import track
 from ttmpd.records import Fit, Samples, Tap, Targets
 from ttmpd.targets import TargetsWriter
@@ -27,7 +27,10 @@ class OneTime(Distiller):
     needs: ClassVar[tuple[str, ...]] = ("gradients", "training")
     one_time: ClassVar[bool] = True
     steps: int = 200
-    lr: float = 0.02
+    lr: float = 1e-3
+    """Peak learning rate of AdamW for networks with batch normalisation, whose weights have no scale of their own."""
+    lr_without_norm: float = 1e-4
+    """The same for networks without it: transformers, or convolutions into which the statistics were folded."""
     views: int = 4
     """Fixed views per sample: the sample itself and shifted, mirrored copies. Teacher passes per sample = views."""
     batch: int = 64
@@ -42,6 +45,7 @@ class OneTime(Distiller):
     def __post_init__(self) -> None:
         check_range("one_time.steps", self.steps, 0)
         check_range("one_time.lr", self.lr, 0.0)
+        check_range("one_time.lr_without_norm", self.lr_without_norm, 0.0)
         check_range("one_time.views", self.views, 1)
         check_range("one_time.batch", self.batch, 2)
         check_range("one_time.soft_weight", self.soft_weight, 0.0)
@@ -76,6 +80,7 @@ class OneTime(Distiller):
         frozen = freeze_head(student, samples.batch(slice(0, 2), device))
         student.train(self.train_norm)
         n_views, n = targets.logits.shape[:2]
+        lr = self.lr if has_batch_norm(student) else self.lr_without_norm
 
         def loss_with(step: int, amp: bool) -> Tensor:
             index = batch_order(n * n_views, self.batch, step, work.seed)
@@ -91,14 +96,18 @@ class OneTime(Distiller):
                 return self._loss(student, batch, targets, view[order], place[order])
 
         if self.steps:
-            amp = choose_amp(lambda on: loss_with(0, on).backward(), device, work.amp)  # type: ignore[no-untyped-call]
+            found = {name: value.clone() for name, value in student.named_buffers()}
+            with torch.random.fork_rng():
+                amp = choose_amp(lambda on: loss_with(0, on).backward(), device, work.amp)  # type: ignore[no-untyped-call]
             student.zero_grad(set_to_none=True)
+            for name, value in student.named_buffers():
+                value.copy_(found[name])  # the trial steps moved the batch statistics
         else:
             amp = False
         fit = train(
             student,
             lambda step: loss_with(step, amp),
-            Schedule(steps=self.steps, lr=self.lr, clip=self.clip),
+            Schedule(steps=self.steps, lr=lr, optimizer="adamw", clip=self.clip),
             Loop(
                 check=held_out_check(student, held_out, targets, work.batch_size),
                 check_every=max(1, self.steps // 10),

@@ -33,13 +33,13 @@ class Knapsack(Planner):
         # A point: (saved, harm, link); the link is (option, link before) so that choices are never copied.
         front: list[_Point] = [(0.0, 0.0, None)]
         for choices in by_unit.values():
-            more = [(s + o.saved_ms, h + max(o.harm, 0.0), (o, link)) for s, h, link in front for o in choices]
+            more: list[_Point] = [(s + o.saved_ms, h + max(o.harm, 0.0), (o, link)) for s, h, link in front for o in choices]
             front = _thinned(_pareto(front + more, needed_ms), self.max_front)
         saved, _, link = min((p for p in front if p[0] >= needed_ms - 1e-9), key=lambda p: (p[1], p[0]))
         return _options(link)
 
 
-_Link = tuple[Option, "_Link"] | None  # type: ignore[misc]
+_Link = tuple[Option, "_Link"] | None
 _Point = tuple[float, float, _Link]
 
 

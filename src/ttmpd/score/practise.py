@@ -72,7 +72,7 @@ class Practise(Scorer):
                 wanted = read(teacher, view, {"f": tap})["f"]
             return F.mse_loss(read(pruned, view, {"f": tap})["f"], wanted)
 
-        with evaluating(teacher):
+        with evaluating(teacher, gradients=True):
             # The adaptors are in eval mode like the rest: there is nothing in them that depends on it.
             train(pruned, loss_at, Schedule(steps=self.steps, lr=self.lr, shape="thirds"), Loop(stage=f"adaptors {unit.id}"))
             with evaluating(pruned):
@@ -145,6 +145,7 @@ def _wrap(model: nn.Module, path: str, before: bool) -> None:
     conv = module_at(model, path)
     assert isinstance(conv, nn.Conv2d)
     width = conv.in_channels if before else conv.out_channels
-    adaptor = nn.Conv2d(width, width, 1, bias=False).to(conv.weight.device)
+    with torch.random.fork_rng():
+        adaptor = nn.Conv2d(width, width, 1, bias=False).to(conv.weight.device)
     nn.init.dirac_(adaptor.weight)
     replace_module(model, path, nn.Sequential(adaptor, conv) if before else nn.Sequential(conv, adaptor))

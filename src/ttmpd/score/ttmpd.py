@@ -70,6 +70,8 @@ class TTMPD(Scorer):
         for unit in units:
             damage, repaired = distances(found[unit.id, "drop"]), distances(found[unit.id, "linear"])
             parts = {"damage": damage, "repaired_damage": repaired}
+            parts |= {f"damage_{name}": value for name, value in found[unit.id, "drop"].items()}
+            parts |= {f"repaired_{name}": value for name, value in found[unit.id, "linear"].items()}
             scores.append(Score(unit.id, "drop", repaired + self.drop_share * max(0.0, damage - repaired), parts))
             scores.append(Score(unit.id, "linear", repaired, parts))
         return tuple(scores)
@@ -125,6 +127,10 @@ def _observe(
             parameter.requires_grad_(False)
         source = batch.clone().requires_grad_(sensitivity > 0)
         logits = call(teacher, source)
+        if sensitivity > 0 and not logits.requires_grad:  # tokens are no numbers to differentiate by: start at the weights
+            for parameter in teacher.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())
+            logits = call(teacher, source)
         final = seen.get("features", logits)
         weights: dict[str, Tensor] = {}
         if sensitivity > 0:

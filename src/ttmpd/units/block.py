@@ -1,8 +1,9 @@
 """Whole residual blocks, found in any network without tracing.
 
 A unit is a module that has weights, is called once, answers with the shape it was given, and has a shortcut around it
-(or stands in a row of equal modules). Shortcuts are read off the autograd graph: a path from output to input that
-crosses an addition and no weights.
+(or stands in a row of equal modules of several layers). Shortcuts are read off the autograd graph: a path from output
+to input that crosses an addition and no weights. A path that crosses products only is a gate (squeeze and excitation),
+which is no unit.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from ttmpd.modules import (
     hooks,
     module_at,
     replace_module,
-    with_first,
+    stubbed,
 )
 from ttmpd.records import Layout, Unit
 from ttmpd.units.base import Found, Kind
@@ -49,9 +50,9 @@ class PassThrough(nn.Module):
         self.inner = inner if inner is not None else nn.Identity()
         self.as_tuple = as_tuple
 
-    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
-        """``inner(hidden_states)``, as a tuple of one where the unit answered with a tuple."""
-        answer = self.inner(hidden_states)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``inner`` makes of the first argument, as a tuple of one where the unit answered with a tuple."""
+        answer = self.inner(_given(args, kwargs))
         return (answer,) if self.as_tuple else answer
 
 
@@ -60,11 +61,13 @@ class _Call:
     """What was seen of one module during a forward pass."""
 
     count: int = 0
-    n_inputs: int = 0
+    plain: bool = True
     given: Tensor | None = None
     answer: Tensor | None = None
     wrapped: bool = False
     shortcut: bool = False
+    gate: bool = False
+    versions: tuple[int, int] = (0, 0)
 
 
 class Block(Kind):
@@ -103,26 +106,20 @@ class Block(Kind):
 
     @contextlib.contextmanager
     def mask(self, model: nn.Module, units: Sequence[Unit]) -> Iterator[None]:
-        """The blocks still run, but each hands on its input."""
-
-        def hand_on(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            given = first_tensor(args) if args else first_tensor(kwargs)
-            assert given is not None
-            return with_first(output, given)
-
-        handles = [module_at(model, u.path).register_forward_hook(hand_on, with_kwargs=True) for u in units]
-        with hooks(handles):
+        """The blocks stay in the model, but each hands on its input."""
+        with stubbed(model, {unit.path: answering(unit, lambda x: x) for unit in units}):
             yield
 
     def stand_in(self, unit: Unit) -> nn.Module:
         """A 1x1 convolution or a square matrix, followed by the block's own activation."""
         linear: nn.Module
-        if unit.layout == "channels_first" and len(unit.shape) == 3:
-            linear = nn.Conv2d(unit.channels, unit.channels, 1)
-        elif unit.layout == "channels_first" and len(unit.shape) == 2:
-            linear = nn.Conv1d(unit.channels, unit.channels, 1)
-        else:
-            linear = nn.Linear(unit.channels, unit.channels)
+        with torch.random.fork_rng():
+            if unit.layout == "channels_first" and len(unit.shape) == 3:
+                linear = nn.Conv2d(unit.channels, unit.channels, 1)
+            elif unit.layout == "channels_first" and len(unit.shape) == 2:
+                linear = nn.Conv1d(unit.channels, unit.channels, 1)
+            else:
+                linear = nn.Linear(unit.channels, unit.channels)
         if not unit.activation:
             return linear
         return nn.Sequential(linear, {"relu": nn.ReLU, "relu6": nn.ReLU6}[unit.activation]())
@@ -148,11 +145,15 @@ def answering(unit: Unit, function: Callable[[Tensor], Tensor]) -> Callable[...,
     """A ``forward`` for the unit's place that answers with ``function(input)``: see :func:`ttmpd.modules.stubbed`."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        given = first_tensor(args) if args else first_tensor(kwargs)
-        assert given is not None
-        return (function(given),) if unit.form == "tuple" else function(given)
+        answer = function(_given(args, kwargs))
+        return (answer,) if unit.form == "tuple" else answer
 
     return forward
+
+
+def _given(args: Any, kwargs: Any) -> Any:
+    """What a block is called with first."""
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def _watch(model: nn.Module, batch: Tensor) -> dict[str, _Call]:
@@ -162,19 +163,24 @@ def _watch(model: nn.Module, batch: Tensor) -> dict[str, _Call]:
     def before(path: str, args: Any, kwargs: Any) -> Any:
         record = seen.setdefault(path, _Call())
         record.count += 1
-        given = first_tensor(args) if args else first_tensor(kwargs)
-        record.given = given
-        record.n_inputs = len(args) + len(kwargs)
+        given = _given(args, kwargs)
+        record.given = given if isinstance(given, Tensor) else None
+        record.plain = len(args) == 1 and not kwargs
+        record.versions = (0 if record.given is None else record.given._version, 0)
 
     def after(path: str, output: Any) -> None:
         record = seen[path]
-        record.wrapped = isinstance(output, tuple)
-        record.answer = first_tensor(output)
-        record.shortcut = _has_shortcut(record.answer, record.given)
+        record.wrapped = type(output) is tuple
+        record.answer = first_tensor(output) if record.wrapped or isinstance(output, Tensor) else None
+        record.shortcut = _has_shortcut(record.answer, record.given, _is_sum)
+        record.gate = not record.shortcut and _has_shortcut(record.answer, record.given, _is_product)
+        if record.answer is not None and record.given is not None:
+            # A block that writes into its input is seen by what it leaves there.
+            record.versions = (record.given._version - record.versions[0], record.answer._version)
 
     handles: list[Any] = []
     for path, module in model.named_modules():
-        if path and any(True for _ in module.children()):
+        if path and any(True for _ in module.children()) and _n_layers(module):
             handles.append(
                 module.register_forward_pre_hook(lambda _m, a, k, p=path: before(p, a, k), with_kwargs=True)
             )
@@ -184,7 +190,8 @@ def _watch(model: nn.Module, batch: Tensor) -> dict[str, _Call]:
             parameter.requires_grad_(parameter.is_floating_point())
         source = batch.clone().requires_grad_(batch.is_floating_point())
         try:
-            logits = call(model, source)
+            # A view, so that the input has a node in the graph like everything else.
+            logits = call(model, source.view_as(source))
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ModelError(
                 f"{type(model).__name__} must run on a batch of shape {tuple(batch.shape)}, but failed: "
@@ -199,23 +206,44 @@ def _node_name(node: Any) -> str:
     return str(node.name()).rpartition("::")[2].partition("Backward")[0]
 
 
-def _has_shortcut(answer: Tensor | None, given: Tensor | None) -> bool:
-    """Whether the autograd graph leads from ``answer`` to ``given`` through an addition and past no weights."""
+def _is_sum(node: Any) -> bool:
+    return _node_name(node) == "Add" and len([parent for parent, _ in node.next_functions if parent]) > 1
+
+
+def _is_scale(node: Any) -> bool:
+    """A product with a parameter or a constant: it keeps what is scaled apart."""
+    if _node_name(node) != "Mul":
+        return False
+    return any(parent is None or _from_parameter(parent) for parent, _ in node.next_functions)
+
+
+def _from_parameter(node: Any) -> bool:
+    while _node_name(node) in _TRANSPARENT and len(node.next_functions) == 1:
+        node = node.next_functions[0][0]
+    return str(node.name()).endswith("AccumulateGrad")
+
+
+def _is_product(node: Any) -> bool:
+    return _node_name(node) == "Mul" and not _is_scale(node)
+
+
+def _has_shortcut(answer: Tensor | None, given: Tensor | None, joins: Callable[[Any], bool]) -> bool:
+    """Whether the autograd graph leads from ``answer`` to ``given`` past no weights, through a node that ``joins``."""
     if answer is None or given is None or answer.grad_fn is None or given.grad_fn is None:
         return False
     goal, stack, visited = given.grad_fn, [(answer.grad_fn, False)], set()
     while stack:
-        node, added = stack.pop()
-        if (node, added) in visited:
+        node, joined = stack.pop()
+        if (node, joined) in visited:
             continue
-        visited.add((node, added))
+        visited.add((node, joined))
         if node is goal:
-            if added:
+            if joined:
                 return True
             continue
-        if _node_name(node) in _TRANSPARENT:
-            added = added or (_node_name(node) == "Add" and len([n for n, _ in node.next_functions if n]) > 1)
-            stack += [(parent, added) for parent, _ in node.next_functions[:2] if parent is not None]
+        if joins(node) or _is_scale(node) or _node_name(node) in _TRANSPARENT:
+            joined = joined or joins(node)
+            stack += [(parent, joined) for parent, _ in node.next_functions[:2] if parent is not None]
     return False
 
 
@@ -225,11 +253,11 @@ def _same_shape(record: _Call) -> bool:
 
 
 def _in_rows(model: nn.Module, seen: dict[str, _Call]) -> set[str]:
-    """Paths of modules that keep the shape and have a sibling of the same class that does too."""
+    """Paths of modules of several layers that keep the shape and have a sibling of the same class that does too."""
     rows: dict[tuple[str, type], list[str]] = {}
     for path, record in seen.items():
         module = module_at(model, path)
-        if record.count == 1 and _same_shape(record) and type(module) is not nn.Sequential:
+        if record.count == 1 and _same_shape(record) and type(module) is not nn.Sequential and _n_layers(module) > 1:
             rows.setdefault((path.rpartition(".")[0], type(module)), []).append(path)
     return {path for paths in rows.values() if len(paths) > 1 for path in paths}
 
@@ -251,7 +279,9 @@ def _choose(
     reason = _refusal(record, path in repeated)
     if reason and not below and _worth_telling(module, record):
         refused[path] = reason
-    if reason or covered >= 0.9 * weights:
+    # Parts without a shortcut of their own are no reason to pass by the shortcut around the whole.
+    parts_are_units = record.shortcut <= all(seen[part].shortcut for part in below)
+    if reason or (covered >= 0.9 * weights and parts_are_units):
         refused.update(refused_below)
         return below
     return [path]
@@ -260,21 +290,32 @@ def _choose(
 def _refusal(record: _Call, in_row: bool) -> str:
     """Why a module is no unit; "" when it is one."""
     if record.given is None or record.answer is None:
-        return "no tensor in or out"
+        return "is not a function of one tensor"
     if record.count > 1:
         return f"called {record.count} times in one pass"
     if not _same_shape(record):
         return f"changes the shape from {tuple(record.given.shape[1:])} to {tuple(record.answer.shape[1:])}"
+    if record.gate:
+        return "only scales its input"
     if not record.shortcut and not in_row:
         return "has no shortcut around it"
+    if record.versions[0]:
+        return "writes into its input"
+    if record.answer._version != record.versions[1]:
+        return "its output is written into by what follows"
     return ""
 
 
 def _worth_telling(module: nn.Module, record: _Call) -> bool:
     """Whether a user would expect to see this module in the list of refusals: block-like, not a layer's wrapper."""
-    n_layers = sum(1 for m in module.modules() if not list(m.children()) and count_parameters(m))
-    is_map = record.given is not None and record.given.dim() >= 3
-    return is_map and n_layers >= 3 and type(module) is not nn.Sequential
+    n_leaves = sum(1 for m in module.modules() if not list(m.children()) and count_parameters(m))
+    is_map = record.given is None or record.given.dim() >= 3
+    return is_map and n_leaves >= 3 and type(module) is not nn.Sequential
+
+
+def _n_layers(module: nn.Module) -> int:
+    """Layers that mix channels or positions: kernels and matrices, not norms."""
+    return sum(1 for parameter in module.parameters() if parameter.dim() >= 2)
 
 
 def _unit(path: str, module: nn.Module, record: _Call, macs: dict[str, int]) -> Unit:
@@ -289,7 +330,7 @@ def _unit(path: str, module: nn.Module, record: _Call, macs: dict[str, int]) -> 
         activation=_activation(answer),
         n_params=count_parameters(module),
         macs=macs.get(path, 0),
-        form="tuple" if record.wrapped else "plain" if record.n_inputs == 1 else "arguments",
+        form="tuple" if record.wrapped else "plain" if record.plain else "arguments",
     )
 
 

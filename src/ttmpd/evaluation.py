@@ -1,0 +1,271 @@
+"""``evaluate`` and ``bench``: how good and how fast a compressed model is; compression itself never comes here."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.checkpoint import is_artifact, load, open_artifact, read_artifact, stock_model
+from ttmpd.errors import InvalidValueError, ModelError, SamplesError
+from ttmpd.guard import logits_of
+from ttmpd.inspection import example_batch
+from ttmpd.labels import Labels, open_labels
+from ttmpd.method import check_range
+from ttmpd.models import OpenedModel, open_model
+from ttmpd.modules import clone, has_nan, to_plain_format
+from ttmpd.pipeline import choose_device
+from ttmpd.progress import tell
+from ttmpd.records import Agreement, Samples, Timing, agreement
+from ttmpd.samples import stream_samples
+from ttmpd.savings import compare
+
+N_BINS = 15
+"""Bins of the calibration error."""
+
+Source = nn.Module | str | Path | OpenedModel
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Share of right answers with its 95 % Wilson interval."""
+
+    share: float
+    low: float
+    high: float
+    n_samples: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Quality:
+    """How one model answers.
+
+    Args:
+        confidence: mean probability of the predicted class.
+        accuracy: with its interval; None without labels.
+        calibration_error: expected calibration error over 15 bins; None without labels.
+    """
+
+    confidence: float
+    accuracy: Accuracy | None = None
+    calibration_error: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What was found on data that compression has not seen.
+
+    Args:
+        n_samples: samples that count.
+        n_left_out: samples that were left out because compression used them.
+        n_skipped: samples that could not be used.
+        model: quality of the model.
+        against: quality of the other model, if there is one.
+        agreement: share of samples on which both answer alike. It is not accuracy.
+    """
+
+    n_samples: int
+    n_left_out: int
+    n_skipped: int
+    model: Quality
+    against: Quality | None = None
+    agreement: Agreement | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(eq=False)
+class _Sums:
+    """Running counts of one model."""
+
+    n: int = 0
+    right: int = 0
+    confidence: float = 0.0
+    bins: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(3, N_BINS, dtype=torch.float64))
+
+    def add(self, logits: Tensor, labels: Tensor | None) -> None:
+        sure, answers = logits.double().softmax(-1).max(-1)
+        self.n += len(logits)
+        self.confidence += float(sure.sum())
+        if labels is None:
+            return
+        right = (answers == labels).double()
+        self.right += int(right.sum())
+        index = (sure * N_BINS).ceil().long().clamp(1, N_BINS) - 1  # (0, 1/15], (1/15, 2/15], ...
+        for row, values in enumerate((torch.ones_like(sure), sure, right)):
+            self.bins[row].index_add_(0, index, values)
+
+    def quality(self, labelled: bool) -> Quality:
+        confidence = self.confidence / self.n
+        if not labelled:
+            return Quality(confidence)
+        interval = agreement(self.right, self.n)
+        error = float((self.bins[1] - self.bins[2]).abs().sum()) / self.n
+        return Quality(confidence, Accuracy(interval.share, interval.low, interval.high, self.n), error)
+
+
+def evaluate(
+    model: Source,
+    data: Any,
+    labels: str | Path | Sequence[int] | None = None,
+    *,
+    against: Source | None = None,
+    source: str | None = None,
+    batch_size: int = 64,
+    device: str = "auto",
+) -> Evaluation:
+    """How good a model is on data; samples that compression used are left out.
+
+    Args:
+        model: a module, an id or an artifact folder.
+        data: what :func:`ttmpd.compress` takes as samples; never all in memory.
+        labels: a .npz with ``y``, a .csv with the columns ``file`` and ``label``, or one class index per row of data;
+            None evaluates without accuracy.
+        against: another model on the same samples, usually the original.
+        source: id of the original model, for artifacts of a model from your own code.
+        batch_size: samples per forward pass.
+        device: "auto", "cpu", "cuda", "mps".
+
+    Raises:
+        SamplesError: nothing is left to evaluate on, or a sample has no label or one that the model does not know.
+    """
+    check_range("batch_size", batch_size, 1)
+    where = choose_device(device)
+    opened = [open_any(place, source) for place in (model, against) if place is not None]
+    nets = [to_plain_format(clone(one.module).to(where)).eval() for one in opened]
+    known = None if labels is None else _labels(labels, data)
+    used = frozenset(name for one in opened for name in one.used_ids)
+    sums = [_Sums() for _ in opened]
+    alike = n_left_out = n_skipped = 0
+    for chunk in _chunks(data, opened, chunk=max(batch_size, 512)):
+        n_skipped += len(chunk[0].skipped)
+        kept = [i for i, name in enumerate(chunk[0].ids) if name not in used]
+        n_left_out += len(chunk[0]) - len(kept)
+        if not kept:
+            continue
+        parts = [samples.subset(kept) for samples in chunk]
+        answers = [_answers(net, part, batch_size) for net, part in zip(nets, parts, strict=True)]
+        right = None if known is None else _checked(known.of(parts[0]), answers, known.source)
+        for one, logits in zip(sums, answers, strict=True):
+            one.add(logits, right)
+        alike += int((answers[0].argmax(-1) == answers[-1].argmax(-1)).sum())
+        tell("evaluate", sums[0].n, 0)
+    n = sums[0].n
+    tell("evaluate", n, n)
+    if not n:
+        raise SamplesError(
+            f"evaluate must have samples that compression has not seen, but all {n_left_out} were used; give other data"
+        )
+    quality = [one.quality(known is not None) for one in sums]
+    if len(quality) == 1:
+        return Evaluation(n, n_left_out, n_skipped, quality[0])
+    return Evaluation(n, n_left_out, n_skipped, quality[0], quality[1], agreement(alike, n))
+
+
+def open_any(place: Source, source: str | None = None) -> OpenedModel:
+    """A model from a module, an id or an artifact folder.
+
+    Args:
+        place: a folder is an artifact.
+        source: see :func:`ttmpd.checkpoint.open_artifact`.
+    """
+    if isinstance(place, OpenedModel):
+        return place
+    if not isinstance(place, nn.Module) and is_artifact(place):
+        return open_artifact(place, source)
+    return open_model(str(place) if isinstance(place, Path) else place)
+
+
+def _labels(labels: str | Path | Sequence[int], data: Any) -> Labels:
+    if isinstance(labels, str | Path):
+        return open_labels(labels, data)
+    return Labels({str(i): int(value) for i, value in enumerate(labels)}, "labels")
+
+
+def _checked(labels: Tensor, answers: Sequence[Tensor], source: str) -> Tensor:
+    n_classes = min(logits.shape[-1] for logits in answers)
+    if int(labels.max()) >= n_classes:
+        raise SamplesError(
+            f"{source} must hold class indices below {n_classes}, the number of the model's outputs, but holds "
+            f"{int(labels.max())}; number the classes in the order of the model's outputs"
+        )
+    return labels
+
+
+def _answers(net: nn.Module, samples: Samples, batch_size: int) -> Tensor:
+    logits = logits_of(net, samples, batch_size)
+    if logits.dim() != 2 or has_nan(logits):
+        found = "NaN or infinity" if has_nan(logits) else f"the shape {tuple(logits.shape)}"
+        raise ModelError(
+            f"{type(net).__name__} must answer each sample with one finite row of class scores, but got {found}"
+        )
+    return logits
+
+
+def _chunks(data: Any, opened: Sequence[OpenedModel], chunk: int) -> Iterator[tuple[Samples, ...]]:
+    """The same samples as each model wants them: read once when all want the same."""
+    wants = [one.preprocessing for one in opened]
+    first = next((one for one in wants if one is not None), None)
+    wants = [one or first for one in wants]
+    if all(one == wants[0] for one in wants):
+        yield from ((samples,) * len(wants) for samples in stream_samples(data, wants[0], chunk=chunk))
+        return
+    for together in zip(*(stream_samples(data, one, chunk=chunk) for one in wants), strict=True):
+        if len({samples.ids for samples in together}) != 1:
+            raise SamplesError(
+                "both models must be able to use the same samples, but one skips some that the other takes; "
+                "take images out that are too small for either"
+            )
+        yield together
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BenchRow:
+    """Milliseconds per batch of both models, and how many times faster the compressed one is, round by round."""
+
+    batch_size: int
+    original: Timing
+    compressed: Timing
+    speedup: Timing
+
+
+def bench(
+    folder: str | Path,
+    source: str | None = None,
+    *,
+    batch_sizes: Sequence[int] = (),
+    data: Any = None,
+    device: str = "auto",
+) -> tuple[BenchRow, ...]:
+    """The original against the compressed model of an artifact, interleaved on this machine.
+
+    Args:
+        folder: what ``compress`` wrote.
+        source: id of the original model, needed when it came from your own code.
+        batch_sizes: one row each; 1 and the artifact's own when empty.
+        data: real inputs; random values when None.
+        device: "auto", "cpu", "cuda", "mps".
+
+    Raises:
+        CheckpointError: the artifact cannot be loaded.
+        InvalidValueError: a batch size is not positive, or nothing says how large an input is.
+    """
+    if any(size < 1 for size in batch_sizes):
+        raise InvalidValueError(f"batch_sizes must be at least 1, but got {tuple(batch_sizes)}")
+    artifact = read_artifact(folder)
+    where = choose_device(device)
+    stock = stock_model(artifact, source)
+    student = load(folder, stock)
+    original, compressed = (to_plain_format(net.to(where)).eval() for net in (stock, student))
+    opened = OpenedModel(stock, artifact.model_id, artifact.rebuildable, artifact.preprocessing)
+    rows = []
+    for size in batch_sizes or dict.fromkeys((1, artifact.batch_size)):
+        batch = example_batch(opened, data, size, artifact.input_shape).to(where)
+        rounds = compare(original, compressed, batch)
+        ratio = rounds.ratio("original", "compressed")
+        rows.append(BenchRow(size, rounds.timing("original"), rounds.timing("compressed"), ratio))
+    return tuple(rows)

@@ -1,0 +1,178 @@
+"""``inspect`` and ``preview``: what could be removed, and what a run would do, before anything is changed."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.errors import InvalidValueError
+from ttmpd.method import check_range
+from ttmpd.models import OpenedModel, open_model
+from ttmpd.modules import clone, count_macs, count_parameters, to_plain_format
+from ttmpd.pipeline import Attempt, Ready, Target, choose_device, front, make_plan, prepared, settings_of
+from ttmpd.records import Plan, Timing, Unit
+from ttmpd.samples import open_samples
+from ttmpd.savings import UnitTiming, time_units
+from ttmpd.timing import machine, time_models
+from ttmpd.units.block import Block
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a model offers.
+
+    Args:
+        model: class name.
+        parameters: of the whole model.
+        macs: multiply-accumulates per sample of the whole model.
+        input_shape: of one sample.
+        units: removable, in the order of the network.
+        refused: (path, reason) of what looks like a unit and is not removable.
+        batch_size: on which the milliseconds were measured.
+        machine: device, threads and torch version they belong to.
+        whole: milliseconds per batch of the whole model; None when nothing was timed.
+        timings: milliseconds per batch of each unit; empty when nothing was timed.
+    """
+
+    model: str
+    parameters: int
+    macs: int
+    input_shape: tuple[int, ...]
+    units: tuple[Unit, ...]
+    refused: tuple[tuple[str, str], ...]
+    batch_size: int
+    machine: dict[str, str | int]
+    whole: Timing | None = None
+    timings: tuple[UnitTiming, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: each unit with its id, its shares and, when timed, its milliseconds."""
+        ms = {timing.unit: timing for timing in self.timings}
+        units = []
+        for unit in self.units:
+            row = {"id": unit.id} | dataclasses.asdict(unit) | {"macs_share": unit.macs / max(1, self.macs)}
+            if self.whole is not None:
+                row |= {"ms": ms[unit.id].ms, "stand_in_ms": ms[unit.id].stand_in_ms}
+                row["ms_share"] = ms[unit.id].ms / self.whole.median_ms
+            units.append(row)
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain["whole"] = None if self.whole is None else dataclasses.asdict(self.whole)
+        del plain["timings"]
+        return plain | {"units": units}
+
+
+def inspect(
+    model: nn.Module | str | OpenedModel,
+    samples: Any = None,
+    *,
+    batch_size: int = 64,
+    device: str = "auto",
+    timed: bool = True,
+) -> Inspection:
+    """What can be removed from a model, what cannot and why, and how long each part takes here.
+
+    Args:
+        model: as in :func:`ttmpd.compress`.
+        samples: real inputs; random values in the model's own input size when None.
+        batch_size: on which milliseconds are measured.
+        device: "auto", "cpu", "cuda", "mps".
+        timed: False leaves the clock alone.
+
+    Raises:
+        InvalidValueError: there are no samples and the model does not say how large its input is.
+        ModelError: the model cannot be run.
+
+    Example:
+        >>> from ttmpd.demo import demo_model
+        >>> found = inspect(demo_model(), timed=False)
+        >>> len(found.units), found.units[0].id
+        (12, 'stage1.0')
+    """
+    check_range("batch_size", batch_size, 1)
+    opened = model if isinstance(model, OpenedModel) else open_model(model)
+    where = choose_device(device)
+    net = to_plain_format(clone(opened.module).to(where)).eval()
+    batch = example_batch(opened, samples, batch_size).to(where)
+    kind, few = Block(), batch[:2]
+    found = kind.find(net, few)
+    known = Inspection(
+        type(net).__name__,
+        count_parameters(net),
+        count_macs(net, few)[""],
+        tuple(batch.shape[1:]),
+        found.units,
+        found.refused,
+        batch_size,
+        machine(where),
+    )
+    if not timed:
+        return known
+    whole = time_models({"whole": net}, batch, rounds=5, min_seconds=0.5).timing("whole")
+    timings = time_units(net, kind, found.units, batch, rounds=3, min_seconds=0.5)
+    return dataclasses.replace(known, whole=whole, timings=timings)
+
+
+def example_batch(opened: OpenedModel, samples: Any = None, batch_size: int = 64, shape: Sequence[int] = ()) -> Tensor:
+    """A batch of the right shape: real inputs, repeated to the size, or random values.
+
+    Args:
+        opened: says how large its input is.
+        samples: real inputs, or None.
+        batch_size: rows of the batch.
+        shape: of one input, for a model that does not say it.
+
+    Raises:
+        InvalidValueError: nothing says how large an input is.
+    """
+    if samples is not None:
+        found = open_samples(samples, opened.preprocessing, n_samples=batch_size)
+        return found.batch(torch.arange(batch_size) % len(found))
+    if opened.preprocessing is not None:
+        shape = opened.preprocessing.input_size
+    if not shape:
+        raise InvalidValueError(
+            "a model must say how large its input is, but has no preprocessing; give some samples (--data), or set a "
+            "dict `pretrained_cfg` on the module with input_size, mean and std"
+        )
+    return torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Preview:
+    """What ``compress`` would do.
+
+    Args:
+        ready: timings, scores and the adapted teacher.
+        plans: the plan for each target with the planner's rounds; the last one measured the cut model.
+        front: predicted harm over predicted latency.
+        seconds: per stage.
+    """
+
+    ready: Ready
+    plans: tuple[tuple[Plan, tuple[Attempt, ...]], ...]
+    front: tuple[dict[str, float], ...]
+    seconds: dict[str, float]
+
+
+def preview(
+    model: nn.Module | str | OpenedModel, samples: Any, *, targets: Sequence[Target], **settings: Any
+) -> Preview:
+    """Adapt, find, time, score and plan as :func:`ttmpd.compress_many` would, and stop there; nothing is kept.
+
+    Args:
+        model: as in :func:`ttmpd.compress`.
+        samples: as in :func:`ttmpd.compress`.
+        targets: one plan each.
+        **settings: as in :func:`ttmpd.compress`.
+
+    Raises:
+        BudgetUnreachableError: a target cannot be reached.
+    """
+    with prepared(model, samples, settings_of(settings)) as (ready, stages):
+        plans = []
+        for target in targets:
+            plan, attempts = make_plan(ready, target)
+            plans.append((plan, tuple(attempts)))
+        return Preview(ready, tuple(plans), tuple(front(ready)), dict(stages.seconds))

@@ -1,0 +1,222 @@
+"""One-time targets: the teacher is asked as often as there are views, and its answers are what the student learns."""
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ttmpd.distill.base import Work
+from ttmpd.distill.one_time import OneTime
+from ttmpd.errors import InvalidValueError
+from ttmpd.guard import freeze_head, held_out_check, logits_of
+from ttmpd.losses import entropy, feature_loss, feature_variance, mutual_information, soft_label_loss
+from ttmpd.modules import clone
+from ttmpd.records import Samples, Tap
+from ttmpd.targets import load_targets, save_targets
+from ttmpd.testing import tiny_model, tiny_samples, tiny_units
+from ttmpd.units.block import Block
+from ttmpd.views import fixed_view
+
+
+def work_in(folder, **settings) -> Work:
+    return Work(folder=folder, batch_size=5, amp="off", **settings)
+
+
+def passes(model: nn.Module) -> list[torch.Tensor]:
+    """Grows by every batch that goes through the model."""
+    seen: list[torch.Tensor] = []
+    model.stem.register_forward_pre_hook(lambda _m, args: seen.append(args[0].clone()))
+    return seen
+
+
+@pytest.fixture
+def case():
+    teacher = tiny_model()
+    student = Block().cut(teacher, tiny_units(teacher)[1:2])
+    return teacher, student, tiny_samples(12), tiny_samples(8, seed=2)
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_the_teacher_sees_each_view_of_each_sample_once(tmp_path, case, views):
+    teacher, student, samples, held_out = case
+    seen = passes(teacher)
+    method, work = OneTime(steps=4, views=views, batch=6), work_in(tmp_path)
+    targets = method.prepare(teacher, samples, held_out, work)
+    # Two of the samples are run first to find the place of the features.
+    probes = [batch for batch in seen if len(batch) == 2]
+    batches = [batch for batch in seen if len(batch) != 2 or batch is seen[views * 3 + len(probes)]]
+    index = torch.arange(12)
+    inputs = samples.batch(slice(None))
+    wanted = [fixed_view(inputs, index, view, 0, 12) for view in range(views)]
+    key = lambda row: row.numpy().tobytes()  # noqa: E731
+    counted = Counter(key(row) for batch in batches for row in batch)
+    expected = Counter(key(row) for view in wanted for row in view)
+    expected.update(key(row) for row in held_out.batch(slice(None)))
+    for row in torch.cat(probes):
+        counted[key(row)] += 0
+    probed = {key(row) for row in inputs[:2]}
+    assert all(counted[k] == n for k, n in expected.items() if k not in probed)
+    assert sum(len(batch) for batch in seen) == views * 12 + 8 + 2 * 2
+    del seen[:]
+    method.fit(student, samples, held_out, targets, work)
+    assert seen == []
+
+
+def test_targets_are_the_teachers_answers_for_the_views(tmp_path, case):
+    teacher, _, samples, held_out = case
+    targets = OneTime(views=2).prepare(teacher, samples, held_out, work_in(tmp_path, seed=7))
+    inputs = samples.batch(slice(None))
+    assert targets.tap == Tap("blocks", "output")
+    assert targets.logits.shape == (2, 12, 4)
+    with torch.no_grad():
+        for view in range(2):
+            batch = fixed_view(inputs, torch.arange(12), view, 7, 12)
+            assert torch.allclose(targets.logits[view], teacher(batch), atol=1e-5)
+            assert torch.allclose(targets.features[view].float(), teacher.blocks(teacher.stem(batch)), atol=1e-2)
+        assert torch.allclose(targets.held_out, teacher(held_out.batch(slice(None))), atol=1e-5)
+    assert targets.teacher is None
+
+
+def test_targets_come_back_from_disk(tmp_path, case):
+    teacher, _, samples, held_out = case
+    assert load_targets(tmp_path) is None
+    targets = OneTime(views=2).prepare(teacher, samples, held_out, work_in(tmp_path))
+    assert load_targets(tmp_path) is None
+    save_targets(targets, tmp_path)
+    again = load_targets(tmp_path)
+    for name in ("features", "logits", "held_out"):
+        assert torch.equal(getattr(again, name), getattr(targets, name))
+    assert (again.tap, again.feature_variance) == (targets.tap, targets.feature_variance)
+    assert np.load(tmp_path / "features.npy", mmap_mode="r").dtype == np.float16
+
+
+def test_large_features_keep_single_precision(tmp_path, case):
+    teacher, _, samples, held_out = case
+    teacher.blocks[2].norm2.weight.data.mul_(1e5)
+    targets = OneTime(views=1).prepare(teacher, samples, held_out, work_in(tmp_path))
+    assert targets.features.dtype == torch.float32
+    assert bool(torch.isfinite(targets.features).all())
+
+
+def test_rows_have_one_view_and_no_feature_map(tmp_path):
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    samples = Samples(torch.randn(9, 5), tuple("abcdefghi"))
+    targets = OneTime(views=4).prepare(model, samples, samples, work_in(tmp_path))
+    assert targets.logits.shape == (1, 9, 3)
+    assert targets.tap == Tap("2", "input")
+
+
+def test_training_brings_the_student_closer_to_the_teacher(tmp_path, case):
+    teacher, student, samples, held_out = case
+    method, work = OneTime(steps=60, views=2, batch=12, lr=0.05), work_in(tmp_path)
+    targets = method.prepare(teacher, samples, held_out, work)
+    check = held_out_check(student, held_out, targets, 8)
+    before = check()
+    fit = method.fit(student, samples, held_out, targets, work)
+    after = check()
+    assert after.better_than(before)
+    assert fit.losses[-1] < 0.7 * fit.losses[0]
+    assert not fit.rolled_back
+    assert fit.checks[0] == (0, before.agreement, before.loss)
+
+
+def test_what_was_frozen_and_trained_before_is_so_again(tmp_path, case):
+    teacher, student, samples, held_out = case
+    student.stem.requires_grad_(False)
+    before = clone(student)
+    method, work = OneTime(steps=3, views=1, batch=6), work_in(tmp_path)
+    method.fit(student, samples, held_out.subset([]), method.prepare(teacher, samples, held_out, work), work)
+    assert torch.equal(student.stem[0].weight, before.stem[0].weight)
+    assert not torch.equal(student.blocks[0].conv1.weight, before.blocks[0].conv1.weight)
+    assert [p.requires_grad for p in student.parameters()] == [p.requires_grad for p in before.parameters()]
+
+
+@pytest.mark.parametrize("moving", [True, False])
+def test_batch_statistics_move_only_when_they_shall(tmp_path, case, moving):
+    teacher, student, samples, held_out = case
+    method, work = OneTime(steps=3, views=1, batch=6, train_norm=moving), work_in(tmp_path)
+    before = student.stem[1].running_mean.clone()
+    method.fit(student, samples, held_out.subset([]), method.prepare(teacher, samples, held_out, work), work)
+    assert torch.equal(student.stem[1].running_mean, before) != moving
+
+
+def test_measuring_mixed_precision_moves_no_statistics(tmp_path, case, monkeypatch):
+    teacher, student, samples, held_out = case
+    monkeypatch.setattr("ttmpd.training._native_bfloat16", lambda: True)
+    method = OneTime(steps=2, views=1, batch=6)
+    work = dataclasses.replace(work_in(tmp_path), amp="auto")
+    targets = method.prepare(teacher, samples, held_out, work)
+    twin = clone(student)
+    fit = method.fit(student, samples, held_out, targets, work)
+    start = held_out_check(twin, held_out, targets, 8)()
+    assert fit.checks[0] == (0, pytest.approx(start.agreement), pytest.approx(start.loss, rel=1e-4))
+    assert int(student.stem[1].num_batches_tracked) <= int(twin.stem[1].num_batches_tracked) + 2
+
+
+def test_a_deadline_that_has_passed_ends_training(tmp_path, case):
+    teacher, student, samples, held_out = case
+    method, work = OneTime(steps=50, views=1, batch=6), work_in(tmp_path, deadline=0.0)
+    fit = method.fit(student, samples, held_out, method.prepare(teacher, samples, held_out, work), work)
+    assert (fit.steps, fit.stopped) == (1, "time budget")
+
+
+@pytest.mark.parametrize("wrong", [{"steps": -1}, {"views": 0}, {"batch": 1}, {"lr": -0.1}, {"temperature": 0.0}])
+def test_settings_out_of_range(wrong):
+    with pytest.raises(InvalidValueError, match=next(iter(wrong))):
+        OneTime(**wrong)
+
+
+# --- the guard
+
+
+def test_the_head_is_frozen_and_told(case):
+    _, student, samples, _ = case
+    frozen = freeze_head(student, samples.batch(slice(0, 2)))
+    assert {id(p) for p in frozen} == {id(p) for p in student.head.parameters()}
+    assert [n for n, p in student.named_parameters() if not p.requires_grad] == ["head.weight", "head.bias"]
+
+
+def test_the_check_counts_equal_answers(case):
+    teacher, _, _, held_out = case
+    logits = logits_of(teacher, held_out, 3)
+    with torch.no_grad():
+        assert torch.allclose(logits, teacher(held_out.batch(slice(None))), atol=1e-6)
+
+    class Kept:
+        held_out = logits.clone()
+
+    assert held_out_check(teacher, held_out, Kept, 3)().agreement == 1.0
+    assert held_out_check(teacher, held_out, Kept, 3)().loss == pytest.approx(0.0, abs=1e-6)
+    for row in range(2):
+        Kept.held_out[row] = -Kept.held_out[row] * 5
+    assert held_out_check(teacher, held_out, Kept, 3)().agreement == pytest.approx(6 / 8)
+    assert held_out_check(teacher, held_out.subset([]), Kept, 3) is None
+
+
+# --- losses by hand
+
+
+def test_losses_by_hand():
+    assert float(feature_loss(torch.tensor([1.0, 3.0]), torch.zeros(2), 2.5)) == pytest.approx(2.0)
+    student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[np.log(3.0), 0.0]], dtype=torch.float32)
+    kl = 0.75 * np.log(0.75 / 0.5) + 0.25 * np.log(0.25 / 0.5)
+    assert float(soft_label_loss(student, teacher)) == pytest.approx(kl, abs=1e-6)
+    assert float(soft_label_loss(student * 2, teacher * 2, 2.0)) == pytest.approx(4 * kl, abs=1e-6)
+    assert float(soft_label_loss(teacher + 7, teacher)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_information_by_hand():
+    sure = torch.tensor([[50.0, 0.0], [0.0, 50.0]])
+    assert entropy(torch.zeros(3, 4)).tolist() == pytest.approx([np.log(4)] * 3)
+    assert float(mutual_information(sure)) == pytest.approx(np.log(2), abs=1e-4)
+    assert float(mutual_information(sure[[0, 0]])) == pytest.approx(0.0, abs=1e-4)
+    assert float(mutual_information(torch.zeros(2, 2))) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_variance_by_hand():
+    assert feature_variance(torch.tensor([[0.0, 5.0], [2.0, 5.0]])) == pytest.approx(0.5)
+    assert feature_variance(torch.tensor([[3.0, 1.0]])) == pytest.approx(5.0)
+    assert feature_variance(torch.ones(4, 2)) > 0

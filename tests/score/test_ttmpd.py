@@ -1,0 +1,195 @@
+"""The two variables: against cases that can be worked out, and with the shortcuts of the computation switched off."""
+
+import pytest
+import torch
+from torch import nn
+
+from ttmpd.errors import InvalidValueError
+from ttmpd.records import Samples
+from ttmpd.score.ttmpd import TTMPD, _observe, _position_weights, fit_stand_ins, rows_of_weights
+from ttmpd.tails import distances, teacher_tails
+from ttmpd.testing import tiny_model, tiny_samples, tiny_units
+from ttmpd.units.block import Block
+
+
+class Res(nn.Module):
+    def __init__(self, width: int = 6, linear: bool = False) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(width, width), nn.Linear(width, width)
+        self.act = nn.Identity() if linear else nn.Tanh()
+
+    def forward(self, x):
+        return x + 2 * self.b(self.act(self.a(x)))
+
+
+class Tokens(nn.Module):
+    """Only token 0 reaches the output; the blocks treat every token alone."""
+
+    def __init__(self, ids: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Embedding(9, 6) if ids else nn.Linear(5, 6)
+        self.blocks, self.head, self.ids = nn.Sequential(Res(), Res()), nn.Linear(6, 3), ids
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x.long() if self.ids else x))[:, 0])
+
+
+def samples_of(inputs: torch.Tensor) -> Samples:
+    return Samples(inputs, tuple(map(str, range(len(inputs)))))
+
+
+@pytest.fixture
+def tokens():
+    torch.manual_seed(0)
+    model, samples = Tokens().eval(), samples_of(torch.randn(30, 4, 5))
+    return model, samples, Block().find(model, samples.batch(slice(0, 2))).units
+
+
+def by_key(scores):
+    return {(score.unit, score.action): score for score in scores}
+
+
+def test_a_linear_unit_is_repaired_and_its_loss_without_repair_is_damage():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Sequential(Res(linear=True), Res()), nn.Linear(6, 3)).eval()
+    samples = samples_of(torch.randn(60, 5))
+    units = Block().find(model, samples.batch(slice(0, 2))).units
+    scores = by_key(TTMPD(ridge=0.0).score(model, units, samples))
+    linear, curved = units[0].id, units[1].id
+    assert abs(scores[linear, "linear"].harm) < 1e-5
+    assert scores[linear, "drop"].parts["damage"] > 0.1
+    assert scores[curved, "linear"].harm > 1e-3
+
+
+def test_harm_is_made_of_the_two_variables():
+    model, samples = tiny_model(), tiny_samples(30)
+    scores = by_key(TTMPD(drop_share=0.25).score(model, tiny_units(model), samples))
+    for (unit, _), score in scores.items():
+        damage, repaired = score.parts["damage"], score.parts["repaired_damage"]
+        assert scores[unit, "linear"].harm == pytest.approx(repaired)
+        assert scores[unit, "drop"].harm == pytest.approx(repaired + 0.25 * max(0.0, damage - repaired))
+
+
+def test_repair_helps_on_the_samples_it_was_fitted_to():
+    model, samples = tiny_model(), tiny_samples(40)
+    for score in TTMPD(sensitivity=0.0).score(model, tiny_units(model), samples):
+        assert score.parts["repaired_damage"] < score.parts["damage"]
+
+
+def test_damage_by_hand():
+    """Dropping x + 2 b(tanh(a x)) moves the final features by that branch, and the answers with them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Sequential(Res()), nn.Linear(6, 3)).eval()
+    samples = samples_of(torch.randn(16, 5))
+    units = Block().find(model, samples.batch(slice(0, 2))).units
+    found = teacher_tails(model, units, samples, {"drop": lambda _u, x: x}, batch_size=5)[units[0].id, "drop"]
+    with torch.no_grad():
+        x = model[0](samples.inputs)
+        features = model[1](x)
+        variance = features.var(0, unbiased=False).sum() * 16
+        p, q = model[2](features).log_softmax(-1), model[2](x).log_softmax(-1)
+    assert found["feature"] == pytest.approx(float((features - x).square().sum() / variance), rel=1e-4)
+    assert found["prediction"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert distances(found) == pytest.approx(found["feature"] + found["prediction"])
+
+
+def test_skipping_earlier_units_gives_what_the_whole_run_gives(monkeypatch):
+    model, samples = tiny_model(n_blocks=4), tiny_samples(9)
+    units = tiny_units(model)
+    ran = {unit.id: 0 for unit in units}
+    for unit in units:
+        model.get_submodule(unit.path).conv1.register_forward_hook(
+            lambda *_, name=unit.id: ran.__setitem__(name, ran[name] + 1)
+        )
+    replacements = {"drop": lambda _u, x: x, "half": lambda _u, x: x / 2}
+    short = teacher_tails(model, units, samples, replacements, batch_size=4)
+    calls_short = dict(ran)
+    monkeypatch.setattr("ttmpd.tails.skippable", lambda *_: frozenset())
+    whole = teacher_tails(model, units, samples, replacements, batch_size=4)
+    calls_whole = {name: ran[name] - calls_short[name] for name in ran}
+    for key, parts in whole.items():
+        assert short[key] == pytest.approx(parts, rel=1e-4, abs=1e-7)
+    # Of three batches with two replacements, the first block is run once per batch instead of 1 + 3 x 2 times.
+    assert calls_whole[units[0].id] - calls_short[units[0].id] > 3 * 2 * 2
+
+
+def test_the_share_of_samples_in_a_batch_does_not_matter():
+    model, samples = tiny_model(), tiny_samples(11)
+    units = tiny_units(model)
+    first, second = (TTMPD(sensitivity=0.0).score(model, units, samples, batch_size=n) for n in (3, 11))
+    for a, b in zip(first, second, strict=True):
+        assert a.harm == pytest.approx(b.harm, rel=1e-3, abs=1e-6)
+
+
+def test_only_the_position_that_reaches_the_output_has_weight(tokens):
+    model, samples, units = tokens
+    _, _, weights = _observe(model, units, samples.batch(slice(0, 8)), None, 1.0, seed=0)
+    for unit in units:
+        assert weights[unit.id].shape == (8, 4)
+        assert weights[unit.id][:, 0].tolist() == pytest.approx([4.0] * 8)
+        assert not bool(weights[unit.id][:, 1:].any())
+
+
+def test_weights_blend_with_equal_ones(tokens):
+    model, samples, units = tokens
+    _, _, weights = _observe(model, units, samples.batch(slice(0, 8)), None, 0.9, seed=0)
+    assert weights[units[0].id][0].tolist() == pytest.approx([0.1 + 0.9 * 4, 0.1, 0.1, 0.1])
+    assert _observe(model, units, samples.batch(slice(0, 8)), None, 0.0, seed=0)[2] == {}
+
+
+def test_weighting_improves_the_fit_where_it_counts(tokens):
+    """The tokens follow different maps, and only token 0 is read: the fit shall serve token 0."""
+    model, samples, units = tokens
+    shifted = samples_of(samples.inputs + torch.tensor([0.0, 4.0, -4.0, 8.0])[None, :, None])
+    gaps = {}
+    for sensitivity in (0.0, 1.0):
+        fit = fit_stand_ins(model, units, shifted, 0.0, sensitivity, batch_size=10, seed=0)[units[1].id]
+        with torch.no_grad():
+            x = model.blocks[0](model.stem(shifted.inputs))[:, 0]
+            gaps[sensitivity] = float((fit(units[1], x) - model.blocks[1](x)).square().mean())
+    assert gaps[1.0] < 0.5 * gaps[0.0]
+
+
+def test_rows_of_weights_follow_the_rows():
+    weight = torch.arange(6.0).view(2, 3)
+    assert rows_of_weights(weight, torch.tensor([0, 2])).tolist() == [0.0, 2.0, 3.0, 5.0]
+
+
+def test_weights_of_maps_count_positions():
+    unit = tiny_units(tiny_model())[0]
+    gradient = torch.zeros(2, 6, 8, 8)
+    gradient[:, :, 3, 5] = 2.0
+    weights = _position_weights(gradient, unit, 1.0)
+    assert weights.shape == (2, 64)
+    assert weights[0].nonzero().flatten().tolist() == [3 * 8 + 5]
+    assert float(weights[0].mean()) == pytest.approx(1.0)
+
+
+def test_inputs_that_are_no_numbers_to_differentiate_by():
+    torch.manual_seed(0)
+    model = Tokens(ids=True).eval()
+    samples = samples_of(torch.randint(0, 9, (12, 4)).float())
+    units = Block().find(model, samples.batch(slice(0, 2))).units
+    _, _, weights = _observe(model, units, samples.batch(slice(0, 4)), None, 1.0, seed=0)
+    assert weights[units[0].id][0].tolist() == pytest.approx([4.0, 0.0, 0.0, 0.0])
+    assert len(TTMPD().score(model, units, samples)) == 4
+
+
+def test_only_as_many_samples_are_run_as_the_settings_say():
+    model, seen = tiny_model(), []
+    units = tiny_units(model)
+    model.head.register_forward_hook(lambda _m, x, _o: seen.append(len(x[0])))
+    TTMPD(max_samples=6, tail_samples=4).score(model, units, tiny_samples(50), batch_size=3)
+    assert max(seen) == 3
+    small, probes = sum(n for n in seen if n == 3), sum(n for n in seen if n <= 2)
+    TTMPD(max_samples=6, tail_samples=4).score(model, units, tiny_samples(500), batch_size=3)
+    assert sum(n for n in seen if n == 3) == 2 * small
+    assert sum(n for n in seen if n <= 2) == 2 * probes
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"ridge": -1.0}, {"max_samples": 0}, {"tail_samples": 0}, {"drop_share": 1.5}, {"sensitivity": 2.0}]
+)
+def test_settings_out_of_range(wrong):
+    with pytest.raises(InvalidValueError, match=next(iter(wrong))):
+        TTMPD(**wrong)

@@ -1,0 +1,105 @@
+"""Records check themselves; intervals against known values."""
+
+import math
+
+import pytest
+import torch
+
+from ttmpd.errors import InvalidValueError
+from ttmpd.records import Plan, Removal, Samples, Saving, Score, Timing, Unit, agreement
+
+
+def unit(path: str = "blocks.0", **changes) -> Unit:
+    facts = {"shape": (6, 4, 4), "layout": "channels_first", "activation": "", "n_params": 1, "macs": 1}
+    return Unit(kind="block", path=path, module="Block", **(facts | changes))
+
+
+def test_unit_width_and_name():
+    assert unit().channels == 6
+    assert unit(shape=(5, 7), layout="channels_last").channels == 7
+    assert unit().id == "blocks.0"
+    assert Unit("head", "blocks.0", "B", (4, 4), "channels_last", "", 1, 1).id == "head:blocks.0"
+
+
+@pytest.mark.parametrize("harm", [math.nan, math.inf, -math.inf])
+def test_score_must_be_finite(harm):
+    with pytest.raises(InvalidValueError, match="harm must be finite"):
+        Score("x", "drop", harm)
+    with pytest.raises(InvalidValueError, match="saved_ms must be finite"):
+        Saving("x", "drop", harm)
+
+
+def test_time_must_not_be_negative_but_a_saving_may():
+    with pytest.raises(InvalidValueError, match="at least 0"):
+        Timing(-1.0, 0.0, 0.0, 1)
+    assert Saving("x", "linear", -0.5).saved_ms == -0.5
+
+
+def test_plan_names_each_unit_once():
+    twice = (Removal(unit(), "drop"), Removal(unit(), "linear"))
+    with pytest.raises(InvalidValueError, match="each unit once"):
+        Plan(twice, 0.0, 2.0, 1.0, 1.0)
+    with pytest.raises(InvalidValueError, match="budget_ms"):
+        Plan((), 0.0, 2.0, math.nan, 1.0)
+    plan = Plan((Removal(unit(), "drop"), Removal(unit("blocks.1"), "linear")), 0.0, 2.0, 1.0, 1.0)
+    assert plan.actions == {"blocks.0": "drop", "blocks.1": "linear"}
+
+
+@pytest.mark.parametrize(
+    ("alike", "n", "low", "high"),
+    [  # Newcombe (1998), table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (20, 20, 0.8389, 1.0000),
+    ],
+)
+def test_wilson_interval(alike, n, low, high):
+    found = agreement(alike, n)
+    assert found.share == alike / n
+    assert found.n_samples == n
+    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(("alike", "n"), [(0, 0), (-1, 3), (4, 3)])
+def test_wilson_interval_of_nothing_is_refused(alike, n):
+    with pytest.raises(InvalidValueError, match="n_alike"):
+        agreement(alike, n)
+
+
+def test_samples_scale_pixels_by_the_models_mean_and_deviation():
+    pixels = torch.tensor([[[[0]], [[255]]], [[[51]], [[102]]]], dtype=torch.uint8)
+    samples = Samples(pixels, ("a", "b"), mean=(0.5, 0.0), std=(0.5, 2.0))
+    batch = samples.batch(slice(None))
+    assert batch.dtype == torch.float32
+    assert batch.flatten().tolist() == pytest.approx([-1.0, 0.5, -0.6, 0.2])
+
+
+def test_samples_leave_other_values_as_they_are():
+    values = torch.tensor([[1.5, -2.0]], dtype=torch.float64)
+    assert Samples(values, ("a",)).batch(slice(None)).tolist() == [[1.5, -2.0]]
+
+
+def test_samples_have_one_id_each():
+    with pytest.raises(InvalidValueError, match="one id each"):
+        Samples(torch.zeros(3, 2), ("a", "b"))
+
+
+def test_subset_keeps_inputs_ids_and_names_together():
+    samples = Samples(torch.arange(4.0)[:, None], ("a", "b", "c", "d"), names=("0", "1", "2", "3"))
+    few = samples.subset([2, 0])
+    assert (few.inputs.flatten().tolist(), few.ids, few.names) == ([2.0, 0.0], ("c", "a"), ("2", "0"))
+    assert len(samples.subset([])) == 0
+
+
+def test_batches_cover_all_samples_in_order():
+    samples = Samples(torch.arange(5.0)[:, None], tuple("abcde"))
+    assert [batch.flatten().tolist() for batch in samples.batches(2)] == [[0, 1], [2, 3], [4]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_image"), [((2, 3, 4, 4), True), ((2, 1, 4, 4), True), ((2, 6, 4, 4), False), ((2, 9), False)]
+)
+def test_is_image(shape, is_image):
+    assert Samples(torch.zeros(shape), ("a", "b")).is_image is is_image

@@ -1,0 +1,104 @@
+"""The timing protocol, with a clock that the test turns."""
+
+import pytest
+import torch
+from torch import nn
+
+from ttmpd.errors import InvalidValueError
+from ttmpd.timing import Rounds, interleaved, machine, quartiles, time_models
+
+
+class Clock:
+    """Stands still unless a call takes its time."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.calls: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def call(self, name: str, *seconds: float):
+        """A candidate that takes the given seconds in turn, the last ones for ever."""
+        left = list(seconds)
+
+        def run() -> None:
+            self.calls.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return run
+
+
+def test_every_candidate_runs_once_per_round_in_a_changing_order():
+    clock = Clock()
+    interleaved({n: clock.call(n, 0.001) for n in "abcd"}, rounds=10, warmup=2, clock=clock)
+    rounds = [clock.calls[i : i + 4] for i in range(0, len(clock.calls), 4)]
+    assert len(rounds) == 12
+    assert all(sorted(names) == list("abcd") for names in rounds)
+    assert len({tuple(names) for names in rounds}) > 3
+
+
+def test_warm_up_is_run_and_not_counted():
+    clock = Clock()
+    found = interleaved({"a": clock.call("a", 9.0, 9.0, 0.001, 0.002, 0.003)}, rounds=3, warmup=2, clock=clock)
+    assert found.ms["a"] == pytest.approx((1.0, 2.0, 3.0))
+    assert len(clock.calls) == 5
+
+
+def test_medians_quartiles_and_ratio_by_hand():
+    rounds = Rounds({"slow": (10.0, 20.0, 30.0, 40.0, 50.0), "fast": (5.0, 5.0, 10.0, 40.0, 10.0)})
+    timing = rounds.timing("slow")
+    assert (timing.low_ms, timing.median_ms, timing.high_ms, timing.n_rounds) == (20.0, 30.0, 40.0, 5)
+    # Round by round: 2, 4, 3, 1, 5. The ratio of the medians would be 3 too, its quartiles would not.
+    ratio = rounds.ratio("slow", "fast")
+    assert (ratio.low_ms, ratio.median_ms, ratio.high_ms) == (2.0, 3.0, 4.0)
+
+
+def test_ratio_is_taken_within_rounds():
+    rounds = Rounds({"slow": (10.0, 100.0), "fast": (5.0, 50.0)})  # a busy second round
+    assert rounds.ratio("slow", "fast").median_ms == 2.0
+    assert rounds.ratio("slow", "fast").low_ms == 2.0
+
+
+def test_quartiles_of_one_value():
+    assert quartiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_fast_calls_get_more_rounds():
+    clock = Clock()
+    found = interleaved({"a": clock.call("a", 0.25)}, rounds=2, warmup=0, min_seconds=1.5, clock=clock)
+    assert len(found.ms["a"]) == 6
+
+
+def test_rounds_end_even_when_the_seconds_are_never_reached():
+    clock = Clock()
+    found = interleaved({"a": clock.call("a", 0.0)}, rounds=2, warmup=1, min_seconds=5.0, clock=clock)
+    assert len(found.ms["a"]) == 40
+
+
+@pytest.mark.parametrize(("n", "rounds", "warmup"), [(0, 1, 0), (1, 0, 0), (1, 1, -1)])
+def test_nothing_to_time_is_refused(n, rounds, warmup):
+    candidates = {str(i): lambda: None for i in range(n)}
+    with pytest.raises(InvalidValueError, match="timing"):
+        interleaved(candidates, rounds=rounds, warmup=warmup)
+
+
+def test_models_are_timed_in_eval_mode_without_gradients_and_left_as_found():
+    seen = []
+
+    class Watch(nn.Linear):
+        def forward(self, x):
+            seen.append((self.training, torch.is_grad_enabled()))
+            return super().forward(x)
+
+    model = Watch(2, 2).train()
+    found = time_models({"one": model, "same": model}, torch.zeros(1, 2), rounds=3, min_seconds=0.0)
+    assert set(seen) == {(False, False)}
+    assert model.training
+    assert len(found.ms["one"]) == len(found.ms["same"]) == 3
+
+
+def test_machine_says_what_the_milliseconds_belong_to():
+    facts = machine("cpu")
+    assert facts["type"] == "cpu"
+    assert facts["threads"] == torch.get_num_threads()
