@@ -1,7 +1,6 @@
 """The commands end to end on small models: what they print, write and answer the shell."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -179,9 +178,13 @@ def test_killed_in_distillation_then_resumed(data, tmp_path):
     process = start([*arguments, "--set", "distill.batch=48"])
     try:
         deadline = time.monotonic() + 90
-        while not (work / "distill").is_dir() and time.monotonic() < deadline and process.poll() is None:
+        while (
+            not any(path.is_dir() for path in work.glob("distill*"))
+            and time.monotonic() < deadline
+            and process.poll() is None
+        ):
             time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()  # SIGKILL: nothing can be tidied up
     finally:
         output = process.communicate()[0]
     assert process.returncode == -signal.SIGKILL, output

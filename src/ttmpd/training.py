@@ -234,7 +234,9 @@ class _Run:
         if self.running:
             self.losses.append(float(torch.stack(self.running).mean()))
             self.running.clear()
-        if self.best is None or now.better_than(self.best):
+        # Gains in loss must not add up to a loss of agreement: the start stays the measure.
+        start = Check(self.checks[0][1], self.checks[0][2], now.n_samples)
+        if self.best is None or (now.better_than(self.best) and not start.better_than(now)):
             self.best, self.best_step, self.idle = now, self.step, 0
             self.best_state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         else:

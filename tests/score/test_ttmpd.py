@@ -70,10 +70,15 @@ def test_harm_is_made_of_the_two_variables():
         assert scores[unit, "drop"].harm == pytest.approx(repaired + 0.25 * max(0.0, damage - repaired))
 
 
-def test_repair_helps_on_the_samples_it_was_fitted_to():
+def test_a_stand_in_is_closer_to_its_unit_than_its_input_is():
     model, samples = tiny_model(), tiny_samples(40)
-    for score in TTMPD(sensitivity=0.0).score(model, tiny_units(model), samples):
-        assert score.parts["repaired_damage"] < score.parts["damage"]
+    units = tiny_units(model)
+    fits = fit_stand_ins(model, units, samples, 1e-3, 0.0, batch_size=16, seed=0)
+    inputs, outputs, _ = _observe(model, units, samples.batch(slice(None)), None, 0.0, seed=0)
+    for unit in units:
+        x, y = inputs[unit.id], outputs[unit.id]
+        gap = (fits[unit.id](unit, x) - y).square().mean()
+        assert float(gap.detach()) < float((x - y).square().mean())
 
 
 def test_damage_by_hand():

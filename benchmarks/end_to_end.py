@@ -1,0 +1,70 @@
+"""The two commands of the README on real models: seconds, peak memory, measured speedup, accuracy.
+
+    python benchmarks/end_to_end.py
+
+Runs `ttmpd compress` and `ttmpd evaluate` as a user does, each in a process of its own, for ResNet-56 on CIFAR-10-JPEG
+(500 images, speedup 1.8) and MobileNetV2 on the ImageNet sample (500 and 1,000 images, speedup 1.3). Accuracy is measured
+on the images that were not among the unlabelled samples; the run on all 1,000 images leaves none and reports memory only.
+Writes results/end_to_end.csv.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import DATA, require_data, write_csv
+
+CASES = (
+    ("resnet56", "cifar10_jpeg/test.npz", "cifar10_jpeg/test.npz", 500, 1.8),
+    ("mobilenet_v2", "imagenet_sample/images", "imagenet_sample/labels.csv", 500, 1.3),
+    ("mobilenet_v2", "imagenet_sample/images", "", 1000, 1.3),
+)
+
+
+def ttmpd(*arguments: str) -> tuple[int, float, float]:
+    """(exit code, seconds, peak MiB) of one command."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "ttmpd.cli", *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    return os.waitstatus_to_exitcode(status), time.perf_counter() - start, usage.ru_maxrss / 1024
+
+
+def run(model: str, data: str, labels: str, n: int, speedup: float, folder: Path) -> dict[str, Any]:
+    """One row."""
+    source, out = f"{DATA / 'zoo.py'}:{model}", folder / f"{model}-{n}"
+    code, seconds, peak = ttmpd(
+        "compress", "--model", source, "--data", str(DATA / data), "--num-samples", str(n), "--speedup", str(speedup),
+        "--output", str(out),
+    )  # fmt: skip
+    facts = json.loads((out / "report.json").read_text())
+    row = {"model": model, "n_samples": n, "asked_speedup": speedup, "seed": facts["seed"], "exit_code": code,
+           "speedup": round(facts["latency"]["speedup"]["median"], 3), "speedup_low": round(facts["latency"]["speedup"]["low"], 3),
+           "speedup_high": round(facts["latency"]["speedup"]["high"], 3), "predicted_ms": round(facts["latency"]["predicted_ms"], 2),
+           "measured_ms": round(facts["latency"]["compressed"]["median_ms"], 2), "seconds_whole_process": round(seconds, 1),
+           "seconds_stages": round(sum(facts["seconds"].values()), 1), "peak_mib": round(peak)}  # fmt: skip
+    if labels:
+        found = folder / "evaluation.json"
+        ttmpd(
+            "evaluate", "--model", str(out), "--source", source, "--data", str(DATA / data), "--labels", str(DATA / labels),
+            "--against", source, "--json", str(found),
+        )  # fmt: skip
+        row |= {"evaluation": json.dumps(json.loads(found.read_text()))}
+    return row
+
+
+def main() -> None:
+    require_data("zoo.py", "cifar10_jpeg/test.npz", "imagenet_sample/labels.csv")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [run(*case, Path(folder)) for case in CASES]
+    for row in rows:
+        print(row)
+    print(write_csv("end_to_end.csv", rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,363 @@
+"""The flow from model and samples to a result, with latency taken from operations instead of a clock."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ttmpd import pipeline
+from ttmpd.adapt.base import Adapter
+from ttmpd.adapt.none import NoAdaptation
+from ttmpd.adapt.norm import Norm
+from ttmpd.distill.base import Distiller
+from ttmpd.distill.one_time import OneTime
+from ttmpd.errors import BudgetUnreachableError, InvalidValueError, ModelError, SamplesError, UnsupportedError
+from ttmpd.models import OpenedModel
+from ttmpd.modules import count_macs
+from ttmpd.pipeline import Settings, Target, compress, compress_many
+from ttmpd.plan.greedy import Greedy
+from ttmpd.savings import UnitTiming
+from ttmpd.score.damage import Damage
+from ttmpd.score.ttmpd import TTMPD
+from ttmpd.testing import tiny_model, tiny_samples, untouched
+from ttmpd.timing import Rounds
+
+QUICK = {
+    "distill": OneTime(steps=3, views=2, batch=8),
+    "num_samples": 40,
+    "holdout": 0.25,
+    "batch_size": 8,
+    "device": "cpu",
+    "amp": "off",
+}
+
+
+@pytest.fixture(autouse=True)
+def operations_for_milliseconds(monkeypatch):
+    """A block takes a millisecond per thousand multiply-accumulates, and so does everything else."""
+
+    def compare(original, student, batch, **_):
+        ms = {name: (count_macs(m, batch[:1])[""] / 1e3,) * 5 for name, m in (("original", original), ("compressed", student))}
+        return Rounds(ms)
+
+    def time_units(_model, _kind, units, _batch, **_):
+        return tuple(UnitTiming(u.id, u.macs / 1e3, u.channels**2 * 64 / 1e3) for u in units)
+
+    monkeypatch.setattr(pipeline, "compare", compare)
+    monkeypatch.setattr(pipeline, "time_units", time_units)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return tiny_model(n_blocks=5)
+
+
+@pytest.fixture
+def samples():
+    return tiny_samples(40)
+
+
+# --- targets
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [("12ms", 12.0), ("12 ms", 12.0), ("0.5x", 15.0), ("12", 12.0), (12, 12.0), (7.5, 7.5), (" 0.25X ", 7.5)],
+)
+def test_targets_are_parsed(text, budget):
+    assert Target.parse(text).budget_ms(30.0) == pytest.approx(budget)
+
+
+@pytest.mark.parametrize("text", ["", "fast", "1.5x", "1x", "0x", "-1ms", "0ms", "nan", "inf", "nanx", "12s", "0.5xms"])
+def test_impossible_targets_are_refused(text):
+    with pytest.raises(InvalidValueError, match=r"latency|share"):
+        Target.parse(text)
+
+
+@pytest.mark.parametrize("speedup", [1.0, 0.5, -2.0, math.nan, math.inf])
+def test_impossible_speedups_are_refused(speedup):
+    with pytest.raises(InvalidValueError, match="speedup"):
+        Target(speedup=speedup)
+
+
+@pytest.mark.parametrize("target", [{}, {"speedup": 2.0, "latency": "5ms"}])
+def test_exactly_one_target(model, samples, target):
+    with pytest.raises(InvalidValueError, match="exactly one"):
+        compress(model, samples, **target, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"speed": 2}, "speed"),
+        ({"actions": ()}, "actions"),
+        ({"actions": ("shrink",)}, "actions"),
+        ({"amp": "perhaps"}, "amp"),
+        ({"holdout": 0.95}, "holdout"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"device": "toaster"}, "device"),
+    ],
+)
+def test_wrong_settings_are_refused(model, samples, settings, message):
+    with pytest.raises(InvalidValueError, match=message):
+        compress(model, samples, speedup=2.0, **(QUICK | settings))
+
+
+def test_settings_are_plain_data():
+    data = json.loads(json.dumps(Settings(time_budget=math.inf).to_dict(), allow_nan=False))
+    assert data["score"] == TTMPD().to_dict() | {"name": "ttmpd"}
+    assert data["time_budget"] is None
+
+
+# --- the flow
+
+
+@pytest.mark.parametrize("speedup", [1.3, 2.0, 5.0])
+def test_the_result_meets_its_target(model, samples, speedup):
+    result = compress(model, samples, speedup=speedup, **QUICK)
+    batch = samples.batch(slice(0, 1))
+    assert result.met
+    assert count_macs(model, batch)[""] / count_macs(result.model, batch)[""] >= speedup
+    assert result.plan.budget_ms == pytest.approx(result.plan.original_ms / speedup)
+    assert len(result.plan.removals) >= 1
+    assert not result.model.training
+    assert result.model(batch).shape == (1, 4)
+    assert sorted(result.sample_ids) == sorted(samples.ids)
+
+
+def test_milliseconds_and_shares_mean_the_same(model, samples):
+    total = count_macs(model, samples.batch(slice(0, 1)))[""] / 1e3
+    plans = [compress(model, samples, latency=text, **QUICK).plan for text in (f"{total / 2}ms", "0.5x")]
+    assert plans[0].actions == plans[1].actions
+    assert plans[0].budget_ms == pytest.approx(total / 2)
+
+
+def test_the_same_seed_gives_the_same_model_and_what_was_passed_in_stays(model, samples):
+    with untouched(model, samples):
+        first = compress(model, samples, speedup=2.0, **QUICK)
+        second = compress(model, samples, speedup=2.0, **QUICK)
+    assert first.plan == second.plan
+    assert all(torch.equal(v, second.model.state_dict()[k]) for k, v in first.model.state_dict().items())
+    shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in first.model.parameters()}
+    assert not shared
+
+
+def test_facts_are_strict_json_and_agree_with_the_result(model, samples):
+    result = compress(model, samples, speedup=2.0, command="ttmpd compress", **QUICK)
+    facts = json.loads(json.dumps(result.facts, allow_nan=False))
+    assert facts["command"] == "ttmpd compress"
+    assert facts["target"]["met"] is True
+    assert facts["samples"]["n_fit"] == 30
+    assert facts["samples"]["n_held_out"] == 10
+    assert {row["id"]: row["action"] for row in facts["units"] if row["action"] != "keep"} == result.plan.actions
+    assert facts["student"]["parameters"] == sum(p.numel() for p in result.model.parameters())
+    assert facts["model"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert facts["latency"]["speedup"]["median"] >= 2.0
+    assert facts["agreement"]["n_samples"] == 10
+    assert len(facts["held_out"]["student"]) == 10
+    assert facts["fit"]["steps"] == 3
+
+
+def test_facts_without_held_out_samples_are_strict_json_too(model, samples):
+    result = compress(model, samples, speedup=2.0, **(QUICK | {"holdout": 0.0, "adapt": Norm(weights=(0.5,))}))
+    facts = json.loads(json.dumps(result.facts, allow_nan=False))
+    assert facts["agreement"] is None
+    assert facts["samples"]["n_held_out"] == 0
+
+
+def test_only_the_actions_that_are_allowed(model, samples):
+    for action in ("drop", "linear"):
+        result = compress(model, samples, speedup=2.0, **(QUICK | {"actions": (action,)}))
+        assert set(result.plan.actions.values()) == {action}
+    with pytest.raises(BudgetUnreachableError):
+        compress(model, samples, speedup=2.0, **(QUICK | {"actions": ("linear",), "score": Damage()}))
+
+
+def test_other_methods_of_each_verb(model, samples):
+    chosen = {"score": Damage(), "plan": Greedy(), "adapt": NoAdaptation()}
+    result = compress(model, samples, speedup=2.0, **(QUICK | chosen))
+    assert result.met
+    assert {verb: data["name"] for verb, data in result.facts["methods"].items()} == {
+        "adapt": "none", "score": "damage", "plan": "greedy", "distill": "one_time",
+    }  # fmt: skip
+
+
+class Watching(Distiller):
+    """One-time distillation that counts what the teacher sees, and when."""
+
+    counts = {"prepare": 0, "fit": 0, "probe": 0}  # noqa: RUF012
+    inner = OneTime(steps=3, views=3, batch=8)
+
+    def prepare(self, teacher, samples, held_out, work):
+        def count(_module, args):
+            Watching.counts["probe" if len(args[0]) == 2 else self.phase()] += len(args[0])
+
+        Watching.now = "prepare"
+        teacher.stem.register_forward_pre_hook(count)
+        return self.inner.prepare(teacher, samples, held_out, work)
+
+    def fit(self, student, samples, held_out, targets, work):
+        Watching.now = "fit"
+        fit = self.inner.fit(student, samples, held_out, targets, work)
+        Watching.now = "after"
+        return fit
+
+    @staticmethod
+    def phase() -> str:
+        Watching.counts.setdefault(Watching.now, 0)
+        return Watching.now
+
+
+def test_the_teacher_sees_every_view_once_and_never_again(model, samples):
+    few = samples.subset(range(36))
+    Watching.counts = {"prepare": 0, "fit": 0, "probe": 0}
+    settings = QUICK | {"distill": Watching(), "holdout": 0.25, "batch_size": 9}
+    compress(model, few, speedup=2.0, **settings)
+    assert Watching.counts == {"prepare": 27 * 3 + 9, "fit": 0, "probe": 4}
+
+
+# --- many targets
+
+
+class CountingScorer(Damage.__mro__[1]):  # type: ignore[misc]
+    """Counts how often it is asked."""
+
+    asked = 0
+
+    def score(self, teacher, units, samples, *, batch_size=64, seed=0):
+        CountingScorer.asked += 1
+        return Damage().score(teacher, units, samples, batch_size=batch_size, seed=seed)
+
+
+class CountingAdapter(Adapter):
+    asked = 0
+
+    def adapt(self, teacher, samples, *, batch_size=64, seed=0):
+        CountingAdapter.asked += 1
+        return Norm().adapt(teacher, samples, batch_size=batch_size, seed=seed)
+
+
+def test_many_targets_share_adaptation_scores_and_targets(model, samples, monkeypatch):
+    prepared = []
+    original = OneTime.prepare
+
+    def prepare(self, *args):
+        prepared.append(1)
+        return original(self, *args)
+
+    monkeypatch.setattr(OneTime, "prepare", prepare)
+    CountingScorer.asked = CountingAdapter.asked = 0
+    settings = QUICK | {"score": CountingScorer(), "adapt": CountingAdapter()}
+    targets = [Target(speedup=1.3), Target(speedup=2.0), Target(speedup=4.0)]
+    results = compress_many(model, samples, targets=targets, **settings)
+    assert (CountingScorer.asked, CountingAdapter.asked, len(prepared)) == (1, 1, 1)
+    sizes = [sum(p.numel() for p in result.model.parameters()) for result in results]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len({result.plan.predicted_ms for result in results}) == 3
+    alone = compress(model, samples, speedup=2.0, **settings)
+    assert alone.plan == results[1].plan
+    assert all(torch.equal(v, alone.model.state_dict()[k]) for k, v in results[1].model.state_dict().items())
+
+
+# --- going on after a kill
+
+
+def test_a_killed_run_goes_on_where_it_was(model, samples, tmp_path, monkeypatch):
+    whole = compress(model, samples, speedup=2.0, **QUICK)
+    monkeypatch.setattr(OneTime, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, samples, speedup=2.0, output=tmp_path / "out", **QUICK)
+    monkeypatch.undo()
+    forbidden = lambda *_a, **_k: pytest.fail("computed again")  # noqa: E731
+    monkeypatch.setattr(OneTime, "prepare", forbidden)
+    monkeypatch.setattr(TTMPD, "score", forbidden)
+    monkeypatch.setattr(Norm, "adapt", forbidden)
+    monkeypatch.setattr(pipeline, "time_units", forbidden)
+    monkeypatch.setattr(pipeline, "make_plan", forbidden)
+    monkeypatch.setattr(pipeline.Result, "save", lambda *_: None)
+    monkeypatch.setattr(
+        pipeline, "compare", lambda *_a, **_k: Rounds({"original": (2.0,) * 3, "compressed": (1.0,) * 3})
+    )
+    result = compress(model, samples, speedup=2.0, output=tmp_path / "out", resume=True, **QUICK)
+    assert result.plan.actions == whole.plan.actions
+    assert all(torch.equal(v, whole.model.state_dict()[k]) for k, v in result.model.state_dict().items())
+    assert not (tmp_path / "out" / ".work").exists()
+
+
+def test_another_target_in_the_same_folder_uses_nothing_of_the_old_student(model, samples, tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(pipeline.Result, "save", fail)
+        with pytest.raises(KeyboardInterrupt):
+            compress(model, samples, speedup=4.0, output=tmp_path / "out", **QUICK)
+    monkeypatch.setattr(pipeline.Result, "save", lambda *_: None)
+    wanted = compress(model, samples, speedup=1.3, **QUICK)
+    result = compress(model, samples, speedup=1.3, output=tmp_path / "out", resume=True, **QUICK)
+    assert result.plan.actions == wanted.plan.actions
+    assert all(torch.equal(v, wanted.model.state_dict()[k]) for k, v in result.model.state_dict().items())
+
+
+# --- what goes wrong
+
+
+def test_a_target_out_of_reach_says_what_is_in_reach(model, samples):
+    with pytest.raises(BudgetUnreachableError, match="speedup") as caught:
+        compress(model, samples, speedup=1000.0, **QUICK)
+    macs = count_macs(model, samples.batch(slice(0, 1)))
+    assert caught.value.best_ms == pytest.approx((macs[""] - macs["blocks"]) / 1e3)
+
+
+def test_the_speedup_that_the_error_names_is_reached(model, samples):
+    with pytest.raises(BudgetUnreachableError) as caught:
+        compress(model, samples, speedup=1000.0, **QUICK)
+    named = float(str(caught.value).split("--speedup ")[1].split()[0])
+    assert compress(model, samples, speedup=named, **QUICK).met
+
+
+def test_a_model_without_units(samples):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    with pytest.raises(UnsupportedError, match="block"):
+        compress(model, samples, speedup=2.0, **QUICK)
+
+
+def test_a_model_that_answers_with_nan(model, samples):
+    model.head.weight.data[0, 0] = math.nan
+    with pytest.raises(ModelError, match="NaN"):
+        compress(model, samples, speedup=2.0, **QUICK)
+
+
+def test_a_model_that_answers_with_maps(samples):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)).eval()
+    with pytest.raises(ModelError, match="class scores"):
+        compress(model, samples, speedup=2.0, **QUICK)
+
+
+def test_too_few_samples(model, samples):
+    with pytest.raises(SamplesError, match="at least 2"):
+        compress(model, samples.subset([0]), speedup=2.0, **QUICK)
+
+
+def test_two_samples_are_enough(model, samples):
+    result = compress(model, samples.subset([0, 1]), speedup=2.0, **(QUICK | {"holdout": 0.0}))
+    assert result.met
+    assert bool(torch.isfinite(result.model(samples.batch(slice(0, 4)))).all())
+
+
+def test_an_opened_model_keeps_its_names(model, samples):
+    opened = OpenedModel(model, "package:factory", False, class_names=("a", "b", "c", "d"))
+    result = compress(opened, samples, speedup=2.0, **QUICK)
+    assert result.opened is opened
+    assert result.facts["class_names"] == ["a", "b", "c", "d"]
+    assert result.facts["model"]["id"] == "package:factory"
+
+
+def test_a_time_budget_that_is_used_up_still_gives_a_result(model, samples):
+    settings = QUICK | {"distill": OneTime(steps=500, views=1, batch=8), "time_budget": 0.0}
+    result = compress(model, samples, speedup=2.0, **settings)
+    assert result.facts["fit"]["stopped"] == "time budget"
+    assert result.facts["fit"]["steps"] == 1
+    assert result.met
