@@ -14,19 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CACHE, DATA, cached, cifar, require_data, write_csv
 
+from common import CACHE, DATA, cached, cifar, require_data, write_csv
 from ttmpd.adapt.none import NoAdaptation
 from ttmpd.adapt.norm import Norm
 from ttmpd.distill.mimic import Mimic
 from ttmpd.guard import logits_of
 from ttmpd.models import open_model
-from ttmpd.pipeline import Result, Target, compress_many
+from ttmpd.pipeline import Result, compress_many
 from ttmpd.plan.greedy import Greedy
 from ttmpd.samples import open_samples
 from ttmpd.score.magnitude import Magnitude
 from ttmpd.score.practise import Practise
 from ttmpd.score.random import Random
+from ttmpd.settings import Target
 
 TARGETS = {"resnet20": (0.8, 0.65, 0.5, 0.35), "resnet56": (0.55,)}
 PRACTISE_STEPS = {"resnet20": 1000, "resnet56": 100}

@@ -2,9 +2,9 @@
 
     python benchmarks/cost_against_practise.py
 
-PRACTISE needs hours on a CPU, so its cost is *measured per iteration and multiplied*: adaptor iterations on the first, a
-middle and the last block, MiR iterations on the student of the same plan. TT-MPD is run whole. All of it takes turns in one
-process, three rounds; medians are compared. PRACTISE: 1,000 iterations per block and 2,000 of MiR, batch 64.
+PRACTISE needs hours on a CPU, so its cost is *measured per iteration and multiplied*: adaptor iterations on the
+first, a middle and the last block, MiR iterations on the student of the same plan. TT-MPD is run whole. All of it takes
+turns in one process, three rounds; medians are compared. PRACTISE: 1,000 iterations per block, 2,000 of MiR, batch 64.
 Writes results/cost_against_practise.csv. Run it on an idle machine.
 """
 
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from common import DATA, cifar, require_data, write_csv
-
 from ttmpd.distill.base import Work
 from ttmpd.distill.mimic import Mimic
 from ttmpd.models import open_model

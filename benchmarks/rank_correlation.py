@@ -13,6 +13,7 @@ results/rank_correlation.png.
 
 import argparse
 import dataclasses
+import functools
 import random
 import tempfile
 from collections.abc import Callable
@@ -20,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CACHE, DATA, RESULTS, cached, cifar, require_data, write_csv
 from scipy.stats import spearmanr
 
+from common import CACHE, DATA, RESULTS, cached, cifar, require_data, write_csv
 from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import OneTime
 from ttmpd.guard import logits_of
@@ -89,7 +90,9 @@ class Bench:
             return open_samples(pixels, preprocessing), torch.from_numpy(labels)
         smaller = dataclasses.replace(preprocessing, input_size=(3, self.case.side, self.case.side))
         samples = open_samples(DATA / "imagenet_sample" / "images", smaller)
-        return samples, open_labels(DATA / "imagenet_sample" / "labels.csv", DATA / "imagenet_sample" / "images").of(samples)
+        return samples, open_labels(DATA / "imagenet_sample" / "labels.csv", DATA / "imagenet_sample" / "images").of(
+            samples
+        )
 
     def accuracy(self, model: torch.nn.Module) -> float:
         answers = logits_of(model, self.test, self.case.batch * 2).argmax(-1)
@@ -110,7 +113,11 @@ class Bench:
                 sums["alike"] += float((answers.argmax(-1) == logits.argmax(-1)).sum())
         scale = feature_variance(torch.cat(kept)) * len(self.few)
         n = len(self.few)
-        return {"feature": sums["feature"] / scale, "prediction": sums["prediction"] / n, "agreement": sums["alike"] / n}
+        return {
+            "feature": sums["feature"] / scale,
+            "prediction": sums["prediction"] / n,
+            "agreement": sums["alike"] / n,
+        }
 
 
 def plans(units: tuple[Unit, ...], sizes: tuple[int, int]) -> list[list[str]]:
@@ -176,23 +183,28 @@ def run(case: Case) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     rows = []
     for number, paths in enumerate(plans(bench.units, case.sizes)):
         action = ("drop", "linear")[number % 2]
-        found = cached(f"rank/{case.name}/{number}", lambda: trained(bench, paths, action))  # noqa: B023
-        rows.append({"model": case.name, "plan": number, "action": action, "units": paths, "n_units": len(paths)} | found)
+        found = cached(f"rank/{case.name}/{number}", functools.partial(trained, bench, paths, action))
+        about = {"model": case.name, "plan": number, "action": action, "units": paths, "n_units": len(paths)}
+        rows.append(about | found)
         print(case.name, number, action, len(paths), f"{found['accuracy']:.1f} %", flush=True)
-    tables = {name: cached(f"rank/{case.name}/scores-{name}", lambda: table(bench, s)) for name, s in scorers.items()}  # noqa: B023
-    accuracy = [row["accuracy"] for row in rows]
-    summary = []
-    for name, harm in predictions(case, tables, rows).items():
-        both = -float(spearmanr(harm, accuracy).statistic)
-        by_action = {
-            a: -float(spearmanr(*zip(*[(h, r["accuracy"]) for h, r in zip(harm, rows, strict=True) if r["action"] == a], strict=True)).statistic)
-            for a in ("drop", "linear")
-        }
-        summary.append(
-            {"model": case.name, "prediction": name, "spearman": round(both, 3), "spearman_drop": round(by_action["drop"], 3),
-             "spearman_linear": round(by_action["linear"], 3), "n_plans": len(rows), "steps": case.steps, "seed": SEED}
-        )  # fmt: skip
+    tables = {
+        name: cached(f"rank/{case.name}/scores-{name}", functools.partial(table, bench, scorer))
+        for name, scorer in scorers.items()
+    }
+    summary = [
+        {"model": case.name, "prediction": name}
+        | {"spearman": spearman(harm, rows)}
+        | {f"spearman_{a}": spearman(harm, rows, a) for a in ("drop", "linear")}
+        | {"n_plans": len(rows), "steps": case.steps, "seed": SEED}
+        for name, harm in predictions(case, tables, rows).items()
+    ]
     return rows, summary
+
+
+def spearman(harm: list[float], rows: list[dict[str, Any]], action: str = "") -> float:
+    """Rank correlation of minus the harm with the accuracy, over all plans or those of one action."""
+    pairs = [(-h, row["accuracy"]) for h, row in zip(harm, rows, strict=True) if action in ("", row["action"])]
+    return round(float(spearmanr(*zip(*pairs, strict=True)).statistic), 3)
 
 
 def table(bench: Bench, scorer: Scorer) -> dict[str, Any]:
@@ -237,7 +249,8 @@ def main() -> None:
     write_csv("rank_correlation.csv", summary)
     draw(rows, summary)
     for line in summary:
-        print(f"{line['model']:13s} {line['prediction']:48s} {line['spearman']:6.3f} {line['spearman_drop']:6.3f} {line['spearman_linear']:6.3f}")
+        figures = " ".join(f"{line[key]:6.3f}" for key in ("spearman", "spearman_drop", "spearman_linear"))
+        print(f"{line['model']:13s} {line['prediction']:48s} {figures}")
     print(f"rows are kept under {CACHE}")
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ttmpd import savings, timing
 from ttmpd.records import Samples, Unit
-from ttmpd.testing import tiny_model, tiny_samples, tiny_units
+from ttmpd.specimens import tiny_model, tiny_samples, tiny_units
 
 
 @pytest.fixture(scope="session", autouse=True)

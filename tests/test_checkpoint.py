@@ -24,7 +24,7 @@ from ttmpd.preprocessing import Preprocessing, preprocessing_of
 from ttmpd.records import Plan, Removal, Samples
 from ttmpd.repair import fold, repaired
 from ttmpd.stages import disk_guarded
-from ttmpd.testing import tiny_model, tiny_samples
+from ttmpd.specimens import tiny_model, tiny_samples
 from ttmpd.units.block import Block
 
 DEMO = "ttmpd.demo:demo_model"

@@ -16,7 +16,8 @@ from ttmpd.plan.greedy import Greedy
 from ttmpd.plan.knapsack import Knapsack
 from ttmpd.records import Samples, Score, Unit
 from ttmpd.score.base import Scorer
-from ttmpd.testing import checks_for, expected_failures, methods_found, untouched
+from ttmpd.specimens import untouched
+from ttmpd.testing import checks_for, expected_failures, methods_found
 from ttmpd.units.block import Block
 
 

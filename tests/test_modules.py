@@ -27,7 +27,7 @@ from ttmpd.modules import (
     to_plain_format,
 )
 from ttmpd.records import Tap
-from ttmpd.testing import untouched
+from ttmpd.specimens import untouched
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -59,7 +59,7 @@ def test_call_refuses_a_model_without_an_answer():
 
 def test_paths(net):
     assert module_at(net, "blocks.1.conv1") is net.blocks[1].conv1
-    with pytest.raises(InvalidValueError, match="blocks.9"):
+    with pytest.raises(InvalidValueError, match=r"blocks\.9"):
         module_at(net, "blocks.9")
 
 
@@ -81,12 +81,15 @@ def test_clone_is_independent(net):
 
 
 def test_evaluating_leaves_no_trace_even_after_an_error(net):
-    with untouched(net), pytest.raises(RuntimeError), evaluating(net, gradients=True):
+    def work() -> None:
         assert not any(module.training for module in net.modules())
         torch.rand(1)
         net.requires_grad_(True)
         net(X).sum().backward()
         raise RuntimeError
+
+    with untouched(net), pytest.raises(RuntimeError), evaluating(net, gradients=True):
+        work()
 
 
 def test_evaluating_switches_gradients_off_unless_asked(net):

@@ -16,12 +16,13 @@ from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import BudgetUnreachableError, InvalidValueError, ModelError, SamplesError, UnsupportedError
 from ttmpd.models import OpenedModel
 from ttmpd.modules import count_macs
-from ttmpd.pipeline import Settings, Target, compress, compress_many
+from ttmpd.pipeline import compress, compress_many
 from ttmpd.plan.greedy import Greedy
 from ttmpd.savings import UnitTiming
 from ttmpd.score.damage import Damage
 from ttmpd.score.ttmpd import TTMPD
-from ttmpd.testing import tiny_model, tiny_samples, untouched
+from ttmpd.settings import Settings, Target
+from ttmpd.specimens import tiny_model, tiny_samples, untouched
 from ttmpd.timing import Rounds
 
 QUICK = {
@@ -39,7 +40,10 @@ def operations_for_milliseconds(monkeypatch):
     """A block takes a millisecond per thousand multiply-accumulates, and so does everything else."""
 
     def compare(original, student, batch, **_):
-        ms = {name: (count_macs(m, batch[:1])[""] / 1e3,) * 5 for name, m in (("original", original), ("compressed", student))}
+        ms = {
+            name: (count_macs(m, batch[:1])[""] / 1e3,) * 5
+            for name, m in (("original", original), ("compressed", student))
+        }
         return Rounds(ms)
 
     def time_units(_model, _kind, units, _batch, **_):

@@ -7,7 +7,7 @@ from torch import nn
 from ttmpd.modules import clone
 from ttmpd.records import Removal, Samples, Unit
 from ttmpd.repair import LinearMap, NormalEquations, fold, install, positions, repaired, replay, rows, skippable
-from ttmpd.testing import tiny_model, tiny_samples, tiny_units
+from ttmpd.specimens import tiny_model, tiny_samples, tiny_units
 from ttmpd.units.block import Block, standing
 
 RNG = torch.Generator().manual_seed(0)
@@ -355,7 +355,7 @@ def test_replay_gives_the_same_answers(folded):
 
 
 def test_replay_refuses_weights_of_another_model():
-    model, samples, units = chain()
+    model, _samples, units = chain()
     with pytest.raises(RuntimeError, match="stem"):
         replay(model, [Removal(units[0], "drop")], {"head.weight": model.head.weight})
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ttmpd.errors import InvalidValueError
+from ttmpd.specimens import tiny_model
 from ttmpd.stages import Stages, fingerprint, locked, weights_fingerprint, write_json
-from ttmpd.testing import tiny_model
 
 
 class Work:

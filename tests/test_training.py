@@ -8,7 +8,7 @@ from torch import nn
 
 from ttmpd.errors import InvalidValueError
 from ttmpd.modules import clone
-from ttmpd.testing import tiny_model, tiny_samples
+from ttmpd.specimens import tiny_model, tiny_samples
 from ttmpd.training import Check, Loop, Schedule, batch_order, choose_amp, train
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ttmpd.evaluation import Accuracy, BenchRow, Evaluation, Quality, bench, evaluate
     from ttmpd.inspection import Inspection, Preview, inspect, preview
     from ttmpd.models import OpenedModel, open_model
-    from ttmpd.pipeline import Result, Settings, Target, compress, compress_many
+    from ttmpd.pipeline import Result, compress, compress_many
     from ttmpd.plan.greedy import Greedy
     from ttmpd.plan.knapsack import Knapsack
     from ttmpd.preprocessing import Preprocessing
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ttmpd.score.magnitude import Magnitude
     from ttmpd.score.practise import Practise
     from ttmpd.score.ttmpd import TTMPD
+    from ttmpd.settings import Settings, Target
     from ttmpd.units.block import Block
 
     from_pretrained = load
@@ -71,9 +72,9 @@ _HOMES = {
     "Result": "pipeline",
     "Samples": "records",
     "Score": "records",
-    "Settings": "pipeline",
+    "Settings": "settings",
     "TTMPD": "score.ttmpd",
-    "Target": "pipeline",
+    "Target": "settings",
     "Timing": "records",
     "Unit": "records",
     "bench": "evaluation",

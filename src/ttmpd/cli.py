@@ -16,7 +16,7 @@ from ttmpd.errors import BudgetUnreachableError, InvalidValueError, TTMPDError
 
 if TYPE_CHECKING:
     from ttmpd.models import OpenedModel
-    from ttmpd.pipeline import Target
+    from ttmpd.settings import Target
 
 FAILED, TARGET_MISSED, INTERRUPTED = 1, 3, 130
 """Exit codes; wrong usage is 2."""
@@ -196,7 +196,7 @@ def bench_command(
     """Time original and compressed, interleaved, on this machine."""
     with _reporting(verbose):
         from ttmpd.evaluation import bench
-        from ttmpd.pipeline import choose_device
+        from ttmpd.settings import choose_device
         from ttmpd.timing import machine
 
         rows = bench(folder, source, batch_sizes=batch_size or (), data=data, device=device)
@@ -252,7 +252,7 @@ def parse_duration(text: str) -> float:
 
 def parse_targets(speedup: float | None, latency: str | None, targets: str | None) -> "dict[str, Target]":
     """Targets by name; the name is the sub-folder when there are several."""
-    from ttmpd.pipeline import Target
+    from ttmpd.settings import Target
 
     if speedup is not None:
         return {"": Target(speedup=speedup)}
@@ -345,7 +345,7 @@ def _title(error: TTMPDError) -> str:
 
 
 def _show_machine(device: str) -> None:
-    from ttmpd.pipeline import choose_device
+    from ttmpd.settings import choose_device
     from ttmpd.timing import machine
 
     display.show_machine(machine(choose_device(device)))

@@ -16,11 +16,11 @@ from ttmpd.labels import Labels, open_labels
 from ttmpd.method import check_range
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.modules import clone, has_nan, to_plain_format
-from ttmpd.pipeline import choose_device
 from ttmpd.progress import tell
 from ttmpd.records import Agreement, Samples, Timing, agreement
 from ttmpd.samples import stream_samples
 from ttmpd.savings import compare
+from ttmpd.settings import choose_device
 
 N_BINS = 15
 """Bins of the calibration error."""

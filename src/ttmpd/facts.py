@@ -5,17 +5,16 @@ import dataclasses
 import datetime
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ttmpd.modules import count_macs, count_parameters
+from ttmpd.planning import Attempt
+from ttmpd.ready import Ready
 from ttmpd.records import Fit, Plan, Samples, agreement
 from ttmpd.timing import Rounds, machine
-
-if TYPE_CHECKING:
-    from ttmpd.pipeline import Attempt, Ready
 
 FORMAT = 1
 MAX_PARTED = 12
@@ -23,11 +22,11 @@ MAX_PARTED = 12
 
 
 def collect(
-    ready: "Ready",
+    ready: Ready,
     *,
     target: str,
     plan: Plan,
-    attempts: "Sequence[Attempt]",
+    attempts: Sequence[Attempt],
     front: Sequence[Mapping[str, float]],
     student: nn.Module,
     rounds: Rounds,
@@ -104,7 +103,7 @@ def _model(model: nn.Module, few: Tensor) -> dict[str, Any]:
     return {"parameters": count_parameters(model), "macs": count_macs(model, few)[""]}
 
 
-def _units(ready: "Ready", plan: Plan) -> list[dict[str, Any]]:
+def _units(ready: Ready, plan: Plan) -> list[dict[str, Any]]:
     timings = {timing.unit: timing for timing in ready.timings}
     harms = {(score.unit, score.action): score for score in ready.scores}
     rows = []

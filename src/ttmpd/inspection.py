@@ -11,10 +11,13 @@ from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_range
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.modules import clone, count_macs, count_parameters, to_plain_format
-from ttmpd.pipeline import Attempt, Ready, Target, choose_device, front, make_plan, prepared, settings_of
+from ttmpd.pipeline import prepared
+from ttmpd.planning import Attempt, front, make_plan
+from ttmpd.ready import Ready
 from ttmpd.records import Plan, Timing, Unit
 from ttmpd.samples import open_samples
 from ttmpd.savings import UnitTiming, time_units
+from ttmpd.settings import Target, choose_device, settings_of
 from ttmpd.timing import machine, time_models
 from ttmpd.units.block import Block
 
@@ -175,4 +178,4 @@ def preview(
         for target in targets:
             plan, attempts = make_plan(ready, target)
             plans.append((plan, tuple(attempts)))
-        return Preview(ready, tuple(plans), tuple(front(ready)), dict(stages.seconds))
+        return Preview(ready, tuple(plans), tuple(front(ready)), stages.seconds())

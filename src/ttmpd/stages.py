@@ -107,55 +107,69 @@ class Stages:
 
     def __init__(self, folder: Path, run: str, resume: bool = False) -> None:
         self.folder = folder
-        self.seconds: dict[str, float] = {}
         self.reused: list[str] = []
+        self._seconds: dict[tuple[str, str], float] = {}
         marker = folder / "run.json"
         if not (resume and _read_json(marker) == run):
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(marker, run)
 
+    def seconds(self, key: str = "") -> dict[str, float]:
+        """Seconds of the stages that serve every target and of those of one target."""
+        return {name: value for (name, of), value in self._seconds.items() if of in ("", key)}
+
     @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds of a block to a stage."""
+    def timed(self, name: str, key: str = "") -> Iterator[None]:
+        """Note the seconds of a block as those of a stage."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self._seconds[name, key] = time.perf_counter() - start
 
-    def json(self, name: str, compute: Callable[[], Any]) -> Any:
-        """The plain data of a stage: from disk if it is finished, else computed and kept."""
-        path = self.folder / f"{name}.json"
+    def json(self, name: str, compute: Callable[[], Any], key: str = "") -> Any:
+        """The plain data of a stage: from disk if it is finished, else computed and kept.
+
+        Args:
+            name: of the stage.
+            compute: makes the data.
+            key: of the target, for a stage that does not serve all of them.
+        """
+        path = self.folder / f"{_file(name, key)}.json"
         stored = _read_json(path)
         if isinstance(stored, dict) and stored.keys() == {"data", "seconds"}:
-            return self._again(name, stored)
-        start = time.perf_counter()
-        with self.timed(name):
+            return self._again(name, key, stored)
+        with self.timed(name, key):
             data = compute()
-        write_json(path, {"data": data, "seconds": time.perf_counter() - start})
+        write_json(path, {"data": data, "seconds": self._seconds[name, key]})
         return data
 
-    def tensors(self, name: str, compute: Callable[[], tuple[Mapping[str, Tensor], Any]]) -> tuple[Tensors, Any]:
-        """The tensors and plain data of a stage: from disk if it is finished, else computed and kept."""
-        path = self.folder / f"{name}.safetensors"
+    def tensors(
+        self, name: str, compute: Callable[[], tuple[Mapping[str, Tensor], Any]], key: str = ""
+    ) -> tuple[Tensors, Any]:
+        """The tensors and plain data of a stage, like :meth:`json`."""
+        path = self.folder / f"{_file(name, key)}.safetensors"
         try:
             with safe_open(path, "pt") as file:
                 stored = json.loads(file.metadata()["stage"])
-            return load_file(path), self._again(name, stored)
+            return load_file(path), self._again(name, key, stored)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             pass  # not there, or broken: compute it
-        start = time.perf_counter()
-        with self.timed(name):
+        with self.timed(name, key):
             found, data = compute()
-        kept = {key: value.detach().cpu().contiguous().clone() for key, value in found.items()}
+        kept = {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
         temporary = path.with_name(f"{path.name}.tmp")
-        facts = json.dumps({"data": data, "seconds": time.perf_counter() - start})
+        facts = json.dumps({"data": data, "seconds": self._seconds[name, key]})
         save_file(kept, temporary, {"stage": facts})
         temporary.replace(path)
         return kept, data
 
-    def _again(self, name: str, stored: Any) -> Any:
-        self.reused.append(name)
-        self.seconds[name] = stored["seconds"]
+    def _again(self, name: str, key: str, stored: Any) -> Any:
+        self.reused.append(_file(name, key))
+        self._seconds[name, key] = stored["seconds"]
         return stored["data"]
+
+
+def _file(name: str, key: str) -> str:
+    return f"{name}-{key}" if key else name

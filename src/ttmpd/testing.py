@@ -7,14 +7,13 @@ A check raises :class:`AssertionError` that says what was broken. :func:`methods
 and :func:`expected_failures` the checks that a method is known not to pass, with the reason.
 """
 
-import contextlib
 import copy
 import itertools
 import json
 import math
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from ttmpd.modules import clone, count_parameters, evaluating, find_head
 from ttmpd.plan.base import Planner, most_saved
 from ttmpd.records import Option, Samples, Score, Targets, Unit
 from ttmpd.score.base import Scorer
+from ttmpd.specimens import TinyNet, require, tiny_model, tiny_samples, tiny_units, untouched
 from ttmpd.units.base import Kind
 from ttmpd.units.block import Block
 
@@ -55,114 +55,6 @@ def quick(method: Method) -> Method:
     """The method with as few training steps as a check needs."""
     few = {"steps": 3, "batch": 6, "train_batch": 6}
     return method.with_settings(**{key: value for key, value in few.items() if hasattr(method, key)})
-
-
-# ------------------------------------------------------------------------------------------------ a model to check with
-
-
-class TinyBlock(nn.Module):
-    """A residual block that ends in a ReLU."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape as ``x``."""
-        branch: Tensor = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
-        return (x + branch).relu()
-
-
-class TinyNet(nn.Module):
-    """Three residual blocks between a stem and a head: (B, 3, 8, 8) images, 4 classes."""
-
-    def __init__(self, n_blocks: int = 3, channels: int = 6, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU())
-        self.blocks = nn.Sequential(*[TinyBlock(channels) for _ in range(n_blocks)])
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(channels, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 4) logits."""
-        logits: Tensor = self.head(self.dropout(self.blocks(self.stem(x)).mean((2, 3))))
-        return logits
-
-
-def tiny_model(seed: int = 0, *, n_blocks: int = 3, dropout: float = 0.0) -> TinyNet:
-    """A :class:`TinyNet` in eval mode whose weights and batch statistics are drawn by ``seed``."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = TinyNet(n_blocks, dropout=dropout).train()
-        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-        for norm in norms:
-            norm.momentum = 1.0  # one pass makes statistics that fit the weights
-        model(torch.randn(32, 3, 8, 8))
-        for norm in norms:
-            norm.momentum = 0.1
-        nn.init.normal_(model.head.weight)
-    return model.eval()
-
-
-def tiny_samples(n: int = 12, seed: int = 1) -> Samples:
-    """Random 8 x 8 images, as pixels."""
-    pixels = torch.randint(0, 256, (n, 3, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    return Samples(pixels, tuple(f"{seed}-{i}" for i in range(n)), mean=(0.5,) * 3, std=(0.25,) * 3)
-
-
-def tiny_units(model: nn.Module) -> tuple[Unit, ...]:
-    """The blocks of the model."""
-    return Block().find(model, tiny_samples(2).batch(slice(None))).units
-
-
-def require(holds: bool, message: str) -> None:
-    """Raise :class:`AssertionError` with the message unless it holds; unlike ``assert``, also under ``python -O``."""
-    if not holds:
-        raise AssertionError(message)
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module, samples: Samples | None = None) -> Iterator[None]:
-    """Check that the block leaves model, samples and random state as it found them.
-
-    Train flags, gradients and ``requires_grad`` are set to a mixture first, so that a reset to any one value shows.
-    """
-    for number, module in enumerate(model.modules()):
-        module.training = number % 2 == 0
-    for number, parameter in enumerate(model.parameters()):
-        parameter.requires_grad_(number % 3 != 0)
-        parameter.grad = torch.full_like(parameter, 0.5) if number % 2 else None
-    before, pixels = _facts(model), None if samples is None else samples.inputs.clone()
-    drawn = torch.get_rng_state(), random.getstate()
-    yield
-    after = _facts(model)
-    for key, value in before.items():
-        now = after.get(key)
-        if isinstance(value, Tensor):
-            require(isinstance(now, Tensor) and torch.equal(value, now), f"{key} of the model must stay as it was")
-        else:
-            require(not isinstance(now, Tensor) and value == now, f"{key} of the model must stay as it was")
-    require(before.keys() == after.keys(), f"the model must gain nothing, but got {set(after) ^ set(before)}")
-    if samples is not None and pixels is not None:
-        require(torch.equal(samples.inputs, pixels), "the samples must stay as they were")
-    require(torch.equal(drawn[0], torch.get_rng_state()), "the random state of torch must stay as it was")
-    require(drawn[1] == random.getstate(), "the random state of Python must stay as it was")
-
-
-def _facts(model: nn.Module) -> dict[str, Any]:
-    facts: dict[str, Any] = {f"value {k}": v.detach().clone() for k, v in model.state_dict().items()}
-    for path, module in model.named_modules():
-        facts[f"module {path}"] = id(module)
-        facts[f"train mode {path}"] = module.training
-        facts[f"attributes {path}"] = sorted(module.__dict__)
-        facts[f"hooks {path}"] = {k: len(v) for k, v in module.__dict__.items() if k.endswith("_hooks")}
-    for path, parameter in model.named_parameters():
-        facts[f"requires_grad {path}"] = parameter.requires_grad
-        facts[f"gradient {path}"] = None if parameter.grad is None else parameter.grad.clone()
-    return facts
 
 
 def _twice(run: Callable[[], Any]) -> tuple[Any, Any]:

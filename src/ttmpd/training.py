@@ -280,8 +280,9 @@ class _Run:
         tensors |= {f"best.{name}": value for name, value in self.best_state.items()}
         tensors |= {f"optimizer.{i}.{key}": value for i, key, value in self._optimizer_tensors()}
         facts = {
-            "step": self.step, "best_step": self.best_step, "idle": self.idle, "lr_scale": self.lr_scale, "losses": self.losses,
-            "checks": self.checks, "best": None if self.best is None else dataclasses.astuple(self.best),
+            "step": self.step, "best_step": self.best_step, "idle": self.idle, "lr_scale": self.lr_scale,
+            "losses": self.losses, "checks": self.checks,
+            "best": None if self.best is None else dataclasses.astuple(self.best),
         }  # fmt: skip
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         save_file({k: v.contiguous().clone() for k, v in tensors.items()}, temporary, {"facts": json.dumps(facts)})

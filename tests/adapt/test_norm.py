@@ -7,7 +7,7 @@ from torch import nn
 from ttmpd.adapt.norm import Norm
 from ttmpd.errors import InvalidValueError
 from ttmpd.records import Samples
-from ttmpd.testing import tiny_model, tiny_samples
+from ttmpd.specimens import tiny_model, tiny_samples
 
 
 def samples_of(inputs: torch.Tensor) -> Samples:

@@ -7,7 +7,7 @@ from torch import nn
 from ttmpd.distill.base import Work
 from ttmpd.distill.mimic import Mimic
 from ttmpd.errors import UnsupportedError
-from ttmpd.testing import tiny_model, tiny_samples, tiny_units
+from ttmpd.specimens import tiny_model, tiny_samples, tiny_units
 from ttmpd.units.block import Block
 
 

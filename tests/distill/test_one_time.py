@@ -15,8 +15,8 @@ from ttmpd.guard import freeze_head, held_out_check, logits_of
 from ttmpd.losses import entropy, feature_loss, feature_variance, mutual_information, soft_label_loss
 from ttmpd.modules import clone
 from ttmpd.records import Samples, Tap
+from ttmpd.specimens import tiny_model, tiny_samples, tiny_units
 from ttmpd.targets import load_targets, save_targets
-from ttmpd.testing import tiny_model, tiny_samples, tiny_units
 from ttmpd.units.block import Block
 from ttmpd.views import fixed_view
 

@@ -7,8 +7,8 @@ from torch import nn
 from ttmpd.errors import InvalidValueError
 from ttmpd.records import Samples
 from ttmpd.score.ttmpd import TTMPD, _observe, _position_weights, fit_stand_ins, rows_of_weights
+from ttmpd.specimens import tiny_model, tiny_samples, tiny_units
 from ttmpd.tails import distances, teacher_tails
-from ttmpd.testing import tiny_model, tiny_samples, tiny_units
 from ttmpd.units.block import Block
 
 

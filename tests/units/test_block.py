@@ -9,7 +9,7 @@ from torch import nn
 
 from ttmpd.errors import InvalidValueError, ModelError
 from ttmpd.modules import call, count_parameters, replace_module
-from ttmpd.testing import TinyNet, tiny_model, tiny_units, untouched
+from ttmpd.specimens import TinyNet, tiny_model, tiny_units, untouched
 from ttmpd.units.block import Block, PassThrough, check_units, put, standing
 
 timm = pytest.importorskip("timm")
@@ -81,7 +81,12 @@ ARCHITECTURES = {
         numbered(*[(f"stages.{i}.blocks", range(1, n)) for i, n in enumerate((3, 4, 6, 3))]),
         "",
     ),
-    "timm:convnext_atto": ({}, 32, numbered(*[(f"stages.{i}.blocks", range(n)) for i, n in enumerate((2, 2, 6, 2))]), ""),
+    "timm:convnext_atto": (
+        {},
+        32,
+        numbered(*[(f"stages.{i}.blocks", range(n)) for i, n in enumerate((2, 2, 6, 2))]),
+        "",
+    ),
     "timm:poolformerv2_s12": (
         {},
         32,
@@ -99,15 +104,34 @@ ARCHITECTURES = {
     "timm:mobilenetv3_large_100": (
         {},
         32,
-        ["blocks.0.0", "blocks.1.1", "blocks.2.1", "blocks.2.2", "blocks.3.1", "blocks.3.2", "blocks.3.3"]
-        + ["blocks.4.1", "blocks.5.1", "blocks.5.2"],
+        [
+            "blocks.0.0",
+            "blocks.1.1",
+            "blocks.2.1",
+            "blocks.2.2",
+            "blocks.3.1",
+            "blocks.3.2",
+            "blocks.3.3",
+            "blocks.4.1",
+            "blocks.5.1",
+            "blocks.5.2",
+        ],
         "",
     ),
     "timm:efficientnet_b0": (
         {},
         32,
-        ["blocks.1.1", "blocks.2.1", "blocks.3.1", "blocks.3.2", "blocks.4.1", "blocks.4.2"]
-        + ["blocks.5.1", "blocks.5.2", "blocks.5.3"],
+        [
+            "blocks.1.1",
+            "blocks.2.1",
+            "blocks.3.1",
+            "blocks.3.2",
+            "blocks.4.1",
+            "blocks.4.2",
+            "blocks.5.1",
+            "blocks.5.2",
+            "blocks.5.3",
+        ],
         "",
     ),
     "timm:regnety_002": (

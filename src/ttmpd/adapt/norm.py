@@ -73,7 +73,8 @@ def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
 def _statistics(model: nn.Module) -> Statistics:
     found: Statistics = {}
     for name, layer in _layers(model).items():
-        assert layer.running_mean is not None and layer.running_var is not None
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
         found[name] = (layer.running_mean.clone(), layer.running_var.clone())
     return found
 
@@ -84,7 +85,7 @@ def _estimated(model: nn.Module, samples: Samples, batch_size: int) -> Statistic
     layers = _layers(model)
     before = {name: (layer.momentum, layer.num_batches_tracked) for name, layer in layers.items()}
     with evaluating(model):
-        for name, layer in layers.items():
+        for layer in layers.values():
             layer.train()
             layer.num_batches_tracked = torch.tensor(0, device=device)
             layer.momentum = None  # cumulative average
@@ -103,6 +104,7 @@ def _estimated(model: nn.Module, samples: Samples, batch_size: int) -> Statistic
 
 def _load(model: nn.Module, source: Statistics, data: Statistics, weight: float) -> None:
     for name, layer in _layers(model).items():
-        assert layer.running_mean is not None and layer.running_var is not None
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
         layer.running_mean.copy_(torch.lerp(source[name][0], data[name][0], weight))
         layer.running_var.copy_(torch.lerp(source[name][1], data[name][1], weight))

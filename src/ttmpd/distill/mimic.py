@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ttmpd.distill.base import Distiller, Work
-from ttmpd.guard import freeze_head, logits_of
 from ttmpd.errors import UnsupportedError
+from ttmpd.guard import freeze_head, logits_of
 from ttmpd.method import check_range
 from ttmpd.modules import evaluating, find_feature_tap, read, to_fast_format, to_plain_format
 from ttmpd.records import Fit, Samples, Targets

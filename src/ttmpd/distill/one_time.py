@@ -71,7 +71,9 @@ class OneTime(Distiller):
         features, logits = store.finish()
         first = features[0] if features is not None else logits[0]
         kept = logits_of(teacher, held_out, work.batch_size)
-        return Targets(tap=tap, features=features, logits=logits, feature_variance=feature_variance(first), held_out=kept)
+        return Targets(
+            tap=tap, features=features, logits=logits, feature_variance=feature_variance(first), held_out=kept
+        )
 
     def fit(self, student: nn.Module, samples: Samples, held_out: Samples, targets: Targets, work: Work) -> Fit:
         """Train the student on the stored targets; the head stays frozen."""

@@ -16,7 +16,9 @@ class Knapsack(Planner):
     the front has at most ``max_front`` points; beyond, points that lie closest together are thinned out.
     """
 
-    source: ClassVar[str] = "multiple-choice knapsack (Sinha and Zoltners, 1979) by dominance (Nemhauser and Ullmann, 1969)"
+    source: ClassVar[str] = (
+        "multiple-choice knapsack (Sinha and Zoltners, 1979) by dominance (Nemhauser and Ullmann, 1969)"
+    )
     max_front: int = 20_000
 
     def __post_init__(self) -> None:
@@ -33,9 +35,11 @@ class Knapsack(Planner):
         # A point: (saved, harm, link); the link is (option, link before) so that choices are never copied.
         front: list[_Point] = [(0.0, 0.0, None)]
         for choices in by_unit.values():
-            more: list[_Point] = [(s + o.saved_ms, h + max(o.harm, 0.0), (o, link)) for s, h, link in front for o in choices]
+            more: list[_Point] = [
+                (s + o.saved_ms, h + max(o.harm, 0.0), (o, link)) for s, h, link in front for o in choices
+            ]
             front = _thinned(_pareto(front + more, needed_ms), self.max_front)
-        saved, _, link = min((p for p in front if p[0] >= needed_ms - 1e-9), key=lambda p: (p[1], p[0]))
+        _, _, link = min((p for p in front if p[0] >= needed_ms - 1e-9), key=lambda p: (p[1], p[0]))
         return _options(link)
 
 

@@ -9,7 +9,7 @@ from ttmpd.records import Option
 
 
 class Random(Planner):
-    """Units in random order, the first action on offer, until enough is saved."""
+    """Options in random order, one per unit, until enough is saved."""
 
     source: ClassVar[str] = "control"
 
@@ -19,7 +19,6 @@ class Random(Planner):
         order = useful(options)
         # The order is drawn once for all budgets, so a larger budget removes a part of what a smaller one removes.
         Generator(seed).shuffle(order)
-        order.sort(key=lambda option: option.saved_ms <= 0)
         return take_until(order, needed_ms)
 
 

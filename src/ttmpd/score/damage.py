@@ -30,4 +30,6 @@ class Damage(Scorer):
         """
         few = samples.subset(range(min(len(samples), self.max_samples)))
         found = teacher_tails(teacher, units, few, {"drop": lambda _unit, x: x}, batch_size=batch_size)
-        return tuple(Score(unit.id, "drop", distances(found[unit.id, "drop"]), found[unit.id, "drop"]) for unit in units)
+        return tuple(
+            Score(unit.id, "drop", distances(found[unit.id, "drop"]), found[unit.id, "drop"]) for unit in units
+        )

@@ -21,7 +21,9 @@ from ttmpd.views import random_view
 class Practise(Scorer):
     """R of each block: error of the last feature map after 1x1 adaptors around the removed block were trained."""
 
-    source: ClassVar[str] = "Wang and Wu, CVPR 2023 (arXiv 2202.07861); adaptors, schedule and loss as in the authors' code"
+    source: ClassVar[str] = (
+        "Wang and Wu, CVPR 2023 (arXiv 2202.07861); adaptors, schedule and loss as in the authors' code"
+    )
     needs: ClassVar[tuple[str, ...]] = ("gradients", "training")
     steps: int = 1000
     """Adaptor iterations per block."""
@@ -48,7 +50,9 @@ class Practise(Scorer):
         few = samples.batch(slice(0, 2), device)
         tap = find_feature_tap(teacher, few)
         if tap is None or tap.side != "output":
-            raise UnsupportedError("practise needs a feature map before pooling, which this model does not have; use ttmpd")
+            raise UnsupportedError(
+                "practise needs a feature map before pooling, which this model does not have; use ttmpd"
+            )
         blocks = _blocks(teacher, units, few)
         return tuple(
             Score(unit.id, "drop", self._recoverability(teacher, unit, blocks, samples, tap, seed))
@@ -74,7 +78,12 @@ class Practise(Scorer):
 
         with evaluating(teacher, gradients=True):
             # The adaptors are in eval mode like the rest: there is nothing in them that depends on it.
-            train(pruned, loss_at, Schedule(steps=self.steps, lr=self.lr, shape="thirds"), Loop(stage=f"adaptors {unit.id}"))
+            train(
+                pruned,
+                loss_at,
+                Schedule(steps=self.steps, lr=self.lr, shape="thirds"),
+                Loop(stage=f"adaptors {unit.id}"),
+            )
             with evaluating(pruned):
                 error = torch.zeros((), dtype=torch.float64)
                 for batch in samples.batches(self.train_batch, device):
@@ -125,8 +134,11 @@ def _blocks(teacher: nn.Module, units: Sequence[Unit], batch: Tensor) -> list[_B
 
 
 def _insert_adaptors(pruned: nn.Module, unit: Unit, blocks: list[_Block]) -> None:
-    """Identity 1x1 convolutions: after the last convolution of earlier blocks of the stage (its shortcut too), before
-    the first of later ones, up to and including the first block of the next stage (its shortcut too)."""
+    """Put identity 1x1 convolutions around the hole.
+
+    After the last convolution of earlier blocks of the stage (and their shortcut's); before the first convolution of
+    later ones, up to and including the first block of the next stage (and its shortcut's).
+    """
     place = next(i for i, block in enumerate(blocks) if block.path == unit.path)
     for block in reversed(blocks[:place]):
         if block.shape != unit.shape:

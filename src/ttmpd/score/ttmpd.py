@@ -127,7 +127,7 @@ def _observe(
             parameter.requires_grad_(False)
         source = batch.clone().requires_grad_(sensitivity > 0)
         logits = call(teacher, source)
-        if sensitivity > 0 and not logits.requires_grad:  # tokens are no numbers to differentiate by: start at the weights
+        if sensitivity > 0 and not logits.requires_grad:  # tokens have no gradients
             for parameter in teacher.parameters():
                 parameter.requires_grad_(parameter.is_floating_point())
             logits = call(teacher, source)

@@ -79,7 +79,7 @@ class Block(Kind):
         ['layer1.0', 'layer1.1', 'layer2.1', 'layer3.1', 'layer4.1']
     """
 
-    source: ClassVar[str] = "PRACTISE (arXiv 2202.07861), section 3: residual blocks of equal shape; found here by shape"
+    source: ClassVar[str] = "PRACTISE (arXiv 2202.07861), section 3: blocks of equal shape; found here by running"
     actions: ClassVar[tuple[str, ...]] = ("drop", "linear")
 
     def find(self, model: nn.Module, batch: Tensor) -> Found:
@@ -94,14 +94,18 @@ class Block(Kind):
         chosen = _choose(model, "", seen, repeated, refused)
         order = {path: number for number, path in enumerate(seen)}
         macs = count_macs(model, batch)
-        units = [_unit(path, module_at(model, path), seen[path], macs) for path in sorted(chosen, key=order.__getitem__)]
+        units = [
+            _unit(path, module_at(model, path), seen[path], macs) for path in sorted(chosen, key=order.__getitem__)
+        ]
         kept = [unit for unit in units if _works_without(self, model, unit, batch, refused)]
         return Found(tuple(kept), tuple(refused.items()))
 
     def cut(self, model: nn.Module, units: Sequence[Unit]) -> nn.Module:
         """A copy of the model in which an identity stands where each unit was; all other paths keep their names."""
         # The memo makes deepcopy take the replacement instead of copying what is cut.
-        student: nn.Module = copy.deepcopy(model, {id(module_at(model, u.path)): wrapped(u, nn.Identity()) for u in units})
+        student: nn.Module = copy.deepcopy(
+            model, {id(module_at(model, u.path)): wrapped(u, nn.Identity()) for u in units}
+        )
         return student
 
     @contextlib.contextmanager
@@ -181,9 +185,7 @@ def _watch(model: nn.Module, batch: Tensor) -> dict[str, _Call]:
     handles: list[Any] = []
     for path, module in model.named_modules():
         if path and any(True for _ in module.children()) and _n_layers(module):
-            handles.append(
-                module.register_forward_pre_hook(lambda _m, a, k, p=path: before(p, a, k), with_kwargs=True)
-            )
+            handles.append(module.register_forward_pre_hook(lambda _m, a, k, p=path: before(p, a, k), with_kwargs=True))
             handles.append(module.register_forward_hook(lambda _m, _a, out, p=path: after(p, out)))
     with evaluating(model, gradients=True), hooks(handles):
         for parameter in model.parameters():
@@ -319,7 +321,7 @@ def _n_layers(module: nn.Module) -> int:
 
 
 def _unit(path: str, module: nn.Module, record: _Call, macs: dict[str, int]) -> Unit:
-    assert record.answer is not None and record.given is not None
+    assert record.answer is not None
     answer = record.answer.detach()
     return Unit(
         kind="block",
@@ -376,4 +378,3 @@ def check_units(model: nn.Module, units: Sequence[Unit]) -> None:
                 f"unit {unit.id} must have {unit.n_params} parameters, but the model's has "
                 f"{count_parameters(module_at(model, unit.path))}; the plan belongs to another model"
             )
-

@@ -1,0 +1,144 @@
+"""Before a target is chosen: adapt the teacher, find, time and score the units. Made once, serves many targets."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.errors import ModelError, UnsupportedError
+from ttmpd.guard import logits_of
+from ttmpd.models import OpenedModel
+from ttmpd.modules import clone, has_nan, to_fast_format, to_plain_format
+from ttmpd.records import Action, Option, Samples, Score
+from ttmpd.savings import UnitTiming, compare, time_units
+from ttmpd.settings import Settings, choose_device
+from ttmpd.stages import Stages
+from ttmpd.units.base import Found
+from ttmpd.units.block import Block
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ready:
+    """What is known before a target is chosen: made once, serves many targets."""
+
+    opened: OpenedModel
+    source: nn.Module
+    teacher: nn.Module
+    samples: Samples
+    held_out: Samples
+    found: Found
+    timings: tuple[UnitTiming, ...]
+    original_ms: float
+    scores: tuple[Score, ...]
+    options: tuple[Option, ...]
+    adapt_note: str
+    adapt_facts: dict[str, float]
+    settings: Settings
+    deadline: float
+
+    @property
+    def batch(self) -> Tensor:
+        """The batch on which latency is measured: the samples, repeated to the batch size."""
+        device = next(self.source.parameters()).device
+        size = self.settings.batch_size
+        index = torch.arange(size) % len(self.samples)
+        return self.samples.batch(index, device)
+
+
+def get_ready(
+    opened: OpenedModel, few: tuple[Samples, Samples], settings: Settings, stages: Stages, deadline: float
+) -> Ready:
+    """Adapt the teacher, find, time and score the units."""
+    samples, held_out = few
+    device = choose_device(settings.device)
+    source = to_plain_format(clone(opened.module).to(device)).eval()
+    _check_answers(source, samples, device)
+    kind = Block()
+    with stages.timed("find"):
+        found = kind.find(source, samples.batch(slice(0, 2), device))
+    if not found.units:
+        raise UnsupportedError(_nothing_to_remove(source, found))
+    teacher = clone(source)
+    state, told = stages.tensors("adapt", lambda: _adapt(teacher, samples, settings))
+    teacher.load_state_dict(state)
+    to_fast_format(teacher)
+    ready = Ready(
+        opened,
+        source,
+        teacher,
+        samples,
+        held_out,
+        found,
+        (),
+        0.0,
+        (),
+        (),
+        told["note"],
+        told["facts"],
+        settings,
+        deadline,
+    )
+    timed = stages.json("timing", lambda: _time(ready, kind))
+    scored = stages.json("score", lambda: _score(ready))
+    timings = tuple(UnitTiming(**row) for row in timed["units"])
+    scores = tuple(Score(**row) for row in scored)
+    options = _options(scores, timings, settings.actions, kind)
+    return dataclasses.replace(ready, timings=timings, original_ms=timed["original_ms"], scores=scores, options=options)
+
+
+def _check_answers(model: nn.Module, samples: Samples, device: torch.device) -> None:
+    logits = logits_of(model, samples.subset(range(min(4, len(samples)))), 4)
+    if logits.dim() != 2 or has_nan(logits):
+        what = "NaN or infinity" if has_nan(logits) else f"the shape {tuple(logits.shape)}"
+        raise ModelError(
+            f"{type(model).__name__} must answer each sample with one finite row of class scores, but got {what}; "
+            "check the weights and the preprocessing"
+        )
+
+
+def _nothing_to_remove(model: nn.Module, found: Found) -> str:
+    reasons = "; ".join(f"{path} {reason}" for path, reason in found.refused[:5])
+    return (
+        f"{type(model).__name__} must have a block whose output has the shape of its input, but none was found"
+        f"{': ' + reasons if reasons else ''}; run `ttmpd inspect` for the whole list"
+    )
+
+
+def _adapt(teacher: nn.Module, samples: Samples, settings: Settings) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    to_fast_format(teacher)
+    adapted = settings.adapt.adapt(teacher, samples, batch_size=settings.batch_size, seed=settings.seed)
+    return adapted.model.state_dict(), {"note": adapted.note, "facts": adapted.facts}
+
+
+def _time(ready: Ready, kind: Block) -> dict[str, Any]:
+    """Unit and whole-model milliseconds of the source model in the plain memory format, as users run it."""
+    units = time_units(ready.source, kind, ready.found.units, ready.batch)
+    whole = compare(ready.source, ready.source, ready.batch, rounds=5, min_seconds=1.0)
+    return {
+        "original_ms": min(whole.timing("original").median_ms, whole.timing("compressed").median_ms),
+        "units": [dataclasses.asdict(timing) for timing in units],
+    }
+
+
+def _score(ready: Ready) -> list[dict[str, Any]]:
+    scores = ready.settings.score.score(
+        ready.teacher,
+        ready.found.units,
+        ready.samples,
+        batch_size=ready.settings.batch_size,
+        seed=ready.settings.seed,
+    )
+    return [dataclasses.asdict(score) for score in scores]
+
+
+def _options(
+    scores: Sequence[Score], timings: Sequence[UnitTiming], actions: Sequence[Action], kind: Block
+) -> tuple[Option, ...]:
+    by_unit = {timing.unit: timing for timing in timings}
+    return tuple(
+        Option(score.unit, score.action, score.harm, by_unit[score.unit].saving(score.action).saved_ms)
+        for score in scores
+        if score.action in actions
+    )

@@ -1,0 +1,123 @@
+"""What defines a run: the target and everything else that a user may choose."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ttmpd.adapt.base import Adapter
+from ttmpd.adapt.norm import Norm
+from ttmpd.distill.base import Distiller
+from ttmpd.distill.one_time import OneTime
+from ttmpd.errors import InvalidValueError
+from ttmpd.method import check_range
+from ttmpd.plan.base import Planner
+from ttmpd.plan.knapsack import Knapsack
+from ttmpd.records import ACTIONS, Action
+from ttmpd.score.base import Scorer
+from ttmpd.score.ttmpd import TTMPD
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+    """The latency that is asked for: a speedup, a share of the original's, or milliseconds per batch.
+
+    Example:
+        >>> Target.parse("0.5x").budget_ms(30.0), Target.parse("12ms").budget_ms(30.0)
+        (15.0, 12.0)
+    """
+
+    speedup: float | None = None
+    ms: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.speedup is None) == (self.ms is None):
+            raise InvalidValueError("the target must be one of speedup and latency; give exactly one of them")
+        if self.speedup is not None and not (math.isfinite(self.speedup) and self.speedup > 1):
+            raise InvalidValueError(f"speedup must be greater than 1, but got {self.speedup!r}")
+        if self.ms is not None and not (math.isfinite(self.ms) and self.ms > 0):
+            raise InvalidValueError(f"latency must be greater than 0 ms, but got {self.ms!r}")
+
+    @classmethod
+    def parse(cls, text: str | float) -> "Target":
+        """From ``"12ms"``, ``"0.5x"`` (a share of the original latency) or a number of milliseconds."""
+        value, scale = str(text).strip().lower(), "ms"
+        for suffix in ("ms", "x"):
+            if value.endswith(suffix):
+                value, scale = value.removesuffix(suffix).strip(), suffix
+                break
+        try:
+            number = float(value)
+        except ValueError:
+            raise InvalidValueError(f'latency must be like "12ms" or "0.5x", but got {text!r}') from None
+        if scale == "x" and not 0 < number < 1:
+            raise InvalidValueError(f"a share of the latency must lie between 0x and 1x, but got {text!r}")
+        return cls(speedup=1 / number) if scale == "x" else cls(ms=number)
+
+    def budget_ms(self, original_ms: float) -> float:
+        """The latency to reach, in milliseconds."""
+        return original_ms / self.speedup if self.speedup is not None else float(self.ms or 0.0)
+
+    def __str__(self) -> str:
+        return f"speedup {self.speedup:.4g}" if self.speedup is not None else f"latency {self.ms:.4g} ms"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that defines a run beside the model, the samples and the target."""
+
+    adapt: Adapter = Norm()
+    score: Scorer = TTMPD()
+    plan: Planner = Knapsack()
+    distill: Distiller = OneTime()
+    actions: tuple[Action, ...] = ACTIONS
+    num_samples: int = 500
+    holdout: float = 0.15
+    batch_size: int = 64
+    device: str = "auto"
+    seed: int = 0
+    amp: str = "auto"
+    time_budget: float = math.inf
+
+    def __post_init__(self) -> None:
+        check_range("num_samples", self.num_samples, 1)
+        check_range("holdout", self.holdout, 0.0, 0.9)
+        check_range("batch_size", self.batch_size, 1)
+        check_range("time_budget", self.time_budget, 0.0)
+        if not self.actions or not set(self.actions) <= set(ACTIONS):
+            raise InvalidValueError(f"actions must be some of {', '.join(ACTIONS)}, but got {self.actions!r}")
+        if self.amp not in ("auto", "on", "off"):
+            raise InvalidValueError(f"amp must be auto, on or off, but got {self.amp!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: methods under their verbs."""
+        plain: dict[str, Any] = {}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            plain[item.name] = value.to_dict() if hasattr(value, "to_dict") else value
+        plain["actions"] = list(self.actions)
+        plain["time_budget"] = self.time_budget if math.isfinite(self.time_budget) else None
+        return plain
+
+
+def settings_of(given: Mapping[str, Any]) -> Settings:
+    """Settings from keyword arguments, with a clear error for unknown ones."""
+    known = {item.name for item in dataclasses.fields(Settings)}
+    for name in given:
+        if name not in known:
+            raise InvalidValueError(f"a setting must be one of {', '.join(sorted(known))}, but got {name!r}")
+    return Settings(**given)
+
+
+def choose_device(device: str) -> torch.device:
+    """``"auto"`` is cuda, then mps, then cpu."""
+    if device != "auto":
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise InvalidValueError(f"device must be auto, cpu, cuda or mps, but got {device!r}") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
