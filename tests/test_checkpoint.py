@@ -23,8 +23,8 @@ from ttmpd.models import OpenedModel, open_model
 from ttmpd.preprocessing import Preprocessing, preprocessing_of
 from ttmpd.records import Plan, Removal, Samples
 from ttmpd.repair import fold, repaired
-from ttmpd.stages import disk_guarded
 from ttmpd.specimens import tiny_model, tiny_samples
+from ttmpd.stages import disk_guarded
 from ttmpd.units.block import Block
 
 DEMO = "ttmpd.demo:demo_model"

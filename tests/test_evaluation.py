@@ -13,11 +13,11 @@ from ttmpd.errors import CheckpointError, InvalidValueError, ModelError, Samples
 from ttmpd.evaluation import bench, evaluate, open_any
 from ttmpd.inspection import inspect, preview
 from ttmpd.models import open_model
-from ttmpd.settings import Target
 from ttmpd.preprocessing import Preprocessing
 from ttmpd.records import Plan, Removal, agreement
 from ttmpd.repair import repaired
 from ttmpd.samples import open_samples
+from ttmpd.settings import Target
 from ttmpd.specimens import tiny_model
 from ttmpd.units.block import Block
 

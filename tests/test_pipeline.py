@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ttmpd import pipeline
+from ttmpd import pipeline, planning, ready
 from ttmpd.adapt.base import Adapter
 from ttmpd.adapt.none import NoAdaptation
 from ttmpd.adapt.norm import Norm
@@ -49,8 +49,13 @@ def operations_for_milliseconds(monkeypatch):
     def time_units(_model, _kind, units, _batch, **_):
         return tuple(UnitTiming(u.id, u.macs / 1e3, u.channels**2 * 64 / 1e3) for u in units)
 
-    monkeypatch.setattr(pipeline, "compare", compare)
-    monkeypatch.setattr(pipeline, "time_units", time_units)
+    set_compare(monkeypatch, compare)
+    monkeypatch.setattr(ready, "time_units", time_units)
+
+
+def set_compare(monkeypatch, compare) -> None:
+    for module in (pipeline, planning, ready):
+        monkeypatch.setattr(module, "compare", compare)
 
 
 @pytest.fixture
@@ -278,12 +283,10 @@ def test_a_killed_run_goes_on_where_it_was(model, samples, tmp_path, monkeypatch
     monkeypatch.setattr(OneTime, "prepare", forbidden)
     monkeypatch.setattr(TTMPD, "score", forbidden)
     monkeypatch.setattr(Norm, "adapt", forbidden)
-    monkeypatch.setattr(pipeline, "time_units", forbidden)
+    monkeypatch.setattr(ready, "time_units", forbidden)
     monkeypatch.setattr(pipeline, "make_plan", forbidden)
     monkeypatch.setattr(pipeline.Result, "save", lambda *_: None)
-    monkeypatch.setattr(
-        pipeline, "compare", lambda *_a, **_k: Rounds({"original": (2.0,) * 3, "compressed": (1.0,) * 3})
-    )
+    set_compare(monkeypatch, lambda *_a, **_k: Rounds({"original": (2.0,) * 3, "compressed": (1.0,) * 3}))
     result = compress(model, samples, speedup=2.0, output=tmp_path / "out", resume=True, **QUICK)
     assert result.plan.actions == whole.plan.actions
     assert all(torch.equal(v, whole.model.state_dict()[k]) for k, v in result.model.state_dict().items())
@@ -365,3 +368,29 @@ def test_a_time_budget_that_is_used_up_still_gives_a_result(model, samples):
     assert result.facts["fit"]["stopped"] == "time budget"
     assert result.facts["fit"]["steps"] == 1
     assert result.met
+
+
+def test_units_that_save_less_than_they_promise_are_made_up_for(model, samples, monkeypatch):
+    honest = ready.time_units
+    monkeypatch.setattr(
+        ready,
+        "time_units",
+        lambda *a, **k: tuple(UnitTiming(t.unit, 1.4 * t.ms, t.stand_in_ms) for t in honest(*a, **k)),
+    )
+    result = compress(model, samples, speedup=2.0, **(QUICK | {"actions": ("drop",)}))
+    attempts = result.facts["attempts"]
+    assert attempts[0]["measured_ms"] > result.plan.budget_ms
+    assert attempts[-1]["measured_ms"] <= result.plan.budget_ms
+    assert result.met
+
+
+def test_a_plan_that_never_fits_is_the_fastest_and_says_so(model, samples, monkeypatch):
+    def slow(original, student, batch, **_):
+        ms = count_macs(original, batch[:1])[""] / 1e3
+        return Rounds({"original": (ms,) * 5, "compressed": (ms * 0.9,) * 5})
+
+    set_compare(monkeypatch, slow)
+    result = compress(model, samples, speedup=2.0, **QUICK)
+    assert not result.met
+    assert result.facts["target"]["met"] is False
+    assert result.facts["latency"]["speedup"]["median"] == pytest.approx(1 / 0.9)

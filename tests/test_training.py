@@ -328,3 +328,24 @@ def test_mixed_precision_is_measured_where_the_processor_has_it(monkeypatch):
     tried.clear()
     assert choose_amp(step, torch.device("cpu")) is False
     assert tried == []
+
+
+def test_a_best_state_from_before_the_kill_is_not_forgotten(tmp_path):
+    def run(stop_at: int | None, *agreements: float):
+        model = Point()
+
+        def loss(step: int) -> torch.Tensor:
+            if step == stop_at:
+                raise KeyboardInterrupt
+            return model.loss(step)
+
+        loop = Loop(check=scripted(*agreements), check_every=1, patience=3, state=tmp_path / "run", save_seconds=-1.0)
+        try:
+            return train(model, loss, plain(6), loop), model
+        except KeyboardInterrupt:
+            return None, model
+
+    assert run(3, 0.1, 0.9, 0.5, 0.5)[0] is None
+    fit, model = run(None, 0.5)
+    assert (fit.steps, fit.stopped, fit.best_step, fit.rolled_back) == (4, "no progress", 1, False)
+    assert float(model.weight.detach()) == pytest.approx(plain(6).lr_at(0))
