@@ -199,8 +199,8 @@ def test_killed_in_distillation_then_resumed(data, tmp_path):
 
     true = pipeline.finish
 
-    def finish(ready, target, stages, *more):
-        result = true(ready, target, stages, *more)
+    def finish(ready, planned, stages, *more):
+        result = true(ready, planned, stages, *more)
         pieces.update({name: (work / name).stat().st_mtime_ns for name in before if name != "run.json"})
         pieces["reused"] = len(stages.reused)
         return result

@@ -217,7 +217,7 @@ def test_preview_plans_and_keeps_nothing(quick_timing):
         DEMO, pixels(), targets=[Target(speedup=1.2), Target(speedup=1.5)], num_samples=30, batch_size=16,
         score=Damage(), adapt=NoAdaptation(),
     )  # fmt: skip
-    removed = [len(plan.removals) for plan, _ in found.plans]
+    removed = [len(planned.plan.removals) for planned in found.plans]
     assert min(removed) > 0
-    assert found.plans[0][0].budget_ms > found.plans[1][0].budget_ms
-    assert found.front
+    assert found.plans[0].plan.budget_ms > found.plans[1].plan.budget_ms
+    assert found.plans[0].front

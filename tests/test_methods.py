@@ -161,7 +161,6 @@ def test_unknown_name_lists_the_known_ones():
 
 
 def test_the_null_object_is_no_choice_but_comes_back_from_data():
-    assert "none" not in names("adapt")
     assert from_dict("adapt", NoAdaptation().to_dict()) == NoAdaptation()
 
 
@@ -181,7 +180,9 @@ def test_settings_are_parsed_from_text_to_the_type_of_the_default():
         ("score", "ttmpd", {"ridge": -1.0}, "ttmpd.ridge"),
         ("distill", "one_time", {"train_norm": "perhaps"}, "true or false"),
         ("distill", "one_time", {"views": 0}, "one_time.views"),
-        ("plan", "greedy", {"depth": 1}, "none"),
+        ("plan", "greedy", {"depth": 1}, "depth"),
+        ("plan", "greedy", {"step": 0.0}, "greedy.step"),
+        ("units", "block", {"depth": 1}, "none"),
     ],
 )
 def test_wrong_settings_are_refused(verb, name, settings, message):

@@ -204,12 +204,17 @@ def bench_command(
 
 
 @app.command("methods")
-def methods_command() -> None:
+def methods_command(
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="As a page of the docs.")] = False,
+) -> None:
     """List every method of every verb, read from the files."""
     with _reporting(False):
-        from ttmpd.method import listing
+        from ttmpd.method import listing, markdown
 
-        display.show_methods(listing())
+        if as_markdown:
+            typer.echo(markdown(listing()), nl=False)
+        else:
+            display.show_methods(listing())
 
 
 @app.command("demo")

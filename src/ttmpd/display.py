@@ -1,7 +1,6 @@
 """What the command line shows: tables, lines, progress bars. Numbers come in finished."""
 
 import contextlib
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -227,8 +226,7 @@ def _show_agreement(console: Console, facts: Mapping[str, Any]) -> None:
 
 def show_seconds(seconds: Mapping[str, float]) -> None:
     """One line: seconds of each stage and their sum."""
-    # Stages of one target bear a mark of it.
-    parts = ", ".join(f"{re.sub('-[0-9a-f]{8}', '', name)} {value:.1f}" for name, value in seconds.items())
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     out().print(f"Seconds: {escape(parts)}; {sum(seconds.values()):.1f} in all")
 
 
@@ -236,18 +234,19 @@ def show_preview(found: "Preview") -> None:
     """The plans and the front of a dry run."""
     console, ready = out(), found.ready
     console.print(f"Adaptation: {escape(ready.adapt_note)}")
-    for plan, attempts in found.plans:
+    for planned in found.plans:
+        plan = planned.plan
         table = _table("would remove", "class", "action", title=f"Plan for {ms(plan.budget_ms)} ms")
         for removal in plan.removals:
             table.add_row(escape(removal.unit.id), escape(removal.unit.module), removal.action)
         console.print(table)
-        measured = min((a.measured_ms for a in attempts), key=lambda value: abs(value - plan.budget_ms))
+        measured = min((a.measured_ms for a in planned.attempts), key=lambda value: abs(value - plan.budget_ms))
         console.print(
             f"{len(plan.removals)} of {len(ready.found.units)} units; {ms(plan.original_ms)} ms now, predicted "
             f"{ms(plan.predicted_ms)} ms, measured on the cut model {ms(measured)} ms"
         )
     table = _table("share of latency", "predicted ms", "predicted harm", "units removed", title="What could be reached")
-    for row in found.front:
+    for row in found.plans[0].front:
         table.add_row(f"{row['target']:g}x", ms(row["predicted_ms"]), f"{row['harm']:.3g}", f"{row['n_removed']:g}")
     console.print(table)
     show_seconds(found.seconds)

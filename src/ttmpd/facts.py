@@ -4,14 +4,14 @@ import base64
 import dataclasses
 import datetime
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ttmpd.modules import count_macs, count_parameters
-from ttmpd.planning import Attempt
+from ttmpd.planning import Planned
 from ttmpd.ready import Ready
 from ttmpd.records import Fit, Plan, Samples, agreement
 from ttmpd.timing import Rounds, machine
@@ -23,35 +23,26 @@ MAX_PARTED = 12
 
 def collect(
     ready: Ready,
+    planned: Planned,
     *,
-    target: str,
-    plan: Plan,
-    attempts: Sequence[Attempt],
-    front: Sequence[Mapping[str, float]],
     student: nn.Module,
     rounds: Rounds,
     fit: Fit,
     logits: tuple[Tensor, Tensor, Tensor],
     seconds: Mapping[str, float],
-    command: str,
-    met: bool,
 ) -> dict[str, Any]:
     """The facts of one run.
 
     Args:
         ready: what was known before the target.
-        target: as asked for.
-        plan: what was removed.
-        attempts: the planner's rounds.
-        front: predicted harm over predicted latency.
+        planned: what was removed, and how that was decided.
         student: the compressed model.
         rounds: interleaved milliseconds of "original" and "compressed".
         fit: what distillation did.
         logits: on the held-out samples: teacher, student before and after distillation.
         seconds: per stage.
-        command: as typed.
-        met: whether the measured latency meets the target.
     """
+    plan = planned.plan
     teacher, start, final = logits
     settings = ready.settings.to_dict()
     few = ready.samples.batch(slice(0, 2), next(ready.source.parameters()).device)
@@ -59,7 +50,6 @@ def collect(
         "format": FORMAT,
         "ttmpd": _version(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command,
         "seed": ready.settings.seed,
         "model": _model(ready.source, few)
         | {"id": ready.opened.id, "class": type(ready.source).__name__, "rebuildable": ready.opened.rebuildable},
@@ -76,9 +66,9 @@ def collect(
         "adapt": {"note": ready.adapt_note, "facts": ready.adapt_facts},
         "units": _units(ready, plan),
         "refused": [list(row) for row in ready.found.refused],
-        "target": {"asked": target, "budget_ms": plan.budget_ms, "met": met},
-        "attempts": [{"predicted_ms": a.predicted_ms, "measured_ms": a.measured_ms} for a in attempts],
-        "front": [dict(row) for row in front],
+        "target": {"asked": str(planned.target), "budget_ms": plan.budget_ms, "harm": plan.harm},
+        "attempts": [{"predicted_ms": a.predicted_ms, "measured_ms": a.measured_ms} for a in planned.attempts],
+        "front": [dict(row) for row in planned.front],
         "latency": _latency(rounds, plan),
         "agreement": _agreement(teacher, final),
         "agreement_repaired": _agreement(teacher, start),

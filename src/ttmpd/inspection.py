@@ -12,9 +12,9 @@ from ttmpd.method import check_range
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.modules import clone, count_macs, count_parameters, to_plain_format
 from ttmpd.pipeline import prepared
-from ttmpd.planning import Attempt, front, make_plan
+from ttmpd.planning import Planned, make_plan, needed_ms, walk
 from ttmpd.ready import Ready
-from ttmpd.records import Plan, Timing, Unit
+from ttmpd.records import Timing, Unit
 from ttmpd.samples import open_samples
 from ttmpd.savings import UnitTiming, time_units
 from ttmpd.settings import Target, choose_device, settings_of
@@ -149,13 +149,11 @@ class Preview:
     Args:
         ready: timings, scores and the adapted teacher.
         plans: the plan for each target with the planner's rounds; the last one measured the cut model.
-        front: predicted harm over predicted latency.
         seconds: per stage.
     """
 
     ready: Ready
-    plans: tuple[tuple[Plan, tuple[Attempt, ...]], ...]
-    front: tuple[dict[str, float], ...]
+    plans: tuple[Planned, ...]
     seconds: dict[str, float]
 
 
@@ -174,8 +172,6 @@ def preview(
         BudgetUnreachableError: a target cannot be reached.
     """
     with prepared(model, samples, settings_of(settings)) as (ready, stages):
-        plans = []
-        for target in targets:
-            plan, attempts = make_plan(ready, target)
-            plans.append((plan, tuple(attempts)))
-        return Preview(ready, tuple(plans), tuple(front(ready)), stages.seconds())
+        waypoints = walk(ready, max(needed_ms(ready, target) for target in targets), stages)
+        plans = tuple(make_plan(ready, waypoints, target) for target in targets)
+        return Preview(ready, plans, stages.seconds())

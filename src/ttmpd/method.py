@@ -80,10 +80,6 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"))
 
 def names(verb: str) -> tuple[str, ...]:
     """The names of all methods of a verb, from the files of its folder."""
-    return tuple(name for name in _files(verb) if name != "none")
-
-
-def _files(verb: str) -> tuple[str, ...]:
     package = importlib.import_module(f"ttmpd.{verb}")
     return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base"))
 
@@ -94,8 +90,8 @@ def method_class(verb: str, name: str) -> type[Method]:
     Raises:
         UnknownMethodError: there is no such file.
     """
-    if name not in _files(verb):
-        known = names(verb)
+    known = names(verb)
+    if name not in known:
         raise UnknownMethodError(f"{verb} must be one of {', '.join(known)}, but got {name!r}", known)
     module = importlib.import_module(f"ttmpd.{verb}.{name}")
     found = [
@@ -104,7 +100,7 @@ def method_class(verb: str, name: str) -> type[Method]:
         if inspect.isclass(value) and issubclass(value, Method) and value.__module__ == module.__name__
     ]
     if len(found) != 1:
-        raise UnknownMethodError(f"ttmpd/{verb}/{name}.py must hold one method, but holds {len(found)}", names(verb))
+        raise UnknownMethodError(f"ttmpd/{verb}/{name}.py must hold one method, but holds {len(found)}", known)
     return found[0]
 
 
@@ -130,3 +126,11 @@ def listing() -> list[dict[str, str]]:
                 {"verb": verb, "name": name, "what": what, "needs": ", ".join(found.needs), "source": found.source}
             )
     return rows
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """The listing as a page of the docs."""
+    lines = ["# Methods", "", "Made by `ttmpd methods --markdown > docs/methods.md`; one file per method.", ""]
+    lines += ["| verb | name | what | needs | source |", "|---|---|---|---|---|"]
+    lines += [f"| `{r['verb']}` | `{r['name']}` | {r['what']} | {r['needs'] or '–'} | {r['source']} |" for r in rows]
+    return "\n".join(lines) + "\n"

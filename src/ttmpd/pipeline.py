@@ -21,7 +21,7 @@ from ttmpd.errors import InvalidValueError, SamplesError
 from ttmpd.facts import collect
 from ttmpd.guard import logits_of
 from ttmpd.models import OpenedModel, open_model
-from ttmpd.planning import Attempt, front, make_plan
+from ttmpd.planning import Attempt, Planned, Waypoint, make_plan, needed_ms, walk
 from ttmpd.ready import Ready, get_ready
 from ttmpd.records import Fit, Plan, Removal, Samples
 from ttmpd.repair import fold, repaired, replay
@@ -147,9 +147,10 @@ def compress_many(
             if folder is not None:
                 locks.enter_context(locked(folder))
         # All plans come before any training: a target out of reach ends the run at once.
-        plans = [_plan(ready, target, stages) for target in targets]
-        for target, (plan, attempts), folder in zip(targets, plans, folders, strict=True):
-            result = finish(ready, target, plan, attempts, stages, command)
+        waypoints = walk(ready, max(needed_ms(ready, target) for target in targets), stages)
+        plans = [_planned(ready, waypoints, target, stages) for target in targets]
+        for planned, folder in zip(plans, folders, strict=True):
+            result = finish(ready, planned, stages, command)
             if folder is not None:
                 result.save(folder)
             results.append(result)
@@ -204,23 +205,26 @@ def _split(samples: Samples, settings: Settings) -> tuple[Samples, Samples]:
     return samples.subset(order[n_held:]), samples.subset(order[:n_held])
 
 
-def finish(
-    ready: Ready, target: Target, plan: Plan, attempts: Sequence[Attempt], stages: Stages, command: str
-) -> Result:
+def finish(ready: Ready, planned: Planned, stages: Stages, command: str) -> Result:
     """Cut, repair, distill and measure one plan."""
-    key = _key(target)
+    key, plan = _key(planned.target), planned.plan
     student = _repaired(ready, plan, stages, key)
     start = logits_of(student, ready.held_out, ready.settings.batch_size)
     fit, teacher_logits = _distill(ready, student, stages, key)
     final = logits_of(student, ready.held_out, ready.settings.batch_size)
     with stages.timed("measure", key):
         rounds = compare(ready.source, student, ready.batch)
-    ratio = rounds.ratio("original", "compressed")
-    met = ratio.high_ms >= ready.original_ms / plan.budget_ms
+    met = rounds.ratio("original", "compressed").high_ms >= ready.original_ms / plan.budget_ms
     facts = collect(
-        ready, target=str(target), plan=plan, attempts=attempts, front=front(ready), student=student, rounds=rounds,
-        fit=fit, logits=(teacher_logits, start, final), seconds=stages.seconds(key), command=command, met=met,
-    )  # fmt: skip
+        ready,
+        planned,
+        student=student,
+        rounds=rounds,
+        fit=fit,
+        logits=(teacher_logits, start, final),
+        seconds=stages.seconds(key),
+    )
+    facts["command"], facts["target"]["met"] = command, met
     ids = ready.samples.ids + ready.held_out.ids
     return Result(student.cpu(), plan, facts, ids, ready.opened, met)
 
@@ -230,19 +234,21 @@ def _key(target: Target) -> str:
     return fingerprint(str(target))[:8]
 
 
-def _plan(ready: Ready, target: Target, stages: Stages) -> tuple[Plan, list[Attempt]]:
+def _planned(ready: Ready, waypoints: Sequence[Waypoint], target: Target, stages: Stages) -> Planned:
     def compute() -> dict[str, Any]:
-        plan, attempts = make_plan(ready, target)
+        made = make_plan(ready, waypoints, target)
         return {
-            "actions": plan.actions,
-            "numbers": [plan.harm, plan.original_ms, plan.budget_ms, plan.predicted_ms],
-            "attempts": [dataclasses.asdict(attempt) for attempt in attempts],
+            "actions": made.plan.actions,
+            "numbers": [made.plan.harm, made.plan.original_ms, made.plan.budget_ms, made.plan.predicted_ms],
+            "attempts": [dataclasses.asdict(attempt) for attempt in made.attempts],
+            "front": made.front,
         }
 
     stored = stages.json("plan", compute, _key(target))
     actions = stored["actions"]
     removals = tuple(Removal(unit, actions[unit.id]) for unit in ready.found.units if unit.id in actions)
-    return Plan(removals, *stored["numbers"]), [Attempt(**row) for row in stored["attempts"]]
+    attempts = tuple(Attempt(**row) for row in stored["attempts"])
+    return Planned(target, Plan(removals, *stored["numbers"]), attempts, tuple(stored["front"]))
 
 
 def _repaired(ready: Ready, plan: Plan, stages: Stages, key: str) -> nn.Module:

@@ -1,19 +1,25 @@
 """From a target to a plan that was measured: choose, cut, time the cut model, correct."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from ttmpd.errors import BudgetUnreachableError
 from ttmpd.plan.base import most_saved
-from ttmpd.ready import Ready
-from ttmpd.records import Action, Option, Plan, Removal
+from ttmpd.ready import Ready, score_rows
+from ttmpd.records import Action, Option, Plan, Removal, Score
+from ttmpd.repair import repaired
 from ttmpd.savings import compare, skeleton
 from ttmpd.settings import Target
+from ttmpd.stages import Stages
 from ttmpd.units.block import Block
 
 MAX_PLANS = 4
 """Rounds of planning, cutting and measuring before the best reachable is taken."""
+FRONT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+"""Shares of the original latency for which the report shows what they would cost."""
 MARGIN = 0.015
 """How much faster than asked a plan aims to be: measured medians move by about as much."""
 
@@ -28,18 +34,106 @@ class Attempt:
     actions: dict[str, Action]
 
 
-def make_plan(ready: Ready, target: Target) -> tuple[Plan, list[Attempt]]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan with how it came about.
+
+    Args:
+        target: what was asked for.
+        plan: what is removed.
+        attempts: the planner's rounds.
+        front: predicted harm over predicted latency for other targets.
+    """
+
+    target: Target
+    plan: Plan
+    attempts: tuple[Attempt, ...]
+    front: tuple[dict[str, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Waypoint:
+    """A partial plan and what removing anything more would do from there.
+
+    Args:
+        chosen: the removals so far.
+        options: every further removal, scored on the student so far.
+    """
+
+    chosen: tuple[Option, ...]
+    options: tuple[Option, ...]
+
+    @property
+    def saved_ms(self) -> float:
+        """What the removals so far save."""
+        return sum(option.saved_ms for option in self.chosen)
+
+    def to(self, ready: Ready, needed_ms: float) -> tuple[Option, ...]:
+        """The removals so far and the best further ones that together save ``needed_ms``."""
+        rest = needed_ms - self.saved_ms
+        if rest <= 0:
+            return self.chosen
+        return (*self.chosen, *ready.settings.plan.choose(self.options, rest, seed=ready.settings.seed))
+
+
+def walk(ready: Ready, needed_ms: float, stages: Stages) -> tuple[Waypoint, ...]:
+    """Waypoints from nothing removed towards ``needed_ms``: harms interact, so units are scored anew along the way.
+
+    After every ``plan.step`` of the original latency what was chosen is replaced by repaired stand-ins, the nearest
+    that closed forms come to the trained student, and the units that are left are scored on that student. One walk
+    serves all targets up to its end.
+    """
+    found = [Waypoint((), ready.options)]
+    stride = ready.settings.plan.step * ready.original_ms
+    while stride * len(found) < needed_ms - 1e-9:
+        here = found[-1]
+        if most_saved(here.options) + here.saved_ms < needed_ms:
+            break  # out of reach: choosing will say so
+        chosen = here.to(ready, stride * len(found))
+        rows = stages.json(f"rescore#{len(found)}", functools.partial(_rescored, ready, chosen))
+        found.append(Waypoint(chosen, ready.options_of([Score(**row) for row in rows])))
+    return tuple(found)
+
+
+def _rescored(ready: Ready, chosen: Sequence[Option]) -> list[dict[str, Any]]:
+    gone = {option.unit for option in chosen}
+    removals = [Removal(unit, "linear") for unit in ready.found.units if unit.id in gone]
+    few = ready.samples.subset(range(min(128, len(ready.samples))))
+    student = repaired(ready.teacher, removals, few, batch_size=ready.settings.batch_size)
+    left = [unit for unit in ready.found.units if unit.id not in gone]
+    return score_rows(ready, student, left)
+
+
+def choose(ready: Ready, waypoints: Sequence[Waypoint], needed_ms: float) -> tuple[Option, ...]:
+    """The plan for ``needed_ms``, from the last waypoint before it.
+
+    Raises:
+        BudgetUnreachableError: ``best_ms`` holds what all removals together would save.
+    """
+    before = [point for point in waypoints if point.saved_ms < needed_ms] or list(waypoints[:1])
+    try:
+        return before[-1].to(ready, needed_ms)
+    except BudgetUnreachableError:
+        # What was chosen on the way may stand in the way of the most that can be saved.
+        return ready.settings.plan.choose(ready.options, needed_ms, seed=ready.settings.seed)
+
+
+def needed_ms(ready: Ready, target: Target) -> float:
+    """Milliseconds that have to go, a margin included."""
+    return ready.original_ms - target.budget_ms(ready.original_ms) * (1 - MARGIN)
+
+
+def make_plan(ready: Ready, waypoints: Sequence[Waypoint], target: Target) -> Planned:
     """Choose removals, cut, measure the cut model, and correct what was asked of the planner until it fits.
 
     Raises:
         BudgetUnreachableError: even removing every unit is predicted to be too slow.
     """
-    budget = target.budget_ms(ready.original_ms)
-    needed = ready.original_ms - budget * (1 - MARGIN)
+    budget, needed = target.budget_ms(ready.original_ms), needed_ms(ready, target)
     attempts: list[Attempt] = []
     for _ in range(MAX_PLANS):
         try:
-            chosen = ready.settings.plan.choose(ready.options, needed, seed=ready.settings.seed)
+            chosen = choose(ready, waypoints, needed)
         except BudgetUnreachableError as error:
             if attempts:
                 break
@@ -56,7 +150,7 @@ def make_plan(ready: Ready, target: Target) -> tuple[Plan, list[Attempt]]:
     actions = best_attempt.actions
     removals = tuple(Removal(unit, actions[unit.id]) for unit in ready.found.units if unit.id in actions)
     plan = Plan(removals, best_attempt.harm, ready.original_ms, budget, best_attempt.predicted_ms)
-    return plan, attempts
+    return Planned(target, plan, tuple(attempts), front(ready, waypoints))
 
 
 def _unreachable(ready: Ready, target: Target, best_ms: float) -> str:
@@ -77,14 +171,14 @@ def _try(ready: Ready, chosen: Sequence[Option]) -> Attempt:
     return Attempt(predicted, measured, sum(max(0.0, option.harm) for option in chosen), actions)
 
 
-def front(ready: Ready, shares: Sequence[float] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)) -> list[dict[str, float]]:
+def front(ready: Ready, waypoints: Sequence[Waypoint]) -> tuple[dict[str, float], ...]:
     """Predicted harm over predicted latency: scores once, many targets."""
     rows = []
-    for share in shares:
-        needed = ready.original_ms * (1 - share)
-        if needed > most_saved(ready.options):
+    for share in FRONT:
+        try:
+            chosen = choose(ready, waypoints, ready.original_ms * (1 - share))
+        except BudgetUnreachableError:
             break
-        chosen = ready.settings.plan.choose(ready.options, needed, seed=ready.settings.seed)
         rows.append(
             {
                 "target": share,
@@ -93,4 +187,4 @@ def front(ready: Ready, shares: Sequence[float] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4,
                 "n_removed": len(chosen),
             }
         )
-    return rows
+    return tuple(rows)

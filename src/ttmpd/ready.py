@@ -11,7 +11,7 @@ from ttmpd.errors import ModelError, UnsupportedError
 from ttmpd.guard import logits_of
 from ttmpd.models import OpenedModel
 from ttmpd.modules import clone, has_nan, to_fast_format, to_plain_format
-from ttmpd.records import Action, Option, Samples, Score
+from ttmpd.records import Option, Samples, Score, Unit
 from ttmpd.savings import UnitTiming, compare, time_units
 from ttmpd.settings import Settings, choose_device
 from ttmpd.stages import Stages
@@ -32,7 +32,6 @@ class Ready:
     timings: tuple[UnitTiming, ...]
     original_ms: float
     scores: tuple[Score, ...]
-    options: tuple[Option, ...]
     adapt_note: str
     adapt_facts: dict[str, float]
     settings: Settings
@@ -41,10 +40,21 @@ class Ready:
     @property
     def batch(self) -> Tensor:
         """The batch on which latency is measured: the samples, repeated to the batch size."""
-        device = next(self.source.parameters()).device
-        size = self.settings.batch_size
-        index = torch.arange(size) % len(self.samples)
-        return self.samples.batch(index, device)
+        return _latency_batch(self.source, self.samples, self.settings)
+
+    def options_of(self, scores: Sequence[Score]) -> tuple[Option, ...]:
+        """The scored removals that the settings allow, each with what it saves."""
+        by_unit = {timing.unit: timing for timing in self.timings}
+        return tuple(
+            Option(score.unit, score.action, score.harm, by_unit[score.unit].saving(score.action).saved_ms)
+            for score in scores
+            if score.action in self.settings.actions
+        )
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """Every removal on the unpruned teacher."""
+        return self.options_of(self.scores)
 
 
 def get_ready(
@@ -55,37 +65,37 @@ def get_ready(
     device = choose_device(settings.device)
     source = to_plain_format(clone(opened.module).to(device)).eval()
     _check_answers(source, samples, device)
-    kind = Block()
     with stages.timed("find"):
-        found = kind.find(source, samples.batch(slice(0, 2), device))
+        found = Block().find(source, samples.batch(slice(0, 2), device))
     if not found.units:
         raise UnsupportedError(_nothing_to_remove(source, found))
     teacher = clone(source)
     state, told = stages.tensors("adapt", lambda: _adapt(teacher, samples, settings))
     teacher.load_state_dict(state)
     to_fast_format(teacher)
+    timed = stages.json("timing", lambda: _time(source, found, _latency_batch(source, samples, settings)))
     ready = Ready(
-        opened,
-        source,
-        teacher,
-        samples,
-        held_out,
-        found,
-        (),
-        0.0,
-        (),
-        (),
-        told["note"],
-        told["facts"],
-        settings,
-        deadline,
+        opened=opened,
+        source=source,
+        teacher=teacher,
+        samples=samples,
+        held_out=held_out,
+        found=found,
+        timings=tuple(UnitTiming(**row) for row in timed["units"]),
+        original_ms=timed["original_ms"],
+        scores=(),
+        adapt_note=told["note"],
+        adapt_facts=told["facts"],
+        settings=settings,
+        deadline=deadline,
     )
-    timed = stages.json("timing", lambda: _time(ready, kind))
-    scored = stages.json("score", lambda: _score(ready))
-    timings = tuple(UnitTiming(**row) for row in timed["units"])
-    scores = tuple(Score(**row) for row in scored)
-    options = _options(scores, timings, settings.actions, kind)
-    return dataclasses.replace(ready, timings=timings, original_ms=timed["original_ms"], scores=scores, options=options)
+    rows = stages.json("score", lambda: score_rows(ready, teacher, found.units))
+    return dataclasses.replace(ready, scores=tuple(Score(**row) for row in rows))
+
+
+def _latency_batch(source: nn.Module, samples: Samples, settings: Settings) -> Tensor:
+    index = torch.arange(settings.batch_size) % len(samples)
+    return samples.batch(index, next(source.parameters()).device)
 
 
 def _check_answers(model: nn.Module, samples: Samples, device: torch.device) -> None:
@@ -112,33 +122,19 @@ def _adapt(teacher: nn.Module, samples: Samples, settings: Settings) -> tuple[di
     return adapted.model.state_dict(), {"note": adapted.note, "facts": adapted.facts}
 
 
-def _time(ready: Ready, kind: Block) -> dict[str, Any]:
+def _time(source: nn.Module, found: Found, batch: Tensor) -> dict[str, Any]:
     """Unit and whole-model milliseconds of the source model in the plain memory format, as users run it."""
-    units = time_units(ready.source, kind, ready.found.units, ready.batch)
-    whole = compare(ready.source, ready.source, ready.batch, rounds=5, min_seconds=1.0)
+    units = time_units(source, Block(), found.units, batch)
+    whole = compare(source, source, batch, rounds=5, min_seconds=1.0)
     return {
         "original_ms": min(whole.timing("original").median_ms, whole.timing("compressed").median_ms),
         "units": [dataclasses.asdict(timing) for timing in units],
     }
 
 
-def _score(ready: Ready) -> list[dict[str, Any]]:
+def score_rows(ready: Ready, model: nn.Module, units: Sequence[Unit]) -> list[dict[str, Any]]:
+    """Scores of units of the teacher, or of a student on the way, as plain data."""
     scores = ready.settings.score.score(
-        ready.teacher,
-        ready.found.units,
-        ready.samples,
-        batch_size=ready.settings.batch_size,
-        seed=ready.settings.seed,
+        model, units, ready.samples, batch_size=ready.settings.batch_size, seed=ready.settings.seed
     )
     return [dataclasses.asdict(score) for score in scores]
-
-
-def _options(
-    scores: Sequence[Score], timings: Sequence[UnitTiming], actions: Sequence[Action], kind: Block
-) -> tuple[Option, ...]:
-    by_unit = {timing.unit: timing for timing in timings}
-    return tuple(
-        Option(score.unit, score.action, score.harm, by_unit[score.unit].saving(score.action).saved_ms)
-        for score in scores
-        if score.action in actions
-    )

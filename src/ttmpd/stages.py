@@ -116,8 +116,13 @@ class Stages:
         write_json(marker, run)
 
     def seconds(self, key: str = "") -> dict[str, float]:
-        """Seconds of the stages that serve every target and of those of one target."""
-        return {name: value for (name, of), value in self._seconds.items() if of in ("", key)}
+        """Seconds of the stages that serve every target and of those of one target; ``name#1`` counts as ``name``."""
+        found: dict[str, float] = {}
+        for (name, of), value in self._seconds.items():
+            if of in ("", key):
+                label = name.partition("#")[0]
+                found[label] = found.get(label, 0.0) + value
+        return found
 
     @contextmanager
     def timed(self, name: str, key: str = "") -> Iterator[None]:

@@ -32,15 +32,16 @@ class Check:
     n_samples: int = 1
 
     def better_than(self, other: "Check") -> bool:
-        """More agreement by a standard error, or not less by one and a lower loss; never with NaN.
+        """More agreement by two standard errors, or not less by two and a lower loss; never with NaN.
 
-        A few dozen held-out samples cannot tell agreements apart that lie closer; the loss can.
+        A few dozen held-out samples cannot tell agreements apart that lie closer, and the luckiest of ten checks is
+        not the best student; the loss tells them apart.
         """
         if not (math.isfinite(self.loss) and math.isfinite(other.loss)):
             return math.isfinite(self.loss)
         # Laplace's estimate: the noise is not zero where all samples happen to agree.
         share = (other.agreement * self.n_samples + 1) / (self.n_samples + 2)
-        if abs(self.agreement - other.agreement) > math.sqrt(share * (1 - share) / self.n_samples):
+        if abs(self.agreement - other.agreement) > 2 * math.sqrt(share * (1 - share) / self.n_samples):
             return self.agreement > other.agreement
         return self.loss < other.loss
 

@@ -4,12 +4,18 @@ import abc
 from collections.abc import Mapping, Sequence
 
 from ttmpd.errors import BudgetUnreachableError
-from ttmpd.method import Method
+from ttmpd.method import Method, check_range
 from ttmpd.records import Action, Option
 
 
 class Planner(Method, abc.ABC):
     """Chooses removals that save enough milliseconds at little harm. Scores are made once and serve many targets."""
+
+    step: float = 1.0
+    """Share of the latency that is removed between two scorings; 1 scores once and takes harms as independent."""
+
+    def __post_init__(self) -> None:
+        check_range(f"{self.name}.step", self.step, 0.01, 1.0)
 
     @abc.abstractmethod
     def choose(self, options: Sequence[Option], needed_ms: float, *, seed: int = 0) -> tuple[Option, ...]:

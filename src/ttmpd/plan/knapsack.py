@@ -19,9 +19,11 @@ class Knapsack(Planner):
     source: ClassVar[str] = (
         "multiple-choice knapsack (Sinha and Zoltners, 1979) by dominance (Nemhauser and Ullmann, 1969)"
     )
+    step: float = 0.125
     max_front: int = 20_000
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("knapsack.max_front", self.max_front, 2)
 
     def choose(self, options: Sequence[Option], needed_ms: float, *, seed: int = 0) -> tuple[Option, ...]:

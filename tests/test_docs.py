@@ -1,0 +1,21 @@
+"""The docs say what the code does."""
+
+from pathlib import Path
+
+from ttmpd.method import listing, markdown
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_methods_table_is_up_to_date():
+    written = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert written == markdown(listing()), "run: ttmpd methods --markdown > docs/methods.md"
+
+
+def test_every_linked_page_exists():
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        for link in [part.split(")")[0] for part in text.split("](")[1:]]:
+            target = link.partition("#")[0]
+            if target and "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
