@@ -160,7 +160,7 @@ def test_unknown_name_lists_the_known_ones():
     assert "base" not in caught.value.known
 
 
-def test_the_null_object_is_no_choice_but_comes_back_from_data():
+def test_the_null_object_comes_back_from_data():
     assert from_dict("adapt", NoAdaptation().to_dict()) == NoAdaptation()
 
 

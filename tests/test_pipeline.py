@@ -19,7 +19,6 @@ from ttmpd.modules import count_macs
 from ttmpd.pipeline import compress, compress_many
 from ttmpd.plan.greedy import Greedy
 from ttmpd.plan.knapsack import Knapsack
-from ttmpd.plan.knapsack import Knapsack
 from ttmpd.savings import UnitTiming
 from ttmpd.score.damage import Damage
 from ttmpd.score.ttmpd import TTMPD

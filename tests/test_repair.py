@@ -6,7 +6,8 @@ from torch import nn
 
 from ttmpd.modules import clone
 from ttmpd.records import Removal, Samples, Unit
-from ttmpd.repair import LinearMap, NormalEquations, fold, install, positions, repaired, replay, rows, skippable
+from ttmpd.repair import LinearMap, NormalEquations, fold, install, repaired, replay, rows, skippable
+from ttmpd.sensitivity import positions
 from ttmpd.specimens import tiny_model, tiny_samples, tiny_units
 from ttmpd.units.block import Block, standing
 

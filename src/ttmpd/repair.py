@@ -15,10 +15,8 @@ from torch.nn import functional as F
 from ttmpd.modules import call, evaluating, module_at, read, stubbed
 from ttmpd.progress import track
 from ttmpd.records import Removal, Samples, Tap, Unit
+from ttmpd.sensitivity import SENSITIVITY_SAMPLES, positions, row_weights, sensitivities
 from ttmpd.units.block import Block, answering, put, standing
-
-MAX_POSITIONS = 64
-"""Pixels or tokens per sample that enter a fit; neighbours say nearly the same, and 64 x 100 samples are plenty."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,12 +79,6 @@ class NormalEquations:
         return LinearMap(weight.to(self.device, torch.float32), solution[-1].to(self.device, torch.float32))
 
 
-def positions(unit: Unit, seed: int = 0, limit: int = MAX_POSITIONS) -> Tensor:
-    """Up to ``limit`` flat positions of the unit's output, drawn without replacement."""
-    total = max(1, int(torch.tensor(unit.shape).prod()) // unit.channels)
-    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
-
-
 def rows(value: Tensor, unit: Unit, index: Tensor) -> Tensor:
     """The chosen positions of a batch as (B x positions, channels)."""
     index = index.to(value.device)
@@ -108,7 +100,13 @@ def install(student: nn.Module, kind: Block, unit: Unit, fit: LinearMap) -> None
 
 
 def repaired(
-    teacher: nn.Module, removals: Sequence[Removal], samples: Samples, *, ridge: float = 1e-3, batch_size: int = 64
+    teacher: nn.Module,
+    removals: Sequence[Removal],
+    samples: Samples,
+    *,
+    ridge: float = 1e-3,
+    batch_size: int = 64,
+    sensitivity: float = 0.9,
 ) -> nn.Module:
     """The student of a plan: dropped units are gone, linear ones are fitted stand-ins.
 
@@ -121,11 +119,12 @@ def repaired(
         samples: unlabelled samples; a few hundred are enough.
         ridge: relative to the mean diagonal of the normal equations.
         batch_size: samples per forward pass.
+        sensitivity: how far positions are weighted by what they mean to the final features; 0 counts all alike.
 
     Returns:
         A new model in eval mode.
 
-    Cost: one teacher pass, plus one pass of the student's first part per stand-in.
+    Cost: one teacher pass, one batch with gradients, plus one pass of the student's first part per stand-in.
     """
     kind = Block()
     linear = [removal.unit for removal in removals if removal.action == "linear"]
@@ -133,7 +132,8 @@ def repaired(
     device = next(teacher.parameters()).device
     if not linear:
         return student
-    chosen = {unit.id: positions(unit) for unit in linear}
+    pattern = sensitivities(teacher, linear, samples.batch(slice(0, SENSITIVITY_SAMPLES), device))
+    chosen = {unit.id: positions(unit, pattern[unit.id]) for unit in linear}
     wanted: dict[str, list[Tensor]] = {unit.id: [] for unit in linear}
     taps = {unit.id: Tap(unit.path, "output") for unit in linear}
     with evaluating(teacher):
@@ -147,7 +147,7 @@ def repaired(
             tap = {"x": Tap(unit.path, "input")}
             for batch, y in zip(samples.batches(batch_size, device), wanted.pop(unit.id), strict=True):
                 x = rows(read(student, batch, tap)["x"], unit, chosen[unit.id])
-                equations.add(x, y)
+                equations.add(x, y, row_weights(pattern, unit, chosen[unit.id], sensitivity, len(batch)))
             install(student, kind, unit, equations.solve(ridge))
     return student
 

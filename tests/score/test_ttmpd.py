@@ -1,12 +1,16 @@
 """The two variables: against cases that can be worked out, and with the shortcuts of the computation switched off."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from ttmpd.errors import InvalidValueError
-from ttmpd.records import Samples
-from ttmpd.score.ttmpd import TTMPD, _observe, _position_weights, fit_stand_ins, rows_of_weights
+from ttmpd.modules import read
+from ttmpd.records import Samples, Tap
+from ttmpd.score.ttmpd import TTMPD, fit_stand_ins
+from ttmpd.sensitivity import _pattern, positions, row_weights, sensitivities
 from ttmpd.specimens import tiny_model, tiny_samples, tiny_units
 from ttmpd.tails import distances, teacher_tails
 from ttmpd.units.block import Block
@@ -74,9 +78,11 @@ def test_a_stand_in_is_closer_to_its_unit_than_its_input_is():
     model, samples = tiny_model(), tiny_samples(40)
     units = tiny_units(model)
     fits = fit_stand_ins(model, units, samples, 1e-3, 0.0, batch_size=16, seed=0)
-    inputs, outputs, _ = _observe(model, units, samples.batch(slice(None)), None, 0.0, seed=0)
     for unit in units:
-        x, y = inputs[unit.id], outputs[unit.id]
+        taps = {side: Tap(unit.path, side) for side in ("input", "output")}
+        with torch.no_grad():
+            seen = read(model, samples.batch(slice(None)), taps)
+        x, y = seen["input"], seen["output"]
         gap = (fits[unit.id](unit, x) - y).square().mean()
         assert float(gap.detach()) < float((x - y).square().mean())
 
@@ -128,18 +134,24 @@ def test_the_share_of_samples_in_a_batch_does_not_matter():
 
 def test_only_the_position_that_reaches_the_output_has_weight(tokens):
     model, samples, units = tokens
-    _, _, weights = _observe(model, units, samples.batch(slice(0, 8)), None, 1.0, seed=0)
+    pattern = sensitivities(model, units, samples.batch(slice(0, 8)))
     for unit in units:
-        assert weights[unit.id].shape == (8, 4)
-        assert weights[unit.id][:, 0].tolist() == pytest.approx([4.0] * 8)
-        assert not bool(weights[unit.id][:, 1:].any())
+        assert pattern[unit.id].tolist() == pytest.approx([4.0, 0.0, 0.0, 0.0])
 
 
-def test_weights_blend_with_equal_ones(tokens):
+def test_the_most_sensitive_position_is_always_drawn(tokens):
+    unit = dataclasses.replace(tokens[2][0], shape=(500, 8))
+    pattern = torch.ones(500)
+    pattern[321] = 2.0
+    assert all(321 in positions(unit, pattern, seed=seed, limit=4).tolist() for seed in range(5))
+
+
+def test_weights_blend_with_equal_ones_and_follow_the_rows(tokens):
     model, samples, units = tokens
-    _, _, weights = _observe(model, units, samples.batch(slice(0, 8)), None, 0.9, seed=0)
-    assert weights[units[0].id][0].tolist() == pytest.approx([0.1 + 0.9 * 4, 0.1, 0.1, 0.1])
-    assert _observe(model, units, samples.batch(slice(0, 8)), None, 0.0, seed=0)[2] == {}
+    pattern = sensitivities(model, units, samples.batch(slice(0, 8)))
+    weights = row_weights(pattern, units[0], torch.tensor([0, 2]), 0.9, 2)
+    assert weights.tolist() == pytest.approx([0.1 + 0.9 * 4, 0.1, 0.1 + 0.9 * 4, 0.1])
+    assert row_weights(pattern, units[0], torch.tensor([0, 2]), 0.0, 2).tolist() == [1.0] * 4
 
 
 def test_weighting_improves_the_fit_where_it_counts(tokens):
@@ -155,19 +167,14 @@ def test_weighting_improves_the_fit_where_it_counts(tokens):
     assert gaps[1.0] < 0.5 * gaps[0.0]
 
 
-def test_rows_of_weights_follow_the_rows():
-    weight = torch.arange(6.0).view(2, 3)
-    assert rows_of_weights(weight, torch.tensor([0, 2])).tolist() == [0.0, 2.0, 3.0, 5.0]
-
-
-def test_weights_of_maps_count_positions():
+def test_patterns_of_maps_count_positions():
     unit = tiny_units(tiny_model())[0]
     gradient = torch.zeros(2, 6, 8, 8)
     gradient[:, :, 3, 5] = 2.0
-    weights = _position_weights(gradient, unit, 1.0)
-    assert weights.shape == (2, 64)
-    assert weights[0].nonzero().flatten().tolist() == [3 * 8 + 5]
-    assert float(weights[0].mean()) == pytest.approx(1.0)
+    pattern = _pattern(gradient, unit)
+    assert pattern.shape == (64,)
+    assert pattern.nonzero().flatten().tolist() == [3 * 8 + 5]
+    assert float(pattern.mean()) == pytest.approx(1.0)
 
 
 def test_inputs_that_are_no_numbers_to_differentiate_by():
@@ -175,8 +182,8 @@ def test_inputs_that_are_no_numbers_to_differentiate_by():
     model = Tokens(ids=True).eval()
     samples = samples_of(torch.randint(0, 9, (12, 4)).float())
     units = Block().find(model, samples.batch(slice(0, 2))).units
-    _, _, weights = _observe(model, units, samples.batch(slice(0, 4)), None, 1.0, seed=0)
-    assert weights[units[0].id][0].tolist() == pytest.approx([4.0, 0.0, 0.0, 0.0])
+    pattern = sensitivities(model, units, samples.batch(slice(0, 4)))
+    assert pattern[units[0].id].tolist() == pytest.approx([4.0, 0.0, 0.0, 0.0])
     assert len(TTMPD().score(model, units, samples)) == 4
 
 

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ttmpd.method import check_range
-from ttmpd.modules import call, evaluating, find_feature_tap, tapped
+from ttmpd.modules import evaluating, read
 from ttmpd.progress import track
 from ttmpd.records import Action, Samples, Score, Tap, Unit
-from ttmpd.repair import LinearMap, NormalEquations, positions, rows
+from ttmpd.repair import LinearMap, NormalEquations, rows
 from ttmpd.score.base import Scorer
+from ttmpd.sensitivity import SENSITIVITY_SAMPLES, positions, row_weights, sensitivities
 from ttmpd.tails import distances, teacher_tails
 
 
@@ -32,7 +32,7 @@ class TTMPD(Scorer):
     ridge: float = 1e-3
     """Relative to the mean diagonal of the normal equations."""
     max_samples: int = 256
-    """Samples in the fit; as many positions of each enter as `repair.MAX_POSITIONS`."""
+    """Samples in the fit; of each, `sensitivity.MAX_POSITIONS` positions enter."""
     tail_samples: int = 128
     """Samples on which the distances are measured."""
     drop_share: float = 0.1
@@ -52,7 +52,7 @@ class TTMPD(Scorer):
     ) -> tuple[Score, ...]:
         """Two scores per unit, "drop" and "linear".
 
-        Cost: one teacher pass with gradients for the fits, one without, and two runs of the layers behind each unit.
+        Cost: one batch with gradients, two teacher passes, and two runs of the layers behind each unit.
         """
         if not units:
             return ()
@@ -92,65 +92,19 @@ def fit_stand_ins(
 ) -> dict[str, LinearMap]:
     """The best linear stand-in of every unit on the teacher's own inputs, in one pass over the samples.
 
-    Rows are weighted by ``1 - sensitivity + sensitivity x g / mean(g)``, g the squared gradient of random projections
-    of the final features at that position: only [CLS] of a last layer matters, say.
+    Rows are weighted by ``1 - sensitivity + sensitivity x g``, g the squared gradient of the final features at that
+    position, mean one.
     """
     device = next(teacher.parameters()).device
+    pattern = sensitivities(teacher, units, samples.batch(slice(0, SENSITIVITY_SAMPLES), device), seed)
     equations = {unit.id: NormalEquations(unit.channels, device) for unit in units}
-    chosen = {unit.id: positions(unit, seed) for unit in units}
-    tap = find_feature_tap(teacher, samples.batch(slice(0, 2), device), pooled=True)
-    n_batches = -(-len(samples) // batch_size)
-    for batch in track(samples.batches(batch_size, device), "fit", n_batches):
-        inputs, outputs, weights = _observe(teacher, units, batch, tap, sensitivity, seed)
-        for unit in units:
-            index = chosen[unit.id]
-            x, y = rows(inputs[unit.id], unit, index), rows(outputs[unit.id], unit, index)
-            weight = weights.get(unit.id)
-            equations[unit.id].add(x, y, None if weight is None else rows_of_weights(weight, index))
-    return {unit.id: equations[unit.id].solve(ridge) for unit in units}
-
-
-def rows_of_weights(weight: Tensor, index: Tensor) -> Tensor:
-    """(B, positions) weights at the chosen positions, flat like :func:`ttmpd.repair.rows`."""
-    return weight[:, index.to(weight.device)].flatten()
-
-
-def _observe(
-    teacher: nn.Module, units: Sequence[Unit], batch: Tensor, tap: Tap | None, sensitivity: float, seed: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Inputs, outputs and position weights (B, positions) of every unit for one batch."""
+    chosen = {unit.id: positions(unit, pattern[unit.id], seed=seed) for unit in units}
     taps = {f"x {u.id}": Tap(u.path, "input") for u in units} | {f"y {u.id}": Tap(u.path, "output") for u in units}
-    if tap is not None:
-        taps["features"] = tap
-    with evaluating(teacher, gradients=sensitivity > 0), tapped(teacher, taps) as seen:
-        for parameter in teacher.parameters():
-            parameter.requires_grad_(False)
-        source = batch.clone().requires_grad_(sensitivity > 0)
-        logits = call(teacher, source)
-        if sensitivity > 0 and not logits.requires_grad:  # tokens have no gradients
-            for parameter in teacher.parameters():
-                parameter.requires_grad_(parameter.is_floating_point())
-            logits = call(teacher, source)
-        final = seen.get("features", logits)
-        weights: dict[str, Tensor] = {}
-        if sensitivity > 0:
-            answers = [seen[f"y {u.id}"] for u in units]
-            generator = torch.Generator().manual_seed(seed)
-            # Signs drawn per sample: one backward pass projects every sample's features onto its own direction.
-            signs = torch.randint(0, 2, final.shape, generator=generator).to(final) * 2 - 1
-            gradients = torch.autograd.grad((final * signs).sum(), answers, allow_unused=True)
-            for unit, gradient in zip(units, gradients, strict=True):
-                if gradient is not None:
-                    weights[unit.id] = _position_weights(gradient, unit, sensitivity)
-    inputs = {u.id: seen[f"x {u.id}"].detach() for u in units}
-    return inputs, {u.id: seen[f"y {u.id}"].detach() for u in units}, weights
-
-
-def _position_weights(gradient: Tensor, unit: Unit, sensitivity: float) -> Tensor:
-    if unit.layout == "channels_first":
-        energy = gradient.flatten(2).square().mean(1)
-    else:
-        energy = gradient.reshape(len(gradient), -1, unit.channels).square().mean(2)
-    # Sample by sample the projection is random: only the pattern over positions, averaged over samples, is kept.
-    pattern = energy.mean(0, keepdim=True)
-    return (1 - sensitivity + sensitivity * pattern / pattern.mean().clamp_min(1e-30)).expand_as(energy)
+    with evaluating(teacher):
+        for batch in track(samples.batches(batch_size, device), "fit", -(-len(samples) // batch_size)):
+            seen = read(teacher, batch, taps)
+            for unit in units:
+                index = chosen[unit.id]
+                x, y = rows(seen[f"x {unit.id}"], unit, index), rows(seen[f"y {unit.id}"], unit, index)
+                equations[unit.id].add(x, y, row_weights(pattern, unit, index, sensitivity, len(batch)))
+    return {unit.id: equations[unit.id].solve(ridge) for unit in units}

@@ -1,0 +1,79 @@
+"""Which positions of a unit's output matter to the final features: one backward pass for all units."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.modules import call, evaluating, find_feature_tap, tapped
+from ttmpd.records import Tap, Unit
+
+MAX_POSITIONS = 64
+"""Pixels or tokens per sample that enter a fit; neighbors say nearly the same, and 64 x 100 samples are plenty."""
+
+SENSITIVITY_SAMPLES = 32
+"""Samples whose gradients are averaged: a fixed number, so that results do not hang on the batch size."""
+
+
+def sensitivities(model: nn.Module, units: Sequence[Unit], batch: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """Mean squared gradient of the final features at every position of every unit's output, with mean one.
+
+    Where only [CLS] reaches the output, only its position counts in the last layer. The features are projected on
+    random signs, drawn per sample, so that one backward pass serves all units.
+
+    Args:
+        model: left untouched.
+        units: in any order.
+        batch: a few dozen samples, (B, ...).
+        seed: of the signs.
+
+    Returns:
+        unit id -> (positions,) weights; all ones where nothing reaches the final features.
+    """
+    tap = find_feature_tap(model, batch[:2], pooled=True)
+    taps = {unit.id: Tap(unit.path, "output") for unit in units}
+    if tap is not None:
+        taps["\0features"] = tap
+    with evaluating(model, gradients=True), tapped(model, taps) as seen:
+        for parameter in model.parameters():  # inputs may have no gradients (tokens): the weights start the graph
+            parameter.requires_grad_(parameter.is_floating_point())
+        logits = call(model, batch)
+        final = seen.get("\0features", logits)
+        generator = torch.Generator().manual_seed(seed)
+        signs = torch.randint(0, 2, final.shape, generator=generator).to(final) * 2 - 1
+        answers = [seen[unit.id] for unit in units]
+        gradients = torch.autograd.grad((final * signs).sum(), answers, allow_unused=True)
+    return {
+        unit.id: torch.ones(_count(unit)) if gradient is None else _pattern(gradient, unit)
+        for unit, gradient in zip(units, gradients, strict=True)
+    }
+
+
+def _pattern(gradient: Tensor, unit: Unit) -> Tensor:
+    """(positions,) energy averaged over samples and channels, scaled to mean one."""
+    if unit.layout == "channels_first":
+        energy = gradient.flatten(2).square().mean((0, 1))
+    else:
+        energy = gradient.reshape(len(gradient), -1, unit.channels).square().mean((0, 2))
+    return (energy / energy.mean().clamp_min(1e-30)).cpu()
+
+
+def _count(unit: Unit) -> int:
+    return max(1, int(torch.tensor(unit.shape).prod()) // unit.channels)
+
+
+def positions(unit: Unit, pattern: Tensor | None = None, *, seed: int = 0, limit: int = MAX_POSITIONS) -> Tensor:
+    """Up to ``limit`` flat positions of the unit's output; the most sensitive one is always among them."""
+    order = torch.randperm(_count(unit), generator=torch.Generator().manual_seed(seed))
+    if pattern is not None:
+        top = int(pattern.argmax())
+        order = torch.cat([torch.tensor([top]), order[order != top]])
+    return order[:limit].sort().values
+
+
+def row_weights(pattern: Mapping[str, Tensor], unit: Unit, index: Tensor, share: float, n_samples: int) -> Tensor:
+    """Weights of the rows at the chosen positions, as many times as there are samples.
+
+    ``share`` 0 counts all positions alike, 1 trusts the gradients alone.
+    """
+    return (1 - share + share * pattern[unit.id][index]).repeat(n_samples)
