@@ -200,7 +200,7 @@ class _Run:
         self.step, self.stopped, self.best_step, self.idle = 0, "", 0, 0
         self.losses: list[float] = []
         self.checks: list[tuple[int, float, float]] = []
-        self.running: list[Tensor] = []
+        self.running: list[float] = []
         self.best: Check | None = None
         self.best_state: dict[str, Tensor] = {}
         self.lr_scale = 1.0
@@ -225,7 +225,7 @@ class _Run:
             if not bool(torch.isfinite(norm)):
                 return
         self.optimizer.step()
-        self.running.append(loss.detach())
+        self.running.append(float(loss.detach()))
 
     def look(self) -> None:
         """Check the student and keep it if it is the best so far."""
@@ -233,7 +233,7 @@ class _Run:
         now = self.loop.check()
         self.checks.append((self.step, now.agreement, now.loss))
         if self.running:
-            self.losses.append(float(torch.stack(self.running).mean()))
+            self.losses.append(sum(self.running) / len(self.running))
             self.running.clear()
         # Gains in loss must not add up to a loss of agreement: the start stays the measure.
         start = Check(self.checks[0][1], self.checks[0][2], now.n_samples)

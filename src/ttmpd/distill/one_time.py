@@ -31,12 +31,12 @@ class OneTime(Distiller):
     """Peak learning rate of AdamW for networks with batch normalisation, whose weights have no scale of their own."""
     lr_without_norm: float = 1e-4
     """The same for networks without it: transformers, or convolutions into which the statistics were folded."""
-    views: int = 4
+    views: int = 8
     """Fixed views per sample: the sample itself and shifted, mirrored copies. Teacher passes per sample = views."""
     batch: int = 64
-    soft_weight: float = 0.5
+    soft_weight: float = 0.2
     """Weight of the soft-label loss beside the feature loss."""
-    temperature: float = 1.0
+    temperature: float = 4.0
     clip: float = 5.0
     train_norm: bool = True
     """Let batch normalisation use and update batch statistics while training."""
