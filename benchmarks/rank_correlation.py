@@ -162,9 +162,12 @@ def predictions(case: Case, tables: dict[str, Any], rows: list[dict[str, Any]]) 
         "form: number of units": total(lambda *_: 1.0),
         "form: sum of damages": total(lambda p, _: ttmpd[p]["drop"]["parts"]["damage"]),
         "form: sum of repaired damages": total(lambda p, _: ttmpd[p]["drop"]["parts"]["repaired_damage"]),
-        "form: sum of repaired damages, features only": total(
-            lambda p, _: ttmpd[p]["drop"]["parts"]["repaired_feature"]
+        "form: the same, features and predictions": total(
+            lambda p, _: (
+                ttmpd[p]["drop"]["parts"]["repaired_damage"] + ttmpd[p]["drop"]["parts"]["repaired_prediction_damage"]
+            )
         ),
+        "form: the same, square roots": total(lambda p, _: ttmpd[p]["drop"]["parts"]["repaired_damage"] ** 0.5),
     }
     for name in ("feature", "prediction"):
         for action in ("drop", "linear"):

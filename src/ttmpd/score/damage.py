@@ -12,7 +12,7 @@ from ttmpd.tails import distances, teacher_tails
 
 
 class Damage(Scorer):
-    """Relative squared change of the final features plus the divergence of the predictions, unit dropped."""
+    """Relative squared change of the final features when a unit is dropped."""
 
     source: ClassVar[str] = "variable 1 of TT-MPD alone (arXiv 2412.07114); PRACTISE without adaptors"
     max_samples: int = 128

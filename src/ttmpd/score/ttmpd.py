@@ -18,7 +18,7 @@ from ttmpd.tails import distances, teacher_tails
 class TTMPD(Scorer):
     """Harm of a stand-in = repaired damage; harm of dropping = repaired damage and a share of the rest.
 
-    *Damage* is how far the final features and the predictions move when the unit is dropped; *repaired damage* is the
+    *Damage* is how far the final features move when the unit is dropped; *repaired damage* is the
     same with the unit replaced by its best linear stand-in, a ridge regression on the unit's inputs and outputs. What
     no linear map repairs, a short distillation does not repair either.
     """
@@ -35,7 +35,7 @@ class TTMPD(Scorer):
     """Samples in the fit; of each, `sensitivity.MAX_POSITIONS` positions enter."""
     tail_samples: int = 128
     """Samples on which the distances are measured."""
-    drop_share: float = 0.1
+    drop_share: float = 0.02
     """How much of the damage that a stand-in would repair still counts when the unit is dropped and trained."""
     sensitivity: float = 0.9
     """Weight of each position by its squared gradient: 0 counts all alike, 1 trusts the gradients alone."""
@@ -69,9 +69,12 @@ class TTMPD(Scorer):
         scores: list[Score] = []
         for unit in units:
             damage, repaired = distances(found[unit.id, "drop"]), distances(found[unit.id, "linear"])
-            parts = {"damage": damage, "repaired_damage": repaired}
-            parts |= {f"damage_{name}": value for name, value in found[unit.id, "drop"].items()}
-            parts |= {f"repaired_{name}": value for name, value in found[unit.id, "linear"].items()}
+            parts = {
+                "damage": damage,
+                "repaired_damage": repaired,
+                "prediction_damage": found[unit.id, "drop"]["prediction"],
+                "repaired_prediction_damage": found[unit.id, "linear"]["prediction"],
+            }
             scores.append(Score(unit.id, "drop", repaired + self.drop_share * max(0.0, damage - repaired), parts))
             scores.append(Score(unit.id, "linear", repaired, parts))
         return tuple(scores)
