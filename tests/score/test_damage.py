@@ -11,7 +11,7 @@ def test_it_is_the_first_variable_of_ttmpd():
     wanted = {s.unit: s.parts["damage"] for s in TTMPD(tail_samples=20).score(model, units, samples)}
     for score in Damage(max_samples=20).score(model, units, samples):
         assert score.harm == pytest.approx(wanted[score.unit])
-        assert score.harm == pytest.approx(score.parts["feature"] + score.parts["prediction"])
+        assert score.harm == pytest.approx(score.parts["feature"])
 
 
 def test_a_larger_branch_does_more_damage():
