@@ -9,6 +9,8 @@ and reports memory only.
 Writes results/end_to_end.csv.
 """
 
+import argparse
+import functools
 import json
 import os
 import subprocess
@@ -18,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import DATA, require_data, write_csv
+from common import DATA, cached, require_data, write_csv
 
 CASES = (
     ("resnet56", "cifar10_jpeg/test.npz", "cifar10_jpeg/test.npz", 500, 1.8),
@@ -77,11 +79,15 @@ def run(model: str, data: str, labels: str, n: int, speedup: float, folder: Path
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", type=int, nargs="+", default=range(len(CASES)), help="0, 1, 2: see the text above")
+    args = parser.parse_args()
     require_data("zoo.py", "cifar10_jpeg/test.npz", "imagenet_sample/labels.csv")
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        rows = [run(*case, Path(folder)) for case in CASES]
-    for row in rows:
-        print(row)
+        for number in args.case:
+            rows.append(cached(f"end_to_end/{number}", functools.partial(run, *CASES[number], Path(folder))))
+            print(rows[-1], flush=True)
     print(write_csv("end_to_end.csv", rows))
 
 
