@@ -240,7 +240,8 @@ def _front_info(facts: Any) -> dict[str, Any]:
     points.sort(key=lambda p: float(p["predicted_ms"]))
     harms = [_at(unit, f"harm_{_action(unit)}", default=0.0) for unit in _list(facts, "units")]  # a kept unit has none
     chosen_ms = _at(facts, "latency", "predicted_ms") if harms else None
-    return {"points": points, "chosen_ms": chosen_ms, "chosen_harm": sum(max(harm, 0.0) for harm in harms)}
+    summed = sum(max(harm, 0.0) for harm in harms)
+    return {"points": points, "chosen_ms": chosen_ms, "chosen_harm": _at(facts, "target", "harm", default=summed)}
 
 
 def _latency_info(facts: Any) -> list[dict[str, Any]]:
