@@ -1,5 +1,6 @@
 """TT-MPD's distillation: the teacher answers once, for fixed views of the samples, and is never run again."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -86,26 +87,12 @@ class OneTime(Distiller):
 
         def loss_with(step: int, amp: bool) -> Tensor:
             index = batch_order(n * n_views, self.batch, step, work.seed)
-            view, place = index // n, index % n
-            parts = [
-                fixed_view(samples.batch(place[view == v], device), place[view == v], v, work.seed, n)
-                for v in range(n_views)
-                if bool((view == v).any())
-            ]
-            order = torch.cat([torch.nonzero(view == v).flatten() for v in range(n_views)])
-            batch = torch.cat(parts)
+            index = index[(index // n).argsort(stable=True)]  # view by view
+            batch = _views(samples, index, device, work.seed)
             with autocast(device, amp):
-                return self._loss(student, batch, targets, view[order], place[order])
+                return self._loss(student, batch, targets, index // n, index % n)
 
-        if self.steps:
-            found = {name: value.clone() for name, value in student.named_buffers()}
-            with torch.random.fork_rng():
-                amp = choose_amp(lambda on: loss_with(0, on).backward(), device, work.amp)  # type: ignore[no-untyped-call]
-            student.zero_grad(set_to_none=True)
-            for name, value in student.named_buffers():
-                value.copy_(found[name])  # the trial steps moved the batch statistics
-        else:
-            amp = False
+        amp = self.steps > 0 and _faster_with_amp(student, loss_with, work.amp)
         fit = train(
             student,
             lambda step: loss_with(step, amp),
@@ -134,6 +121,29 @@ class OneTime(Distiller):
             features = targets.features[view, place].to(device, torch.float32)
             loss = loss + feature_loss(seen["f"], features, targets.feature_variance)
         return loss
+
+
+def _views(samples: Samples, index: Tensor, device: torch.device, seed: int) -> Tensor:
+    """The views at ``index``, which counts view by view and is sorted so."""
+    n = len(samples)
+    parts = [
+        fixed_view(samples.batch(place, device), place, view, seed, n)
+        for view in sorted(set((index // n).tolist()))
+        for place in [index[index // n == view] % n]
+    ]
+    return torch.cat(parts)
+
+
+def _faster_with_amp(student: nn.Module, loss_with: Callable[[int, bool], Tensor], wanted: str) -> bool:
+    """Try both precisions; the trial steps leave neither gradients nor moved batch statistics."""
+    found = {name: value.clone() for name, value in student.named_buffers()}
+    device = next(student.parameters()).device
+    with torch.random.fork_rng():
+        amp = choose_amp(lambda on: loss_with(0, on).backward(), device, wanted)  # type: ignore[no-untyped-call]
+    student.zero_grad(set_to_none=True)
+    for name, value in student.named_buffers():
+        value.copy_(found[name])
+    return amp
 
 
 def _answers(teacher: nn.Module, batch: Tensor, tap: Tap | None) -> tuple[Tensor | None, Tensor]:
