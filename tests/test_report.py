@@ -37,7 +37,7 @@ def units(rng: random.Random, n: int) -> list[dict[str, Any]]:
         found.append({
             "id": f"{'' if i % 5 else 'mlp:'}layer{1 + 4 * i // n}.{i % 6}", "module": KINDS[i % 2],
             "shape": [16 * 2 ** (4 * i // n), 32, 32], "parameters": 4672 * 2 ** (4 * i // n), "macs": 4718592,
-            "ms": 2 + 4 * rng.random(), "stand_in_ms": 0.4, "action": "keep",
+            "ms": 2 + 4 * rng.random(), "linear_ms": 0.4, "action": "keep",
             "harm_drop": drop, "harm_linear": drop * rng.uniform(0.3, 0.95),
             "parts": {"damage": 2 * drop, "repaired_damage": drop},
         })  # fmt: skip

@@ -9,7 +9,7 @@ from torch import nn
 from ttmpd.errors import InvalidValueError
 from ttmpd.modules import clone
 from ttmpd.specimens import tiny_model, tiny_samples
-from ttmpd.training import Check, Loop, Schedule, batch_order, choose_amp, train
+from ttmpd.training import Check, Loop, Schedule, batch_order, choose_amp, stored_bytes, train
 
 
 class Point(nn.Module):
@@ -349,3 +349,12 @@ def test_a_best_state_from_before_the_kill_is_not_forgotten(tmp_path):
     fit, model = run(None, 0.5)
     assert (fit.steps, fit.stopped, fit.best_step, fit.rolled_back) == (4, "no progress", 1, False)
     assert float(model.weight.detach()) == pytest.approx(plain(6).lr_at(0))
+
+
+def test_stored_bytes_counts_activations_once_and_no_parameters():
+    layer = nn.Linear(8, 8, bias=False)
+    x = torch.randn(4, 8)
+    # Stored: x for the weight's gradient, and the square's input; 4 x 8 floats each.
+    assert stored_bytes(lambda: layer(x).square().sum()) == 2 * 4 * 8 * 4
+    with torch.no_grad():
+        assert stored_bytes(lambda: layer(x).square().sum()) == 0

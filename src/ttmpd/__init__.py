@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ttmpd.distill.one_time import OneTime
     from ttmpd.evaluation import Accuracy, BenchRow, Evaluation, Quality, bench, evaluate
     from ttmpd.inspection import Inspection, Preview, inspect, preview
+    from ttmpd.memory import keep_freed_memory
     from ttmpd.models import OpenedModel, open_model
     from ttmpd.pipeline import Result, compress, compress_many
     from ttmpd.plan.greedy import Greedy
@@ -83,6 +84,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "from_pretrained": "checkpoint",
     "inspect": "inspection",
+    "keep_freed_memory": "memory",
     "load": "checkpoint",
     "open_model": "models",
     "open_samples": "samples",
@@ -135,6 +137,7 @@ __all__ = [
     "evaluate",
     "from_pretrained",
     "inspect",
+    "keep_freed_memory",
     "load",
     "open_model",
     "open_samples",

@@ -13,6 +13,7 @@ import typer
 
 from ttmpd import display
 from ttmpd.errors import BudgetUnreachableError, InvalidValueError, TTMPDError
+from ttmpd.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from ttmpd.models import OpenedModel
@@ -90,7 +91,7 @@ def compress_command(
     plan: Annotated[str, typer.Option("--plan", help="A planner.")] = "knapsack",
     distill: Annotated[str, typer.Option("--distill", help="A distiller.")] = "one_time",
     settings: Annotated[list[str] | None, typer.Option("--set", help="VERB.FIELD=VALUE, as often as wanted.")] = None,
-    actions: Annotated[str, typer.Option("--actions", help="drop, linear, or both.")] = "drop,linear",
+    actions: Annotated[str, typer.Option("--actions", help="Some of drop, linear, conv.")] = "drop,linear,conv",
     time_budget: Annotated[str | None, typer.Option("--time-budget", help="e.g. 90s, 10min, 1h.")] = None,
     amp: Annotated[str, typer.Option("--amp", help="Mixed precision: auto, on or off.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only; write nothing.")] = False,
@@ -315,6 +316,7 @@ def _opened(model: str, source: str | None, weights: Path | None, no_pretrained:
 @contextlib.contextmanager
 def _reporting(verbose: bool, resumable: Path | None = None) -> Iterator[None]:
     """Errors as short messages with exit codes, progress on a terminal, the log on standard error."""
+    keep_freed_memory()
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("ttmpd").setLevel(level)

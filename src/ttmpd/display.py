@@ -143,11 +143,12 @@ def show_inspection(found: "Inspection") -> None:
     size = f"{count(found.parameters)} parameters, {count(found.macs)} MACs"
     console.print(f"{escape(found.model)}: {size} for an input of {found.input_shape}{whole}")
     if found.units:
-        extra = ("ms", "of ms", "stand-in ms") if timed else ()
+        extra = ("ms", "of ms", "linear ms", "3x3 ms") if timed else ()
         numbers = ("parameters", "MACs", "of MACs", *extra)
         table = _table("unit", "class", "shape", *numbers, right=numbers)
         for unit in found.to_dict()["units"]:
-            times = (ms(unit["ms"]), f"{unit['ms_share']:.1%}", ms(unit["stand_in_ms"])) if timed else ()
+            stand_ins = [ms(unit[key]) if key in unit else "" for key in ("linear_ms", "conv_ms")]
+            times = (ms(unit["ms"]), f"{unit['ms_share']:.1%}", *stand_ins) if timed else ()
             shape = "x".join(map(str, unit["shape"]))
             sizes = (count(unit["n_params"]), count(unit["macs"]), f"{unit['macs_share']:.1%}")
             table.add_row(escape(unit["id"]), escape(unit["module"]), shape, *sizes, *times)
@@ -181,7 +182,7 @@ def show_result(result: "Result", folder: Any) -> None:
     removed = [unit for unit in facts["units"] if unit["action"] != "keep"]
     table = _table("removed unit", "class", "action", "ms", "harm", right=("ms", "harm"), title="Plan")
     for unit in removed:
-        harm = unit[f"harm_{unit['action']}"]
+        harm = unit.get(f"harm_{unit['action']}")
         table.add_row(
             escape(unit["id"]),
             escape(unit["module"]),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ttmpd.modules import count_macs, count_parameters
 from ttmpd.planning import Planned
 from ttmpd.ready import Ready
-from ttmpd.records import Fit, Plan, Samples, agreement
+from ttmpd.records import ACTIONS, Fit, Plan, Samples, agreement
 from ttmpd.timing import Rounds, machine
 
 FORMAT = 1
@@ -98,7 +98,7 @@ def _units(ready: Ready, plan: Plan) -> list[dict[str, Any]]:
     harms = {(score.unit, score.action): score for score in ready.scores}
     rows = []
     for unit in ready.found.units:
-        drop, linear = harms.get((unit.id, "drop")), harms.get((unit.id, "linear"))
+        scores = {action: harms[unit.id, action] for action in ACTIONS if (unit.id, action) in harms}
         rows.append(
             {
                 "id": unit.id,
@@ -107,10 +107,9 @@ def _units(ready: Ready, plan: Plan) -> list[dict[str, Any]]:
                 "parameters": unit.n_params,
                 "macs": unit.macs,
                 "ms": timings[unit.id].ms,
-                "stand_in_ms": timings[unit.id].stand_in_ms,
-                "harm_drop": drop.harm if drop else None,
-                "harm_linear": linear.harm if linear else None,
-                "parts": dict(drop.parts) if drop else {},
+                **{f"{action}_ms": ms for action, ms in timings[unit.id].stand_ins.items()},
+                **{f"harm_{action}": score.harm for action, score in scores.items()},
+                "parts": dict(next(iter(scores.values())).parts) if scores else {},
                 "action": plan.actions.get(unit.id, "keep"),
             }
         )

@@ -57,7 +57,8 @@ class Inspection:
         for unit in self.units:
             row = {"id": unit.id} | dataclasses.asdict(unit) | {"macs_share": unit.macs / max(1, self.macs)}
             if self.whole is not None:
-                row |= {"ms": ms[unit.id].ms, "stand_in_ms": ms[unit.id].stand_in_ms}
+                row["ms"] = ms[unit.id].ms
+                row |= {f"{action}_ms": stand_in for action, stand_in in ms[unit.id].stand_ins.items()}
                 row["ms_share"] = ms[unit.id].ms / self.whole.median_ms
             units.append(row)
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -12,9 +12,10 @@ from ttmpd.guard import logits_of
 from ttmpd.models import OpenedModel
 from ttmpd.modules import clone, has_nan, to_fast_format, to_plain_format
 from ttmpd.records import Option, Samples, Score, Unit
-from ttmpd.savings import UnitTiming, compare, time_units
+from ttmpd.savings import UnitTiming, time_units
 from ttmpd.settings import Settings, choose_device
 from ttmpd.stages import Stages
+from ttmpd.timing import time_models
 from ttmpd.units.base import Found
 from ttmpd.units.block import Block
 
@@ -48,7 +49,7 @@ class Ready:
         return tuple(
             Option(score.unit, score.action, score.harm, by_unit[score.unit].saving(score.action).saved_ms)
             for score in scores
-            if score.action in self.settings.actions
+            if score.action in self.settings.actions and by_unit[score.unit].offers(score.action)
         )
 
     @property
@@ -125,9 +126,9 @@ def _adapt(teacher: nn.Module, samples: Samples, settings: Settings) -> tuple[di
 def _time(source: nn.Module, found: Found, batch: Tensor) -> dict[str, Any]:
     """Unit and whole-model milliseconds of the source model in the plain memory format, as users run it."""
     units = time_units(source, Block(), found.units, batch)
-    whole = compare(source, source, batch, rounds=5, min_seconds=1.0)
+    whole = time_models({"whole": source}, batch, rounds=7, min_seconds=1.0, max_seconds=5.0)
     return {
-        "original_ms": min(whole.timing("original").median_ms, whole.timing("compressed").median_ms),
+        "original_ms": whole.timing("whole").median_ms,
         "units": [dataclasses.asdict(timing) for timing in units],
     }
 

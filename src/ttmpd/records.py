@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ttmpd.errors import InvalidValueError
 
-Action = Literal["drop", "linear"]
-ACTIONS: tuple[Action, ...] = ("drop", "linear")
+Action = Literal["drop", "linear", "conv"]
+ACTIONS: tuple[Action, ...] = ("drop", "linear", "conv")
+KERNELS: Mapping[Action, int] = {"linear": 1, "conv": 3}
+"""The side of the kernel of each stand-in; in a token model a kernel of 1 is a square matrix."""
 Layout = Literal["channels_first", "channels_last"]
 Form = Literal["plain", "arguments", "tuple"]
 

@@ -1,7 +1,8 @@
 """Closed-form repair: linear stand-ins from normal equations, fitted in order along the student, folded where exact.
 
-A stand-in answers ``phi(x + B [x 1])``: ridge least squares on the residual branch, so that an infinite ridge is the
-identity (the dropped block), with the block's own final activation ``phi`` applied afterwards. All sums are float64.
+A stand-in answers ``phi(x + B [x 1])``, or ``phi(x + B [neighbourhood of x, 1])``: ridge least squares on the residual
+branch, so that an infinite ridge is the identity (the dropped block), with the block's own final activation ``phi``
+applied afterwards. All sums are float64.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +15,19 @@ from torch.nn import functional as F
 
 from ttmpd.modules import call, evaluating, module_at, read, stubbed
 from ttmpd.progress import track
-from ttmpd.records import Removal, Samples, Tap, Unit
+from ttmpd.records import KERNELS, Removal, Samples, Tap, Unit
 from ttmpd.sensitivity import SENSITIVITY_SAMPLES, positions, row_weights, sensitivities
 from ttmpd.units.block import Block, answering, put, standing
 
 
 @dataclass(frozen=True, eq=False)
 class LinearMap:
-    """A fitted stand-in: ``y = weight @ x + bias`` at every position."""
+    """A fitted stand-in: ``y = weight * x + bias``, a map of the channels at every position or a small convolution.
+
+    Args:
+        weight: (channels, channels), or (channels, channels, side, side).
+        bias: (channels,).
+    """
 
     weight: Tensor
     bias: Tensor
@@ -29,18 +35,26 @@ class LinearMap:
     def __call__(self, unit: Unit, x: Tensor) -> Tensor:
         """The stand-in's answer for the unit's input, its activation included."""
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        if unit.layout == "channels_first":
-            y = F.conv2d(x, weight[:, :, None, None], bias) if x.dim() == 4 else F.conv1d(x, weight[:, :, None], bias)
-        else:
+        if unit.layout == "channels_last":
             y = F.linear(x, weight, bias)
+        elif x.dim() == 4:
+            kernel = weight if weight.dim() == 4 else weight[:, :, None, None]
+            y = F.conv2d(x, kernel, bias, padding=kernel.shape[-1] // 2)
+        else:
+            y = F.conv1d(x, weight[:, :, None], bias)
         return {"": y, "relu": y.relu(), "relu6": F.relu6(y)}[unit.activation] if unit.activation else y
 
 
 @dataclass
 class NormalEquations:
-    """Running sums of a weighted least-squares fit of ``y - x`` by ``[x 1]``.
+    """Running sums of a weighted least-squares fit of ``y - x`` by ``[x 1]``, or by ``[neighbourhood of x, 1]``.
 
-    Memory is O(channels^2) however many rows are added.
+    Memory is O((side^2 channels)^2) however many rows are added.
+
+    Args:
+        channels: of inputs and outputs.
+        device: of the rows.
+        side: of the kernel; a row holds ``side^2`` values per channel, the channel's own place in the middle.
 
     Example:
         >>> x = torch.tensor([[1.0], [2.0], [3.0]])
@@ -53,20 +67,34 @@ class NormalEquations:
 
     channels: int
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    side: int = 1
 
     def __post_init__(self) -> None:
-        size = self.channels + 1
+        size = self.channels * self.side**2
         # MPS has no float64: there the small sums live on the CPU.
         self.at = torch.device("cpu") if self.device.type == "mps" else self.device
-        self.gram = torch.zeros(size, size, dtype=torch.float64, device=self.at)
-        self.cross = torch.zeros(size, self.channels, dtype=torch.float64, device=self.at)
+        self.gram = torch.zeros(size + 1, size + 1, dtype=torch.float64, device=self.at)
+        self.cross = torch.zeros(size + 1, self.channels, dtype=torch.float64, device=self.at)
+
+    @property
+    def middle(self) -> slice:
+        """The columns of a row that hold the position itself."""
+        return slice(self.side**2 // 2, self.channels * self.side**2, self.side**2)
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
-        """Add rows: ``x`` and ``y`` are (rows, channels), ``weight`` is (rows,)."""
+        """Add rows: ``x`` is (rows, channels x side^2), ``y`` is (rows, channels), ``weight`` is (rows,)."""
         x64 = F.pad(x.to(self.at).double(), (0, 1), value=1.0)
         left = x64 if weight is None else x64 * weight.to(self.at).double()[:, None]
         self.gram += left.T @ x64
-        self.cross += left.T @ (y.to(self.at).double() - x64[:, :-1])
+        self.cross += left.T @ (y.to(self.at).double() - x64[:, self.middle])
+
+    def pointwise(self) -> "NormalEquations":
+        """The equations of the fit by ``[x 1]`` alone: a part of these."""
+        part = NormalEquations(self.channels, self.device)
+        index = torch.arange(len(self.gram), device=self.at)
+        index = torch.cat([index[self.middle], index[-1:]])
+        part.gram, part.cross = self.gram[index][:, index], self.cross[index]
+        return part
 
     def solve(self, ridge: float) -> LinearMap:
         """The map that minimises the weighted squared error plus ``ridge x mean diagonal x |B|^2``."""
@@ -74,29 +102,52 @@ class NormalEquations:
         system = self.gram.clone()
         system.diagonal()[:-1] += penalty
         system.diagonal()[-1] += 1e-12
-        solution = torch.linalg.lstsq(system, self.cross, driver="gelsd" if self.at.type == "cpu" else None).solution
-        weight = solution[:-1].T + torch.eye(self.channels, dtype=torch.float64, device=self.at)
+        factor, failed = torch.linalg.cholesky_ex(system)
+        if ridge > 0 and not int(failed):
+            solution = torch.cholesky_solve(self.cross, factor)
+        else:  # singular: the shortest of all solutions
+            solution = torch.linalg.lstsq(system, self.cross, driver="gelsd" if self.at.type == "cpu" else None)[0]
+        weight = solution[:-1].T.clone()
+        weight[:, self.middle] += torch.eye(self.channels, dtype=torch.float64, device=self.at)
+        if self.side > 1:
+            weight = weight.reshape(self.channels, self.channels, self.side, self.side)
         return LinearMap(weight.to(self.device, torch.float32), solution[-1].to(self.device, torch.float32))
 
 
-def rows(value: Tensor, unit: Unit, index: Tensor) -> Tensor:
-    """The chosen positions of a batch as (B x positions, channels)."""
+def rows(value: Tensor, unit: Unit, index: Tensor, side: int = 1) -> Tensor:
+    """The chosen positions of a batch as (B x positions, channels x side^2), zeros around the border."""
     index = index.to(value.device)
-    if unit.layout == "channels_first":
-        return value.flatten(2)[:, :, index].transpose(1, 2).reshape(-1, unit.channels)
-    return value.reshape(len(value), -1, unit.channels)[:, index].reshape(-1, unit.channels)
+    if unit.layout == "channels_last":
+        return value.reshape(len(value), -1, unit.channels)[:, index].reshape(-1, unit.channels)
+    if side > 1:
+        value, index = _neighbourhoods(value, index, side)
+    return value.flatten(2)[:, :, index].transpose(1, 2).reshape(-1, unit.channels * side**2)
 
 
-def install(student: nn.Module, kind: Block, unit: Unit, fit: LinearMap) -> None:
+def _neighbourhoods(value: Tensor, index: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """(B, channels x side^2, positions) around the positions at ``index``, and the index of all of them.
+
+    Only what was chosen is copied: whole maps would be ``side^2`` times as large as the input.
+    """
+    width, reach = value.shape[3], side // 2
+    padded = F.pad(value, (reach, reach, reach, reach))
+    corner = index // width * padded.shape[3] + index % width
+    steps = torch.arange(side, device=index.device)
+    around = (steps[:, None] * padded.shape[3] + steps).flatten()
+    found = padded.flatten(2)[:, :, corner[None] + around[:, None]]  # (B, channels, side^2, positions)
+    return found.flatten(1, 2), torch.arange(len(index), device=index.device)
+
+
+def install(student: nn.Module, kind: Block, removal: Removal, fit: LinearMap) -> None:
     """Put a fitted stand-in in the place of the unit, in place."""
-    module = kind.stand_in(unit).to(fit.weight.device)
+    module = kind.stand_in(removal.unit, removal.action).to(fit.weight.device)
     linear = module[0] if isinstance(module, nn.Sequential) else module
     assert isinstance(linear, nn.Linear | nn.Conv1d | nn.Conv2d)
     with torch.no_grad():
         linear.weight.copy_(fit.weight.view_as(linear.weight))
         assert linear.bias is not None
         linear.bias.copy_(fit.bias)
-    put(student, unit, module)
+    put(student, removal.unit, module)
 
 
 def repaired(
@@ -108,7 +159,7 @@ def repaired(
     batch_size: int = 64,
     sensitivity: float = 0.9,
 ) -> nn.Module:
-    """The student of a plan: dropped units are gone, linear ones are fitted stand-ins.
+    """The student of a plan: dropped units are gone, the others are fitted stand-ins.
 
     Stand-ins are fitted in the order of the network, each to the teacher's output given the *student's* input, so a
     later one makes up for the errors before it.
@@ -127,28 +178,30 @@ def repaired(
     Cost: one teacher pass, one batch with gradients, plus one pass of the student's first part per stand-in.
     """
     kind = Block()
-    linear = [removal.unit for removal in removals if removal.action == "linear"]
+    replaced = [removal for removal in removals if removal.action in KERNELS]
     student = kind.cut(teacher, [removal.unit for removal in removals]).eval()
     device = next(teacher.parameters()).device
-    if not linear:
+    if not replaced:
         return student
-    pattern = sensitivities(teacher, linear, samples.batch(slice(0, SENSITIVITY_SAMPLES), device))
-    chosen = {unit.id: positions(unit, pattern[unit.id]) for unit in linear}
-    wanted: dict[str, list[Tensor]] = {unit.id: [] for unit in linear}
-    taps = {unit.id: Tap(unit.path, "output") for unit in linear}
+    units = [removal.unit for removal in replaced]
+    pattern = sensitivities(teacher, units, samples.batch(slice(0, SENSITIVITY_SAMPLES), device))
+    chosen = {unit.id: positions(unit, pattern[unit.id]) for unit in units}
+    wanted: dict[str, list[Tensor]] = {unit.id: [] for unit in units}
+    taps = {unit.id: Tap(unit.path, "output") for unit in units}
     with evaluating(teacher):
         for batch in samples.batches(batch_size, device):
             seen = read(teacher, batch, taps)
-            for unit in linear:
+            for unit in units:
                 wanted[unit.id].append(rows(seen[unit.id], unit, chosen[unit.id]))
     with evaluating(student):
-        for unit in track(linear, "repair", len(linear)):
-            equations = NormalEquations(unit.channels, device)
+        for removal in track(replaced, "repair", len(replaced)):
+            unit, side = removal.unit, KERNELS[removal.action]
+            equations = NormalEquations(unit.channels, device, side)
             tap = {"x": Tap(unit.path, "input")}
             for batch, y in zip(samples.batches(batch_size, device), wanted.pop(unit.id), strict=True):
-                x = rows(read(student, batch, tap)["x"], unit, chosen[unit.id])
+                x = rows(read(student, batch, tap)["x"], unit, chosen[unit.id], side)
                 equations.add(x, y, row_weights(pattern, unit, chosen[unit.id], sensitivity, len(batch)))
-            install(student, kind, unit, equations.solve(ridge))
+            install(student, kind, removal, equations.solve(ridge))
     return student
 
 
@@ -164,8 +217,8 @@ def replay(model: nn.Module, removals: Sequence[Removal], state: Mapping[str, Te
     student = kind.cut(model, [removal.unit for removal in removals])
     for removal in removals:
         path = removal.unit.path
-        if removal.action == "linear" and any(key.startswith(f"{path}.") for key in state):
-            put(student, removal.unit, kind.stand_in(removal.unit))
+        if removal.action in KERNELS and any(key.startswith(f"{path}.") for key in state):
+            put(student, removal.unit, kind.stand_in(removal.unit, removal.action))
     for key, value in state.items():
         layer, _, name = key.rpartition(".")
         module = _submodule(student, layer)

@@ -16,8 +16,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from ttmpd.records import KERNELS
+
 _UNKNOWN = "–"
-_ACTIONS = {"keep": "kept", "drop": "dropped", "linear": "linear stand-in"}
+_ACTIONS = {"keep": "kept", "drop": "dropped", "linear": "linear stand-in", "conv": "3x3 stand-in"}
 _MAX_CLASSES, _MAX_PARTED, _MAX_DOTS = 20, 60, 400
 _PNG = re.compile(r"\AiVBORw0KGgo[A-Za-z0-9+/]{25,}={0,2}\Z")  # the signature and the width, in base64
 _HUB_ID = re.compile(r"(?:timm:|hf:(?=[^/]+/))([\w.-]+(?:/[\w.-]+)?)", re.ASCII)
@@ -154,9 +156,11 @@ def _spread(timing: Any) -> str:
 def _sentences(facts: Any) -> list[str]:
     """What was done and whether the target is met, in words."""
     actions = Counter(_action(unit) for unit in _list(facts, "units"))
-    removed = f"{actions['drop'] + actions['linear']} of {sum(actions.values())} removable units were removed"
-    kinds = f"{actions['drop']} dropped, {actions['linear']} replaced by a linear stand-in"
-    done = f"{removed}: {kinds}." if actions["drop"] + actions["linear"] else "Nothing was removed."
+    n_removed = sum(actions.values()) - actions["keep"]
+    removed = f"{n_removed} of {sum(actions.values())} removable units were removed"
+    kinds = [f"{actions['drop']} dropped"]
+    kinds += [f"{actions[a]} replaced by a {_ACTIONS[a]}" for a in KERNELS if actions[a]]
+    done = f"{removed}: {', '.join(kinds)}." if n_removed else "Nothing was removed."
     asked, budget = _at(facts, "target", "asked"), _at(facts, "target", "budget_ms")
     if asked is None and budget is None:
         return [done]
@@ -228,10 +232,17 @@ def _action(unit: Any) -> str:
 def _units_info(facts: Any) -> dict[str, Any]:
     """Units with their action, and the longest bars."""
     units = [{**unit, "action": _action(unit)} for unit in _list(facts, "units")]
-    harms = [_at(unit, f"harm_{action}", default=0.0) for unit in units for action in ("drop", "linear")]
+    harms = [_at(unit, f"harm_{action}", default=0.0) for unit in units for action in _ACTIONS]
     parts = list(dict.fromkeys(name for unit in units for name in _at(unit, "parts", default={})))
     most_ms = max([0.0, *(_at(unit, "ms", default=0.0) for unit in units)])
-    return {"units": units, "most_harm": max([0.0, *harms]), "most_ms": most_ms, "parts": parts}
+    offered = [action for action in _ACTIONS if any(_at(unit, f"harm_{action}") is not None for unit in units)]
+    return {
+        "units": units,
+        "offered": offered,
+        "most_harm": max([0.0, *harms]),
+        "most_ms": most_ms,
+        "parts": parts,
+    }
 
 
 def _front_info(facts: Any) -> dict[str, Any]:

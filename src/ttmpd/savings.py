@@ -1,37 +1,40 @@
 """Milliseconds that each removal saves, measured on this device."""
 
+import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ttmpd.modules import evaluating, module_at, tapped
-from ttmpd.records import Removal, Saving, Tap, Timing, Unit
+from ttmpd.modules import evaluating, first_tensor, hooks, module_at
+from ttmpd.records import KERNELS, Action, Removal, Saving, Timing, Unit
 from ttmpd.timing import Rounds, interleaved, synchronize, time_models
 from ttmpd.units.block import Block, put
 
 
 @dataclass(frozen=True, slots=True)
 class UnitTiming:
-    """Milliseconds per batch of a unit and of its stand-in."""
+    """Milliseconds per batch of a unit and of each of its stand-ins (action -> ms)."""
 
     unit: str
     ms: float
-    stand_in_ms: float
+    stand_ins: Mapping[str, float]
 
-    def saving(self, action: str) -> Saving:
+    def offers(self, action: Action) -> bool:
+        """Whether the action can be taken."""
+        return action == "drop" or action in self.stand_ins
+
+    def saving(self, action: Action) -> Saving:
         """What the action saves."""
-        if action == "drop":
-            return Saving(self.unit, "drop", self.ms)
-        return Saving(self.unit, "linear", self.ms - self.stand_in_ms)
+        return Saving(self.unit, action, self.ms - (0.0 if action == "drop" else self.stand_ins[action]))
 
 
 def time_units(
     model: nn.Module, kind: Block, units: Sequence[Unit], batch: Tensor, *, rounds: int = 7, min_seconds: float = 1.0
 ) -> tuple[UnitTiming, ...]:
-    """Time every unit and its stand-in on the input it really gets.
+    """Time every unit and its stand-ins on the input it really gets.
 
     Units alike in class, shape, weights and operations are timed as one: they differ by noise alone.
 
@@ -48,19 +51,24 @@ def time_units(
     representatives = {_signature(unit): unit for unit in reversed(units)}
     rows: dict[str, Callable[[], object]] = {}
     with evaluating(model):
+        given = _recorded_calls(model, representatives.values(), batch)
         for number, unit in enumerate(representatives.values()):
-            module = module_at(model, unit.path)
-            replay = _recorded_call(model, module, batch)
-            stand_in = kind.stand_in(unit).to(batch.device).eval()
+            args, kwargs = given[unit.id]
+            # In-place activations at a block's start would change the recorded input: each call gets the same anyway.
+            replay = functools.partial(module_at(model, unit.path), *args, **kwargs)
             rows[f"{number} unit"] = _synchronized(replay, batch.device)
-            rows[f"{number} stand-in"] = _synchronized(_call_on(stand_in, model, unit, batch), batch.device)
+            for action in kind.stand_ins(unit):
+                stand_in = kind.stand_in(unit, action).to(batch.device).eval()
+                x = first_tensor(args or kwargs)
+                rows[f"{number} {action}"] = _synchronized(functools.partial(stand_in, x), batch.device)
         found = interleaved(rows, rounds=rounds, warmup=2, min_seconds=min_seconds)
-    number_of = {signature: number for number, signature in enumerate(representatives)}
+    median = {name: statistics.median(values) for name, values in found.ms.items()}
+    numbers = {signature: number for number, signature in enumerate(representatives)}
     return tuple(
         UnitTiming(
             unit.id,
-            statistics.median(found.ms[f"{number_of[_signature(unit)]} unit"]),
-            statistics.median(found.ms[f"{number_of[_signature(unit)]} stand-in"]),
+            median[f"{numbers[_signature(unit)]} unit"],
+            {action: median[f"{numbers[_signature(unit)]} {action}"] for action in kind.stand_ins(unit)},
         )
         for unit in units
     )
@@ -70,24 +78,20 @@ def _signature(unit: Unit) -> tuple[object, ...]:
     return (unit.kind, unit.module, unit.shape, unit.n_params, unit.macs)
 
 
-def _recorded_call(model: nn.Module, module: nn.Module, batch: Tensor) -> Callable[[], object]:
-    """A call of ``module`` with the arguments the model gives it for ``batch``."""
-    seen: list[tuple[tuple[object, ...], dict[str, object]]] = []
-    handle = module.register_forward_pre_hook(lambda _m, a, k: seen.append((a, k)), with_kwargs=True)
-    try:
+def _recorded_calls(
+    model: nn.Module, units: Iterable[Unit], batch: Tensor
+) -> dict[str, tuple[tuple[object, ...], dict[str, object]]]:
+    """Unit id -> the arguments that the model gives the unit for ``batch``."""
+    seen: dict[str, tuple[tuple[object, ...], dict[str, object]]] = {}
+    handles = [
+        module_at(model, unit.path).register_forward_pre_hook(
+            lambda _m, args, kwargs, name=unit.id: seen.update({name: (args, kwargs)}), with_kwargs=True
+        )
+        for unit in units
+    ]
+    with hooks(handles):
         model(batch)
-    finally:
-        handle.remove()
-    args, kwargs = seen[0]
-    # In-place activations at a block's start would change the recorded input: every call gets the same values anyway.
-    return lambda: module(*args, **kwargs)
-
-
-def _call_on(stand_in: nn.Module, model: nn.Module, unit: Unit, batch: Tensor) -> Callable[[], object]:
-    with tapped(model, {"x": Tap(unit.path, "input")}) as seen:
-        model(batch)
-    x = seen["x"]
-    return lambda: stand_in(x)
+    return seen
 
 
 def _synchronized(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -104,16 +108,23 @@ def skeleton(model: nn.Module, kind: Block, removals: Sequence[Removal]) -> nn.M
     student = kind.cut(model, [removal.unit for removal in removals])
     device = next(model.parameters()).device
     for removal in removals:
-        if removal.action == "linear":
-            put(student, removal.unit, kind.stand_in(removal.unit).to(device))
+        if removal.action in KERNELS:
+            put(student, removal.unit, kind.stand_in(removal.unit, removal.action).to(device))
     return student.eval()
 
 
 def compare(
-    original: nn.Module, student: nn.Module, batch: Tensor, *, rounds: int = 15, min_seconds: float = 2.0
+    original: nn.Module,
+    student: nn.Module,
+    batch: Tensor,
+    *,
+    rounds: int = 15,
+    min_seconds: float = 2.0,
+    max_seconds: float = 15.0,
 ) -> Rounds:
     """Interleaved forward passes of both models under the names "original" and "compressed"."""
-    return time_models({"original": original, "compressed": student}, batch, rounds=rounds, min_seconds=min_seconds)
+    models = {"original": original, "compressed": student}
+    return time_models(models, batch, rounds=rounds, min_seconds=min_seconds, max_seconds=max_seconds)
 
 
 def spread(timing: Timing) -> str:

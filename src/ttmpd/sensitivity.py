@@ -14,6 +14,8 @@ MAX_POSITIONS = 64
 SENSITIVITY_SAMPLES = 32
 """Samples whose gradients are averaged: a fixed number, so that results do not hang on the batch size."""
 
+_AT_ONCE = 8  # activations of so many are stored: gradients of large images need much memory
+
 
 def sensitivities(model: nn.Module, units: Sequence[Unit], batch: Tensor, seed: int = 0) -> dict[str, Tensor]:
     """Mean squared gradient of the final features at every position of every unit's output, with mean one.
@@ -37,25 +39,31 @@ def sensitivities(model: nn.Module, units: Sequence[Unit], batch: Tensor, seed: 
     with evaluating(model, gradients=True), tapped(model, taps) as seen:
         for parameter in model.parameters():  # inputs may have no gradients (tokens): the weights start the graph
             parameter.requires_grad_(parameter.is_floating_point())
-        logits = call(model, batch)
-        final = seen.get("\0features", logits)
         generator = torch.Generator().manual_seed(seed)
-        signs = torch.randint(0, 2, final.shape, generator=generator).to(final) * 2 - 1
-        answers = [seen[unit.id] for unit in units]
-        gradients = torch.autograd.grad((final * signs).sum(), answers, allow_unused=True)
-    return {
-        unit.id: torch.ones(_count(unit)) if gradient is None else _pattern(gradient, unit)
-        for unit, gradient in zip(units, gradients, strict=True)
-    }
+        energies = {unit.id: torch.zeros(_count(unit)) for unit in units}
+        for part in torch.split(batch, _AT_ONCE):
+            logits = call(model, part)
+            final = seen.get("\0features", logits)
+            signs = torch.randint(0, 2, final.shape, generator=generator).to(final) * 2 - 1
+            answers = [seen[unit.id] for unit in units]
+            gradients = torch.autograd.grad((final * signs).sum(), answers, allow_unused=True)
+            for unit, gradient in zip(units, gradients, strict=True):
+                if gradient is not None:
+                    energies[unit.id] += _energy(gradient, unit)
+            seen.clear()
+    return {name: _pattern(energy) for name, energy in energies.items()}
 
 
-def _pattern(gradient: Tensor, unit: Unit) -> Tensor:
-    """(positions,) energy averaged over samples and channels, scaled to mean one."""
+def _energy(gradient: Tensor, unit: Unit) -> Tensor:
+    """(positions,) squared gradients, summed over samples and channels."""
     if unit.layout == "channels_first":
-        energy = gradient.flatten(2).square().mean((0, 1))
-    else:
-        energy = gradient.reshape(len(gradient), -1, unit.channels).square().mean((0, 2))
-    return (energy / energy.mean().clamp_min(1e-30)).cpu()
+        return gradient.flatten(2).square().sum((0, 1)).cpu()
+    return gradient.reshape(len(gradient), -1, unit.channels).square().sum((0, 2)).cpu()
+
+
+def _pattern(energy: Tensor) -> Tensor:
+    """Scaled to mean one; all ones where nothing reaches the final features."""
+    return energy / energy.mean() if float(energy.sum()) > 0 else torch.ones_like(energy)
 
 
 def _count(unit: Unit) -> int:

@@ -11,7 +11,7 @@ from ttmpd.progress import track
 from ttmpd.records import Samples, Tap, Unit
 from ttmpd.repair import skippable, tail_stubs
 
-Replacement = Callable[[Unit, Tensor], Tensor]
+Replacement = Callable[[Tensor], Tensor]
 """What answers for a unit, given its input."""
 
 
@@ -19,11 +19,18 @@ def teacher_tails(
     teacher: nn.Module,
     units: Sequence[Unit],
     samples: Samples,
-    replacements: Mapping[str, Replacement],
+    replacements: Callable[[Unit], Mapping[str, Replacement]],
     *,
     batch_size: int = 64,
 ) -> dict[tuple[str, str], dict[str, float]]:
     """Distances from the teacher for every unit under every replacement.
+
+    Args:
+        teacher: left untouched.
+        units: in the order of the network.
+        samples: on which distances are measured.
+        replacements: by name, what may answer for a unit.
+        batch_size: samples per forward pass.
 
     Returns:
         (unit id, replacement name) -> {"feature": squared change of the final features over their variance,
@@ -35,7 +42,8 @@ def teacher_tails(
     device = next(teacher.parameters()).device
     few = samples.batch(slice(0, 2), device)
     tap, skips = find_feature_tap(teacher, few), skippable(teacher, units, few)
-    sums = {(unit.id, name): torch.zeros(2, dtype=torch.float64) for unit in units for name in replacements}
+    answers = {unit.id: replacements(unit) for unit in units}
+    sums = {(unit.id, name): torch.zeros(2, dtype=torch.float64) for unit in units for name in answers[unit.id]}
     moments: list[Tensor] = []
     with evaluating(teacher):
         for batch in track(samples.batches(batch_size, device), "score", -(-len(samples) // batch_size)):
@@ -43,8 +51,8 @@ def teacher_tails(
             moments.append(torch.stack([features.sum(0), features.square().sum(0)]).double().cpu())
             for number, unit in enumerate(units):
                 earlier = units[:number] if unit.id in skips else ()
-                for name, replacement in replacements.items():
-                    answer = replacement(unit, inputs[unit.id])
+                for name, replacement in answers[unit.id].items():
+                    answer = replacement(inputs[unit.id])
                     with stubbed(teacher, tail_stubs(earlier, unit, answer)):
                         _, moved, changed = _observe(teacher, (), batch, tap)
                     sums[unit.id, name] += torch.tensor(

@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.errors import InvalidValueError
+from ttmpd.memory import freed_memory
 from ttmpd.modules import evaluating
 from ttmpd.progress import tell
 from ttmpd.records import Timing
 
 Clock = Callable[[], float]
+
+_FEWEST = 5  # rounds with which quartiles begin to mean something
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ def interleaved(
     rounds: int = 15,
     warmup: int = 2,
     min_seconds: float = 0.0,
+    max_seconds: float = math.inf,
     clock: Clock = time.perf_counter,
     seed: int = 0,
 ) -> Rounds:
@@ -69,6 +73,7 @@ def interleaved(
         warmup: rounds that are run and thrown away.
         min_seconds: go on (up to 20 times ``rounds``) until the counted rounds have taken this long: fast calls need
             more of them.
+        max_seconds: stop after this long with fewer rounds, but not before the fifth: slow calls need fewer.
         clock: returns seconds; injected by tests.
         seed: of the order within a round.
 
@@ -90,7 +95,7 @@ def interleaved(
         if done > 0:
             expected = math.ceil(done * min_seconds / spent) if spent > 0 else rounds
             tell("timing", done, min(20 * rounds, max(rounds, expected)))
-        if done >= rounds and spent >= min_seconds:
+        if (done >= rounds and spent >= min_seconds) or (done >= _FEWEST and spent >= max_seconds):
             break
     return Rounds({name: tuple(values) for name, values in ms.items()})
 
@@ -120,6 +125,7 @@ def time_models(
     *,
     rounds: int = 15,
     min_seconds: float = 2.0,
+    max_seconds: float = 10.0,
     clock: Clock = time.perf_counter,
 ) -> Rounds:
     """Interleaved forward passes of several models (or modules) on the same batch, in eval mode."""
@@ -128,20 +134,26 @@ def time_models(
         manager.__enter__()
     try:
         calls = {name: forward_call(model, batch) for name, model in models.items()}
-        return interleaved(calls, rounds=rounds, min_seconds=min_seconds, clock=clock)
+        return interleaved(calls, rounds=rounds, min_seconds=min_seconds, max_seconds=max_seconds, clock=clock)
     finally:
         for manager in reversed(stack):
             manager.__exit__(None, None, None)
 
 
 def machine(device: torch.device | str) -> dict[str, str | int]:
-    """What the milliseconds belong to: device name, threads, torch version."""
+    """What the milliseconds belong to: device name, threads, torch version, what becomes of freed memory."""
     device = torch.device(device)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         name = _cpu_name() if device.type == "cpu" else device.type
-    return {"device": name, "type": device.type, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+    return {
+        "device": name,
+        "type": device.type,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "freed_memory": freed_memory(),
+    }
 
 
 def _cpu_name() -> str:

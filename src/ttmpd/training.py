@@ -102,6 +102,28 @@ def batch_order(n_samples: int, batch_size: int, step: int, seed: int) -> Tensor
     return order[place * size : (place + 1) * size]
 
 
+def stored_bytes(loss: Callable[[], Tensor]) -> int:
+    """What ``loss()`` keeps for its backward pass, parameters left out: the memory that grows with the batch."""
+    kept: dict[int, int] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        if not (value.is_leaf and value.requires_grad):
+            storage = value.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        loss()
+    return sum(kept.values())
+
+
+def activation_limit(device: torch.device) -> int:
+    """Bytes that the activations of one step may take: a quarter of a GPU's memory, 768 MiB elsewhere."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory) // 4
+    return 3 << 28
+
+
 def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[object]:
     """bfloat16 autocast on ``device``, or nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ttmpd.distill.base import Work
-from ttmpd.distill.one_time import OneTime
+from ttmpd.distill.one_time import MIN_BATCH, OneTime
 from ttmpd.errors import InvalidValueError
 from ttmpd.guard import freeze_head, held_out_check, logits_of
 from ttmpd.losses import entropy, feature_loss, feature_variance, mutual_information, soft_label_loss
@@ -43,9 +43,9 @@ def case():
 def test_the_teacher_sees_each_view_of_each_sample_once(tmp_path, case, views):
     teacher, student, samples, held_out = case
     seen = passes(teacher)
-    method, work = OneTime(steps=4, views=views, batch=6), Work(folder=tmp_path, batch_size=6, amp="off")
+    method, work = OneTime(steps=6, views=views, batch=6), Work(folder=tmp_path, batch_size=6, amp="off")
     targets = method.prepare(teacher, samples, held_out, work)
-    # Batches of two look for the place of the features; the rest are the teacher's answers.
+    # Batches of two look for the place of the features and for the size of a step; the rest are the teacher's answers.
     counted = Counter(row.numpy().tobytes() for batch in seen if len(batch) > 2 for row in batch)
     inputs, expected = samples.batch(slice(None)), Counter()
     for view in range(views):
@@ -54,10 +54,24 @@ def test_the_teacher_sees_each_view_of_each_sample_once(tmp_path, case, views):
     expected.update(row.numpy().tobytes() for row in held_out.batch(slice(None)))
     assert counted == expected
     assert sum(counted.values()) == views * 12 + 9
-    assert sum(len(batch) == 2 for batch in seen) <= 2
+    assert sum(len(batch) == 2 for batch in seen) <= 3
     del seen[:]
     method.fit(student, samples, held_out, targets, work)
     assert seen == []
+
+
+def test_views_that_no_step_would_see_are_not_asked_for(tmp_path, case):
+    teacher, _, samples, held_out = case
+    method = OneTime(steps=3, views=8, batch=6)  # 18 places for 12 samples: the second view is half used
+    assert len(method.prepare(teacher, samples, held_out, work_in(tmp_path)).logits) == 2
+
+
+def test_the_batch_shrinks_where_activations_take_much_memory(monkeypatch, case):
+    teacher, _, samples, _ = case
+    method = OneTime(batch=64)
+    assert method._step_size(teacher, samples) == 64
+    monkeypatch.setattr("ttmpd.distill.one_time.activation_limit", lambda _device: 1)
+    assert method._step_size(teacher, samples) == 2 * MIN_BATCH  # it has batch statistics
 
 
 def test_targets_are_the_teachers_answers_for_the_views(tmp_path, case):

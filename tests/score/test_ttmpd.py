@@ -10,7 +10,7 @@ from ttmpd.errors import InvalidValueError
 from ttmpd.modules import read
 from ttmpd.records import Samples, Tap
 from ttmpd.score.ttmpd import TTMPD, fit_stand_ins
-from ttmpd.sensitivity import _pattern, positions, row_weights, sensitivities
+from ttmpd.sensitivity import _energy, _pattern, positions, row_weights, sensitivities
 from ttmpd.specimens import tiny_model, tiny_samples, tiny_units
 from ttmpd.tails import distances, teacher_tails
 from ttmpd.units.block import Block
@@ -83,8 +83,9 @@ def test_a_stand_in_is_closer_to_its_unit_than_its_input_is():
         with torch.no_grad():
             seen = read(model, samples.batch(slice(None)), taps)
         x, y = seen["input"], seen["output"]
-        gap = (fits[unit.id](unit, x) - y).square().mean()
-        assert float(gap.detach()) < float((x - y).square().mean())
+        gaps = [float((fit(unit, x) - y).square().mean().detach()) for fit in fits[unit.id].values()]
+        assert list(fits[unit.id]) == ["linear", "conv"]
+        assert gaps[1] < gaps[0] < float((x - y).square().mean())
 
 
 def test_damage_by_hand():
@@ -93,7 +94,7 @@ def test_damage_by_hand():
     model = nn.Sequential(nn.Linear(5, 6), nn.Sequential(Res()), nn.Linear(6, 3)).eval()
     samples = samples_of(torch.randn(16, 5))
     units = Block().find(model, samples.batch(slice(0, 2))).units
-    found = teacher_tails(model, units, samples, {"drop": lambda _u, x: x}, batch_size=5)[units[0].id, "drop"]
+    found = teacher_tails(model, units, samples, lambda _u: {"drop": lambda x: x}, batch_size=5)[units[0].id, "drop"]
     with torch.no_grad():
         x = model[0](samples.inputs)
         features = model[1](x)
@@ -112,7 +113,10 @@ def test_skipping_earlier_units_gives_what_the_whole_run_gives(monkeypatch):
         model.get_submodule(unit.path).conv1.register_forward_hook(
             lambda *_, name=unit.id: ran.__setitem__(name, ran[name] + 1)
         )
-    replacements = {"drop": lambda _u, x: x, "half": lambda _u, x: x / 2}
+
+    def replacements(_unit):
+        return {"drop": lambda x: x, "half": lambda x: x / 2}
+
     short = teacher_tails(model, units, samples, replacements, batch_size=4)
     calls_short = dict(ran)
     monkeypatch.setattr("ttmpd.tails.skippable", lambda *_: frozenset())
@@ -160,7 +164,7 @@ def test_weighting_improves_the_fit_where_it_counts(tokens):
     shifted = samples_of(samples.inputs + torch.tensor([0.0, 4.0, -4.0, 8.0])[None, :, None])
     gaps = {}
     for sensitivity in (0.0, 1.0):
-        fit = fit_stand_ins(model, units, shifted, 0.0, sensitivity, batch_size=10, seed=0)[units[1].id]
+        fit = fit_stand_ins(model, units, shifted, 0.0, sensitivity, batch_size=10, seed=0)[units[1].id]["linear"]
         with torch.no_grad():
             x = model.blocks[0](model.stem(shifted.inputs))[:, 0]
             gaps[sensitivity] = float((fit(units[1], x) - model.blocks[1](x)).square().mean())
@@ -171,7 +175,7 @@ def test_patterns_of_maps_count_positions():
     unit = tiny_units(tiny_model())[0]
     gradient = torch.zeros(2, 6, 8, 8)
     gradient[:, :, 3, 5] = 2.0
-    pattern = _pattern(gradient, unit)
+    pattern = _pattern(_energy(gradient, unit))
     assert pattern.shape == (64,)
     assert pattern.nonzero().flatten().tolist() == [3 * 8 + 5]
     assert float(pattern.mean()) == pytest.approx(1.0)

@@ -1,6 +1,8 @@
 """TT-MPD's distillation: the teacher answers once, for fixed views of the samples, and is never run again."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -14,8 +16,20 @@ from ttmpd.modules import call, evaluating, find_feature_tap, has_batch_norm, ta
 from ttmpd.progress import track
 from ttmpd.records import Fit, Samples, Tap, Targets
 from ttmpd.targets import TargetsWriter
-from ttmpd.training import Loop, Schedule, autocast, batch_order, choose_amp, train
+from ttmpd.training import (
+    Loop,
+    Schedule,
+    activation_limit,
+    autocast,
+    batch_order,
+    choose_amp,
+    stored_bytes,
+    train,
+)
 from ttmpd.views import fixed_view
+
+MIN_BATCH = 8
+"""Gradients of fewer samples are noise; twice as many where batch statistics are made of them."""
 
 
 class OneTime(Distiller):
@@ -33,8 +47,12 @@ class OneTime(Distiller):
     lr_without_norm: float = 1e-4
     """The same for networks without it: transformers, or convolutions into which the statistics were folded."""
     views: int = 8
-    """Fixed views per sample: the sample itself and shifted, mirrored copies. Teacher passes per sample = views."""
+    """Fixed views per sample: the sample itself and shifted, mirrored copies. Teacher passes per sample = views.
+
+    Fewer where the steps would not come to see so many.
+    """
     batch: int = 64
+    """Samples per step; fewer, down to `MIN_BATCH`, where the activations of so many take too much memory."""
     soft_weight: float = 0.2
     """Weight of the soft-label loss beside the feature loss."""
     temperature: float = 4.0
@@ -58,7 +76,8 @@ class OneTime(Distiller):
         Cost: exactly ``views`` teacher passes per sample and one per held-out sample.
         """
         device = next(teacher.parameters()).device
-        n_views = self.views if samples.is_image else 1
+        n_seen = self.steps * self._step_size(teacher, samples)
+        n_views = max(1, min(self.views, math.ceil(n_seen / len(samples)))) if samples.is_image else 1
         few = samples.batch(slice(0, 2), device)
         tap = find_feature_tap(teacher, few)
         store = TargetsWriter(work.folder, n_views, len(samples))
@@ -85,8 +104,10 @@ class OneTime(Distiller):
         n_views, n = targets.logits.shape[:2]
         lr = self.lr if has_batch_norm(student) else self.lr_without_norm
 
+        size = self._step_size(student, samples)
+
         def loss_with(step: int, amp: bool) -> Tensor:
-            index = batch_order(n * n_views, self.batch, step, work.seed)
+            index = batch_order(n * n_views, size, step, work.seed)
             index = index[(index // n).argsort(stable=True)]  # view by view
             batch = _views(samples, index, device, work.seed)
             with autocast(device, amp):
@@ -109,6 +130,15 @@ class OneTime(Distiller):
             parameter.requires_grad_(True)
         to_plain_format(student).eval()
         return fit
+
+    def _step_size(self, model: nn.Module, samples: Samples) -> int:
+        """Samples per step, by the memory that their activations take."""
+        device = next(model.parameters()).device
+        few = samples.batch(slice(0, 2), device)
+        with evaluating(model, gradients=True):
+            each = stored_bytes(lambda: call(model, few).sum()) // len(few)
+        least = 2 * MIN_BATCH if has_batch_norm(model) else MIN_BATCH
+        return min(self.batch, max(least, activation_limit(device) // max(1, each)))
 
     def _loss(self, student: nn.Module, batch: Tensor, targets: Targets, view: Tensor, place: Tensor) -> Tensor:
         device = batch.device
@@ -136,14 +166,21 @@ def _views(samples: Samples, index: Tensor, device: torch.device, seed: int) -> 
 
 def _faster_with_amp(student: nn.Module, loss_with: Callable[[int, bool], Tensor], wanted: str) -> bool:
     """Try both precisions; the trial steps leave neither gradients nor moved batch statistics."""
-    found = {name: value.clone() for name, value in student.named_buffers()}
     device = next(student.parameters()).device
-    with torch.random.fork_rng():
+    with _buffers_kept(student):
         amp = choose_amp(lambda on: loss_with(0, on).backward(), device, wanted)  # type: ignore[no-untyped-call]
     student.zero_grad(set_to_none=True)
+    return amp
+
+
+@contextmanager
+def _buffers_kept(student: nn.Module) -> Iterator[None]:
+    """For trials: batch statistics and the random state are as before when the block ends."""
+    found = {name: value.clone() for name, value in student.named_buffers()}
+    with torch.random.fork_rng():
+        yield
     for name, value in student.named_buffers():
         value.copy_(found[name])
-    return amp
 
 
 def _answers(teacher: nn.Module, batch: Tensor, tap: Tap | None) -> tuple[Tensor | None, Tensor]:

@@ -29,7 +29,7 @@ class Damage(Scorer):
         Cost: one teacher pass and one run of the layers behind each unit, over at most ``max_samples`` samples.
         """
         few = samples.subset(range(min(len(samples), self.max_samples)))
-        found = teacher_tails(teacher, units, few, {"drop": lambda _unit, x: x}, batch_size=batch_size)
+        found = teacher_tails(teacher, units, few, lambda _unit: {"drop": lambda x: x}, batch_size=batch_size)
         return tuple(
             Score(unit.id, "drop", distances(found[unit.id, "drop"]), found[unit.id, "drop"]) for unit in units
         )

@@ -1,5 +1,6 @@
 """TT-MPD's two variables: damage and closed-form repaired damage, without any training."""
 
+import functools
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -8,11 +9,12 @@ from torch import nn
 from ttmpd.method import check_range
 from ttmpd.modules import evaluating, read
 from ttmpd.progress import track
-from ttmpd.records import Action, Samples, Score, Tap, Unit
+from ttmpd.records import KERNELS, Action, Samples, Score, Tap, Unit
 from ttmpd.repair import LinearMap, NormalEquations, rows
 from ttmpd.score.base import Scorer
 from ttmpd.sensitivity import SENSITIVITY_SAMPLES, positions, row_weights, sensitivities
-from ttmpd.tails import distances, teacher_tails
+from ttmpd.tails import Replacement, distances, teacher_tails
+from ttmpd.units.block import Block
 
 
 class TTMPD(Scorer):
@@ -20,7 +22,8 @@ class TTMPD(Scorer):
 
     *Damage* is how far the final features move when the unit is dropped; *repaired damage* is the
     same with the unit replaced by its best linear stand-in, a ridge regression on the unit's inputs and outputs. What
-    no linear map repairs, a short distillation does not repair either.
+    no linear map repairs, a short distillation does not repair either. A stand-in sees one position, or the 3x3
+    neighbourhood where the unit offers it.
     """
 
     source: ClassVar[str] = (
@@ -28,12 +31,12 @@ class TTMPD(Scorer):
         "their formulas are not public, these are this project's own, chosen by rank correlation"
     )
     needs: ClassVar[tuple[str, ...]] = ("gradients",)
-    actions: ClassVar[tuple[Action, ...]] = ("drop", "linear")
+    actions: ClassVar[tuple[Action, ...]] = ("drop", "linear", "conv")
     ridge: float = 1e-3
     """Relative to the mean diagonal of the normal equations."""
     max_samples: int = 256
     """Samples in the fit; of each, `sensitivity.MAX_POSITIONS` positions enter."""
-    tail_samples: int = 128
+    tail_samples: int = 64
     """Samples on which the distances are measured."""
     drop_share: float = 0.02
     """How much of the damage that a stand-in would repair still counts when the unit is dropped and trained."""
@@ -50,7 +53,7 @@ class TTMPD(Scorer):
     def score(
         self, teacher: nn.Module, units: Sequence[Unit], samples: Samples, *, batch_size: int = 64, seed: int = 0
     ) -> tuple[Score, ...]:
-        """Two scores per unit, "drop" and "linear".
+        """Scores for "drop" and for each stand-in of every unit.
 
         Cost: one batch with gradients, two teacher passes, and two runs of the layers behind each unit.
         """
@@ -59,13 +62,12 @@ class TTMPD(Scorer):
         fits = fit_stand_ins(
             teacher, units, _first(samples, self.max_samples), self.ridge, self.sensitivity, batch_size, seed
         )
-        found = teacher_tails(
-            teacher,
-            units,
-            _first(samples, self.tail_samples),
-            {"drop": lambda _unit, x: x, "linear": lambda unit, x: fits[unit.id](unit, x)},
-            batch_size=batch_size,
-        )
+
+        def replacements(unit: Unit) -> dict[str, Replacement]:
+            stand_ins = {action: functools.partial(fit, unit) for action, fit in fits[unit.id].items()}
+            return {"drop": lambda x: x} | stand_ins
+
+        found = teacher_tails(teacher, units, _first(samples, self.tail_samples), replacements, batch_size=batch_size)
         scores: list[Score] = []
         for unit in units:
             damage, repaired = distances(found[unit.id, "drop"]), distances(found[unit.id, "linear"])
@@ -76,7 +78,7 @@ class TTMPD(Scorer):
                 "repaired_prediction_damage": found[unit.id, "linear"]["prediction"],
             }
             scores.append(Score(unit.id, "drop", repaired + self.drop_share * max(0.0, damage - repaired), parts))
-            scores.append(Score(unit.id, "linear", repaired, parts))
+            scores += [Score(unit.id, action, distances(found[unit.id, action]), parts) for action in fits[unit.id]]
         return tuple(scores)
 
 
@@ -92,15 +94,17 @@ def fit_stand_ins(
     sensitivity: float,
     batch_size: int,
     seed: int,
-) -> dict[str, LinearMap]:
-    """The best linear stand-in of every unit on the teacher's own inputs, in one pass over the samples.
+) -> dict[str, dict[Action, LinearMap]]:
+    """The best stand-ins of every unit on the teacher's own inputs, in one pass over the samples.
 
     Rows are weighted by ``1 - sensitivity + sensitivity x g``, g the squared gradient of the final features at that
     position, mean one.
     """
     device = next(teacher.parameters()).device
     pattern = sensitivities(teacher, units, samples.batch(slice(0, SENSITIVITY_SAMPLES), device), seed)
-    equations = {unit.id: NormalEquations(unit.channels, device) for unit in units}
+    actions = {unit.id: Block().stand_ins(unit) for unit in units}
+    sides = {unit.id: max(KERNELS[action] for action in actions[unit.id]) for unit in units}
+    equations = {unit.id: NormalEquations(unit.channels, device, sides[unit.id]) for unit in units}
     chosen = {unit.id: positions(unit, pattern[unit.id], seed=seed) for unit in units}
     taps = {f"x {u.id}": Tap(u.path, "input") for u in units} | {f"y {u.id}": Tap(u.path, "output") for u in units}
     with evaluating(teacher):
@@ -108,6 +112,14 @@ def fit_stand_ins(
             seen = read(teacher, batch, taps)
             for unit in units:
                 index = chosen[unit.id]
-                x, y = rows(seen[f"x {unit.id}"], unit, index), rows(seen[f"y {unit.id}"], unit, index)
+                x, y = rows(seen[f"x {unit.id}"], unit, index, sides[unit.id]), rows(seen[f"y {unit.id}"], unit, index)
                 equations[unit.id].add(x, y, row_weights(pattern, unit, index, sensitivity, len(batch)))
-    return {unit.id: equations[unit.id].solve(ridge) for unit in units}
+    return {
+        unit.id: {
+            action: (equations[unit.id] if KERNELS[action] == sides[unit.id] else equations[unit.id].pointwise()).solve(
+                ridge
+            )
+            for action in actions[unit.id]
+        }
+        for unit in units
+    }

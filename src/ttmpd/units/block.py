@@ -28,7 +28,7 @@ from ttmpd.modules import (
     replace_module,
     stubbed,
 )
-from ttmpd.records import Layout, Unit
+from ttmpd.records import KERNELS, Action, Layout, Unit
 from ttmpd.units.base import Found, Kind
 
 # Backward nodes that keep every value apart from shifts, clipping and normalisation: a shortcut may cross them.
@@ -37,6 +37,9 @@ _TRANSPARENT = {
     "ReshapeAlias", "Permute", "Transpose", "T", "Clone", "ToCopy", "Alias", "Slice", "Squeeze", "Unsqueeze", "Roll",
     "NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "NativeGroupNorm", "NativeDropout", "Contiguous",
 }  # fmt: skip
+
+MAX_CONV_CHANNELS = 160
+"""Wider units have no 3x3 stand-in: its cost and that of its fit grow with the squared width, and theirs do not."""
 
 
 class PassThrough(nn.Module):
@@ -80,7 +83,7 @@ class Block(Kind):
     """
 
     source: ClassVar[str] = "PRACTISE (arXiv 2202.07861), section 3: blocks of equal shape; found here by running"
-    actions: ClassVar[tuple[str, ...]] = ("drop", "linear")
+    actions: ClassVar[tuple[str, ...]] = ("drop", "linear", "conv")
 
     def find(self, model: nn.Module, batch: Tensor) -> Found:
         """The removable blocks, in the order of the network.
@@ -114,12 +117,18 @@ class Block(Kind):
         with stubbed(model, {unit.path: answering(unit, lambda x: x) for unit in units}):
             yield
 
-    def stand_in(self, unit: Unit) -> nn.Module:
-        """A 1x1 convolution or a square matrix, followed by the block's own activation."""
+    def stand_ins(self, unit: Unit) -> tuple[Action, ...]:
+        """A map of the channels for every unit; a 3x3 convolution for images of moderate width."""
+        image = unit.layout == "channels_first" and len(unit.shape) == 3
+        return ("linear", "conv") if image and unit.channels <= MAX_CONV_CHANNELS else ("linear",)
+
+    def stand_in(self, unit: Unit, action: Action = "linear") -> nn.Module:
+        """A 1x1 or 3x3 convolution or a square matrix, followed by the block's own activation."""
         linear: nn.Module
+        side = KERNELS[action]
         with torch.random.fork_rng():
             if unit.layout == "channels_first" and len(unit.shape) == 3:
-                linear = nn.Conv2d(unit.channels, unit.channels, 1)
+                linear = nn.Conv2d(unit.channels, unit.channels, side, padding=side // 2)
             elif unit.layout == "channels_first" and len(unit.shape) == 2:
                 linear = nn.Conv1d(unit.channels, unit.channels, 1)
             else:

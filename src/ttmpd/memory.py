@@ -1,0 +1,42 @@
+"""Keep freed memory in the process: by default large activations go back to the system after every layer.
+
+glibc maps every block over 32 MiB anew and zeroes it page by page, so that a 112x112 map of a batch of 64 costs more
+to allocate than to compute. Serving guides advise another allocator for that reason; glibc can do as well when it is
+told to (``benchmarks/freed_memory.py`` measures both).
+"""
+
+import ctypes
+import sys
+
+# Parameters of mallopt(3), from malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+_kept = False
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep freed memory for the next allocation, in this process from now on.
+
+    The commands do this; a program that calls the package decides for itself, since the peak of its memory then stays
+    its own until it ends.
+
+    Returns:
+        Whether it could be done; false where the C library is another one.
+    """
+    global _kept
+    if _kept or sys.platform != "linux":
+        return _kept
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    _kept = all(
+        mallopt(ctypes.c_int(parameter), ctypes.c_int(value)) == 1
+        for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 << 20))
+    )
+    return _kept
+
+
+def freed_memory() -> str:
+    """Whether freed memory is "kept" or "returned": milliseconds on a CPU depend on it."""
+    return "kept" if _kept else "returned"
