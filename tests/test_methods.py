@@ -14,7 +14,7 @@ from ttmpd.errors import InvalidValueError, UnknownMethodError
 from ttmpd.method import from_dict, method_class, names
 from ttmpd.plan.greedy import Greedy
 from ttmpd.plan.knapsack import Knapsack
-from ttmpd.records import Samples, Score, Unit
+from ttmpd.records import DEFAULT_ACTIONS, Action, Samples, Score, Unit
 from ttmpd.score.base import Scorer
 from ttmpd.specimens import untouched
 from ttmpd.testing import checks_for, expected_failures, methods_found
@@ -103,7 +103,14 @@ class Constant(Scorer):
     """Wrong on purpose: touches nothing and knows nothing."""
 
     def score(
-        self, teacher: nn.Module, units: Sequence[Unit], samples: Samples, *, batch_size: int = 64, seed: int = 0
+        self,
+        teacher: nn.Module,
+        units: Sequence[Unit],
+        samples: Samples,
+        *,
+        actions: Sequence[Action] = DEFAULT_ACTIONS,
+        batch_size: int = 64,
+        seed: int = 0,
     ) -> tuple[Score, ...]:
         return (Score("x", "drop", 1.0),)
 

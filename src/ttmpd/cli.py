@@ -91,7 +91,7 @@ def compress_command(
     plan: Annotated[str, typer.Option("--plan", help="A planner.")] = "knapsack",
     distill: Annotated[str, typer.Option("--distill", help="A distiller.")] = "one_time",
     settings: Annotated[list[str] | None, typer.Option("--set", help="VERB.FIELD=VALUE, as often as wanted.")] = None,
-    actions: Annotated[str, typer.Option("--actions", help="Some of drop, linear, conv.")] = "drop,linear,conv",
+    actions: Annotated[str, typer.Option("--actions", help="Some of drop, linear, conv.")] = "drop,linear",
     time_budget: Annotated[str | None, typer.Option("--time-budget", help="e.g. 90s, 10min, 1h.")] = None,
     amp: Annotated[str, typer.Option("--amp", help="Mixed precision: auto, on or off.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only; write nothing.")] = False,

@@ -136,6 +136,11 @@ def _time(source: nn.Module, found: Found, batch: Tensor) -> dict[str, Any]:
 def score_rows(ready: Ready, model: nn.Module, units: Sequence[Unit]) -> list[dict[str, Any]]:
     """Scores of units of the teacher, or of a student on the way, as plain data."""
     scores = ready.settings.score.score(
-        model, units, ready.samples, batch_size=ready.settings.batch_size, seed=ready.settings.seed
+        model,
+        units,
+        ready.samples,
+        actions=ready.settings.actions,
+        batch_size=ready.settings.batch_size,
+        seed=ready.settings.seed,
     )
     return [dataclasses.asdict(score) for score in scores]

@@ -12,6 +12,8 @@ from ttmpd.errors import InvalidValueError
 
 Action = Literal["drop", "linear", "conv"]
 ACTIONS: tuple[Action, ...] = ("drop", "linear", "conv")
+DEFAULT_ACTIONS: tuple[Action, ...] = ("drop", "linear")
+"""Without "conv": it repairs far more, but what training recovers afterwards costs fewer milliseconds without it."""
 KERNELS: Mapping[Action, int] = {"linear": 1, "conv": 3}
 """The side of the kernel of each stand-in; in a token model a kernel of 1 is a square matrix."""
 Layout = Literal["channels_first", "channels_last"]

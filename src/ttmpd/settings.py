@@ -15,7 +15,7 @@ from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_range
 from ttmpd.plan.base import Planner
 from ttmpd.plan.knapsack import Knapsack
-from ttmpd.records import ACTIONS, Action
+from ttmpd.records import ACTIONS, DEFAULT_ACTIONS, Action
 from ttmpd.score.base import Scorer
 from ttmpd.score.ttmpd import TTMPD
 
@@ -72,7 +72,7 @@ class Settings:
     score: Scorer = TTMPD()
     plan: Planner = Knapsack()
     distill: Distiller = OneTime()
-    actions: tuple[Action, ...] = ACTIONS
+    actions: tuple[Action, ...] = DEFAULT_ACTIONS
     num_samples: int = 500
     holdout: float = 0.15
     batch_size: int = 64

@@ -27,7 +27,7 @@ from ttmpd.guard import held_out_check
 from ttmpd.method import VERBS, Method, from_dict, names
 from ttmpd.modules import clone, count_parameters, evaluating, find_head
 from ttmpd.plan.base import Planner, most_saved
-from ttmpd.records import Option, Samples, Score, Targets, Unit
+from ttmpd.records import ACTIONS, Option, Samples, Score, Targets, Unit
 from ttmpd.score.base import Scorer
 from ttmpd.specimens import TinyNet, require, tiny_model, tiny_samples, tiny_units, untouched
 from ttmpd.units.base import Kind
@@ -100,7 +100,7 @@ def check_round_trip(method: Method) -> None:
 def _scores(scorer: Scorer, model: nn.Module, units: Sequence[Unit], n: int = 12, seed: int = 0) -> tuple[Score, ...]:
     few = quick(scorer)
     assert isinstance(few, Scorer)
-    return few.score(model, units, tiny_samples(n), batch_size=8, seed=seed)
+    return few.score(model, units, tiny_samples(n), actions=ACTIONS, batch_size=8, seed=seed)
 
 
 def check_score_untouched(scorer: Scorer) -> None:

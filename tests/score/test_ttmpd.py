@@ -77,7 +77,7 @@ def test_harm_is_made_of_the_two_variables():
 def test_a_stand_in_is_closer_to_its_unit_than_its_input_is():
     model, samples = tiny_model(), tiny_samples(40)
     units = tiny_units(model)
-    fits = fit_stand_ins(model, units, samples, 1e-3, 0.0, batch_size=16, seed=0)
+    fits = fit_stand_ins(model, units, samples, 1e-3, 0.0, batch_size=16, seed=0, conv=True)
     for unit in units:
         taps = {side: Tap(unit.path, side) for side in ("input", "output")}
         with torch.no_grad():

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import nn
 
 from ttmpd.method import Method
-from ttmpd.records import Action, Samples, Score, Unit
+from ttmpd.records import DEFAULT_ACTIONS, Action, Samples, Score, Unit
 
 
 class Scorer(Method, abc.ABC):
@@ -18,7 +18,14 @@ class Scorer(Method, abc.ABC):
 
     @abc.abstractmethod
     def score(
-        self, teacher: nn.Module, units: Sequence[Unit], samples: Samples, *, batch_size: int = 64, seed: int = 0
+        self,
+        teacher: nn.Module,
+        units: Sequence[Unit],
+        samples: Samples,
+        *,
+        actions: Sequence[Action] = DEFAULT_ACTIONS,
+        batch_size: int = 64,
+        seed: int = 0,
     ) -> tuple[Score, ...]:
         """One score per unit and action, in the order of ``units``.
 
@@ -26,6 +33,7 @@ class Scorer(Method, abc.ABC):
             teacher: the model as found, on the device where it shall run; left untouched.
             units: what can be removed.
             samples: unlabelled samples from the place of use.
+            actions: what may be planned; others need no score.
             batch_size: samples per forward pass.
             seed: of everything random.
 

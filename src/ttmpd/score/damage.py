@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import nn
 
 from ttmpd.method import check_range
-from ttmpd.records import Samples, Score, Unit
+from ttmpd.records import DEFAULT_ACTIONS, Action, Samples, Score, Unit
 from ttmpd.score.base import Scorer
 from ttmpd.tails import distances, teacher_tails
 
@@ -22,7 +22,14 @@ class Damage(Scorer):
         check_range("damage.max_samples", self.max_samples, 1)
 
     def score(
-        self, teacher: nn.Module, units: Sequence[Unit], samples: Samples, *, batch_size: int = 64, seed: int = 0
+        self,
+        teacher: nn.Module,
+        units: Sequence[Unit],
+        samples: Samples,
+        *,
+        actions: Sequence[Action] = DEFAULT_ACTIONS,
+        batch_size: int = 64,
+        seed: int = 0,
     ) -> tuple[Score, ...]:
         """One score per unit for the action "drop".
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import nn
 
 from ttmpd.modules import module_at
-from ttmpd.records import Samples, Score, Unit
+from ttmpd.records import DEFAULT_ACTIONS, Action, Samples, Score, Unit
 from ttmpd.score.base import Scorer
 
 
@@ -16,7 +16,14 @@ class Magnitude(Scorer):
     source: ClassVar[str] = "L1 norm of weights (Li et al., 2017, arXiv 1608.08710), averaged over a block"
 
     def score(
-        self, teacher: nn.Module, units: Sequence[Unit], samples: Samples, *, batch_size: int = 64, seed: int = 0
+        self,
+        teacher: nn.Module,
+        units: Sequence[Unit],
+        samples: Samples,
+        *,
+        actions: Sequence[Action] = DEFAULT_ACTIONS,
+        batch_size: int = 64,
+        seed: int = 0,
     ) -> tuple[Score, ...]:
         """The mean absolute value of all weights with two or more axes; of all weights where there are none."""
         return tuple(Score(unit.id, "drop", _mean_magnitude(module_at(teacher, unit.path))) for unit in units)

@@ -11,7 +11,7 @@ from ttmpd.errors import UnsupportedError
 from ttmpd.method import check_range
 from ttmpd.modules import call, evaluating, find_feature_tap, hooks, module_at, read, replace_module
 from ttmpd.progress import track
-from ttmpd.records import Samples, Score, Tap, Unit
+from ttmpd.records import DEFAULT_ACTIONS, Action, Samples, Score, Tap, Unit
 from ttmpd.score.base import Scorer
 from ttmpd.training import Loop, Schedule, batch_order, train
 from ttmpd.units.block import Block
@@ -35,7 +35,14 @@ class Practise(Scorer):
         check_range("practise.train_batch", self.train_batch, 1)
 
     def score(
-        self, teacher: nn.Module, units: Sequence[Unit], samples: Samples, *, batch_size: int = 64, seed: int = 0
+        self,
+        teacher: nn.Module,
+        units: Sequence[Unit],
+        samples: Samples,
+        *,
+        actions: Sequence[Action] = DEFAULT_ACTIONS,
+        batch_size: int = 64,
+        seed: int = 0,
     ) -> tuple[Score, ...]:
         """One score per unit for "drop": the mean squared error that remains.
 

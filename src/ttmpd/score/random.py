@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from ttmpd.records import Samples, Score, Unit
+from ttmpd.records import DEFAULT_ACTIONS, Action, Samples, Score, Unit
 from ttmpd.score.base import Scorer
 
 
@@ -16,7 +16,14 @@ class Random(Scorer):
     source: ClassVar[str] = "control"
 
     def score(
-        self, teacher: nn.Module, units: Sequence[Unit], samples: Samples, *, batch_size: int = 64, seed: int = 0
+        self,
+        teacher: nn.Module,
+        units: Sequence[Unit],
+        samples: Samples,
+        *,
+        actions: Sequence[Action] = DEFAULT_ACTIONS,
+        batch_size: int = 64,
+        seed: int = 0,
     ) -> tuple[Score, ...]:
         """A harm from 0 to 1 per unit, by seed."""
         draw = Generator(seed)

@@ -9,7 +9,7 @@ from torch import nn
 from ttmpd.method import check_range
 from ttmpd.modules import evaluating, read
 from ttmpd.progress import track
-from ttmpd.records import KERNELS, Action, Samples, Score, Tap, Unit
+from ttmpd.records import DEFAULT_ACTIONS, KERNELS, Action, Samples, Score, Tap, Unit
 from ttmpd.repair import LinearMap, NormalEquations, rows
 from ttmpd.score.base import Scorer
 from ttmpd.sensitivity import SENSITIVITY_SAMPLES, positions, row_weights, sensitivities
@@ -51,7 +51,14 @@ class TTMPD(Scorer):
         check_range("ttmpd.sensitivity", self.sensitivity, 0.0, 1.0)
 
     def score(
-        self, teacher: nn.Module, units: Sequence[Unit], samples: Samples, *, batch_size: int = 64, seed: int = 0
+        self,
+        teacher: nn.Module,
+        units: Sequence[Unit],
+        samples: Samples,
+        *,
+        actions: Sequence[Action] = DEFAULT_ACTIONS,
+        batch_size: int = 64,
+        seed: int = 0,
     ) -> tuple[Score, ...]:
         """Scores for "drop" and for each stand-in of every unit.
 
@@ -60,7 +67,14 @@ class TTMPD(Scorer):
         if not units:
             return ()
         fits = fit_stand_ins(
-            teacher, units, _first(samples, self.max_samples), self.ridge, self.sensitivity, batch_size, seed
+            teacher,
+            units,
+            _first(samples, self.max_samples),
+            self.ridge,
+            self.sensitivity,
+            batch_size,
+            seed,
+            conv="conv" in actions,
         )
 
         def replacements(unit: Unit) -> dict[str, Replacement]:
@@ -94,15 +108,16 @@ def fit_stand_ins(
     sensitivity: float,
     batch_size: int,
     seed: int,
+    conv: bool = False,
 ) -> dict[str, dict[Action, LinearMap]]:
     """The best stand-ins of every unit on the teacher's own inputs, in one pass over the samples.
 
     Rows are weighted by ``1 - sensitivity + sensitivity x g``, g the squared gradient of the final features at that
-    position, mean one.
+    position, mean one. 3x3 stand-ins, whose equations are 81 times as large, are fitted when ``conv`` says so.
     """
     device = next(teacher.parameters()).device
     pattern = sensitivities(teacher, units, samples.batch(slice(0, SENSITIVITY_SAMPLES), device), seed)
-    actions = {unit.id: Block().stand_ins(unit) for unit in units}
+    actions = {unit.id: [a for a in Block().stand_ins(unit) if conv or a != "conv"] for unit in units}
     sides = {unit.id: max(KERNELS[action] for action in actions[unit.id]) for unit in units}
     equations = {unit.id: NormalEquations(unit.channels, device, sides[unit.id]) for unit in units}
     chosen = {unit.id: positions(unit, pattern[unit.id], seed=seed) for unit in units}
