@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ttmpd.memory import keep_freed_memory
 from ttmpd.timing import machine
+
+keep_freed_memory()  # as the commands do
 
 ROOT = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("TTMPD_DATA", ROOT.parent.parent / "shared" / "data"))
@@ -50,7 +53,7 @@ def write_csv(name: str, rows: Sequence[dict[str, Any]]) -> Path:
     """Write the rows with the machine and the date beside each."""
     RESULTS.mkdir(exist_ok=True)
     here = machine("cuda" if torch.cuda.is_available() else "cpu")
-    stamp = {"machine": here["device"], "threads": here["threads"], "torch": here["torch"]}
+    stamp = {key: here[key] for key in ("threads", "torch", "freed_memory")} | {"machine": here["device"]}
     stamp["date"] = datetime.date.today().isoformat()
     path = RESULTS / name
     columns = list(dict.fromkeys(key for row in rows for key in [*row, *stamp]))

@@ -103,3 +103,8 @@ def test_batches_cover_all_samples_in_order():
 )
 def test_is_image(shape, is_image):
     assert Samples(torch.zeros(shape), ("a", "b")).is_image is is_image
+
+
+def test_samples_say_what_they_are_and_not_their_pixels():
+    samples = Samples(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ("a", "b"), skipped=(("c", "broken"),))
+    assert repr(samples) == "<2 samples of 3x8x8 uint8, 1 skipped>"

@@ -255,6 +255,10 @@ class Samples:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def __repr__(self) -> str:
+        shape, dtype = "x".join(map(str, self.inputs.shape[1:])), str(self.inputs.dtype).removeprefix("torch.")
+        return f"<{len(self)} samples of {shape} {dtype}, {len(self.skipped)} skipped>"
+
     @property
     def is_image(self) -> bool:
         """Whether a sample has the shape (C, H, W) with 1, 3 or 4 channels."""
