@@ -17,12 +17,12 @@ from ttmpd.settings import Target
 from ttmpd.stages import Stages
 from ttmpd.units.block import Block
 
-MAX_PLANS = 4
+MAX_PLANS = 5
 """Rounds of planning, cutting and measuring before the best reachable is taken."""
 FRONT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 """Shares of the original latency for which the report shows what they would cost."""
-MARGIN = 0.02
-"""How much faster than asked a plan aims to be: medians measured minutes apart differ by a few per cent."""
+MARGIN = 0.01
+"""How much faster than asked a plan aims to be: medians measured minutes apart differ by about as much."""
 TOLERANCE = 0.005
 """By how much a plan may miss in its measurement: what two measurements of one model differ by."""
 
@@ -223,7 +223,7 @@ def _try(ready: Ready, chosen: Sequence[Option]) -> Attempt:
     actions = {option.unit: option.action for option in chosen}
     removals = [Removal(unit, actions[unit.id]) for unit in ready.found.units if unit.id in actions]
     cut = skeleton(ready.source, Block(), removals)
-    rounds = compare(ready.source, cut, ready.batch, rounds=9, min_seconds=2.0, max_seconds=6.0)
+    rounds = compare(ready.source, cut, ready.batch, rounds=15, min_seconds=3.0, max_seconds=8.0)
     predicted = ready.original_ms - sum(option.saved_ms for option in chosen)
     measured = ready.original_ms / rounds.ratio("original", "compressed").median_ms
     return Attempt(predicted, measured, sum(max(0.0, option.harm) for option in chosen), actions)
