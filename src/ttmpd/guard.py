@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.losses import soft_label_loss
-from ttmpd.modules import call, evaluating, find_head, module_at
+from ttmpd.modules import call, evaluating, find_head, hooks, module_at
 from ttmpd.records import Samples, Targets
 from ttmpd.training import Check
 
@@ -17,6 +17,30 @@ def freeze_head(student: nn.Module, batch: Tensor) -> list[nn.Parameter]:
     if head is None:
         return []
     frozen = [p for p in module_at(student, head).parameters() if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return frozen
+
+
+def freeze_before(student: nn.Module, path: str, batch: Tensor) -> list[nn.Parameter]:
+    """Stop training the layers that run before the module at ``path``; returns the parameters that were training.
+
+    Before the first removed unit the student *is* the teacher. Nothing there needs to change, and neither gradients nor
+    activations have to be kept: in networks whose first layers are the largest, that is most of a step.
+    """
+    calls: list[str] = []
+    layers = {name: m for name, m in student.named_modules() if any(True for _ in m.parameters(recurse=False))}
+    handles = [module_at(student, path).register_forward_pre_hook(lambda *_: calls.append(""))]
+    handles += [m.register_forward_pre_hook(lambda *_, name=name: calls.append(name)) for name, m in layers.items()]
+    with evaluating(student), hooks(handles):
+        call(student, batch)
+    here = calls.index("")
+    frozen = []
+    for name in sorted(set(calls[:here]) - set(calls[here:])):
+        layers[name].eval()
+        own = [p for p in layers[name].parameters(recurse=False) if p.requires_grad]
+        if not list(layers[name].children()):  # what a container holds by itself may be used anywhere
+            frozen += own
     for parameter in frozen:
         parameter.requires_grad_(False)
     return frozen

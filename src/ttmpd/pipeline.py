@@ -210,7 +210,8 @@ def finish(ready: Ready, planned: Planned, stages: Stages, command: str) -> Resu
     key, plan = _key(planned.target), planned.plan
     student = _repaired(ready, plan, stages, key)
     start = logits_of(student, ready.held_out, ready.settings.batch_size)
-    fit, teacher_logits = _distill(ready, student, stages, key)
+    first = plan.removals[0].unit.path if plan.removals else ""
+    fit, teacher_logits = _distill(ready, student, first, stages, key)
     final = logits_of(student, ready.held_out, ready.settings.batch_size)
     with stages.timed("measure", key):
         rounds = compare(ready.source, student, ready.batch)
@@ -267,7 +268,7 @@ def _repaired(ready: Ready, plan: Plan, stages: Stages, key: str) -> nn.Module:
     return made if made is not None else replay(ready.teacher, plan.removals, state)
 
 
-def _distill(ready: Ready, student: nn.Module, stages: Stages, key: str) -> tuple[Fit, Tensor]:
+def _distill(ready: Ready, student: nn.Module, first: str, stages: Stages, key: str) -> tuple[Fit, Tensor]:
     """Prepare targets once for all students, then train this student; the teacher is out of reach of ``fit``."""
     method, settings = ready.settings.distill, ready.settings
     work = Work(
@@ -285,7 +286,7 @@ def _distill(ready: Ready, student: nn.Module, stages: Stages, key: str) -> tupl
             save_targets(targets, work.folder)
     else:
         stages.reused.append("prepare")
-    work = dataclasses.replace(work, folder=stages.folder / f"distill-{key}")
+    work = dataclasses.replace(work, folder=stages.folder / f"distill-{key}", first=first)
     work.folder.mkdir(exist_ok=True)
 
     def compute() -> tuple[dict[str, Tensor], Any]:

@@ -166,8 +166,10 @@ def _sentences(facts: Any) -> list[str]:
         return [done]
     limit = "" if budget is None else f"{_ms(budget)} ms per batch"
     what = f"{asked} ({limit})" if asked and limit else str(asked or limit)
-    measured = _at(facts, "latency", "compressed", "median_ms")
+    # The speedup first: machines change their pace between planning and the last measurement, ratios do not.
+    measured, speedup = _at(facts, "latency", "compressed", "median_ms"), _at(facts, "latency", "speedup", "median")
     found = "" if measured is None else f": measured {_ms(measured)} ms"
+    found = found if speedup is None else f": measured {speedup:.2f} times as fast"
     verdict = {True: f"is met{found}", False: f"is missed{found}", None: "was not checked"}[_at(facts, "target", "met")]
     return [done, f"The target, {what}, {verdict}."]
 

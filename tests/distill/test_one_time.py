@@ -11,7 +11,7 @@ from torch import nn
 from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import MIN_BATCH, OneTime
 from ttmpd.errors import InvalidValueError
-from ttmpd.guard import freeze_head, held_out_check, logits_of
+from ttmpd.guard import freeze_before, freeze_head, held_out_check, logits_of
 from ttmpd.losses import entropy, feature_loss, feature_variance, mutual_information, soft_label_loss
 from ttmpd.modules import clone
 from ttmpd.records import Samples, Tap
@@ -186,6 +186,30 @@ def test_the_head_is_frozen_and_told(case):
     frozen = freeze_head(student, samples.batch(slice(0, 2)))
     assert {id(p) for p in frozen} == {id(p) for p in student.head.parameters()}
     assert [n for n, p in student.named_parameters() if not p.requires_grad] == ["head.weight", "head.bias"]
+
+
+def test_what_runs_before_the_first_removed_unit_is_frozen(case):
+    _, student, samples, _ = case
+    first = tiny_units(tiny_model())[1].path
+    frozen = freeze_before(student.train(), first, samples.batch(slice(0, 2)))
+    names = {n.partition(".")[0] if n.startswith("stem") else n[:8] for n, p in student.named_parameters()
+             if not p.requires_grad}  # fmt: skip
+    assert names == {"stem", "blocks.0"}
+    assert {id(p) for p in frozen} == {id(p) for p in student.parameters() if not p.requires_grad}
+    assert not any(m.training for m in student.stem.modules() if isinstance(m, nn.BatchNorm2d))
+    assert student.blocks[2].training
+
+
+def test_frozen_layers_stay_the_teachers(tmp_path, case):
+    teacher, student, samples, held_out = case
+    method, work = OneTime(steps=6, batch=6), work_in(tmp_path, first=tiny_units(teacher)[1].path)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    targets = method.prepare(teacher, samples, held_out, work)
+    method.fit(student, samples, held_out, targets, work)
+    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert not any(name.startswith(("stem", "blocks.0", "head")) for name in changed)
+    assert all(parameter.requires_grad for parameter in student.parameters())
 
 
 def test_the_check_counts_equal_answers(case):

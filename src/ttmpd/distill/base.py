@@ -22,6 +22,7 @@ class Work:
         seed: of everything random.
         deadline: value of ``time.monotonic()`` at which ``fit`` ends with the best so far.
         amp: "auto", "on" or "off".
+        first: path of the first removed unit: what runs before it is still the teacher; "" when unknown.
     """
 
     folder: Path
@@ -29,6 +30,7 @@ class Work:
     seed: int = 0
     deadline: float = math.inf
     amp: str = "auto"
+    first: str = ""
 
 
 class Distiller(Method, abc.ABC):

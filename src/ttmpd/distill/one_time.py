@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.distill.base import Distiller, Work
-from ttmpd.guard import freeze_head, held_out_check, logits_of
+from ttmpd.guard import freeze_before, freeze_head, held_out_check, logits_of
 from ttmpd.losses import feature_loss, feature_variance, soft_label_loss
 from ttmpd.method import check_range
 from ttmpd.modules import call, evaluating, find_feature_tap, has_batch_norm, tapped, to_fast_format, to_plain_format
@@ -96,11 +96,14 @@ class OneTime(Distiller):
         )
 
     def fit(self, student: nn.Module, samples: Samples, held_out: Samples, targets: Targets, work: Work) -> Fit:
-        """Train the student on the stored targets; the head stays frozen."""
+        """Train the student on the stored targets; the head and what runs before the first removed unit stay frozen."""
         device = next(student.parameters()).device
         to_fast_format(student)
-        frozen = freeze_head(student, samples.batch(slice(0, 2), device))
+        few = samples.batch(slice(0, 2), device)
+        frozen = freeze_head(student, few)
         student.train(self.train_norm)
+        if work.first:
+            frozen += freeze_before(student, work.first, few)
         n_views, n = targets.logits.shape[:2]
         lr = self.lr if has_batch_norm(student) else self.lr_without_norm
 
