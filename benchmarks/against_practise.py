@@ -3,6 +3,7 @@
     python benchmarks/against_practise.py --model resnet20            # hours on a CPU; stop and start as you like
     python benchmarks/against_practise.py --model resnet56            # one target, a tenth of the scoring steps
 
+A target that removing blocks cannot reach (0.35 on ResNet-20) becomes the fastest that can be reached.
 500 unlabelled images of CIFAR-10-JPEG, accuracy on the other 9,500. Every row is kept on disk as it is finished.
 Writes results/against_practise.csv: accuracy, agreement with the unpruned source, measured speedup (interleaved with
 the original, median and quartiles) and the seconds of each stage.
@@ -19,6 +20,7 @@ from common import CACHE, DATA, cached, cifar, require_data, write_csv
 from ttmpd.adapt.none import NoAdaptation
 from ttmpd.adapt.norm import Norm
 from ttmpd.distill.mimic import Mimic
+from ttmpd.errors import BudgetUnreachableError
 from ttmpd.guard import logits_of
 from ttmpd.models import open_model
 from ttmpd.pipeline import Result, compress_many
@@ -56,8 +58,8 @@ def run(model: str, method: str, seed: int) -> list[dict[str, Any]]:
     opened = open_model(f"{DATA / 'zoo.py'}:{model}")
     work = CACHE / "runs" / f"{model}-{method.replace(' ', '_').replace(',', '')}-{seed}"
     targets = [Target(speedup=1 / share) for share in TARGETS[model]]
-    results = compress_many(
-        opened, pixels, targets=targets, outputs=[work / str(share) for share in TARGETS[model]], resume=True,
+    results = reach(
+        opened, pixels, targets, outputs=[work / str(share) for share in TARGETS[model]], resume=True,
         num_samples=500, seed=seed, **settings(method, model),
     )  # fmt: skip
     everything = open_samples(pixels, opened.preprocessing)
@@ -69,6 +71,19 @@ def run(model: str, method: str, seed: int) -> list[dict[str, Any]]:
         row(result, share, test, truth, source) | {"model": model, "method": method, "seed": seed}
         for share, result in zip(TARGETS[model], results, strict=True)
     ]
+
+
+def reach(opened: Any, pixels: Any, targets: list[Target], **given: Any) -> list[Result]:
+    """A result per target; where blocks alone cannot save so much, the fastest that they can reach is asked for."""
+    while True:
+        try:
+            return compress_many(opened, pixels, targets=targets, **given)
+        except BudgetUnreachableError as error:
+            assert error.best_ms is not None
+            slowest = max(targets, key=lambda target: target.speedup or 0.0)
+            best = Target(ms=1.02 * error.best_ms)
+            print("out of reach:", slowest, "; asked for instead:", best, flush=True)
+            targets = [best if target is slowest else target for target in targets]
 
 
 def row(result: Result, share: float, test: Any, truth: torch.Tensor, source: torch.Tensor) -> dict[str, Any]:
