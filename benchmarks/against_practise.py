@@ -79,7 +79,6 @@ def reach(opened: Any, pixels: Any, targets: list[Target], **given: Any) -> list
         try:
             return compress_many(opened, pixels, targets=targets, **given)
         except BudgetUnreachableError as error:
-            assert error.best_ms is not None
             slowest = max(targets, key=lambda target: target.speedup or 0.0)
             best = Target(ms=1.02 * error.best_ms)
             print("out of reach:", slowest, "; asked for instead:", best, flush=True)
