@@ -110,6 +110,19 @@ def test_dry_run_writes_nothing(data, quick_timing, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_selected_samples(data, quick_timing, tmp_path):
+    found = run("compress", "--model", DEMO, "--data", data, "--speedup", 1.1, "--score", "random", "--adapt", "none",
+                "--select", "puma", "--pool", 100, "--set", "select.norm=l2", "--output", tmp_path / "out",
+                *QUICK)  # fmt: skip
+    assert found.exit_code in (0, cli.TARGET_MISSED), said(found)
+    assert "select" in said(found).partition("Seconds: ")[2]
+    assert len(read_artifact(tmp_path / "out").sample_ids) == 60
+    told = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert told["methods"]["select"] == {"name": "puma", "norm": "l2", "max_iter": 50, "overshoot": 0.02, "classes": 10}
+    assert told["settings"]["pool"] == 100
+    assert "puma" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_unreachable_target(data, quick_timing, tmp_path, monkeypatch):
     monkeypatch.setattr("ttmpd.ready.time_units", lambda _m, _k, units, *_: [UnitTiming(u.id, 0.0, {}) for u in units])
     found = run("compress", "--model", DEMO, "--data", data, "--speedup", 500, "--score", "random", "--adapt", "none",
@@ -313,7 +326,9 @@ def test_bad_input_is_said_plainly(data, factory, images, tmp_path):
         (compress(model=f"{factory}:plain", data=floats), "none was found"),
         (compress(model=images), "not written by ttmpd"),
         (compress("--weights", data), "must be a .safetensors file"),
-        (compress("--adapt", "magic"), "adapt must be one of none, norm"),
+        (compress("--adapt", "magic"), "adapt must be one of eata, "),
+        (compress("--select", "magic"), "select must be one of eata, el2n, forgetting, grand, kcenter, puma, random"),
+        (compress("--select", "puma", "--set", "select.norm=l7"), "norm must be one of l2, linf"),
         (compress("--set", "score.nothing=1"), "must be one of ['"),
         (compress("--set", "score.ridge=much"), "must be a float"),
         (compress("--set", "ridge=1"), "must be VERB.FIELD=VALUE"),

@@ -16,6 +16,7 @@ from ttmpd.plan.greedy import Greedy
 from ttmpd.plan.knapsack import Knapsack
 from ttmpd.records import DEFAULT_ACTIONS, Action, Samples, Score, Unit
 from ttmpd.score.base import Scorer
+from ttmpd.select.base import Selector
 from ttmpd.specimens import untouched
 from ttmpd.testing import checks_for, expected_failures, methods_found
 from ttmpd.units.block import Block
@@ -37,7 +38,7 @@ def test_contract(verb, name, check):
 
 def test_every_verb_has_methods():
     found = methods_found()
-    assert {verb for verb, _ in found} == {"adapt", "units", "score", "plan", "distill"}
+    assert {verb for verb, _ in found} == {"select", "adapt", "units", "score", "plan", "distill"}
     assert {("score", "ttmpd"), ("plan", "knapsack"), ("distill", "one_time"), ("units", "block")} <= set(found)
 
 
@@ -139,6 +140,15 @@ class LeavesMask(Block.__mro__[1]):  # type: ignore[misc]
         return Block().stand_in(unit)
 
 
+class Repeating(Selector):
+    """Wrong on purpose: the same sample again and again, drawn from the state it finds."""
+
+    source = "none"
+
+    def choose(self, teacher, pool, n, labels, *, batch_size, seed):
+        return [int(torch.randint(len(pool), ()))] * n
+
+
 @pytest.mark.parametrize(
     ("wrong", "check"),
     [
@@ -150,6 +160,10 @@ class LeavesMask(Block.__mro__[1]):  # type: ignore[misc]
         (LeavesMask(), testing.check_masked_equals_cut),
         (LeavesMask(), testing.check_parameters_fall),
         (Constant(), testing.check_builds_bare),
+        (Repeating(), testing.check_select_positions),
+        (Repeating(), testing.check_select_repeats),
+        (Repeating(), testing.check_select_untouched),
+        (Repeating(), testing.check_select_edges),
     ],
 )
 def test_checks_reject_wrong_methods(wrong, check):
@@ -190,6 +204,7 @@ def test_settings_are_parsed_from_text_to_the_type_of_the_default():
         ("plan", "greedy", {"depth": 1}, "depth"),
         ("plan", "greedy", {"step": 0.0}, "greedy.step"),
         ("units", "block", {"depth": 1}, "none"),
+        ("select", "puma", {"norm": "l7"}, "l2, linf"),
     ],
 )
 def test_wrong_settings_are_refused(verb, name, settings, message):

@@ -23,6 +23,9 @@ from ttmpd.records import DEFAULT_ACTIONS, KERNELS
 from ttmpd.savings import UnitTiming
 from ttmpd.score.damage import Damage
 from ttmpd.score.ttmpd import TTMPD
+from ttmpd.select.base import Selector
+from ttmpd.select.el2n import EL2N
+from ttmpd.select.random import Random
 from ttmpd.settings import Settings, Target
 from ttmpd.specimens import tiny_model, tiny_samples, untouched
 from ttmpd.timing import Rounds
@@ -117,6 +120,7 @@ def test_exactly_one_target(model, samples, target):
         ({"amp": "perhaps"}, "amp"),
         ({"holdout": 0.95}, "holdout"),
         ({"batch_size": 0}, "batch_size"),
+        ({"pool": 0}, "pool"),
         ({"device": "toaster"}, "device"),
     ],
 )
@@ -200,8 +204,78 @@ def test_other_methods_of_each_verb(model, samples):
     result = compress(model, samples, speedup=2.0, **(QUICK | chosen))
     assert result.met
     assert {verb: data["name"] for verb, data in result.facts["methods"].items()} == {
-        "adapt": "none", "score": "damage", "plan": "greedy", "distill": "one_time",
+        "select": "random", "adapt": "none", "score": "damage", "plan": "greedy", "distill": "one_time",
     }  # fmt: skip
+
+
+# --- which samples
+
+
+class Marked(Selector):
+    """Chooses the samples whose first pixel is odd, and notes what it was given."""
+
+    seen = None
+
+    def choose(self, teacher, pool, n, labels, *, batch_size, seed):
+        Marked.seen = (pool, n, labels, batch_size, seed, teacher.training)
+        return [i for i in range(len(pool)) if pool.inputs[i, 0, 0, 0] % 2][:n]
+
+
+def test_the_chosen_samples_are_fitted_on_and_held_out_ones_are_drawn_at_random(model):
+    many = tiny_samples(200)
+    result = compress(model, many, speedup=2.0, **(QUICK | {"select": Marked(), "pool": 150}))
+    pool, n, labels, batch_size, seed, training = Marked.seen
+    assert (len(pool), n, labels, batch_size, seed, training) == (140, 30, None, 8, 0, False)
+    odd = {many.ids[i] for i in range(200) if many.inputs[i, 0, 0, 0] % 2}
+    fitted, held_out = result.sample_ids[:30], result.sample_ids[30:]
+    assert len(set(fitted)) == 30
+    assert len(held_out) == 10
+    assert set(fitted) <= odd & set(pool.ids)
+    assert not set(held_out) & set(pool.ids)
+    assert not set(held_out) <= odd
+    assert result.facts["samples"]["n_fit"] == 30
+    assert result.facts["methods"]["select"]["name"] == "test_pipeline"
+    assert result.facts["settings"]["pool"] == 150
+    assert result.facts["seconds"]["select"] > 0
+
+
+def test_a_selector_that_looks_at_nothing_reads_no_more_than_it_needs(model, samples, monkeypatch, caplog):
+    asked = []
+    true = ready.open_samples
+
+    def open_samples(*arguments, **more):
+        asked.append(more["n_samples"])
+        return true(*arguments, **more)
+
+    monkeypatch.setattr(ready, "open_samples", open_samples)
+    drawn = compress(model, samples, speedup=2.0, **(QUICK | {"select": Random()}))
+    assert "select" not in drawn.facts["seconds"]
+    chosen = compress(model, samples, speedup=2.0, **(QUICK | {"select": EL2N()}))  # no more are there: all of them
+    assert asked == [40, 5000]
+    assert not caplog.records  # a pool that is not full is nothing to warn of
+    assert drawn.sample_ids == chosen.sample_ids
+    assert drawn.plan.actions == chosen.plan.actions
+    assert "select" not in chosen.facts["seconds"]
+
+
+def test_a_selection_is_not_made_again_after_a_kill(model, tmp_path, monkeypatch):
+    settings = QUICK | {"select": EL2N(), "pool": 100}
+    whole = compress(model, tiny_samples(100), speedup=2.0, **settings)
+    with monkeypatch.context() as broken:
+        broken.setattr(OneTime, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            compress(model, tiny_samples(100), speedup=2.0, output=tmp_path / "out", **settings)
+    monkeypatch.setattr(EL2N, "choose", lambda *_a, **_k: pytest.fail("chosen again"))
+    monkeypatch.setattr(pipeline.Result, "save", lambda *_: None)
+    again = compress(model, tiny_samples(100), speedup=2.0, output=tmp_path / "out", resume=True, **settings)
+    assert again.sample_ids == whole.sample_ids
+    assert again.facts["seconds"]["select"] > 0
+
+
+def test_too_few_samples_leave_no_folder(model, tmp_path):
+    with pytest.raises(SamplesError, match="at least 2"):
+        compress(model, tiny_samples(1), speedup=2.0, output=tmp_path / "out", **(QUICK | {"select": EL2N()}))
+    assert not (tmp_path / "out").exists()
 
 
 class Watching(Distiller):

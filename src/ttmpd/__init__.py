@@ -22,8 +22,11 @@ from ttmpd.errors import (
 )
 
 if TYPE_CHECKING:
+    from ttmpd.adapt.eata import EATA
+    from ttmpd.adapt.eata_c import EATAC
     from ttmpd.adapt.none import NoAdaptation
     from ttmpd.adapt.norm import Norm
+    from ttmpd.adapt.tent import Tent
     from ttmpd.checkpoint import load
     from ttmpd.distill.mimic import Mimic
     from ttmpd.distill.one_time import OneTime
@@ -41,6 +44,12 @@ if TYPE_CHECKING:
     from ttmpd.score.magnitude import Magnitude
     from ttmpd.score.practise import Practise
     from ttmpd.score.ttmpd import TTMPD
+    from ttmpd.select.eata import Reliable
+    from ttmpd.select.el2n import EL2N
+    from ttmpd.select.forgetting import Forgetting
+    from ttmpd.select.grand import GraNd
+    from ttmpd.select.kcenter import KCenter
+    from ttmpd.select.puma import PUMA
     from ttmpd.settings import Settings, Target
     from ttmpd.units.block import Block
 
@@ -53,10 +62,16 @@ _HOMES = {
     "BenchRow": "evaluation",
     "Block": "units.block",
     "Damage": "score.damage",
+    "EATA": "adapt.eata",
+    "EATAC": "adapt.eata_c",
+    "EL2N": "select.el2n",
     "Evaluation": "evaluation",
     "Fit": "records",
+    "Forgetting": "select.forgetting",
+    "GraNd": "select.grand",
     "Greedy": "plan.greedy",
     "Inspection": "inspection",
+    "KCenter": "select.kcenter",
     "Knapsack": "plan.knapsack",
     "Magnitude": "score.magnitude",
     "Mimic": "distill.mimic",
@@ -64,11 +79,13 @@ _HOMES = {
     "Norm": "adapt.norm",
     "OneTime": "distill.one_time",
     "OpenedModel": "models",
+    "PUMA": "select.puma",
     "Plan": "records",
     "Practise": "score.practise",
     "Preprocessing": "preprocessing",
     "Preview": "inspection",
     "Quality": "evaluation",
+    "Reliable": "select.eata",
     "Removal": "records",
     "Result": "pipeline",
     "Samples": "records",
@@ -76,6 +93,7 @@ _HOMES = {
     "Settings": "settings",
     "TTMPD": "score.ttmpd",
     "Target": "settings",
+    "Tent": "adapt.tent",
     "Timing": "records",
     "Unit": "records",
     "bench": "evaluation",
@@ -92,6 +110,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "EATA",
+    "EATAC",
+    "EL2N",
+    "PUMA",
     "TTMPD",
     "Accuracy",
     "Agreement",
@@ -102,9 +124,12 @@ __all__ = [
     "Damage",
     "Evaluation",
     "Fit",
+    "Forgetting",
+    "GraNd",
     "Greedy",
     "Inspection",
     "InvalidValueError",
+    "KCenter",
     "Knapsack",
     "Magnitude",
     "Mimic",
@@ -119,6 +144,7 @@ __all__ = [
     "Preprocessing",
     "Preview",
     "Quality",
+    "Reliable",
     "Removal",
     "Result",
     "Samples",
@@ -127,6 +153,7 @@ __all__ = [
     "Settings",
     "TTMPDError",
     "Target",
+    "Tent",
     "Timing",
     "Unit",
     "UnknownMethodError",

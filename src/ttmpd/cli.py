@@ -86,6 +86,8 @@ def compress_command(
     device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option("--seed")] = 0,
     steps: Annotated[int | None, typer.Option("--steps", min=0, help="Distillation steps [default: 200].")] = None,
+    select: Annotated[str, typer.Option("--select", help="A selector: which samples of the pool.")] = "random",
+    pool: Annotated[int, typer.Option("--pool", min=2, help="Samples that a selector looks at.")] = 5000,
     adapt: Annotated[str, typer.Option("--adapt", help="An adapter, or none.")] = "norm",
     score: Annotated[str, typer.Option("--score", help="A scorer.")] = "ttmpd",
     plan: Annotated[str, typer.Option("--plan", help="A planner.")] = "knapsack",
@@ -109,12 +111,12 @@ def compress_command(
     kept = None if dry_run else output
     with _reporting(verbose, resumable=kept):
         methods = choose_methods(
-            {"adapt": adapt, "score": score, "plan": plan, "distill": distill}, settings or [], steps
+            {"select": select, "adapt": adapt, "score": score, "plan": plan, "distill": distill}, settings or [], steps
         )
         goals = parse_targets(speedup, latency, targets)
         given: dict[str, Any] = methods | {
-            "num_samples": num_samples, "holdout": holdout, "batch_size": batch_size, "device": device, "seed": seed,
-            "actions": tuple(part.strip() for part in actions.split(",") if part.strip()), "amp": amp,
+            "num_samples": num_samples, "pool": pool, "holdout": holdout, "batch_size": batch_size, "device": device,
+            "seed": seed, "actions": tuple(part.strip() for part in actions.split(",") if part.strip()), "amp": amp,
         }  # fmt: skip
         if time_budget is not None:
             given["time_budget"] = parse_duration(time_budget)

@@ -32,6 +32,11 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
+def entropy_of(probabilities: Tensor) -> Tensor:
+    """Entropy in nats over the last axis of probabilities, which may hold zeros."""
+    return -torch.xlogy(probabilities, probabilities).sum(-1)
+
+
 def mutual_information(logits: Tensor) -> Tensor:
     """Entropy of the mean prediction minus the mean entropy: high when answers are sure *and* varied.
 
@@ -46,3 +51,25 @@ def feature_variance(features: Tensor) -> float:
     if len(features) < 2:
         return max(float(features.float().square().mean()), 1e-12)
     return max(float(torch.var(features.float(), dim=0, unbiased=False).mean()), 1e-12)
+
+
+def fused(full: Tensor, sub: Tensor, share: float) -> Tensor:
+    """Probabilities of a network and of a part of it as one target: (full + (1 - share) sub) / (2 - share).
+
+    Source: EATA-C (TPAMI 2025), as in a re-implementation that cites its equation 11.
+    """
+    return (full + (1 - share) * sub) / (2 - share)
+
+
+def signed_entropy(full: Tensor, sub: Tensor) -> Tensor:
+    """Entropy in nats of each row of ``sub``, negative where the two networks answer with different classes.
+
+    Made smaller, it makes the part surer where the two agree, and less sure where they do not.
+
+    Args:
+        full: (B, n_classes) logits of the whole network.
+        sub: the same of a part of it.
+
+    Source: EATA-C (TPAMI 2025), as in a re-implementation that cites its equation 14.
+    """
+    return entropy(sub) * (2.0 * (full.argmax(-1) == sub.argmax(-1)) - 1.0)

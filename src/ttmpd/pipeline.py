@@ -1,6 +1,6 @@
 """``compress``: join the verbs. Reads like the paper's algorithm.
 
-adapt -> find units -> time and score them -> plan -> cut and repair -> distill -> measure
+select -> adapt -> find units -> time and score them -> plan -> cut and repair -> distill -> measure
 """
 
 import dataclasses
@@ -22,10 +22,9 @@ from ttmpd.facts import collect
 from ttmpd.guard import logits_of
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.planning import Attempt, Planned, Waypoint, make_plan, needed_ms, walk
-from ttmpd.ready import Ready, get_ready
+from ttmpd.ready import Ready, get_ready, open_pool, selected
 from ttmpd.records import Fit, Plan, Removal, Samples
 from ttmpd.repair import fold, repaired, replay
-from ttmpd.samples import open_samples
 from ttmpd.savings import compare
 from ttmpd.settings import Settings, Target, settings_of
 from ttmpd.stages import Stages, disk_guarded, fingerprint, locked, weights_fingerprint
@@ -88,9 +87,9 @@ def compress(
         output: folder for the artifact; finished stages are kept there while the run lasts.
         resume: go on with what an interrupted run left in ``output``.
         command: recorded in the report.
-        **settings: the fields of :class:`Settings`: ``adapt``, ``score``, ``plan``, ``distill`` (method instances),
-            ``actions``, ``num_samples``, ``holdout``, ``batch_size``, ``device``, ``seed``, ``amp``, ``time_budget``
-            (seconds).
+        **settings: the fields of :class:`Settings`: ``select``, ``adapt``, ``score``, ``plan``, ``distill`` (method
+            instances), ``actions``, ``num_samples``, ``pool``, ``holdout``, ``batch_size``, ``device``, ``seed``,
+            ``amp``, ``time_budget`` (seconds).
 
     Returns:
         The result; it is saved already when ``output`` is given.
@@ -168,13 +167,14 @@ def prepared(
     """What is made once for all targets, and the stages: kept in ``output`` until the block ends well."""
     opened = model if isinstance(model, OpenedModel) else open_model(model)
     deadline = time.monotonic() + chosen.time_budget
-    found = open_samples(samples, opened.preprocessing, n_samples=chosen.num_samples, seed=chosen.seed)
-    few = _split(found, chosen)
+    few = _split(open_pool(samples, opened, chosen), chosen)
     with _work_folder(output) as work:
         run = fingerprint(
             weights_fingerprint(opened.module), few[0].ids, few[1].ids, chosen.to_dict() | {"time_budget": None}
         )
         stages = Stages(work, run, resume)
+        n = min(sum(map(len, few)), chosen.num_samples) - len(few[1])
+        few = (selected(opened, few[0], n, chosen, stages), few[1])
         yield get_ready(opened, few, chosen, stages, deadline), stages
 
 
@@ -195,9 +195,9 @@ def _work_folder(output: Path | None) -> Iterator[Path]:
 
 
 def _split(samples: Samples, settings: Settings) -> tuple[Samples, Samples]:
-    """(for fitting, held out), by seed."""
-    n = len(samples)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    """(to select from, held out), by seed: the held-out samples speak for all data, whatever is selected."""
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    n = min(len(samples), settings.num_samples)
     n_held = round(n * settings.holdout) if n > 1 else 0
     n_held = min(n - 1, n_held)
     if n - n_held < 2:

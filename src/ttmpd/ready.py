@@ -1,4 +1,7 @@
-"""Before a target is chosen: adapt the teacher, find, time and score the units. Made once, serves many targets."""
+"""Before a target is chosen: select samples, adapt the teacher, find, time and score the units.
+
+Made once, serves many targets.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,6 +15,7 @@ from ttmpd.guard import logits_of
 from ttmpd.models import OpenedModel
 from ttmpd.modules import clone, has_nan, to_fast_format, to_plain_format
 from ttmpd.records import Option, Samples, Score, Unit
+from ttmpd.samples import open_samples
 from ttmpd.savings import UnitTiming, time_units
 from ttmpd.settings import Settings, choose_device
 from ttmpd.stages import Stages
@@ -64,8 +68,7 @@ def get_ready(
     """Adapt the teacher, find, time and score the units."""
     samples, held_out = few
     device = choose_device(settings.device)
-    source = to_plain_format(clone(opened.module).to(device)).eval()
-    _check_answers(source, samples, device)
+    source = _source(opened, samples, device)
     with stages.timed("find"):
         found = Block().find(source, samples.batch(slice(0, 2), device))
     if not found.units:
@@ -92,6 +95,31 @@ def get_ready(
     )
     rows = stages.json("score", lambda: score_rows(ready, teacher, found.units))
     return dataclasses.replace(ready, scores=tuple(Score(**row) for row in rows))
+
+
+def _source(opened: OpenedModel, samples: Samples, device: torch.device) -> nn.Module:
+    """A copy of the model as it is, on the device; it has answered."""
+    source = to_plain_format(clone(opened.module).to(device)).eval()
+    _check_answers(source, samples, device)
+    return source
+
+
+def open_pool(data: Any, opened: OpenedModel, settings: Settings) -> Samples:
+    """What the samples are selected from; where the selector does not look at them, just as many as are wanted."""
+    n = max(settings.pool, settings.num_samples) if settings.select.looks else settings.num_samples
+    return open_samples(data, opened.preprocessing, n_samples=n, enough=settings.num_samples, seed=settings.seed)
+
+
+def selected(opened: OpenedModel, pool: Samples, n: int, settings: Settings, stages: Stages) -> Samples:
+    """The ``n`` samples of the pool that the student is fitted on; the pool itself when it holds no more."""
+    if n >= len(pool):
+        return pool
+
+    def compute() -> list[int]:
+        source = to_fast_format(_source(opened, pool, choose_device(settings.device)))
+        return list(settings.select.select(source, pool, n, batch_size=settings.batch_size, seed=settings.seed))
+
+    return pool.subset(stages.json("select", compute))
 
 
 def _latency_batch(source: nn.Module, samples: Samples, settings: Settings) -> Tensor:

@@ -19,7 +19,12 @@ _log = logging.getLogger("ttmpd")
 
 
 def open_samples(
-    data: Any, preprocessing: Preprocessing | None, *, n_samples: int | None = None, seed: int = 0
+    data: Any,
+    preprocessing: Preprocessing | None,
+    *,
+    n_samples: int | None = None,
+    enough: int | None = None,
+    seed: int = 0,
 ) -> Samples:
     """The samples at ``data``, prepared for a model.
 
@@ -29,6 +34,7 @@ def open_samples(
             (NHWC, NCHW or NHW) and goes through ``preprocessing``; floating values go to the model as they are.
         preprocessing: the model's own; None keeps pixel arrays in their size and scales them to 0..1.
         n_samples: how many to choose at random, without replacement, in random order; None takes all in their order.
+        enough: fewer than this many are warned of; None takes ``n_samples``.
         seed: makes the choice repeatable.
 
     Raises:
@@ -48,8 +54,9 @@ def open_samples(
     else:
         rows = _choose(source, n_samples, seed) if isinstance(source, Indexed) else _reservoir(source, n_samples, seed)
     samples = _pack(rows, preprocessing, data)
-    if n_samples is not None and len(samples) < n_samples:
-        _log.warning("only %d of the %d samples that were asked for are there", len(samples), n_samples)
+    wanted = n_samples if enough is None else enough
+    if wanted is not None and len(samples) < wanted:
+        _log.warning("only %d of the %d samples that were asked for are there", len(samples), wanted)
     return samples
 
 

@@ -18,6 +18,8 @@ from ttmpd.plan.knapsack import Knapsack
 from ttmpd.records import ACTIONS, DEFAULT_ACTIONS, Action
 from ttmpd.score.base import Scorer
 from ttmpd.score.ttmpd import TTMPD
+from ttmpd.select.base import Selector
+from ttmpd.select.random import Random
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,12 +70,15 @@ class Target:
 class Settings:
     """Everything that defines a run beside the model, the samples and the target."""
 
+    select: Selector = Random()
     adapt: Adapter = Norm()
     score: Scorer = TTMPD()
     plan: Planner = Knapsack()
     distill: Distiller = OneTime()
     actions: tuple[Action, ...] = DEFAULT_ACTIONS
     num_samples: int = 500
+    pool: int = 5000
+    """How many samples are looked at to choose ``num_samples``; a random choice looks at none."""
     holdout: float = 0.15
     batch_size: int = 64
     device: str = "auto"
@@ -83,6 +88,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_range("num_samples", self.num_samples, 1)
+        check_range("pool", self.pool, 1)
         check_range("holdout", self.holdout, 0.0, 0.9)
         check_range("batch_size", self.batch_size, 1)
         check_range("time_budget", self.time_budget, 0.0)

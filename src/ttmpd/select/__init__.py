@@ -1,0 +1,1 @@
+"""Which samples of a larger pool the student is fitted on, chosen without labels."""

@@ -1,0 +1,43 @@
+"""Keep the samples that lie near a decision boundary; those far from any teach little."""
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from ttmpd.margins import Search, margins
+from ttmpd.records import Samples
+from ttmpd.select.base import Selector, highest
+
+
+class PUMA(Selector):
+    """The lowest margins, by DeepFool on the teacher, in pixel units; the highest are pruned."""
+
+    source: ClassVar[str] = (
+        "PUMA (Maroto and Frossard, 2024, arXiv 2405.06298), margins by DeepFool (arXiv 1511.04599); the teacher is "
+        "not trained against attacks, and without labels its answer is the label; the radii of attacks "
+        "(`ttmpd.margins.radii`) play no part"
+    )
+    needs: ClassVar[tuple[str, ...]] = ("gradients",)
+    norm: str = "linf"
+    """In which margins are measured: linf or l2."""
+    max_iter: int = 50
+    overshoot: float = 0.02
+    classes: int = 10
+    """Boundaries to this many likeliest classes are compared, the sample's own counted."""
+
+    def __post_init__(self) -> None:
+        self._search()
+
+    def _search(self) -> Search:
+        return Search(norm=self.norm, max_iter=self.max_iter, overshoot=self.overshoot, classes=self.classes)
+
+    def choose(
+        self, teacher: nn.Module, pool: Samples, n: int, labels: Tensor | None, *, batch_size: int, seed: int
+    ) -> Iterable[int]:
+        """Cost: per sample and iteration (one to four) two forward and ``classes - 1`` backward passes.
+
+        Raises:
+            UnsupportedError: the teacher's answers cannot be differentiated by its inputs.
+        """
+        return highest(-margins(teacher, pool, self._search(), labels=labels, batch_size=batch_size), n)

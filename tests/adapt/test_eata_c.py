@@ -1,0 +1,121 @@
+"""EATA-C: joint answers, signed entropy, parts of the network."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ttmpd.adapt.eata_c import EATAC, drawn
+from ttmpd.adapt.norm import Norm
+from ttmpd.errors import InvalidValueError
+from ttmpd.losses import fused, signed_entropy
+from ttmpd.records import Samples
+from ttmpd.specimens import tiny_model, tiny_samples, tiny_units, untouched
+
+LN2 = math.log(2)
+
+
+@pytest.fixture
+def unguarded(monkeypatch):
+    """Random images hold no classes to tell apart: the guard would be right to stop."""
+    monkeypatch.setattr("ttmpd.passes.collapse", lambda start, now: "")
+
+
+def logits(*rows: tuple[float, float]) -> torch.Tensor:
+    return torch.tensor(rows).log()
+
+
+def loss_of(method: EATAC, whole: torch.Tensor, part: torch.Tensor, margin: float = 0.0) -> torch.Tensor:
+    return method._loss(whole, part, margin, None)
+
+
+# --- by hand, on two classes
+
+
+def test_the_joint_answer_by_hand():
+    full, sub = torch.tensor([[0.8, 0.2]]), torch.tensor([[0.2, 0.8]])
+    assert torch.allclose(fused(full, sub, 0.5), torch.tensor([[0.6, 0.4]]))  # (0.8 + 0.1) / 1.5
+    assert torch.allclose(fused(full, sub, 0.0), torch.tensor([[0.5, 0.5]]))
+    assert torch.allclose(fused(full, sub, 1.0), full)
+
+
+def test_entropy_is_negative_where_the_answers_differ():
+    found = signed_entropy(logits((0.8, 0.2), (0.8, 0.2)), logits((0.75, 0.25), (0.25, 0.75)))
+    quarter = 2 * LN2 - 0.75 * math.log(3)
+    assert torch.allclose(found, torch.tensor([quarter, -quarter]))
+
+
+def test_the_loss_by_hand():
+    whole, part = logits((0.8, 0.2)), logits((0.2, 0.8))
+    apart = 0.6 * math.log(0.6 / 0.2) + 0.4 * math.log(0.4 / 0.8)
+    unsure = -(0.2 * math.log(0.2) + 0.8 * math.log(0.8))
+    assert float(loss_of(EATAC(alpha=0.0), whole, part)) == pytest.approx(apart, rel=1e-5)
+    assert float(loss_of(EATAC(alpha=0.5), whole, part)) == pytest.approx(apart - 0.5 * unsure, rel=1e-5)
+    weighted = EATAC(alpha=0.0, weighted=True)
+    assert float(loss_of(weighted, whole, part, 0.9)) == pytest.approx(apart * math.exp(0.9 - unsure), rel=1e-5)
+
+
+def test_where_whole_and_part_agree_fully_only_entropy_is_left():
+    same = logits((0.9, 0.1))
+    assert float(loss_of(EATAC(alpha=0.0), same, same)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_gradients_go_through_the_joint_answer_only_on_request():
+    found = []
+    for detach in (True, False):
+        part = logits((0.2, 0.8)).requires_grad_()
+        loss_of(EATAC(alpha=0.0, detach_fused=detach), logits((0.8, 0.2)), part).backward()
+        found.append(part.grad)
+    # With a fixed target the gradient is part - joint.
+    assert torch.allclose(found[0], torch.tensor([[0.2 - 0.6, 0.8 - 0.4]]), atol=1e-6)
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
+
+
+# --- parts of the network
+
+
+def test_parts_are_drawn_by_seed_and_step():
+    units = tiny_units(tiny_model(n_blocks=6))
+    draws = [drawn(units, 0.5, 0, step) for step in range(40)]
+    assert draws == [drawn(units, 0.5, 0, step) for step in range(40)]
+    assert draws != [drawn(units, 0.5, 1, step) for step in range(40)]
+    assert 0.35 < sum(map(len, draws)) / (40 * len(units)) < 0.65
+    assert drawn(units, 0.0, 0, 0) == () and drawn(units, 1.0, 0, 0) == units
+
+
+def test_it_learns_and_leaves_no_mask(unguarded):
+    model, samples = tiny_model(), tiny_samples(40)
+    with untouched(model, samples):
+        adapted = EATAC(e0=0.9, redundancy=9.0, batch=10, skip=0.5, batch_statistics=False).adapt(model, samples)
+    mixed = Norm().adapt(model, samples).model
+    changed = {k for k, v in adapted.model.state_dict().items() if not torch.equal(v, mixed.state_dict()[k])}
+    assert changed and not any("conv" in name or "head" in name for name in changed)
+    assert not any("forward" in module.__dict__ for module in adapted.model.modules())
+
+
+def test_backward_passes_are_those_of_the_selected(unguarded):
+    facts = (
+        EATAC(e0=0.9, beta=0.0, batch=10, epochs=2, batch_statistics=False).adapt(tiny_model(), tiny_samples(40)).facts
+    )
+    assert 0.0 < facts["selected_share"] < 1.0
+    assert facts["backward_per_sample"] == pytest.approx(2 * facts["selected_share"])
+    assert facts["forward_per_sample"] == pytest.approx(2 * (1 + facts["selected_share"]) + 1 + 2)
+
+
+def test_a_model_without_blocks_is_handed_on():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.LayerNorm(8), nn.Linear(8, 4)).eval()
+    adapted = EATAC().adapt(model, tiny_samples())
+    assert adapted.model is model and "no blocks" in adapted.note
+
+
+def test_one_sample_hands_the_teacher_on():
+    model = tiny_model()
+    adapted = EATAC().adapt(model, Samples(torch.zeros(1, 3, 8, 8), ("0",)))
+    assert adapted.model is model and "one sample" in adapted.note
+
+
+@pytest.mark.parametrize("settings", [{"skip": 1.5}, {"share": -0.1}, {"alpha": -1.0}, {"beta": -1.0}, {"batch": 1}])
+def test_wrong_settings_are_refused(settings):
+    with pytest.raises(InvalidValueError, match=rf"eata_c\.{next(iter(settings))}"):
+        EATAC(**settings)
