@@ -80,7 +80,7 @@ class Bench:
         self.held_out = everything.subset(order[ends[0] : ends[1]])
         self.test = everything.subset(order[ends[1] : ends[2]])
         self.truth = labels[torch.tensor(order[ends[1] : ends[2]])]
-        self.few = self.fit.subset(range(min(128, case.n_fit)))
+        self.few = self.fit.first(128)
         self.units = Block().find(self.teacher, self.fit.batch(slice(0, 2))).units
         self.tap = find_feature_tap(self.teacher, self.fit.batch(slice(0, 2)))
 

@@ -320,7 +320,7 @@ def test_same_class_of_other_shape(artifact, other):
 FACTORY = """
 from pathlib import Path
 Path(__file__).with_name("ran").touch()
-from ttmpd.testing import tiny_model
+from ttmpd.specimens import tiny_model
 """
 
 

@@ -178,7 +178,7 @@ def test_bench_of_a_users_model_needs_its_source(tmp_path, quick_timing):
     )  # fmt: skip
     with pytest.raises(CheckpointError, match="a module that was passed in"):
         bench(folder)
-    rows = bench(folder, "ttmpd.testing:tiny_model", batch_sizes=[2])
+    rows = bench(folder, "ttmpd.specimens:tiny_model", batch_sizes=[2])
     assert len(rows) == 1
 
 

@@ -1,6 +1,6 @@
 """Every method that has a file x every check of its verb; and the checks themselves, on methods that break them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,17 +8,26 @@ import pytest
 import torch
 from torch import nn
 
-from ttmpd import testing
 from ttmpd.adapt.none import NoAdaptation
 from ttmpd.errors import InvalidValueError, UnknownMethodError
 from ttmpd.method import from_dict, method_class, names
 from ttmpd.plan.greedy import Greedy
 from ttmpd.plan.knapsack import Knapsack
-from ttmpd.records import DEFAULT_ACTIONS, Action, Samples, Score, Unit
+from ttmpd.records import Score
 from ttmpd.score.base import Scorer
 from ttmpd.select.base import Selector
 from ttmpd.specimens import untouched
-from ttmpd.testing import checks_for, expected_failures, methods_found
+from ttmpd.testing import (
+    EXPECTED_FAILURES,
+    checks_for,
+    expected_failures,
+    methods,
+    methods_found,
+    plan,
+    score,
+    select,
+    units,
+)
 from ttmpd.units.block import Block
 
 
@@ -43,7 +52,7 @@ def test_every_verb_has_methods():
 
 
 def test_expected_failures_name_methods_and_checks_that_exist():
-    for verb, name in testing._EXPECTED_FAILURES:
+    for verb, name in EXPECTED_FAILURES:
         known = {check.__name__ for check in checks_for(verb)}
         assert name in names(verb)
         assert set(expected_failures(verb, name)) <= known
@@ -103,17 +112,8 @@ def test_untouched_finds_every_kind_of_trace(net, samples):
 class Constant(Scorer):
     """Wrong on purpose: touches nothing and knows nothing."""
 
-    def score(
-        self,
-        teacher: nn.Module,
-        units: Sequence[Unit],
-        samples: Samples,
-        *,
-        actions: Sequence[Action] = DEFAULT_ACTIONS,
-        batch_size: int = 64,
-        seed: int = 0,
-    ) -> tuple[Score, ...]:
-        return (Score("x", "drop", 1.0),)
+    def scores(self, job):
+        return (Score("x", "drop", 1e9),)
 
 
 class Careless(Knapsack.__mro__[1]):  # type: ignore[misc]
@@ -152,18 +152,18 @@ class Repeating(Selector):
 @pytest.mark.parametrize(
     ("wrong", "check"),
     [
-        (Constant(), testing.check_score_complete),
-        (Constant(), testing.check_score_edges),
-        (Careless(), testing.check_plan_meets),
-        (Careless(), testing.check_plan_unreachable),
-        (Careless(), testing.check_plan_of_nothing),
-        (LeavesMask(), testing.check_masked_equals_cut),
-        (LeavesMask(), testing.check_parameters_fall),
-        (Constant(), testing.check_builds_bare),
-        (Repeating(), testing.check_select_positions),
-        (Repeating(), testing.check_select_repeats),
-        (Repeating(), testing.check_select_untouched),
-        (Repeating(), testing.check_select_edges),
+        (Constant(), score.check_score_complete),
+        (Constant(), score.check_score_edges),
+        (Careless(), plan.check_plan_meets),
+        (Careless(), plan.check_plan_unreachable),
+        (Careless(), plan.check_plan_of_nothing),
+        (LeavesMask(), units.check_masked_equals_cut),
+        (LeavesMask(), units.check_parameters_fall),
+        (Constant(), methods.check_builds_bare),
+        (Repeating(), select.check_select_positions),
+        (Repeating(), select.check_select_repeats),
+        (Repeating(), select.check_select_untouched),
+        (Repeating(), select.check_select_edges),
     ],
 )
 def test_checks_reject_wrong_methods(wrong, check):

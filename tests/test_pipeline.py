@@ -19,7 +19,7 @@ from ttmpd.modules import count_macs
 from ttmpd.pipeline import compress, compress_many
 from ttmpd.plan.greedy import Greedy
 from ttmpd.plan.knapsack import Knapsack
-from ttmpd.records import DEFAULT_ACTIONS, KERNELS
+from ttmpd.records import KERNELS
 from ttmpd.savings import UnitTiming
 from ttmpd.score.damage import Damage
 from ttmpd.score.ttmpd import TTMPD
@@ -320,9 +320,9 @@ class CountingScorer(Damage.__mro__[1]):  # type: ignore[misc]
 
     asked = 0
 
-    def score(self, teacher, units, samples, *, actions=DEFAULT_ACTIONS, batch_size=64, seed=0):
+    def scores(self, job):
         CountingScorer.asked += 1
-        return Damage().score(teacher, units, samples, batch_size=batch_size, seed=seed)
+        return Damage().scores(job)
 
 
 class CountingAdapter(Adapter):

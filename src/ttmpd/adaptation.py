@@ -1,6 +1,7 @@
 """Learning from answers alone, by scale and shift of the normalisation layers: what Tent, EATA and EATA-C share.
 
-:class:`Adaptation` makes one step per batch: for a stream, or for a fixed set that :mod:`ttmpd.passes` goes through.
+:class:`Adaptation` makes one step per batch: for a stream, or for a fixed set that the adapters pass
+several times.
 """
 
 import math
@@ -32,7 +33,7 @@ def pieces(n_samples: int, batch: int) -> tuple[Tensor, ...]:
 
 def n_classes(model: nn.Module, samples: Samples) -> int:
     """How many classes the model tells apart, seen by running a sample."""
-    return logits_of(model, samples.subset(range(1)), 1).shape[-1]
+    return logits_of(model, samples.first(1), 1).shape[-1]
 
 
 def redundancy_for(n_classes: int) -> float:

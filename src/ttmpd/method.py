@@ -79,9 +79,13 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"))
 
 
 def names(verb: str) -> tuple[str, ...]:
-    """The names of all methods of a verb, from the files of its folder."""
+    """The names of all methods of a verb, from the files of its folder; ``base`` and ``_name`` hold what they share."""
     package = importlib.import_module(f"ttmpd.{verb}")
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base"))
+    return tuple(
+        sorted(
+            m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base" and not m.name.startswith("_")
+        )
+    )
 
 
 def method_class(verb: str, name: str) -> type[Method]:

@@ -257,7 +257,7 @@ def _repaired(ready: Ready, plan: Plan, stages: Stages, key: str) -> nn.Module:
     made: nn.Module | None = None
 
     def compute() -> tuple[dict[str, Tensor], Any]:
-        few = ready.samples.subset(range(min(256, len(ready.samples))))
+        few = ready.samples.first(256)
         student = repaired(ready.teacher, plan.removals, few, batch_size=ready.settings.batch_size)
         fold(student, plan.removals, batch)
         nonlocal made

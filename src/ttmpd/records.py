@@ -279,6 +279,10 @@ class Samples:
         for start in range(0, len(self), batch_size):
             yield self.batch(slice(start, start + batch_size), device)
 
+    def first(self, n: int) -> "Samples":
+        """The first ``n`` samples, or all of them where there are no more; the memory is shared."""
+        return replace(self, inputs=self.inputs[:n], ids=self.ids[:n], names=self.names[:n])
+
     def subset(self, index: Sequence[int]) -> "Samples":
         """The samples at the given positions, in that order."""
         names = tuple(self.names[i] for i in index) if self.names else ()

@@ -23,7 +23,7 @@ INF = float("inf")
 @pytest.fixture
 def unguarded(monkeypatch):
     """Random images hold no classes to tell apart: the guard would be right to stop."""
-    monkeypatch.setattr("ttmpd.passes.collapse", lambda start, now: "")
+    monkeypatch.setattr("ttmpd.adapt._learner.collapse", lambda start, now: "")
 
 
 def probabilities(*rows: tuple[float, ...]) -> torch.Tensor:

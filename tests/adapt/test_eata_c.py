@@ -19,7 +19,7 @@ LN2 = math.log(2)
 @pytest.fixture
 def unguarded(monkeypatch):
     """Random images hold no classes to tell apart: the guard would be right to stop."""
-    monkeypatch.setattr("ttmpd.passes.collapse", lambda start, now: "")
+    monkeypatch.setattr("ttmpd.adapt._learner.collapse", lambda start, now: "")
 
 
 def logits(*rows: tuple[float, float]) -> torch.Tensor:
@@ -27,7 +27,7 @@ def logits(*rows: tuple[float, float]) -> torch.Tensor:
 
 
 def loss_of(method: EATAC, whole: torch.Tensor, part: torch.Tensor, margin: float = 0.0) -> torch.Tensor:
-    return method._loss(whole, part, margin, None)
+    return method._loss(whole, part, margin)
 
 
 # --- by hand, on two classes

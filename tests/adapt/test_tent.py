@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from ttmpd.adapt._learner import collapse
 from ttmpd.adapt.norm import Norm
 from ttmpd.adapt.tent import Tent
 from ttmpd.adaptation import Adaptation, Selection
@@ -12,14 +13,13 @@ from ttmpd.guard import logits_of
 from ttmpd.losses import entropy, entropy_of
 from ttmpd.modules import clone
 from ttmpd.norms import learning, norm_parameters, using_batch_statistics
-from ttmpd.passes import collapse
 from ttmpd.specimens import tiny_model, tiny_samples, untouched
 
 
 @pytest.fixture
 def unguarded(monkeypatch):
     """Random images hold no classes to tell apart: the guard would be right to stop."""
-    monkeypatch.setattr("ttmpd.passes.collapse", lambda start, now: "")
+    monkeypatch.setattr("ttmpd.adapt._learner.collapse", lambda start, now: "")
 
 
 def mean_entropy(before, again, step):
@@ -115,10 +115,10 @@ def test_a_ruinous_rate_is_rolled_back_to_the_mixed_statistics(batch_statistics)
 
 def test_the_last_good_epoch_is_kept(monkeypatch):
     reasons = iter(["", "", "answers gathered in few classes"])
-    monkeypatch.setattr("ttmpd.passes.collapse", lambda start, now: next(reasons))
+    monkeypatch.setattr("ttmpd.adapt._learner.collapse", lambda start, now: next(reasons))
     model, samples = tiny_model(), tiny_samples(30)
     adapted = Tent(epochs=5, batch=10, batch_statistics=False).adapt(model, samples)
-    monkeypatch.setattr("ttmpd.passes.collapse", lambda start, now: "")
+    monkeypatch.setattr("ttmpd.adapt._learner.collapse", lambda start, now: "")
     assert not changed(adapted.model, Tent(epochs=2, batch=10, batch_statistics=False).adapt(model, samples).model)
     assert adapted.facts["epochs"] == 2.0 and "epochs: 2; rolled back after epoch 3" in adapted.note
 
@@ -137,7 +137,7 @@ def test_wrong_settings_are_refused(settings):
 
 def test_what_holds_with_batch_statistics_alone_is_rolled_back(monkeypatch):
     reasons = iter(["", "", "answers told less of the samples"])  # two epochs, then with mixed statistics
-    monkeypatch.setattr("ttmpd.passes.collapse", lambda start, now: next(reasons))
+    monkeypatch.setattr("ttmpd.adapt._learner.collapse", lambda start, now: next(reasons))
     model, samples = tiny_model(), tiny_samples(30)
     adapted = Tent(epochs=2, batch=10, batch_statistics=True).adapt(model, samples)
     assert not changed(adapted.model, Norm().adapt(model, samples).model)

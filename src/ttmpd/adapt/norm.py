@@ -45,7 +45,7 @@ class Norm(Adapter):
             return Adapted(teacher, "nothing to do: the model has no batch statistics")
         if len(samples) < 2:
             return Adapted(teacher, "nothing done: statistics need at least two samples")
-        few = samples.subset(range(min(len(samples), self.max_samples)))
+        few = samples.first(self.max_samples)
         adapted = clone(teacher)
         source = _statistics(adapted)
         data = _estimated(adapted, few, batch_size)

@@ -1,13 +1,32 @@
 """The contract of a scorer."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 from ttmpd.method import Method
 from ttmpd.records import DEFAULT_ACTIONS, Action, Samples, Score, Unit
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """What a scorer is asked: the arguments of :meth:`Scorer.score`; there is at least one unit."""
+
+    teacher: nn.Module
+    units: Sequence[Unit]
+    samples: Samples
+    actions: Sequence[Action]
+    batch_size: int
+    seed: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the teacher is."""
+        return next(self.teacher.parameters()).device
 
 
 class Scorer(Method, abc.ABC):
@@ -16,7 +35,6 @@ class Scorer(Method, abc.ABC):
     actions: ClassVar[tuple[Action, ...]] = ("drop",)
     """The actions it tells apart. A planner offers no others."""
 
-    @abc.abstractmethod
     def score(
         self,
         teacher: nn.Module,
@@ -40,3 +58,8 @@ class Scorer(Method, abc.ABC):
         Raises:
             UnsupportedError: the method cannot treat this model or a unit.
         """
+        return tuple(self.scores(Job(teacher, units, samples, actions, batch_size, seed))) if units else ()
+
+    @abc.abstractmethod
+    def scores(self, job: Job) -> Iterable[Score]:
+        """The scores of :meth:`score`."""

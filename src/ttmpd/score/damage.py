@@ -1,13 +1,11 @@
 """Raw damage: how far the final features move when a unit is dropped, with nothing repaired."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import ClassVar
 
-from torch import nn
-
 from ttmpd.method import check_range
-from ttmpd.records import DEFAULT_ACTIONS, Action, Samples, Score, Unit
-from ttmpd.score.base import Scorer
+from ttmpd.records import Score
+from ttmpd.score.base import Job, Scorer
 from ttmpd.tails import distances, teacher_tails
 
 
@@ -21,22 +19,13 @@ class Damage(Scorer):
     def __post_init__(self) -> None:
         check_range("damage.max_samples", self.max_samples, 1)
 
-    def score(
-        self,
-        teacher: nn.Module,
-        units: Sequence[Unit],
-        samples: Samples,
-        *,
-        actions: Sequence[Action] = DEFAULT_ACTIONS,
-        batch_size: int = 64,
-        seed: int = 0,
-    ) -> tuple[Score, ...]:
+    def scores(self, job: Job) -> Iterable[Score]:
         """One score per unit for the action "drop".
 
         Cost: one teacher pass and one run of the layers behind each unit, over at most ``max_samples`` samples.
         """
-        few = samples.subset(range(min(len(samples), self.max_samples)))
-        found = teacher_tails(teacher, units, few, lambda _unit: {"drop": lambda x: x}, batch_size=batch_size)
-        return tuple(
-            Score(unit.id, "drop", distances(found[unit.id, "drop"]), found[unit.id, "drop"]) for unit in units
-        )
+        few = job.samples.first(self.max_samples)
+        found = teacher_tails(job.teacher, job.units, few, lambda _: {"drop": lambda x: x}, batch_size=job.batch_size)
+        for unit in job.units:
+            parts = found[unit.id, "drop"]
+            yield Score(unit.id, "drop", distances(parts), parts)

@@ -1,13 +1,13 @@
 """Small weights hurt little: the oldest criterion, for whole blocks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import ClassVar
 
 from torch import nn
 
 from ttmpd.modules import module_at
-from ttmpd.records import DEFAULT_ACTIONS, Action, Samples, Score, Unit
-from ttmpd.score.base import Scorer
+from ttmpd.records import Score
+from ttmpd.score.base import Job, Scorer
 
 
 class Magnitude(Scorer):
@@ -15,18 +15,9 @@ class Magnitude(Scorer):
 
     source: ClassVar[str] = "L1 norm of weights (Li et al., 2017, arXiv 1608.08710), averaged over a block"
 
-    def score(
-        self,
-        teacher: nn.Module,
-        units: Sequence[Unit],
-        samples: Samples,
-        *,
-        actions: Sequence[Action] = DEFAULT_ACTIONS,
-        batch_size: int = 64,
-        seed: int = 0,
-    ) -> tuple[Score, ...]:
+    def scores(self, job: Job) -> Iterable[Score]:
         """The mean absolute value of all weights with two or more axes; of all weights where there are none."""
-        return tuple(Score(unit.id, "drop", _mean_magnitude(module_at(teacher, unit.path))) for unit in units)
+        return (Score(unit.id, "drop", _mean_magnitude(module_at(job.teacher, unit.path))) for unit in job.units)
 
 
 def _mean_magnitude(module: nn.Module) -> float:

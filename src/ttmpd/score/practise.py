@@ -1,6 +1,6 @@
 """PRACTISE's recoverability: train small adaptors around the hole and see how far they get."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -11,8 +11,8 @@ from ttmpd.errors import UnsupportedError
 from ttmpd.method import check_range
 from ttmpd.modules import call, evaluating, find_feature_tap, hooks, module_at, read, replace_module
 from ttmpd.progress import track
-from ttmpd.records import DEFAULT_ACTIONS, Action, Samples, Score, Tap, Unit
-from ttmpd.score.base import Scorer
+from ttmpd.records import Score, Tap, Unit
+from ttmpd.score.base import Job, Scorer
 from ttmpd.training import Loop, Schedule, batch_order, train
 from ttmpd.units.block import Block
 from ttmpd.views import random_view
@@ -34,16 +34,7 @@ class Practise(Scorer):
         check_range("practise.steps", self.steps, 0)
         check_range("practise.train_batch", self.train_batch, 1)
 
-    def score(
-        self,
-        teacher: nn.Module,
-        units: Sequence[Unit],
-        samples: Samples,
-        *,
-        actions: Sequence[Action] = DEFAULT_ACTIONS,
-        batch_size: int = 64,
-        seed: int = 0,
-    ) -> tuple[Score, ...]:
+    def scores(self, job: Job) -> Iterable[Score]:
         """One score per unit for "drop": the mean squared error that remains.
 
         Raises:
@@ -51,33 +42,26 @@ class Practise(Scorer):
 
         Cost: ``steps`` training steps per unit, with the teacher in the loop.
         """
-        if not units:
-            return ()
-        device = next(teacher.parameters()).device
-        few = samples.batch(slice(0, 2), device)
-        tap = find_feature_tap(teacher, few)
+        few = job.samples.batch(slice(0, 2), job.device)
+        tap = find_feature_tap(job.teacher, few)
         if tap is None or tap.side != "output":
             raise UnsupportedError(
                 "practise needs a feature map before pooling, which this model does not have; use ttmpd"
             )
-        blocks = _blocks(teacher, units, few)
-        return tuple(
-            Score(unit.id, "drop", self._recoverability(teacher, unit, blocks, samples, tap, seed))
-            for unit in track(units, "practise", len(units))
-        )
+        blocks = _blocks(job.teacher, job.units, few)
+        for unit in track(job.units, "practise", len(job.units)):
+            yield Score(unit.id, "drop", self._recoverability(job, unit, blocks, tap))
 
-    def _recoverability(
-        self, teacher: nn.Module, unit: Unit, blocks: list["_Block"], samples: Samples, tap: Tap, seed: int
-    ) -> float:
-        device = next(teacher.parameters()).device
+    def _recoverability(self, job: Job, unit: Unit, blocks: list["_Block"], tap: Tap) -> float:
+        teacher, samples, device = job.teacher, job.samples, job.device
         pruned = Block().cut(teacher, [unit]).eval()
         for parameter in pruned.parameters():
             parameter.requires_grad_(False)
         _insert_adaptors(pruned, unit, blocks)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(job.seed)
 
         def loss_at(step: int) -> Tensor:
-            index = batch_order(len(samples), self.train_batch, step, seed)
+            index = batch_order(len(samples), self.train_batch, step, job.seed)
             view = random_view(samples.batch(index, device), generator)
             with torch.no_grad():
                 wanted = read(teacher, view, {"f": tap})["f"]

@@ -1,13 +1,11 @@
 """No opinion: the control that every scorer has to beat."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from random import Random as Generator
 from typing import ClassVar
 
-from torch import nn
-
-from ttmpd.records import DEFAULT_ACTIONS, Action, Samples, Score, Unit
-from ttmpd.score.base import Scorer
+from ttmpd.records import Score
+from ttmpd.score.base import Job, Scorer
 
 
 class Random(Scorer):
@@ -15,16 +13,7 @@ class Random(Scorer):
 
     source: ClassVar[str] = "control"
 
-    def score(
-        self,
-        teacher: nn.Module,
-        units: Sequence[Unit],
-        samples: Samples,
-        *,
-        actions: Sequence[Action] = DEFAULT_ACTIONS,
-        batch_size: int = 64,
-        seed: int = 0,
-    ) -> tuple[Score, ...]:
+    def scores(self, job: Job) -> Iterable[Score]:
         """A harm from 0 to 1 per unit, by seed."""
-        draw = Generator(seed)
-        return tuple(Score(unit.id, "drop", draw.random()) for unit in units)
+        draw = Generator(job.seed)
+        return (Score(unit.id, "drop", draw.random()) for unit in job.units)

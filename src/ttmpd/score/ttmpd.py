@@ -1,7 +1,7 @@
 """TT-MPD's two variables: damage and closed-form repaired damage, without any training."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from torch import nn
@@ -9,9 +9,9 @@ from torch import nn
 from ttmpd.method import check_range
 from ttmpd.modules import evaluating, read
 from ttmpd.progress import track
-from ttmpd.records import DEFAULT_ACTIONS, KERNELS, Action, Samples, Score, Tap, Unit
+from ttmpd.records import KERNELS, Action, Samples, Score, Tap, Unit
 from ttmpd.repair import LinearMap, NormalEquations, rows
-from ttmpd.score.base import Scorer
+from ttmpd.score.base import Job, Scorer
 from ttmpd.sensitivity import SENSITIVITY_SAMPLES, positions, row_weights, sensitivities
 from ttmpd.tails import Replacement, distances, teacher_tails
 from ttmpd.units.block import Block
@@ -50,40 +50,29 @@ class TTMPD(Scorer):
         check_range("ttmpd.drop_share", self.drop_share, 0.0, 1.0)
         check_range("ttmpd.sensitivity", self.sensitivity, 0.0, 1.0)
 
-    def score(
-        self,
-        teacher: nn.Module,
-        units: Sequence[Unit],
-        samples: Samples,
-        *,
-        actions: Sequence[Action] = DEFAULT_ACTIONS,
-        batch_size: int = 64,
-        seed: int = 0,
-    ) -> tuple[Score, ...]:
+    def scores(self, job: Job) -> Iterable[Score]:
         """Scores for "drop" and for each stand-in of every unit.
 
         Cost: one batch with gradients, two teacher passes, and two runs of the layers behind each unit.
         """
-        if not units:
-            return ()
         fits = fit_stand_ins(
-            teacher,
-            units,
-            _first(samples, self.max_samples),
+            job.teacher,
+            job.units,
+            job.samples.first(self.max_samples),
             self.ridge,
             self.sensitivity,
-            batch_size,
-            seed,
-            conv="conv" in actions,
+            job.batch_size,
+            job.seed,
+            conv="conv" in job.actions,
         )
 
         def replacements(unit: Unit) -> dict[str, Replacement]:
             stand_ins = {action: functools.partial(fit, unit) for action, fit in fits[unit.id].items()}
             return {"drop": lambda x: x} | stand_ins
 
-        found = teacher_tails(teacher, units, _first(samples, self.tail_samples), replacements, batch_size=batch_size)
-        scores: list[Score] = []
-        for unit in units:
+        few = job.samples.first(self.tail_samples)
+        found = teacher_tails(job.teacher, job.units, few, replacements, batch_size=job.batch_size)
+        for unit in job.units:
             damage, repaired = distances(found[unit.id, "drop"]), distances(found[unit.id, "linear"])
             parts = {
                 "damage": damage,
@@ -91,13 +80,9 @@ class TTMPD(Scorer):
                 "prediction_damage": found[unit.id, "drop"]["prediction"],
                 "repaired_prediction_damage": found[unit.id, "linear"]["prediction"],
             }
-            scores.append(Score(unit.id, "drop", repaired + self.drop_share * max(0.0, damage - repaired), parts))
-            scores += [Score(unit.id, action, distances(found[unit.id, action]), parts) for action in fits[unit.id]]
-        return tuple(scores)
-
-
-def _first(samples: Samples, n: int) -> Samples:
-    return samples.subset(range(min(n, len(samples))))
+            yield Score(unit.id, "drop", repaired + self.drop_share * max(0.0, damage - repaired), parts)
+            for action in fits[unit.id]:
+                yield Score(unit.id, action, distances(found[unit.id, action]), parts)
 
 
 def fit_stand_ins(

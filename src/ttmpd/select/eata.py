@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ttmpd.adaptation import Selection
+from ttmpd.adaptation import Selection, redundancy_for
 from ttmpd.guard import logits_of
 from ttmpd.losses import entropy
 from ttmpd.method import check_range
@@ -25,8 +25,7 @@ class Reliable(Selector):
     e0: float = 0.4
     """Largest entropy of a reliable answer, as a share of ln(number of classes)."""
     redundancy: float = 0.0
-    """The cosine to the moving average must be smaller in size; 0 stands for 0.05 above 500 classes, 0.1 above 50,
-    else 0.4: answers of few classes are never that orthogonal to their mean."""
+    """The cosine to the moving average must be smaller in size; 0: by the number of classes."""
     window: int = 64
     """Samples between two updates of the moving average."""
 
@@ -52,8 +51,7 @@ class Reliable(Selector):
     def _passing(self, probabilities: Tensor, n: int) -> Tensor:
         """Positions of the first ``n`` rows that are reliable and not redundant, or of fewer."""
         n_classes = probabilities.shape[-1]
-        usual = 0.05 if n_classes > 500 else 0.1 if n_classes > 50 else 0.4
-        selection = Selection(self.e0 * math.log(n_classes), self.redundancy or usual)
+        selection = Selection(self.e0 * math.log(n_classes), self.redundancy or redundancy_for(n_classes))
         found = [torch.empty(0, dtype=torch.long)]
         for start in range(0, len(probabilities), self.window):
             found.append(start + selection.choose(probabilities[start : start + self.window]))
