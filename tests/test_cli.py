@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import ttmpd
 from ttmpd import cli, display
 from ttmpd.checkpoint import read_artifact
+from ttmpd.commands import _parsing, _reporting
 from ttmpd.demo import demo_data
 from ttmpd.errors import InvalidValueError, UnknownMethodError
 from ttmpd.method import VERBS, names
@@ -93,7 +94,7 @@ def test_compress_again_and_several_targets(made, data, quick_timing, tmp_path):
     folder, _ = made
     found = run("compress", "--model", folder, "--data", data, "--targets", "0.9x,0.8x", "--output", tmp_path / "many",
                 "--seed", 1, *QUICK)  # fmt: skip
-    assert found.exit_code in (0, cli.TARGET_MISSED), said(found)
+    assert found.exit_code in (0, _reporting.TARGET_MISSED), said(found)
     for name in ("0.9x", "0.8x"):
         assert len(read_artifact(tmp_path / "many" / name).removals) > len(read_artifact(folder).removals)
         assert ttmpd.load(tmp_path / "many" / name) is not None
@@ -114,7 +115,7 @@ def test_selected_samples(data, quick_timing, tmp_path):
     found = run("compress", "--model", DEMO, "--data", data, "--speedup", 1.1, "--score", "random", "--adapt", "none",
                 "--select", "puma", "--pool", 100, "--set", "select.norm=l2", "--output", tmp_path / "out",
                 *QUICK)  # fmt: skip
-    assert found.exit_code in (0, cli.TARGET_MISSED), said(found)
+    assert found.exit_code in (0, _reporting.TARGET_MISSED), said(found)
     assert "select" in said(found).partition("Seconds: ")[2]
     assert len(read_artifact(tmp_path / "out").sample_ids) == 60
     told = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -127,7 +128,7 @@ def test_unreachable_target(data, quick_timing, tmp_path, monkeypatch):
     monkeypatch.setattr("ttmpd.ready.time_units", lambda _m, _k, units, *_: [UnitTiming(u.id, 0.0, {}) for u in units])
     found = run("compress", "--model", DEMO, "--data", data, "--speedup", 500, "--score", "random", "--adapt", "none",
                 "--output", tmp_path / "out", *QUICK)  # fmt: skip
-    assert found.exit_code == cli.TARGET_MISSED
+    assert found.exit_code == _reporting.TARGET_MISSED
     assert "Target out of reach" in found.stderr
     assert "ask for --speedup" in said(found)
     assert not (tmp_path / "out" / "plan.json").exists()
@@ -146,7 +147,7 @@ def test_missed_target_keeps_the_artifact(data, quick_timing, tmp_path, monkeypa
     monkeypatch.setattr(pipeline, "Result", missed)
     found = run("compress", "--model", DEMO, "--data", data, "--speedup", 1.1, "--score", "random", "--adapt", "none",
                 "--output", tmp_path / "out", *QUICK)  # fmt: skip
-    assert found.exit_code == cli.TARGET_MISSED
+    assert found.exit_code == _reporting.TARGET_MISSED
     assert "Target missed" in found.stderr
     assert ttmpd.load(tmp_path / "out") is not None
 
@@ -154,7 +155,7 @@ def test_missed_target_keeps_the_artifact(data, quick_timing, tmp_path, monkeypa
 def test_two_runs_in_one_folder(data, tmp_path):
     with locked(tmp_path / "out"):
         found = run("compress", "--model", DEMO, "--data", data, "--speedup", 2, "--output", tmp_path / "out", *QUICK)
-    assert found.exit_code == cli.FAILED
+    assert found.exit_code == _reporting.FAILED
     assert "is in use" in said(found)
 
 
@@ -169,7 +170,7 @@ def test_interrupted(data, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     arguments = ("--model", DEMO, "--data", data, "--speedup", 2, "--score", "random", "--output", folder)
     found = run("compress", *arguments, *QUICK)
-    assert found.exit_code == cli.INTERRUPTED
+    assert found.exit_code == _reporting.INTERRUPTED
     assert "go on with: ttmpd compress --output 'my out' --resume" in said(found)
     assert (folder / ".work").is_dir()
     told = run("evaluate", "--model", folder, "--data", data)
@@ -223,7 +224,7 @@ def test_killed_in_distillation_then_resumed(data, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "finish", finish)
         found = run(*arguments, "--set", "distill.batch=48", "--resume")
-    assert found.exit_code in (0, cli.TARGET_MISSED), said(found)
+    assert found.exit_code in (0, _reporting.TARGET_MISSED), said(found)
     assert pieces.pop("reused") >= 6  # adapt, timing, score, plan, repair, prepare
     assert pieces == {name: when for name, when in before.items() if name != "run.json"}
     artifact = read_artifact(folder)
@@ -346,7 +347,7 @@ def test_bad_input_is_said_plainly(data, factory, images, tmp_path):
     ]
     for found, words in cases:
         assert words in said(found), f"{words!r} is not in {said(found)!r}"
-        assert found.exit_code == cli.FAILED
+        assert found.exit_code == _reporting.FAILED
         assert "Traceback" not in found.output
         assert found.stderr
 
@@ -364,7 +365,7 @@ def test_wrong_usage(data):
 
 def test_verbose_shows_where_an_error_came_from(tmp_path):
     found = run("bench", tmp_path / "no", "--verbose")
-    assert found.exit_code == cli.FAILED
+    assert found.exit_code == _reporting.FAILED
     assert "Traceback" in found.stderr
 
 
@@ -377,7 +378,7 @@ def test_help_loads_no_torch():
 
 
 def test_methods_from_options():
-    chosen = cli.choose_methods(
+    chosen = _parsing.choose_methods(
         {"adapt": "none", "score": "ttmpd", "plan": "greedy", "distill": "one_time"},
         ["score.ridge=1e-2", "distill.train_norm=no"],
         7,
@@ -387,17 +388,17 @@ def test_methods_from_options():
     assert chosen["distill"].train_norm is False
     assert chosen["adapt"].name == "none"
     with pytest.raises(UnknownMethodError):
-        cli.choose_methods({"plan": "none", "distill": "one_time"}, [], None)
+        _parsing.choose_methods({"plan": "none", "distill": "one_time"}, [], None)
 
 
 @pytest.mark.parametrize("text", ["", "s", "-3s", "0min", "inf", "nan", "3 days"])
 def test_durations_that_are_none(text):
     with pytest.raises(InvalidValueError, match="must be like 90s"):
-        cli.parse_duration(text)
+        _parsing.parse_duration(text)
 
 
 def test_durations():
-    assert [cli.parse_duration(text) for text in ("90s", "10min", "2m", "1h", "45")] == [90, 600, 120, 3600, 45]
+    assert [_parsing.parse_duration(text) for text in ("90s", "10min", "2m", "1h", "45")] == [90, 600, 120, 3600, 45]
 
 
 class Recorder:

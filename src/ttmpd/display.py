@@ -14,6 +14,7 @@ from rich.table import Table
 from ttmpd.progress import watched
 
 if TYPE_CHECKING:
+    from ttmpd.adapting import AdaptedModel
     from ttmpd.demo_run import DemoOutcome
     from ttmpd.evaluation import BenchRow, Evaluation
     from ttmpd.inspection import Inspection, Preview
@@ -194,12 +195,35 @@ def show_result(result: "Result", folder: Any) -> None:
     console.print(f"{len(removed)} of {len(facts['units'])} units removed.")
     _show_latency(console, facts)
     _show_agreement(console, facts)
-    for name, reason in facts["samples"]["skipped"][:MAX_LISTED]:
-        console.print(f"Skipped {escape(str(name))}: {escape(str(reason))}")
-    if len(facts["samples"]["skipped"]) > MAX_LISTED:
-        console.print(f"... and {len(facts['samples']['skipped']) - MAX_LISTED} more; report.json has them all.")
+    _show_skipped(console, facts)
     show_seconds(facts["seconds"])
     console.print(f"Artifact: {escape(str(folder))} (report.html shows it)", soft_wrap=True)
+
+
+def show_adapted(found: "AdaptedModel", folder: object) -> None:
+    """What was done to the model, how far its answers moved, and where the artifact lies."""
+    console, facts = out(), found.facts
+    console.print(f"Adaptation: {escape(found.note)}")
+    table = _table("", "value", title="What was found")
+    for name, value in facts["adapt"]["facts"].items():
+        table.add_row(escape(name.replace("_", " ")), f"{value:.4g}")
+    if facts["adapt"]["facts"]:
+        console.print(table)
+    if facts["agreement"] is not None:
+        n = facts["agreement"]["n_samples"]
+        alike = percent(facts["agreement"])
+        console.print(f"Agreement with the original: {alike} on {n} held-out samples (not accuracy)")
+    _show_skipped(console, facts)
+    show_seconds(facts["seconds"])
+    console.print(f"Artifact: {escape(str(folder))} (evaluate it with labels, or compress it)", soft_wrap=True)
+
+
+def _show_skipped(console: Console, facts: Mapping[str, Any]) -> None:
+    skipped = facts["samples"]["skipped"]
+    for name, reason in skipped[:MAX_LISTED]:
+        console.print(f"Skipped {escape(str(name))}: {escape(str(reason))}")
+    if len(skipped) > MAX_LISTED:
+        console.print(f"... and {len(skipped) - MAX_LISTED} more; report.json has them all.")
 
 
 def _show_latency(console: Console, facts: Mapping[str, Any]) -> None:
@@ -212,7 +236,8 @@ def _show_latency(console: Console, facts: Mapping[str, Any]) -> None:
     table.add_row("speedup, measured", f"{speedup['median']:.2f}x ({speedup['low']:.2f}x to {speedup['high']:.2f}x)")
     console.print(table)
     verdict = "[green]met[/green]" if target["met"] else "[red]missed[/red]"
-    console.print(f"Target {escape(target['asked'])} ({ms(target['budget_ms'])} ms): {verdict}")
+    note = " within the spread" if target["within_spread"] else ""
+    console.print(f"Target {escape(target['asked'])}: {verdict}{note}")
 
 
 def _show_agreement(console: Console, facts: Mapping[str, Any]) -> None:

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttmpd.adapt.base import Adapted
+from ttmpd.models import OpenedModel
 from ttmpd.modules import count_macs, count_parameters
 from ttmpd.planning import Planned
 from ttmpd.ready import Ready
 from ttmpd.records import ACTIONS, Fit, Plan, Samples, agreement
+from ttmpd.settings import Settings
 from ttmpd.timing import Rounds, machine
 
 FORMAT = 1
@@ -44,25 +47,8 @@ def collect(
     """
     plan = planned.plan
     teacher, start, final = logits
-    settings = ready.settings.to_dict()
-    few = ready.samples.batch(slice(0, 2), next(ready.source.parameters()).device)
-    return {
-        "format": FORMAT,
-        "ttmpd": _version(),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seed": ready.settings.seed,
-        "model": _model(ready.source, few)
-        | {"id": ready.opened.id, "class": type(ready.source).__name__, "rebuildable": ready.opened.rebuildable},
-        "student": _model(student, few),
-        "machine": machine(few.device) | {"batch_size": ready.settings.batch_size},
-        "settings": {k: v for k, v in settings.items() if not isinstance(v, dict)},
-        "methods": {k: v for k, v in settings.items() if isinstance(v, dict)},
-        "samples": {
-            "n_fit": len(ready.samples),
-            "n_held_out": len(ready.held_out),
-            "input_shape": list(few.shape[1:]),
-            "skipped": [list(row) for row in ready.samples.skipped],
-        },
+    few = (ready.samples, ready.held_out)
+    return _known(ready.opened, ready.source, student, few, ready.settings) | {
         "adapt": {"note": ready.adapt_note, "facts": ready.adapt_facts},
         "units": _units(ready, plan),
         "refused": [list(row) for row in ready.found.refused],
@@ -73,10 +59,68 @@ def collect(
         "agreement": _agreement(teacher, final),
         "agreement_repaired": _agreement(teacher, start),
         "held_out": _held_out(ready.held_out, teacher, final),
-        "class_names": list(ready.opened.class_names),
         "parted": _parted(ready.held_out, teacher, final),
         "fit": dataclasses.asdict(fit),
         "seconds": dict(seconds),
+    }
+
+
+def collect_adapted(
+    opened: OpenedModel,
+    source: nn.Module,
+    adapted: Adapted,
+    few: tuple[Samples, Samples],
+    settings: Settings,
+    logits: tuple[Tensor, Tensor],
+    seconds: float,
+) -> dict[str, Any]:
+    """The facts of an adaptation alone.
+
+    Args:
+        opened: where the model came from.
+        source: the model before.
+        adapted: the model after.
+        few: samples adapted to, and held-out samples.
+        settings: of the run.
+        logits: on the held-out samples, before and after.
+        seconds: that it took.
+    """
+    known = _known(opened, source, adapted.model, few, settings)
+    used = ("num_samples", "holdout", "batch_size", "device", "seed")
+    return known | {
+        "settings": {name: known["settings"][name] for name in used},
+        "methods": {"adapt": known["methods"]["adapt"]},
+        "adapt": {"note": adapted.note, "facts": adapted.facts},
+        "agreement": _agreement(*logits),
+        "held_out": _held_out(few[1], *logits),
+        "parted": _parted(few[1], *logits),
+        "seconds": {"adapt": seconds},
+    }
+
+
+def _known(
+    opened: OpenedModel, source: nn.Module, student: nn.Module, few: tuple[Samples, Samples], settings: Settings
+) -> dict[str, Any]:
+    """Facts of every run: which model, which machine, which settings, which samples."""
+    plain, batch = settings.to_dict(), few[0].batch(slice(0, 2), next(source.parameters()).device)
+    return {
+        "format": FORMAT,
+        "ttmpd": _version(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seed": settings.seed,
+        "model": _model(source, batch)
+        | {"id": opened.id, "class": type(source).__name__, "rebuildable": opened.rebuildable},
+        "student": _model(student, batch),
+        "machine": machine(batch.device) | {"batch_size": settings.batch_size},
+        "settings": {k: v for k, v in plain.items() if not isinstance(v, dict)},
+        "methods": {k: v for k, v in plain.items() if isinstance(v, dict)},
+        "samples": {
+            "n_fit": len(few[0]),
+            "n_held_out": len(few[1]),
+            "input_shape": list(batch.shape[1:]),
+            "skipped": [list(row) for row in few[0].skipped],
+        },
+        "class_names": list(opened.class_names),
     }
 
 

@@ -12,18 +12,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ttmpd.checkpoint import check_output, save_artifact
 from ttmpd.distill.base import Work
-from ttmpd.errors import InvalidValueError, SamplesError
+from ttmpd.errors import InvalidValueError
 from ttmpd.facts import collect
 from ttmpd.guard import logits_of
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.planning import Attempt, Planned, Waypoint, make_plan, needed_ms, walk
-from ttmpd.ready import Ready, get_ready, open_pool, selected
-from ttmpd.records import Fit, Plan, Removal, Samples
+from ttmpd.ready import Ready, get_ready, open_pool, selected, split
+from ttmpd.records import Fit, Plan, Removal
 from ttmpd.repair import fold, repaired, replay
 from ttmpd.savings import compare
 from ttmpd.settings import Settings, Target, settings_of
@@ -167,7 +166,7 @@ def prepared(
     """What is made once for all targets, and the stages: kept in ``output`` until the block ends well."""
     opened = model if isinstance(model, OpenedModel) else open_model(model)
     deadline = time.monotonic() + chosen.time_budget
-    few = _split(open_pool(samples, opened, chosen), chosen)
+    few = split(open_pool(samples, opened, chosen), chosen)
     with _work_folder(output) as work:
         run = fingerprint(
             weights_fingerprint(opened.module), few[0].ids, few[1].ids, chosen.to_dict() | {"time_budget": None}
@@ -194,17 +193,6 @@ def _work_folder(output: Path | None) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _split(samples: Samples, settings: Settings) -> tuple[Samples, Samples]:
-    """(to select from, held out), by seed: the held-out samples speak for all data, whatever is selected."""
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    n = min(len(samples), settings.num_samples)
-    n_held = round(n * settings.holdout) if n > 1 else 0
-    n_held = min(n - 1, n_held)
-    if n - n_held < 2:
-        raise SamplesError(f"compress must have at least 2 samples to fit on, but got {n - n_held}; give more samples")
-    return samples.subset(order[n_held:]), samples.subset(order[:n_held])
-
-
 def finish(ready: Ready, planned: Planned, stages: Stages, command: str) -> Result:
     """Cut, repair, distill and measure one plan."""
     key, plan = _key(planned.target), planned.plan
@@ -215,7 +203,8 @@ def finish(ready: Ready, planned: Planned, stages: Stages, command: str) -> Resu
     final = logits_of(student, ready.held_out, ready.settings.batch_size)
     with stages.timed("measure", key):
         rounds = compare(ready.source, student, ready.batch)
-    met = rounds.ratio("original", "compressed").high_ms >= ready.original_ms / plan.budget_ms
+    ratio, needed = rounds.ratio("original", "compressed"), ready.original_ms / plan.budget_ms
+    met = ratio.high_ms >= needed
     facts = collect(
         ready,
         planned,
@@ -225,7 +214,8 @@ def finish(ready: Ready, planned: Planned, stages: Stages, command: str) -> Resu
         logits=(teacher_logits, start, final),
         seconds=stages.seconds(key),
     )
-    facts["command"], facts["target"]["met"] = command, met
+    facts["command"] = command
+    facts["target"] |= {"met": met, "within_spread": met and ratio.median_ms < needed}
     ids = ready.samples.ids + ready.held_out.ids
     return Result(student.cpu(), plan, facts, ids, ready.opened, met)
 

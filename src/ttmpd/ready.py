@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttmpd.errors import ModelError, UnsupportedError
+from ttmpd.errors import ModelError, SamplesError, UnsupportedError
 from ttmpd.guard import logits_of
 from ttmpd.models import OpenedModel
 from ttmpd.modules import clone, has_nan, to_fast_format, to_plain_format
@@ -68,7 +68,7 @@ def get_ready(
     """Adapt the teacher, find, time and score the units."""
     samples, held_out = few
     device = choose_device(settings.device)
-    source = _source(opened, samples, device)
+    source = source_of(opened, samples, device)
     with stages.timed("find"):
         found = Block().find(source, samples.batch(slice(0, 2), device))
     if not found.units:
@@ -97,7 +97,7 @@ def get_ready(
     return dataclasses.replace(ready, scores=tuple(Score(**row) for row in rows))
 
 
-def _source(opened: OpenedModel, samples: Samples, device: torch.device) -> nn.Module:
+def source_of(opened: OpenedModel, samples: Samples, device: torch.device) -> nn.Module:
     """A copy of the model as it is, on the device; it has answered."""
     source = to_plain_format(clone(opened.module).to(device)).eval()
     _check_answers(source, samples, device)
@@ -110,13 +110,24 @@ def open_pool(data: Any, opened: OpenedModel, settings: Settings) -> Samples:
     return open_samples(data, opened.preprocessing, n_samples=n, enough=settings.num_samples, seed=settings.seed)
 
 
+def split(samples: Samples, settings: Settings) -> tuple[Samples, Samples]:
+    """(to select from, held out), by seed: the held-out samples speak for all data, whatever is selected."""
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    n = min(len(samples), settings.num_samples)
+    n_held = round(n * settings.holdout) if n > 1 else 0
+    n_held = min(n - 1, n_held)
+    if n - n_held < 2:
+        raise SamplesError(f"a run must have at least 2 samples to fit on, but got {n - n_held}; give more samples")
+    return samples.subset(order[n_held:]), samples.subset(order[:n_held])
+
+
 def selected(opened: OpenedModel, pool: Samples, n: int, settings: Settings, stages: Stages) -> Samples:
     """The ``n`` samples of the pool that the student is fitted on; the pool itself when it holds no more."""
     if n >= len(pool):
         return pool
 
     def compute() -> list[int]:
-        source = to_fast_format(_source(opened, pool, choose_device(settings.device)))
+        source = to_fast_format(source_of(opened, pool, choose_device(settings.device)))
         return list(settings.select.select(source, pool, n, batch_size=settings.batch_size, seed=settings.seed))
 
     return pool.subset(stages.json("select", compute))

@@ -164,14 +164,14 @@ def _sentences(facts: Any) -> list[str]:
     asked, budget = _at(facts, "target", "asked"), _at(facts, "target", "budget_ms")
     if asked is None and budget is None:
         return [done]
-    limit = "" if budget is None else f"{_ms(budget)} ms per batch"
-    what = f"{asked} ({limit})" if asked and limit else str(asked or limit)
     # The speedup first: machines change their pace between planning and the last measurement, ratios do not.
     measured, speedup = _at(facts, "latency", "compressed", "median_ms"), _at(facts, "latency", "speedup", "median")
     found = "" if measured is None else f": measured {_ms(measured)} ms"
     found = found if speedup is None else f": measured {speedup:.2f} times as fast"
-    verdict = {True: f"is met{found}", False: f"is missed{found}", None: "was not checked"}[_at(facts, "target", "met")]
-    return [done, f"The target, {what}, {verdict}."]
+    near = " within the spread" if _at(facts, "target", "within_spread") else ""
+    words = {True: f"is met{near}{found}", False: f"is missed{found}", None: "was not checked"}
+    what = asked or f"{_ms(budget)} ms per batch"
+    return [done, f"The target, {what}, {words[_at(facts, 'target', 'met')]}."]
 
 
 def _before_after(facts: Any) -> list[tuple[str, str, str, str]]:

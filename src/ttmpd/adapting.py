@@ -1,0 +1,90 @@
+"""``adapt_to``: the first half of the main job alone, a teacher moved to the data with nothing removed."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ttmpd.checkpoint import check_output, save_artifact
+from ttmpd.facts import collect_adapted
+from ttmpd.guard import logits_of
+from ttmpd.models import OpenedModel, open_model
+from ttmpd.modules import to_fast_format, to_plain_format
+from ttmpd.ready import open_pool, source_of, split
+from ttmpd.records import Plan
+from ttmpd.settings import choose_device, settings_of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AdaptedModel:
+    """A model that was adapted to unlabelled samples.
+
+    Args:
+        model: a plain ``nn.Module`` in eval mode, on the CPU.
+        note: what was done, or why nothing.
+        facts: everything that was found, as plain data.
+        sample_ids: content hashes of the samples that were used.
+        opened: where the model came from.
+    """
+
+    model: nn.Module
+    note: str
+    facts: dict[str, Any]
+    sample_ids: tuple[str, ...]
+    opened: OpenedModel
+
+    def save(self, folder: str | Path) -> Path:
+        """Write an artifact, as ``compress`` does: it loads with :func:`ttmpd.load`, and ``compress`` takes it."""
+        return save_artifact(
+            Path(folder),
+            model=self.model,
+            plan=Plan((), 0.0, 0.0, 0.0, 0.0),
+            opened=self.opened,
+            sample_ids=self.sample_ids,
+            facts=self.facts,
+        )
+
+    save_pretrained = save
+
+
+def adapt_to(
+    model: nn.Module | str | OpenedModel, samples: Any, *, output: str | Path | None = None, **settings: Any
+) -> AdaptedModel:
+    """A copy of the model, adapted to the samples without labels; nothing is removed.
+
+    Args:
+        model: any classifier, or the id of one.
+        samples: unlabelled, whatever :func:`ttmpd.compress` takes.
+        output: folder for an artifact.
+        **settings: of :class:`ttmpd.Settings`: ``adapt`` (the method), ``num_samples``, ``holdout`` (their share on
+            which the result is compared with the original and to which it is not adapted), ``batch_size``, ``device``
+            and ``seed``.
+
+    Raises:
+        SamplesError, ModelError, InvalidValueError: see their messages.
+
+    Example:
+        >>> import torch
+        >>> from ttmpd.specimens import tiny_model
+        >>> found = adapt_to(tiny_model(), torch.rand(40, 3, 8, 8), batch_size=8)
+        >>> found.model.training
+        False
+    """
+    chosen = settings_of(settings)
+    if output is not None:
+        check_output(Path(output))
+    opened = model if isinstance(model, OpenedModel) else open_model(model)
+    few = split(open_pool(samples, opened, chosen), chosen)
+    source = to_fast_format(source_of(opened, few[0], choose_device(chosen.device)))
+    start = time.perf_counter()
+    adapted = chosen.adapt.adapt(source, few[0], batch_size=chosen.batch_size, seed=chosen.seed)
+    seconds = time.perf_counter() - start
+    before, after = (logits_of(net, few[1], chosen.batch_size) for net in (source, adapted.model))
+    facts = collect_adapted(opened, source, adapted, few, chosen, (before, after), seconds)
+    net = to_plain_format(adapted.model).cpu().eval()
+    found = AdaptedModel(net, adapted.note, facts, few[0].ids + few[1].ids, opened)
+    if output is not None:
+        found.save(output)
+    return found

@@ -1,0 +1,111 @@
+"""The main job."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ttmpd import display
+from ttmpd.commands._options import (
+    BatchSizeOption,
+    DataOption,
+    DeviceOption,
+    ModelOption,
+    PretrainedOption,
+    SourceOption,
+    VerboseOption,
+    WeightsOption,
+    open_chosen,
+)
+from ttmpd.commands._parsing import choose_methods, parse_duration, parse_targets
+from ttmpd.commands._reporting import TARGET_MISSED, command_line, reporting, show_machine
+
+if TYPE_CHECKING:
+    from ttmpd.models import OpenedModel
+    from ttmpd.settings import Target
+
+
+def command(
+    model: ModelOption,
+    data: DataOption,
+    output: Annotated[Path | None, typer.Option("--output", help="Folder for the artifact.")] = None,
+    speedup: Annotated[float | None, typer.Option("--speedup", help="Times faster, e.g. 2.0.")] = None,
+    latency: Annotated[str | None, typer.Option("--latency", help='"12ms" per batch, or "0.5x" of now.')] = None,
+    targets: Annotated[str | None, typer.Option("--targets", help="Several: 0.8x,0.5x. A sub-folder each.")] = None,
+    num_samples: Annotated[int, typer.Option("--num-samples", min=2, help="Unlabelled samples to use.")] = 500,
+    holdout: Annotated[float, typer.Option("--holdout", help="Share of them that is held out.")] = 0.15,
+    batch_size: BatchSizeOption = 64,
+    device: DeviceOption = "auto",
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    steps: Annotated[int | None, typer.Option("--steps", min=0, help="Distillation steps [default: 200].")] = None,
+    select: Annotated[str, typer.Option("--select", help="A selector: which samples of the pool.")] = "random",
+    pool: Annotated[int, typer.Option("--pool", min=2, help="Samples that a selector looks at.")] = 5000,
+    adapt: Annotated[str, typer.Option("--adapt", help="An adapter, or none.")] = "norm",
+    score: Annotated[str, typer.Option("--score", help="A scorer.")] = "ttmpd",
+    plan: Annotated[str, typer.Option("--plan", help="A planner.")] = "knapsack",
+    distill: Annotated[str, typer.Option("--distill", help="A distiller.")] = "one_time",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="VERB.FIELD=VALUE, as often as wanted.")] = None,
+    actions: Annotated[str, typer.Option("--actions", help="Some of drop, linear, conv.")] = "drop,linear",
+    time_budget: Annotated[str | None, typer.Option("--time-budget", help="e.g. 90s, 10min, 1h.")] = None,
+    amp: Annotated[str, typer.Option("--amp", help="Mixed precision: auto, on or off.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only; write nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    source: SourceOption = None,
+    weights: WeightsOption = None,
+    no_pretrained: PretrainedOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Make a model faster and adapted to unlabelled samples; the artifact holds the proof."""
+    if sum(given is not None for given in (speedup, latency, targets)) != 1:
+        raise typer.BadParameter("give exactly one of --speedup, --latency and --targets")
+    if output is None and not dry_run:
+        raise typer.BadParameter("give --output DIR, or --dry-run to plan only")
+    kept = None if dry_run else output
+    with reporting(verbose, resumable=kept):
+        methods = choose_methods(
+            {"select": select, "adapt": adapt, "score": score, "plan": plan, "distill": distill}, settings or [], steps
+        )
+        goals = parse_targets(speedup, latency, targets)
+        given: dict[str, Any] = methods | {
+            "num_samples": num_samples, "pool": pool, "holdout": holdout, "batch_size": batch_size, "device": device,
+            "seed": seed, "actions": tuple(part.strip() for part in actions.split(",") if part.strip()), "amp": amp,
+        }  # fmt: skip
+        if time_budget is not None:
+            given["time_budget"] = parse_duration(time_budget)
+        opened = open_chosen(model, source, weights, no_pretrained)
+        if kept is None:
+            _dry_run(opened, data, goals, given)
+        else:
+            _compress(opened, data, goals, kept, resume, given, several=targets is not None)
+
+
+def _dry_run(opened: "OpenedModel", data: str, goals: "dict[str, Target]", given: dict[str, Any]) -> None:
+    from ttmpd.inspection import preview
+
+    show_machine(given["device"])
+    display.show_preview(preview(opened, data, targets=list(goals.values()), **given))
+
+
+def _compress(
+    opened: "OpenedModel",
+    data: str,
+    goals: "dict[str, Target]",
+    output: Path,
+    resume: bool,
+    given: dict[str, Any],
+    *,
+    several: bool,
+) -> None:
+    from ttmpd.pipeline import compress_many
+
+    show_machine(given["device"])
+    folders = [output / name for name in goals] if several else [output]
+    results = compress_many(
+        opened, data, targets=list(goals.values()), outputs=folders, resume=resume, command=command_line(), **given
+    )
+    for result, folder in zip(results, folders, strict=True):
+        display.show_result(result, folder)
+    if not all(result.met for result in results):
+        best = min(result.facts["latency"]["compressed"]["median_ms"] for result in results)
+        display.show_error("Target missed", f"the fastest that was measured is {best:.4g} ms; the artifact is kept")
+        raise typer.Exit(TARGET_MISSED)
