@@ -6,6 +6,7 @@ told to (``benchmarks/freed_memory.py`` measures both).
 """
 
 import ctypes
+import gc
 import sys
 
 # Parameters of mallopt(3), from malloc.h.
@@ -35,6 +36,13 @@ def keep_freed_memory() -> bool:
         for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 << 20))
     )
     return _kept
+
+
+def release_freed_memory() -> None:
+    """Hand freed memory back once, between pieces of work that need different sizes; where none is kept, do nothing."""
+    if _kept:
+        gc.collect()  # what only cycles hold is not free yet
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def freed_memory() -> str:

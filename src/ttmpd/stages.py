@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ttmpd.errors import InvalidValueError, TTMPDError
+from ttmpd.memory import release_freed_memory
 
 Tensors = dict[str, Tensor]
 
@@ -126,12 +127,13 @@ class Stages:
 
     @contextmanager
     def timed(self, name: str, key: str = "") -> Iterator[None]:
-        """Note the seconds of a block as those of a stage."""
+        """Note the seconds of a block as those of a stage, and let the next one begin with little memory."""
         start = time.perf_counter()
         try:
             yield
         finally:
             self._seconds[name, key] = time.perf_counter() - start
+            release_freed_memory()
 
     def json(self, name: str, compute: Callable[[], Any], key: str = "") -> Any:
         """The plain data of a stage: from disk if it is finished, else computed and kept.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.errors import InvalidValueError
-from ttmpd.memory import freed_memory
+from ttmpd.memory import freed_memory, release_freed_memory
 from ttmpd.modules import evaluating
 from ttmpd.progress import tell
 from ttmpd.records import Timing
@@ -82,6 +82,7 @@ def interleaved(
     """
     if not candidates or rounds < 1 or warmup < 0:
         raise InvalidValueError(f"timing must have candidates and rounds >= 1, but got {len(candidates)} and {rounds}")
+    release_freed_memory()  # what other work left in pieces would be added to the peak of this one
     order, shuffle = list(candidates), random.Random(seed)
     ms: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(warmup + 20 * rounds):

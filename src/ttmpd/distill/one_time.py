@@ -76,21 +76,23 @@ class OneTime(Distiller):
         Cost: exactly ``views`` teacher passes per sample and one per held-out sample.
         """
         device = next(teacher.parameters()).device
-        n_seen = self.steps * self._step_size(teacher, samples)
+        size = self._step_size(teacher, samples)
+        n_seen = self.steps * size
         n_views = max(1, min(self.views, math.ceil(n_seen / len(samples)))) if samples.is_image else 1
         few = samples.batch(slice(0, 2), device)
         tap = find_feature_tap(teacher, few)
         store = TargetsWriter(work.folder, n_views, len(samples))
-        starts = range(0, len(samples), work.batch_size)
+        n_pass = _pass_size(work, size)
+        starts = range(0, len(samples), n_pass)
         with evaluating(teacher):
             for view in range(n_views):
                 for start in track(starts, f"teacher view {view + 1}/{n_views}", len(starts)):
-                    index = torch.arange(start, min(start + work.batch_size, len(samples)))
+                    index = torch.arange(start, min(start + n_pass, len(samples)))
                     batch = fixed_view(samples.batch(index, device), index, view, work.seed, len(samples))
                     store.write(view, start, *_answers(teacher, batch, tap))
         features, logits = store.finish()
         first = features[0] if features is not None else logits[0]
-        kept = logits_of(teacher, held_out, work.batch_size)
+        kept = logits_of(teacher, held_out, n_pass)
         return Targets(
             tap=tap, features=features, logits=logits, feature_variance=feature_variance(first), held_out=kept
         )
@@ -122,7 +124,7 @@ class OneTime(Distiller):
             lambda step: loss_with(step, amp),
             Schedule(steps=self.steps, lr=lr, optimizer="adamw", clip=self.clip),
             Loop(
-                check=held_out_check(student, held_out, targets, work.batch_size),
+                check=held_out_check(student, held_out, targets, _pass_size(work, size)),
                 check_every=max(1, self.steps // 10),
                 patience=self.patience,
                 deadline=work.deadline,
@@ -154,6 +156,11 @@ class OneTime(Distiller):
             features = targets.features[view, place].to(device, torch.float32)
             loss = loss + feature_loss(seen["f"], features, targets.feature_variance)
         return loss
+
+
+def _pass_size(work: Work, step_size: int) -> int:
+    """Samples per pass without gradients: no more than fit where a step of ``step_size`` fits."""
+    return min(work.batch_size, 2 * step_size)
 
 
 def _views(samples: Samples, index: Tensor, device: torch.device, seed: int) -> Tensor:
