@@ -137,7 +137,8 @@ class Adaptation:
         loss: what a step makes smaller.
         lr: learning rate.
         optimizer: "adam", or "sgd" with momentum 0.9.
-        selection: which samples are learned from; None takes all, and saves running them a second time.
+        selection: which samples are learned from; None takes all.
+        anew: the loss runs the samples in another way than they were answered, and not in the same run.
         batch_statistics: batch normalisation takes the statistics of the batch instead of those it holds.
 
     Raises:
@@ -160,9 +161,10 @@ class Adaptation:
         lr: float = 1e-3,
         optimizer: str = "adam",
         selection: Selection | None = None,
+        anew: bool = False,
         batch_statistics: bool = False,
     ) -> None:
-        self.model, self.loss, self.lr, self.optimizer_name = model, loss, lr, optimizer
+        self.model, self.loss, self.lr, self.optimizer_name, self.anew = model, loss, lr, optimizer, anew
         self.selection, self.batch_statistics = selection, batch_statistics
         self.parameters = norm_parameters(model)
         if not self.parameters:
@@ -186,20 +188,28 @@ class Adaptation:
         Cost: one forward pass per sample; one backward pass per selected sample, and with a selection one more forward
         pass for these.
         """
-        lone = self.batch_statistics and len(batch) < 2
-        with learning(self.model, self.batch_statistics and not lone):
-            with torch.set_grad_enabled(self.selection is None):
-                logits = self._run(batch)
-            before = logits.detach()
-            if lone:
-                pass
-            elif self.selection is None:
-                self.n_selected += len(batch)
-                self._learn(before, lambda: logits, len(batch))
-            else:
-                self._learn_from(batch, before, self.selection.choose(before.float().softmax(-1)))
         self.n_seen += len(batch)
+        lone = self.batch_statistics and len(batch) < 2
+        if self.selection is None and not lone:
+            return self.learn(batch)
+        with learning(self.model, self.batch_statistics and not lone):
+            with torch.no_grad():
+                before = self._run(batch)
+            if self.selection is not None and not lone:
+                self._learn_from(batch, before, self.selection.choose(before.float().softmax(-1)))
         return before
+
+    def learn(self, batch: Tensor) -> Tensor:
+        """The logits of a batch that was selected already, from before the step that is made on all of it.
+
+        Cost: one forward and one backward pass per sample; two forward passes where the loss runs them anew.
+        """
+        self.n_selected += len(batch)
+        with learning(self.model, self.batch_statistics):
+            with torch.set_grad_enabled(not self.anew):
+                logits = self._run(batch)
+            self._learn(logits.detach(), (lambda: self._run(batch)) if self.anew else (lambda: logits), len(batch))
+        return logits.detach()
 
     def _run(self, batch: Tensor) -> Tensor:
         self.n_forward += len(batch)

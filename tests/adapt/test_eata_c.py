@@ -100,7 +100,7 @@ def test_backward_passes_are_those_of_the_selected(unguarded):
     )
     assert 0.0 < facts["selected_share"] < 1.0
     assert facts["backward_per_sample"] == pytest.approx(2 * facts["selected_share"])
-    assert facts["forward_per_sample"] == pytest.approx(2 * (1 + facts["selected_share"]) + 1 + 2)
+    assert facts["forward_per_sample"] == pytest.approx(2 * 2 * facts["selected_share"] + 1 + 2)  # whole and part
 
 
 def test_a_model_without_blocks_is_handed_on():

@@ -2,9 +2,8 @@
 
 import abc
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,6 @@ from ttmpd.modules import call, clone, evaluating, has_nan
 from ttmpd.norms import norm_parameters, using_batch_statistics
 from ttmpd.progress import track
 from ttmpd.records import Samples
-from ttmpd.training import batch_order
 
 MIN_SPREAD = 0.9
 """Answers have collapsed when the entropy of their mean falls below this share of what it was at the start."""
@@ -82,76 +80,98 @@ class Learner(Adapter):
         Facts: ``selected_share`` of the samples that steps saw, forward and backward passes per sample (those for
         mixing left out), ``epochs`` that were kept, ``rolled_back`` 0 or 1, and the facts of mixing.
 
-        Cost: two forward passes and a backward pass per sample and epoch, beside those of `norm`, twice with batch
-        statistics. With a selection, one more forward pass and the backward pass for selected samples alone.
+        Cost: per epoch a forward pass per sample, and a forward and a backward pass per sample that steps see; beside
+        those of `norm`.
         """
         hindrance = self.hindrance(teacher, samples)
         if hindrance:
             return Adapted(teacher, hindrance)
-        mix = partial(Norm().adapt, batch_size=batch_size, seed=seed)
         few = samples.first(self.max_samples)
-        mixed = mix(teacher, few)
+        mixed = Norm().adapt(teacher, few, batch_size=batch_size, seed=seed)
         adaptation = self.begin(clone(teacher if self.batch_statistics else mixed.model), few, seed)
         kept, reason = self._learn(adaptation, few, batch_size, seed)
         if self.batch_statistics:
-            mixed, kept, reason = _mixed_again(mixed, mix(adaptation.model, few), few, batch_size, kept, reason)
+            same = Norm(weights=(mixed.facts.get("weight", 0.0),))  # the shift is still that to which it was chosen
+            again = same.adapt(adaptation.model, few, batch_size=batch_size, seed=seed)
+            mixed, kept, reason = _mixed_again(mixed, again, few, batch_size, kept, reason)
         model = mixed.model if self.batch_statistics else adaptation.model
         facts = mixed.facts | _counts(adaptation, few) | {"epochs": float(kept), "rolled_back": float(bool(reason))}
         return Adapted(model, _note(mixed, kept, reason), facts)
 
-    def adaptation(self, model: nn.Module, loss: Loss, selection: Selection | None = None) -> Adaptation:
+    def adaptation(self, model: nn.Module, loss: Loss, **more: Any) -> Adaptation:
         """An adaptation by this method's hyper-parameters."""
         return Adaptation(
-            model,
-            loss,
-            lr=self.lr,
-            optimizer=self.optimizer,
-            selection=selection,
-            batch_statistics=self.batch_statistics,
+            model, loss, lr=self.lr, optimizer=self.optimizer, batch_statistics=self.batch_statistics, **more
         )
 
     def _learn(self, adaptation: Adaptation, samples: Samples, batch_size: int, seed: int) -> tuple[int, str]:
         """At the first sign of collapse back to the last good epoch; the number of epochs kept, and why no more."""
-        n, device = len(samples), adaptation.parameters[0].device
+        device = adaptation.parameters[0].device
         start, good = _answers(adaptation, samples, batch_size), adaptation.state()
-        per_epoch = max(1, n // self.batch)
+        answers = start
         for epoch in track(range(self.epochs), "adapt", self.epochs):
-            for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
-                adaptation.step(samples.batch(batch_order(n, self.batch, step, seed), device))
-            reason = collapse(start, _answers(adaptation, samples, batch_size))
+            for index in self._batches(adaptation, answers, seed * 100_003 + epoch):
+                adaptation.learn(samples.batch(index, device))
+            answers = _answers(adaptation, samples, batch_size)
+            reason = collapse(start, answers)
             if reason:
                 adaptation.load(good)
                 return epoch, f"rolled back after epoch {epoch + 1}: {reason}"
             good = adaptation.state()
         return self.epochs, ""
 
+    def _batches(self, adaptation: Adaptation, answers: Tensor, seed: int) -> Iterator[Tensor]:
+        """Positions of the samples of every step of an epoch, by the answers with which it begins.
+
+        The guard has just made these answers: whoever selects by them need not run the samples once more, and every
+        step is made on a whole batch. A rest that fills no batch is left out, unless it is all there is.
+        """
+        order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(seed))
+        adaptation.n_seen += len(order)
+        if adaptation.selection is not None:
+            probabilities = answers.float().softmax(-1)
+            parts = [part[adaptation.selection.choose(probabilities[part])] for part in torch.split(order, self.batch)]
+            order = torch.cat(parts)
+        size = min(self.batch, len(order))
+        return iter(torch.split(order[: len(order) // size * size], size) if size > self.batch_statistics else ())
+
 
 class SelectiveLearner(Learner):
     """Learns from sure and varied samples alone, and stays near where it started where that matters."""
 
+    lr: float = 1e-3
+    """Learning rate: what holds the model at its start allows for longer steps than `tent` takes."""
+    epochs: int = 3
+    """Passes over the samples: fewer, for the same reason."""
     e0: float = 0.4
     """Samples whose entropy is below e0 x ln(n_classes) are sure enough."""
     redundancy: float = 0.0
     """Samples whose cosine to the mean answer so far is smaller are varied enough; 0: by the number of classes."""
     beta: float = 1.0
     """Weight of the distance from the start; 0 leaves it and its Fisher information out."""
+    fisher_samples: int = 128
+    """Samples of which the Fisher information is made."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("e0", "redundancy", "beta"):
             check_range(f"{self.name}.{name}", getattr(self, name), 0.0)
+        check_range(f"{self.name}.fisher_samples", self.fisher_samples, 2)
 
-    def selective(self, model: nn.Module, samples: Samples, loss: Callable[[float], Loss]) -> Adaptation:
+    def selective(
+        self, model: nn.Module, samples: Samples, loss: Callable[[float], Loss], anew: bool = False
+    ) -> Adaptation:
         """An adaptation whose loss is the method's, made for a margin of entropy, and the distance from the start.
 
-        Cost: a forward and a backward pass per sample for the Fisher information.
+        Cost: a forward and a backward pass for each sample of the Fisher information.
         """
         classes = n_classes(model, samples)
         margin = self.e0 * math.log(classes)
-        held = anchor(model, samples, self.batch, self.batch_statistics) if self.beta else None
+        few = samples.first(self.fisher_samples)
+        held = anchor(model, few, self.batch, self.batch_statistics) if self.beta else None
         selection = Selection(margin, self.redundancy or redundancy_for(classes))
-        adaptation = self.adaptation(model, self._anchored(loss(margin), held), selection)
-        adaptation.charge(len(samples) if held else 0)
+        adaptation = self.adaptation(model, self._anchored(loss(margin), held), selection=selection, anew=anew)
+        adaptation.charge(len(few) if held else 0)
         return adaptation
 
     def _anchored(self, loss: Loss, held: Anchor | None) -> Loss:

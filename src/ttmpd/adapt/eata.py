@@ -16,7 +16,7 @@ class EATA(SelectiveLearner):
 
     source: ClassVar[str] = (
         "EATA (Niu et al., ICML 2022, arXiv 2204.02610), Fisher information as in the authors' code but divided by its "
-        "mean; selected samples are gathered and run again; passes, statistics and guard as in `tent`"
+        "mean; on a fixed set samples are selected once per pass; passes, statistics and guard as in `tent`"
     )
     weighted: bool = True
     """Surer samples count more, by exp(margin - entropy)."""

@@ -55,7 +55,7 @@ class EATAC(SelectiveLearner):
             with Block().mask(model, drawn(units, self.skip, seed, step)):
                 return self._loss(before, again(), margin)
 
-        return self.selective(model, samples, lambda margin: partial(loss, margin))
+        return self.selective(model, samples, lambda margin: partial(loss, margin), anew=True)
 
     def _loss(self, whole: Tensor, part: Tensor, margin: float) -> Tensor:
         joint = fused(whole.float().softmax(-1), part.float().softmax(-1), self.share)
