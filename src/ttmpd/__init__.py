@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ttmpd.adapt.none import NoAdaptation
     from ttmpd.adapt.norm import Norm
     from ttmpd.adapt.tent import Tent
+    from ttmpd.adapting import AdaptedModel, adapt_to
     from ttmpd.checkpoint import load
     from ttmpd.distill.mimic import Mimic
     from ttmpd.distill.one_time import OneTime
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ttmpd.inspection import Inspection, Preview, inspect, preview
     from ttmpd.memory import keep_freed_memory
     from ttmpd.models import OpenedModel, open_model
+    from ttmpd.online import TestTime
     from ttmpd.pipeline import Result, compress, compress_many
     from ttmpd.plan.greedy import Greedy
     from ttmpd.plan.knapsack import Knapsack
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from ttmpd.select.kcenter import KCenter
     from ttmpd.select.puma import PUMA
     from ttmpd.settings import Settings, Target
+    from ttmpd.student import train_student
     from ttmpd.units.block import Block
 
     from_pretrained = load
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
 # Everything that needs torch is imported when it is first asked for: the command line starts at once.
 _HOMES = {
     "Accuracy": "evaluation",
+    "AdaptedModel": "adapting",
     "Agreement": "records",
     "BenchRow": "evaluation",
     "Block": "units.block",
@@ -94,8 +98,10 @@ _HOMES = {
     "TTMPD": "score.ttmpd",
     "Target": "settings",
     "Tent": "adapt.tent",
+    "TestTime": "online",
     "Timing": "records",
     "Unit": "records",
+    "adapt_to": "adapting",
     "bench": "evaluation",
     "compress": "pipeline",
     "compress_many": "pipeline",
@@ -107,6 +113,7 @@ _HOMES = {
     "open_model": "models",
     "open_samples": "samples",
     "preview": "inspection",
+    "train_student": "student",
 }
 
 __all__ = [
@@ -116,6 +123,7 @@ __all__ = [
     "PUMA",
     "TTMPD",
     "Accuracy",
+    "AdaptedModel",
     "Agreement",
     "BenchRow",
     "Block",
@@ -154,10 +162,12 @@ __all__ = [
     "TTMPDError",
     "Target",
     "Tent",
+    "TestTime",
     "Timing",
     "Unit",
     "UnknownMethodError",
     "UnsupportedError",
+    "adapt_to",
     "bench",
     "compress",
     "compress_many",
@@ -169,6 +179,7 @@ __all__ = [
     "open_model",
     "open_samples",
     "preview",
+    "train_student",
 ]
 
 

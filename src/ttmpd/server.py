@@ -1,0 +1,273 @@
+"""A small HTTP server around a running service: predictions, state, report, health and metrics."""
+
+import logging
+import math
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+import anyio
+import torch
+import uvicorn
+from anyio.to_thread import run_sync
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from torch import Tensor
+
+from ttmpd.errors import InvalidValueError, ModelError, TTMPDError, UnsupportedError
+from ttmpd.factory import cause
+from ttmpd.inputs import NPY_TYPES, Limits, from_images, from_json, from_npy
+from ttmpd.metrics import CONTENT_TYPE, Metrics
+from ttmpd.modules import first_tensor
+from ttmpd.online import TestTime
+
+TYPES = 'application/json with "inputs", image/png, image/jpeg, multipart/form-data with images, application/x-npy'
+REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+_log = logging.getLogger("ttmpd")
+
+
+def create_app(service: TestTime, limits: Limits | None = None) -> FastAPI:
+    """The application: ``POST /predict``, ``GET /state``, ``/report``, ``/health`` and ``/metrics``.
+
+    Args:
+        service: is closed when the application shuts down.
+        limits: of a request.
+    """
+    limits = limits or Limits()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_sync(service.close)
+
+    app = FastAPI(title="ttmpd", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    metrics = Metrics()
+    app.add_middleware(Gate, max_bytes=limits.max_bytes, responded=metrics.responded)
+    _add_errors(app)
+    _add_predict(app, service, limits, metrics)
+    _add_views(app, service, metrics)
+    return app
+
+
+def serve(service: TestTime, *, host: str = "127.0.0.1", port: int = 8000, limits: Limits | None = None) -> None:
+    """Answer requests until the process is asked to end; then finish those under way and close the service."""
+    app = create_app(service, limits)
+    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=10, server_header=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- predict
+
+
+def _add_predict(app: FastAPI, service: TestTime, limits: Limits, metrics: Metrics) -> None:
+    limiter = anyio.CapacityLimiter(limits.running)
+    under_way = 0
+
+    @app.post("/predict")
+    async def predict(
+        request: Request,
+        top: Annotated[int, Query(ge=1, le=1000)] = 5,
+        scores: Annotated[bool, Query()] = True,
+    ) -> JSONResponse:
+        nonlocal under_way
+        if under_way >= limits.running + limits.waiting:
+            raise HTTPException(503, "the server must have a place for a request, but is busy; try again")
+        under_way += 1
+        try:
+            with anyio.fail_after(limits.body_seconds):
+                read = await _reader(request, service, limits)
+            answer = await run_sync(_answer, service, read, top, scores, metrics, limiter=limiter)
+        except ClientDisconnect:
+            raise HTTPException(400, "a body must arrive whole, but the connection was closed; send it again") from None
+        except TimeoutError:
+            raise HTTPException(408, f"a body must arrive within {limits.body_seconds:g} s; send it again") from None
+        finally:
+            under_way -= 1
+        return JSONResponse(answer)
+
+
+async def _reader(request: Request, service: TestTime, limits: Limits) -> Callable[[], Tensor]:
+    """Reads the body; what decodes it is handed back, to be run in a thread."""
+    preprocessing = service.opened.preprocessing
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        bodies = await _files(request, limits)
+        return lambda: from_images(bodies, preprocessing, limits)
+    if kind not in ("application/json", "image/png", "image/jpeg", *NPY_TYPES):
+        raise HTTPException(415, f"the content type must be one of {TYPES}, but got {kind[:80]!r}")
+    body = await request.body()
+    if kind.startswith("image/"):
+        return lambda: from_images([body], preprocessing, limits)
+    decode = from_json if kind == "application/json" else from_npy
+    return lambda: decode(body, preprocessing, limits)
+
+
+async def _files(request: Request, limits: Limits) -> list[bytes]:
+    """The bodies of the files of a form."""
+    try:
+        async with request.form(max_files=limits.max_batch, max_fields=8) as form:
+            return [await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)]
+    except HTTPException as error:  # of the parser, or of the gate
+        if error.status_code != 400:
+            raise
+        rule = f"a form must be whole and hold at most {limits.max_batch} files"
+        raise HTTPException(422, f"{rule}, but: {error.detail}; send several") from error
+
+
+def _answer(
+    service: TestTime, read: Callable[[], Tensor], top: int, with_scores: bool, metrics: Metrics
+) -> dict[str, Any]:
+    batch = read()
+    begun = time.perf_counter()
+    try:
+        answer = service.answer(batch.to(service.device))
+        logits = first_tensor(answer.output)
+        if logits is None or logits.dim() != 2:
+            raise ModelError("the model must answer with one row of class scores per sample, but does not")
+        logits = logits.detach().float().cpu()
+    except torch.OutOfMemoryError:
+        raise HTTPException(503, f"the device must have room for {len(batch)} samples; send fewer at once") from None
+    except (RuntimeError, ValueError, IndexError) as error:  # what modules raise for inputs they cannot take
+        raise InvalidValueError(f"the model must be able to take the inputs, but said {cause(error)}") from error
+    metrics.answered(answer.by, len(batch), time.perf_counter() - begun)
+    names = service.opened.class_names
+    return {
+        "answered_by": answer.by,
+        "answers": [_row(row, names, top, with_scores) for row in logits],
+    }
+
+
+def _row(logits: Tensor, names: tuple[str, ...], top: int, with_scores: bool) -> dict[str, Any]:
+    """The answer to one sample; values that are not finite become null."""
+    probabilities = torch.softmax(logits, -1)
+    best = probabilities.topk(min(top, len(logits)))
+    classes = [
+        {"class": index, "probability": _number(p)} | ({"name": names[index]} if index < len(names) else {})
+        for p, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+    scores = {"scores": [_number(value) for value in logits.tolist()]} if with_scores else {}
+    return classes[0] | {"top": classes} | scores
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+# --------------------------------------------------------------------------------------------------------------- views
+
+
+def _add_views(app: FastAPI, service: TestTime, metrics: Metrics) -> None:
+    @app.get("/state")
+    def state() -> JSONResponse:
+        return JSONResponse(service.state())
+
+    @app.get("/report")
+    def report() -> Response:
+        artifact = service.artifact
+        try:
+            page = None if artifact is None else (artifact / "report.html").read_bytes()
+        except OSError:  # replaced by that of a newer student at this moment
+            page = None
+        if page is None:
+            phase = service.state()["phase"]
+            raise HTTPException(404, f"there must be a student to report on, but the service is {phase}; see /state")
+        headers = {"content-security-policy": REPORT_POLICY, "x-content-type-options": "nosniff"}
+        return Response(page, media_type="text/html; charset=utf-8", headers=headers)
+
+    @app.get("/health")
+    def health() -> JSONResponse:
+        phase = service.state()["phase"]
+        ready = phase != "closed"
+        return JSONResponse({"live": True, "ready": ready, "phase": phase}, 200 if ready else 503)
+
+    @app.get("/metrics")
+    def show_metrics() -> Response:
+        return Response(metrics.text(service.state()), media_type=CONTENT_TYPE)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Every error is JSON of what is wrong and what to do next."""
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        return _problem(error.status_code, str(error.detail), error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return _problem(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}; correct the query")
+
+    @app.exception_handler(TTMPDError)
+    async def stated(_: Request, error: TTMPDError) -> JSONResponse:
+        return _problem(422 if isinstance(error, InvalidValueError | UnsupportedError) else 500, str(error))
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        _log.error("a request failed", exc_info=error)
+        return _problem(500, "the server failed; look at its log")
+
+
+def _problem(status: int, message: str, headers: Any = None) -> JSONResponse:
+    error, _, step = message.rpartition("; ")
+    steps = {404: "GET /state, /report, /health, /metrics or POST /predict", 405: "POST /predict, GET everything else"}
+    plain = {"error": error or message, "next": step if error else steps.get(status, f"send {TYPES}")}
+    extra = dict(headers or {}) | ({"retry-after": "1"} if status == 503 else {})
+    return JSONResponse(plain, status, headers=extra)
+
+
+class Gate:
+    """Turns a request away as soon as its body is too large: by its stated length, else while it comes in.
+
+    Args:
+        app: what answers.
+        max_bytes: of the body.
+        responded: hears of the status of every response to a POST.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, responded: Callable[[int], None]) -> None:
+        self.app, self.max_bytes, self.responded = app, max_bytes, responded
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        n_read = 0
+
+        async def noted(message: Message) -> None:
+            if message["type"] == "http.response.start" and scope["method"] == "POST":
+                self.responded(message["status"])
+            await send(message)
+
+        async def counted() -> Message:
+            nonlocal n_read
+            message = await receive()
+            n_read += len(message.get("body", b""))
+            if n_read > self.max_bytes:
+                raise HTTPException(413, self._rule)
+            return message
+
+        stated = dict(scope["headers"]).get(b"content-length", b"0")
+        if not stated.isdigit() or int(stated[:20]) > self.max_bytes:
+            await _problem(413, self._rule, {"connection": "close"})(scope, receive, noted)
+        else:
+            await self.app(scope, counted, noted)
+
+    @property
+    def _rule(self) -> str:
+        return f"a body must have at most {self.max_bytes} bytes; send fewer samples at once"
+
+
+def default_limits(max_mb: float, max_batch: int) -> Limits:
+    """Limits with as many requests at once as there are cores."""
+    return Limits(max_bytes=int(max_mb * 2**20), max_batch=max_batch, running=max(2, os.cpu_count() or 2))

@@ -1,0 +1,201 @@
+"""From ids and files to a trained student in a folder: open, hold back, train, measure, write."""
+
+import dataclasses
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ttmpd.errors import InvalidValueError, SamplesError
+from ttmpd.evaluation import Accuracy
+from ttmpd.guard import logits_of
+from ttmpd.labels import open_labels
+from ttmpd.method import check_range
+from ttmpd.models import OpenedModel
+from ttmpd.modules import clone
+from ttmpd.records import Samples, agreement
+from ttmpd.samples import open_samples
+from ttmpd.settings import choose_device
+from ttmpd.stages import disk_guarded, locked, write_json
+from ttmpd.student import WORK, Trained, train_student
+
+WEIGHTS, REPORT, CARD = "model.safetensors", "report.json", "README.md"
+KIND = "student"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StudentRun:
+    """What became of a run.
+
+    Args:
+        trained: the student.
+        n_samples: how many samples it could have been trained on.
+        accuracy: of the student on the held-out samples; None when none were held out.
+        teacher: the same of the teacher, as it taught; None without one.
+        folder: where everything lies.
+    """
+
+    trained: Trained
+    n_samples: int
+    accuracy: Accuracy | None
+    teacher: Accuracy | None
+    folder: Path
+
+
+def run_student(
+    student: OpenedModel,
+    data: str,
+    labels: Path | None,
+    output: Path,
+    *,
+    teacher: OpenedModel | None = None,
+    holdout: float = 0.15,
+    num_samples: int | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    command: str = "",
+    **settings: Any,
+) -> StudentRun:
+    """Train a student on a part of labelled data and write it to a folder.
+
+    Args:
+        student: trained from the weights that it has.
+        data: a folder of images, a .npz or .npy file.
+        labels: a .csv or .npz file; None takes ``y`` from a .npz ``data``.
+        output: made if missing.
+        teacher: see :func:`ttmpd.train_student`.
+        holdout: share of the samples that is drawn at random and only measured on.
+        num_samples: take no more than this many of the data, drawn at random; they are held in memory.
+        device: "auto", "cpu", "cuda", "mps".
+        resume: go on with what a killed run left in ``output``.
+        command: recorded in the report.
+        **settings: fields of :class:`ttmpd.recipe.Recipe`.
+
+    Raises:
+        SamplesError: nothing usable is there, or a sample has no label.
+        InvalidValueError: as :func:`ttmpd.train_student`; or ``output`` holds other files.
+    """
+    check_range("holdout", holdout, 0.0, 0.9)
+    _check_output(output)
+    where, seed = choose_device(device), int(settings.get("seed", 0))
+    net = clone(student.module).to(where)
+    guide = None if teacher is None else clone(teacher.module).to(where).eval()
+    samples, seen = _opened(data, student, teacher, num_samples, seed)
+    truth = open_labels(labels, data).of(samples)
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
+    n_held = round(holdout * len(samples))
+    held, rest = order[:n_held], sorted(order[n_held:])
+    with locked(output), disk_guarded(output):
+        if not resume:
+            shutil.rmtree(output / WORK, ignore_errors=True)
+        trained = train_student(
+            net, samples.subset(rest), truth[rest], teacher=guide, teacher_samples=seen.subset(rest), folder=output,
+            **settings,
+        )  # fmt: skip
+        accuracy = _accuracy(trained.model, samples.subset(held), truth[held])
+        taught = None if trained.teacher is None else _accuracy(trained.teacher, seen.subset(held), truth[held])
+        found = StudentRun(trained, len(rest), accuracy, taught, output)
+        names = [samples.names[rest[place]] for place in trained.kept]
+        facts = _facts(found, student, teacher, settings={"holdout": holdout, "device": str(where)})
+        _write(found, facts | {"command": command, "kept": names}, student.id)
+        shutil.rmtree(output / WORK, ignore_errors=True)
+    return found
+
+
+def _opened(
+    data: str, student: OpenedModel, teacher: OpenedModel | None, n: int | None, seed: int
+) -> tuple[Samples, Samples]:
+    """The samples as the student wants them, and the same ones as the teacher wants them."""
+    theirs = student.preprocessing if teacher is None else teacher.preprocessing or student.preprocessing
+    ours = student.preprocessing or theirs
+    samples = open_samples(data, ours, n_samples=n, seed=seed)
+    if theirs == ours:
+        return samples, samples
+    seen = open_samples(data, theirs, n_samples=n, seed=seed)
+    if seen.ids != samples.ids:
+        raise SamplesError(
+            "student and teacher must be able to use the same samples, but one skips some that the other takes; take "
+            "images out that are too small for either"
+        )
+    return samples, seen
+
+
+def _accuracy(model: nn.Module, samples: Samples, truth: Tensor) -> Accuracy | None:
+    """Share of right answers with its Wilson interval; None without samples."""
+    if not len(samples):
+        return None
+    right = int((logits_of(model, samples, 64).argmax(-1) == truth).sum())
+    found = agreement(right, len(samples))
+    return Accuracy(found.share, found.low, found.high, found.n_samples)
+
+
+def _check_output(folder: Path) -> None:
+    """Refuse to write among files that are not ours."""
+    if folder.exists() and not folder.is_dir():
+        raise InvalidValueError(f"output must be a folder, but {str(folder)!r} is a file; choose another")
+    others = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+    if others and not (set(others) <= {WEIGHTS, REPORT, CARD} and REPORT in others):
+        raise InvalidValueError(
+            f"output must be a new or empty folder, or one of a student, but {str(folder)!r} holds other files "
+            f"({', '.join(others[:3])}); choose another"
+        )
+
+
+def _facts(
+    found: StudentRun, student: OpenedModel, teacher: OpenedModel | None, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything about the run as plain data."""
+    trained = found.trained
+    return {
+        "kind": KIND,
+        "student": student.id,
+        "teacher": None if teacher is None else teacher.id,
+        "adapt": trained.adapt_note,
+        "recipe": trained.recipe.to_dict() | {"alpha": trained.alpha},
+        "settings": settings,
+        "n_samples": found.n_samples,
+        "n_kept": len(trained.kept),
+        "n_views": trained.n_views,
+        "steps": trained.fit.steps,
+        "seconds": dict(trained.seconds),
+        "accuracy": None if found.accuracy is None else dataclasses.asdict(found.accuracy),
+        "teacher_accuracy": None if found.teacher is None else dataclasses.asdict(found.teacher),
+    }
+
+
+def _write(found: StudentRun, facts: dict[str, Any], model_id: str) -> None:
+    """Weights, report and card, each under a temporary name first; the report comes last and makes the folder ours."""
+    folder = found.folder
+    unfinished = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+    try:
+        state = found.trained.model.state_dict()
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, unfinished / WEIGHTS)
+        (unfinished / CARD).write_text(_card(found, facts, model_id), encoding="utf-8")
+        write_json(unfinished / REPORT, facts)
+        shutil.copymode(unfinished / REPORT, unfinished / WEIGHTS)  # safetensors makes it private
+        for name in (WEIGHTS, CARD, REPORT):
+            (unfinished / name).replace(folder / name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _card(found: StudentRun, facts: dict[str, Any], model_id: str) -> str:
+    """What this is, how good it is, how to load it."""
+    trained, accuracy = found.trained, found.accuracy
+    taught = f", with the answers of `{facts['teacher']}` at a weight of {trained.alpha:g}" if trained.alpha else ""
+    measured = "Nothing was held out: its accuracy is not known."
+    if accuracy is not None:
+        measured = (
+            f"Accuracy on {accuracy.n_samples} held-out samples of the same data: {accuracy.share:.1%} "
+            f"(95 % interval {accuracy.low:.1%} to {accuracy.high:.1%})."
+        )
+    return (
+        f"# Student\n\n`{model_id}`, trained for {trained.fit.steps} steps on {len(trained.kept)} of {found.n_samples} "
+        f"labelled samples (chosen by `{trained.recipe.select.name}`){taught}.\n\n{measured}\n\n"
+        f"```\nttmpd evaluate --model {model_id} --weights {WEIGHTS} --data DATA --labels LABELS\n```\n\n"
+        f"`{REPORT}` holds all settings, the seconds of each stage and the names of the samples that were kept.\n"
+    )
