@@ -120,7 +120,7 @@ def test_without_a_weight_for_attacks_trades_is_cross_entropy():
 
 
 def test_the_losses_by_hand_on_a_linear_classifier():
-    net = nn.Linear(5, 2)
+    net = nn.Linear(5, 2).requires_grad_(False)
     batch, labels = torch.randn(4, 5), torch.zeros(4, dtype=torch.long)
     radius = torch.full((4,), 0.2)
     worst = batch + 0.2 * (net.weight[1] - net.weight[0]).detach().sign()
