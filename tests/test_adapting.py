@@ -51,6 +51,7 @@ def test_the_artifact_loads_and_can_be_compressed(shifted, tmp_path):
     page = (tmp_path / "adapted" / "report.html").read_text()
     assert "adapted</h1>" in page
     assert "compressed</h1>" not in page
+    assert "removable unit" not in page  # units were not looked for
     assert compress(again, shifted, latency="0.99x", batch_size=8, num_samples=20).plan.removals
 
 
