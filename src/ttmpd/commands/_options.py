@@ -11,19 +11,27 @@ if TYPE_CHECKING:
     from ttmpd.models import OpenedModel
 
 _MODEL = "timm:NAME, torchvision:NAME, hf:ORG/NAME, hf:/directory, FILE.py:factory, package.module:factory"
-ModelOption = Annotated[str, typer.Option("--model", help=f"{_MODEL}, or an artifact folder.")]
-DataOption = Annotated[str, typer.Option("--data", help="A folder of images, or a .npz or .npy file.")]
-MaybeDataOption = Annotated[str | None, typer.Option("--data", help="Real inputs; random values when left out.")]
-SourceOption = Annotated[
+Model = Annotated[str, typer.Option("--model", help=f"{_MODEL}, or an artifact folder.")]
+Data = Annotated[str, typer.Option("--data", help="A folder of images, or a .npz or .npy file.")]
+MaybeData = Annotated[str | None, typer.Option("--data", help="Real inputs; random values when left out.")]
+Source = Annotated[
     str | None, typer.Option("--source", help="The original model of an artifact that came from your own code.")
 ]
-WeightsOption = Annotated[
+Weights = Annotated[
     Path | None, typer.Option("--weights", help="A .safetensors file to load instead of the published weights.")
 ]
-PretrainedOption = Annotated[bool, typer.Option("--no-pretrained", help="Random weights: nothing is downloaded.")]
-BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per batch.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", help="Say more, and show where an error came from.")]
+Pretrained = Annotated[bool, typer.Option("--no-pretrained", help="Random weights: nothing is downloaded.")]
+NumSamples = Annotated[int, typer.Option("--num-samples", min=2, help="Unlabelled samples to use.")]
+Holdout = Annotated[float, typer.Option("--holdout", help="Share of them that is held out.")]
+Seed = Annotated[int, typer.Option("--seed")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")]
+Labels = Annotated[Path | None, typer.Option("--labels", help="A .npz with y, or a .csv of file and label.")]
+Speedup = Annotated[float | None, typer.Option("--speedup", help="Times faster, e.g. 2.0.")]
+Latency = Annotated[str | None, typer.Option("--latency", help='"12ms" per batch, or "0.5x" of now.')]
+Steps = Annotated[int | None, typer.Option("--steps", min=0, help="Distillation steps [default: 200].")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per batch.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Say more, and show where an error came from.")]
 
 
 def open_chosen(model: str, source: str | None, weights: Path | None, no_pretrained: bool) -> "OpenedModel":

@@ -6,17 +6,17 @@ from typing import Annotated
 import typer
 
 from ttmpd import display
-from ttmpd.commands._options import DeviceOption, MaybeDataOption, SourceOption, VerboseOption
+from ttmpd.commands import _options as option
 from ttmpd.commands._reporting import reporting
 
 
 def command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact folder.")],
     batch_size: Annotated[list[int] | None, typer.Option("--batch-size", help="As often as wanted.")] = None,
-    data: MaybeDataOption = None,
-    device: DeviceOption = "auto",
-    source: SourceOption = None,
-    verbose: VerboseOption = False,
+    data: option.MaybeData = None,
+    device: option.Device = "auto",
+    source: option.Source = None,
+    verbose: option.Verbose = False,
 ) -> None:
     """Time original and compressed, interleaved, on this machine."""
     with reporting(verbose):

@@ -6,17 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ttmpd import display
-from ttmpd.commands._options import (
-    BatchSizeOption,
-    DataOption,
-    DeviceOption,
-    ModelOption,
-    PretrainedOption,
-    SourceOption,
-    VerboseOption,
-    WeightsOption,
-    open_chosen,
-)
+from ttmpd.commands import _options as option
 from ttmpd.commands._parsing import choose_methods, parse_duration, parse_targets
 from ttmpd.commands._reporting import TARGET_MISSED, command_line, reporting, show_machine
 
@@ -26,18 +16,18 @@ if TYPE_CHECKING:
 
 
 def command(
-    model: ModelOption,
-    data: DataOption,
+    model: option.Model,
+    data: option.Data,
     output: Annotated[Path | None, typer.Option("--output", help="Folder for the artifact.")] = None,
-    speedup: Annotated[float | None, typer.Option("--speedup", help="Times faster, e.g. 2.0.")] = None,
-    latency: Annotated[str | None, typer.Option("--latency", help='"12ms" per batch, or "0.5x" of now.')] = None,
+    speedup: option.Speedup = None,
+    latency: option.Latency = None,
     targets: Annotated[str | None, typer.Option("--targets", help="Several: 0.8x,0.5x. A sub-folder each.")] = None,
-    num_samples: Annotated[int, typer.Option("--num-samples", min=2, help="Unlabelled samples to use.")] = 500,
-    holdout: Annotated[float, typer.Option("--holdout", help="Share of them that is held out.")] = 0.15,
-    batch_size: BatchSizeOption = 64,
-    device: DeviceOption = "auto",
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    steps: Annotated[int | None, typer.Option("--steps", min=0, help="Distillation steps [default: 200].")] = None,
+    num_samples: option.NumSamples = 500,
+    holdout: option.Holdout = 0.15,
+    batch_size: option.BatchSize = 64,
+    device: option.Device = "auto",
+    seed: option.Seed = 0,
+    steps: option.Steps = None,
     select: Annotated[str, typer.Option("--select", help="A selector: which samples of the pool.")] = "random",
     pool: Annotated[int, typer.Option("--pool", min=2, help="Samples that a selector looks at.")] = 5000,
     adapt: Annotated[str, typer.Option("--adapt", help="An adapter, or none.")] = "norm",
@@ -50,10 +40,10 @@ def command(
     amp: Annotated[str, typer.Option("--amp", help="Mixed precision: auto, on or off.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only; write nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
-    source: SourceOption = None,
-    weights: WeightsOption = None,
-    no_pretrained: PretrainedOption = False,
-    verbose: VerboseOption = False,
+    source: option.Source = None,
+    weights: option.Weights = None,
+    no_pretrained: option.Pretrained = False,
+    verbose: option.Verbose = False,
 ) -> None:
     """Make a model faster and adapted to unlabelled samples; the artifact holds the proof."""
     if sum(given is not None for given in (speedup, latency, targets)) != 1:
@@ -72,7 +62,7 @@ def command(
         }  # fmt: skip
         if time_budget is not None:
             given["time_budget"] = parse_duration(time_budget)
-        opened = open_chosen(model, source, weights, no_pretrained)
+        opened = option.open_chosen(model, source, weights, no_pretrained)
         if kept is None:
             _dry_run(opened, data, goals, given)
         else:

@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 
 from ttmpd import display
-from ttmpd.commands._options import VerboseOption
+from ttmpd.commands import _options as option
 from ttmpd.commands._reporting import TARGET_MISSED, reporting
 
 
 def command(
     output: Annotated[Path, typer.Option("--output", help="Folder for the artifact.")] = Path("artifacts/demo"),
-    verbose: VerboseOption = False,
+    verbose: option.Verbose = False,
 ) -> None:
     """The whole thing on handwritten digits: no download, no GPU, under 90 seconds on 2 cores."""
     with reporting(verbose):

@@ -6,24 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from ttmpd.commands._options import (
-    BatchSizeOption,
-    DeviceOption,
-    ModelOption,
-    PretrainedOption,
-    SourceOption,
-    VerboseOption,
-    WeightsOption,
-    open_chosen,
-)
+from ttmpd.commands import _options as option
 from ttmpd.commands._reporting import reporting, show_machine
 from ttmpd.errors import MissingPackageError
 
 
 def command(
-    model: ModelOption,
-    speedup: Annotated[float | None, typer.Option("--speedup", help="Times faster, e.g. 2.0.")] = None,
-    latency: Annotated[str | None, typer.Option("--latency", help='"12ms" per batch, or "0.5x" of now.')] = None,
+    model: option.Model,
+    speedup: option.Speedup = None,
+    latency: option.Latency = None,
     samples: Annotated[int, typer.Option("--samples", min=8, help="Samples to collect before compressing.")] = 512,
     output: Annotated[Path | None, typer.Option("--output", help="Folder for the newest student's artifact.")] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; there is no password.")] = "127.0.0.1",
@@ -32,14 +23,14 @@ def command(
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Most samples of a request.")] = 64,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the background process.")] = 1,
     worker: Annotated[str, typer.Option("--worker", help="Where to compress: process or thread.")] = "process",
-    batch_size: BatchSizeOption = 64,
-    steps: Annotated[int | None, typer.Option("--steps", min=0, help="Distillation steps [default: 200].")] = None,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    device: DeviceOption = "auto",
-    source: SourceOption = None,
-    weights: WeightsOption = None,
-    no_pretrained: PretrainedOption = False,
-    verbose: VerboseOption = False,
+    batch_size: option.BatchSize = 64,
+    steps: option.Steps = None,
+    seed: option.Seed = 0,
+    device: option.Device = "auto",
+    source: option.Source = None,
+    weights: option.Weights = None,
+    no_pretrained: option.Pretrained = False,
+    verbose: option.Verbose = False,
 ) -> None:
     """Answer over HTTP at once; collect samples, compress beside it, swap, and begin anew when the data move."""
     if (speedup is None) == (latency is None):
@@ -55,7 +46,7 @@ def command(
             step = 'pip install "ttmpd[serve]"'
             raise MissingPackageError(f"the packages of a server must be installed, but {error}; {step}") from error
 
-        opened = open_chosen(model, source, weights, no_pretrained)
+        opened = option.open_chosen(model, source, weights, no_pretrained)
         opened.module.to(choose_device(device))
         given: dict[str, Any] = {} if steps is None else {"distill": OneTime(steps=steps)}
         target: dict[str, Any] = {"speedup": speedup} if latency is None else {"latency": latency}

@@ -8,15 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ttmpd import display
-from ttmpd.commands._options import (
-    DataOption,
-    DeviceOption,
-    PretrainedOption,
-    SourceOption,
-    VerboseOption,
-    WeightsOption,
-    open_chosen,
-)
+from ttmpd.commands import _options as option
 from ttmpd.commands._parsing import choose_methods
 from ttmpd.commands._reporting import command_line, reporting, show_machine
 from ttmpd.errors import InvalidValueError
@@ -28,9 +20,9 @@ if TYPE_CHECKING:
 
 def command(
     student: Annotated[str, typer.Option("--student", help="A model id, as --model elsewhere; no artifact.")],
-    data: DataOption,
+    data: option.Data,
     output: Annotated[Path, typer.Option("--output", help="Folder for the student.")],
-    labels: Annotated[Path | None, typer.Option("--labels", help="A .npz with y, or a .csv of file and label.")] = None,
+    labels: option.Labels = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="A model id or an artifact folder.")] = None,
     fraction: Annotated[float, typer.Option("--fraction", help="Share of the samples that is kept.")] = 0.1,
     select: Annotated[str, typer.Option("--select", help="A selector: which samples are kept.")] = "random",
@@ -45,14 +37,14 @@ def command(
     holdout: Annotated[float, typer.Option("--holdout", help="Share that is only measured on.")] = 0.15,
     num_samples: Annotated[int | None, typer.Option("--num-samples", min=2, help="At most so many of DATA.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="VERB.FIELD=VALUE: select or adapt.")] = None,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    device: DeviceOption = "auto",
+    seed: option.Seed = 0,
+    device: option.Device = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
-    weights: WeightsOption = None,
-    no_pretrained: PretrainedOption = False,
+    weights: option.Weights = None,
+    no_pretrained: option.Pretrained = False,
     teacher_weights: Annotated[Path | None, typer.Option("--teacher-weights", help="The same for the teacher.")] = None,
-    source: SourceOption = None,
-    verbose: VerboseOption = False,
+    source: option.Source = None,
+    verbose: option.Verbose = False,
 ) -> None:
     """Train a student on few of your labels and a teacher's answers; --no-pretrained makes it start from nothing."""
     with reporting(verbose, resumable=output):
@@ -64,7 +56,7 @@ def command(
             "views": views, "steps": steps, "batch": batch_size, "lr": lr, "seed": seed,
         }  # fmt: skip
         opened = _student(student, weights, no_pretrained, seed)
-        guide = None if teacher is None else open_chosen(teacher, source, teacher_weights, False)
+        guide = None if teacher is None else option.open_chosen(teacher, source, teacher_weights, False)
         show_machine(device)
         found = run_student(
             opened, data, labels, output, teacher=guide, holdout=holdout, num_samples=num_samples, device=device,
