@@ -5,19 +5,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import Result
-from typer.testing import CliRunner
 
 import ttmpd
-from ttmpd import cli, display
+from ttmpd import display
 from ttmpd.checkpoint import read_artifact
 from ttmpd.commands import _parsing, _reporting
-from ttmpd.demo import demo_data
 from ttmpd.errors import InvalidValueError, UnknownMethodError
 from ttmpd.method import VERBS, names
 from ttmpd.savings import UnitTiming
@@ -27,29 +25,8 @@ DEMO = "ttmpd.demo:demo_model"
 QUICK = ("--num-samples", "60", "--batch-size", "16", "--steps", "4", "--device", "cpu", "--set", "distill.views=1")
 
 
-def run(*arguments: object) -> Result:
-    found = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-    if found.exception is not None and not isinstance(found.exception, SystemExit):
-        raise found.exception
-    return found
-
-
-def said(found: Result) -> str:
-    """Everything printed, without the line breaks and frames that depend on the width."""
-    return " ".join((found.stdout + found.stderr).replace("│", " ").split())
-
-
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits of the place of use with their labels, 150 of them."""
-    path = tmp_path_factory.mktemp("data") / "digits.npz"
-    found = demo_data()
-    np.savez(path, x=found.x[:150], y=found.y[:150])
-    return path
-
-
-@pytest.fixture(scope="module")
-def made(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+def made(data: Path, tmp_path_factory: pytest.TempPathFactory, run: Callable[..., Result]) -> tuple[Path, Result]:
     """One artifact, and what was printed while it was made."""
     folder = tmp_path_factory.mktemp("made") / "out"
     return folder, run("compress", "--model", DEMO, "--data", data, "--speedup", 1.3, "--output", folder, *QUICK)
@@ -58,7 +35,7 @@ def made(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Re
 # ------------------------------------------------------------------------------------------------------------ compress
 
 
-def test_compress_says_what_it_did(made):
+def test_compress_says_what_it_did(made, said):
     folder, found = made
     text = said(found)
     assert found.exit_code == 0, text
@@ -90,7 +67,7 @@ def test_compress_writes_an_artifact_and_cleans_up(made):
     assert json.loads((folder / "report.json").read_text())["command"].split()[0] == "ttmpd"
 
 
-def test_compress_again_and_several_targets(made, data, quick_timing, tmp_path):
+def test_compress_again_and_several_targets(made, data, quick_timing, tmp_path, run, said):
     folder, _ = made
     found = run("compress", "--model", folder, "--data", data, "--targets", "0.9x,0.8x", "--output", tmp_path / "many",
                 "--seed", 1, *QUICK)  # fmt: skip
@@ -100,7 +77,7 @@ def test_compress_again_and_several_targets(made, data, quick_timing, tmp_path):
         assert ttmpd.load(tmp_path / "many" / name) is not None
 
 
-def test_dry_run_writes_nothing(data, quick_timing, tmp_path, monkeypatch):
+def test_dry_run_writes_nothing(data, quick_timing, tmp_path, monkeypatch, run, said):
     monkeypatch.chdir(tmp_path)
     found = run("compress", "--model", DEMO, "--data", data, "--latency", "0.7x", "--dry-run", "--score", "damage",
                 "--output", "out", *QUICK)  # fmt: skip
@@ -111,7 +88,7 @@ def test_dry_run_writes_nothing(data, quick_timing, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_selected_samples(data, quick_timing, tmp_path):
+def test_selected_samples(data, quick_timing, tmp_path, run, said):
     found = run("compress", "--model", DEMO, "--data", data, "--speedup", 1.1, "--score", "random", "--adapt", "none",
                 "--select", "puma", "--pool", 100, "--set", "select.norm=l2", "--output", tmp_path / "out",
                 *QUICK)  # fmt: skip
@@ -124,7 +101,7 @@ def test_selected_samples(data, quick_timing, tmp_path):
     assert "puma" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_unreachable_target(data, quick_timing, tmp_path, monkeypatch):
+def test_unreachable_target(data, quick_timing, tmp_path, monkeypatch, run, said):
     monkeypatch.setattr("ttmpd.ready.time_units", lambda _m, _k, units, *_: [UnitTiming(u.id, 0.0, {}) for u in units])
     found = run("compress", "--model", DEMO, "--data", data, "--speedup", 500, "--score", "random", "--adapt", "none",
                 "--output", tmp_path / "out", *QUICK)  # fmt: skip
@@ -134,7 +111,7 @@ def test_unreachable_target(data, quick_timing, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "plan.json").exists()
 
 
-def test_missed_target_keeps_the_artifact(data, quick_timing, tmp_path, monkeypatch):
+def test_missed_target_keeps_the_artifact(data, quick_timing, tmp_path, monkeypatch, run):
     from ttmpd import pipeline
 
     true = pipeline.Result
@@ -152,14 +129,14 @@ def test_missed_target_keeps_the_artifact(data, quick_timing, tmp_path, monkeypa
     assert ttmpd.load(tmp_path / "out") is not None
 
 
-def test_two_runs_in_one_folder(data, tmp_path):
+def test_two_runs_in_one_folder(data, tmp_path, run, said):
     with locked(tmp_path / "out"):
         found = run("compress", "--model", DEMO, "--data", data, "--speedup", 2, "--output", tmp_path / "out", *QUICK)
     assert found.exit_code == _reporting.FAILED
     assert "is in use" in said(found)
 
 
-def test_interrupted(data, tmp_path, monkeypatch):
+def test_interrupted(data, tmp_path, monkeypatch, run, said):
     from ttmpd import pipeline
 
     def stop(*_, **__):
@@ -185,7 +162,7 @@ def start(arguments: Sequence[object]) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def test_killed_in_distillation_then_resumed(data, tmp_path):
+def test_killed_in_distillation_then_resumed(data, tmp_path, run, said):
     folder = tmp_path / "out"
     work = folder / ".work"
     arguments = ["compress", "--model", DEMO, "--data", data, "--speedup", 1.1, "--score", "damage", "--output", folder,
@@ -236,7 +213,7 @@ def test_killed_in_distillation_then_resumed(data, tmp_path):
 # ------------------------------------------------------------------------------------------------- the other commands
 
 
-def test_evaluate_leaves_used_samples_out(made, data, tmp_path):
+def test_evaluate_leaves_used_samples_out(made, data, tmp_path, run, said):
     found = run("evaluate", "--model", made[0], "--data", data, "--labels", data, "--against", DEMO,
                 "--json", tmp_path / "e.json")  # fmt: skip
     assert found.exit_code == 0, said(found)
@@ -245,14 +222,14 @@ def test_evaluate_leaves_used_samples_out(made, data, tmp_path):
     assert json.loads((tmp_path / "e.json").read_text())["n_left_out"] == 60
 
 
-def test_bench(made, quick_timing):
+def test_bench(made, quick_timing, run):
     found = run("bench", made[0], "--batch-size", 1, "--batch-size", 8, "--device", "cpu")
     assert found.exit_code == 0
     assert "speedup" in found.stdout
     assert "1 thread" in found.stdout
 
 
-def test_methods_are_read_from_the_files():
+def test_methods_are_read_from_the_files(run):
     found = run("methods")
     assert found.exit_code == 0
     for verb in VERBS:
@@ -260,7 +237,7 @@ def test_methods_are_read_from_the_files():
             assert any(f" {verb} " in line and f" {name} " in line for line in found.stdout.splitlines()), name
 
 
-def test_inspect_and_its_json(quick_timing, tmp_path):
+def test_inspect_and_its_json(quick_timing, tmp_path, run):
     found = run("inspect", "--model", DEMO, "--batch-size", 2, "--json", tmp_path / "i.json")
     assert found.exit_code == 0
     assert "12 removable units" in found.stdout
@@ -291,7 +268,7 @@ def factory(tmp_path: Path) -> Path:
     return path
 
 
-def test_inspect_of_a_model_without_units(factory):
+def test_inspect_of_a_model_without_units(factory, run):
     found = run("inspect", "--model", f"{factory}:plain", "--no-time")
     assert found.exit_code == 0
     assert "Nothing is removable" in found.stdout
@@ -308,7 +285,7 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def test_bad_input_is_said_plainly(data, factory, images, tmp_path):
+def test_bad_input_is_said_plainly(data, factory, images, tmp_path, run, said):
     def compress(*more: object, model: object = DEMO, data: object = data) -> Result:
         arguments = ("--model", model, "--data", data, "--speedup", 2, "--output", tmp_path / "o")
         return run("compress", *arguments, *QUICK, *more)
@@ -352,7 +329,7 @@ def test_bad_input_is_said_plainly(data, factory, images, tmp_path):
         assert found.stderr
 
 
-def test_wrong_usage(data):
+def test_wrong_usage(data, run, said):
     for arguments, words in (
         (("--speedup", 2, "--latency", "0.5x", "--output", "o"), "exactly one of"),
         (("--output", "o"), "exactly one of"),
@@ -363,7 +340,7 @@ def test_wrong_usage(data):
         assert words in said(found)
 
 
-def test_verbose_shows_where_an_error_came_from(tmp_path):
+def test_verbose_shows_where_an_error_came_from(tmp_path, run):
     found = run("bench", tmp_path / "no", "--verbose")
     assert found.exit_code == _reporting.FAILED
     assert "Traceback" in found.stderr

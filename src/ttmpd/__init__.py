@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from ttmpd.inspection import Inspection, Preview, inspect, preview
     from ttmpd.memory import keep_freed_memory
     from ttmpd.models import OpenedModel, open_model
-    from ttmpd.online import TestTime
     from ttmpd.pipeline import Result, compress, compress_many
     from ttmpd.plan.greedy import Greedy
     from ttmpd.plan.knapsack import Knapsack
@@ -52,8 +51,9 @@ if TYPE_CHECKING:
     from ttmpd.select.grand import GraNd
     from ttmpd.select.kcenter import KCenter
     from ttmpd.select.puma import PUMA
+    from ttmpd.serving.online import TestTime
     from ttmpd.settings import Settings, Target
-    from ttmpd.student import train_student
+    from ttmpd.students.student import train_student
     from ttmpd.units.block import Block
 
     from_pretrained = load
@@ -98,7 +98,7 @@ _HOMES = {
     "TTMPD": "score.ttmpd",
     "Target": "settings",
     "Tent": "adapt.tent",
-    "TestTime": "online",
+    "TestTime": "serving.online",
     "Timing": "records",
     "Unit": "records",
     "adapt_to": "adapting",
@@ -113,7 +113,7 @@ _HOMES = {
     "open_model": "models",
     "open_samples": "samples",
     "preview": "inspection",
-    "train_student": "student",
+    "train_student": "students.student",
 }
 
 __all__ = [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.errors import InvalidValueError, UnsupportedError
-from ttmpd.method import check_range
+from ttmpd.method import check_fields, check_range
 from ttmpd.modules import call, evaluating
 from ttmpd.progress import track
 from ttmpd.records import Samples
@@ -41,9 +41,7 @@ class Search:
 
     def __post_init__(self) -> None:
         _check_word("norm", self.norm, NORMS)
-        check_range("max_iter", self.max_iter, 1)
-        check_range("overshoot", self.overshoot, 0.0)
-        check_range("classes", self.classes, 2)
+        check_fields(self, max_iter=1, overshoot=0.0, classes=2)
 
 
 DEFAULT_SEARCH = Search()

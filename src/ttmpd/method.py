@@ -78,6 +78,14 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"))
         raise InvalidValueError(f"{name} must be from {low:g} to {high:g}, but got {value!r}")
 
 
+def check_fields(owner: object, **limits: float | tuple[float, float]) -> None:
+    """:func:`check_range` of some fields of ``owner``: the least that each may be, or the least and the most."""
+    prefix = f"{owner.name}." if isinstance(owner, Method) else ""
+    for name, limit in limits.items():
+        low, high = limit if isinstance(limit, tuple) else (limit, float("inf"))
+        check_range(prefix + name, getattr(owner, name), low, high)
+
+
 def names(verb: str) -> tuple[str, ...]:
     """The names of all methods of a verb, from the files of its folder; ``base`` and ``_name`` hold what they share."""
     package = importlib.import_module(f"ttmpd.{verb}")

@@ -12,7 +12,7 @@ from ttmpd.adapt.norm import Norm
 from ttmpd.distill.base import Distiller
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import InvalidValueError
-from ttmpd.method import check_range
+from ttmpd.method import check_fields
 from ttmpd.plan.base import Planner
 from ttmpd.plan.knapsack import Knapsack
 from ttmpd.records import ACTIONS, DEFAULT_ACTIONS, Action
@@ -87,11 +87,7 @@ class Settings:
     time_budget: float = math.inf
 
     def __post_init__(self) -> None:
-        check_range("num_samples", self.num_samples, 1)
-        check_range("pool", self.pool, 1)
-        check_range("holdout", self.holdout, 0.0, 0.9)
-        check_range("batch_size", self.batch_size, 1)
-        check_range("time_budget", self.time_budget, 0.0)
+        check_fields(self, num_samples=1, pool=1, holdout=(0.0, 0.9), batch_size=1, time_budget=0.0)
         if not self.actions or not set(self.actions) <= set(ACTIONS):
             raise InvalidValueError(f"actions must be some of {', '.join(ACTIONS)}, but got {self.actions!r}")
         if self.amp not in ("auto", "on", "off"):

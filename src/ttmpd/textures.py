@@ -69,7 +69,7 @@ def _grain(rng: np.random.Generator, long: float, wide: float, angle: float) -> 
 
 def _ndimage() -> Any:
     try:
-        from scipy import ndimage  # type: ignore[import-untyped]
+        from scipy import ndimage
     except ImportError:
         raise MissingPackageError(
             'blurs and elastic_transform need SciPy, which is not installed; run: pip install "ttmpd[bench]"'

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ttmpd.method import check_range
+from ttmpd.method import check_fields
 from ttmpd.progress import tell
 from ttmpd.records import Fit
 
@@ -71,8 +71,7 @@ class Schedule:
     clip: float = 0.0
 
     def __post_init__(self) -> None:
-        check_range("steps", self.steps, 0)
-        check_range("lr", self.lr, 0.0)
+        check_fields(self, steps=0, lr=0.0)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step 0, 1, ..."""

@@ -1,16 +1,13 @@
 """`ttmpd train-student` end to end on the demo's network: what it prints, writes, refuses, and loads again."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import Result
-from typer.testing import CliRunner
 
-from ttmpd import cli
 from ttmpd.commands import _reporting
-from ttmpd.demo import demo_data
 from ttmpd.stages import locked
 
 DEMO = "ttmpd.demo:demo_model"
@@ -23,40 +20,27 @@ def small():
 """
 
 
-def run(*arguments: object) -> Result:
-    found = CliRunner().invoke(cli.app, ["train-student", *map(str, arguments)])
-    if found.exception is not None and not isinstance(found.exception, SystemExit):
-        raise found.exception
-    return found
-
-
-def said(found: Result) -> str:
-    return " ".join((found.stdout + found.stderr).replace("│", " ").split())
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Labelled digits and a factory of a small network."""
+    """A folder with a factory of a small network."""
     folder = tmp_path_factory.mktemp("place")
-    data = demo_data()
-    np.savez(folder / "digits.npz", x=data.x[:150], y=data.y[:150])
     (folder / "nets.py").write_text(NETS)
     return folder
 
 
 @pytest.fixture(scope="module")
-def arguments(place: Path) -> tuple[object, ...]:
-    return ("--student", f"{place}/nets.py:small", "--data", place / "digits.npz", "--steps", 8, "--batch-size", 16,
+def arguments(place: Path, data: Path) -> tuple[object, ...]:
+    return ("train-student", "--student", f"{place}/nets.py:small", "--data", data, "--steps", 8, "--batch-size", 16,
             "--views", 1, "--device", "cpu")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def made(place: Path, arguments: tuple[object, ...]) -> tuple[Path, Result]:
+def made(place: Path, arguments: tuple[object, ...], run: Callable[..., Result]) -> tuple[Path, Result]:
     folder = place / "student"
     return folder, run(*arguments, "--teacher", DEMO, "--fraction", 0.5, "--holdout", 0.2, "--output", folder)
 
 
-def test_what_it_says(made):
+def test_what_it_says(made, said):
     folder, found = made
     assert found.exit_code == 0, said(found)
     for words in ("samples kept 60 of 120, by random", "weight of the teacher 0.75", "teacher passes per kept sample 1",
@@ -80,16 +64,16 @@ def test_what_it_writes(made, place):
     assert "of 120 labelled samples" in (folder / "README.md").read_text()
 
 
-def test_the_weights_load_again(made, place):
+def test_the_weights_load_again(made, place, data, run, said):
     folder, _ = made
-    found = CliRunner().invoke(cli.app, ["evaluate", "--model", f"{place}/nets.py:small", "--weights",
-                                         f"{folder}/model.safetensors", "--data", f"{place}/digits.npz", "--labels",
-                                         f"{place}/digits.npz", "--json", f"{place}/e.json"])  # fmt: skip
+    found = run("evaluate", "--model", f"{place}/nets.py:small", "--weights",
+                                         f"{folder}/model.safetensors", "--data", data, "--labels",
+                                         data, "--json", f"{place}/e.json")  # fmt: skip
     assert found.exit_code == 0, said(found)
     assert json.loads((place / "e.json").read_text())["n_samples"] == 150
 
 
-def test_without_a_teacher_and_without_holding_back(arguments, place):
+def test_without_a_teacher_and_without_holding_back(arguments, place, run, said):
     found = run(*arguments, "--holdout", 0, "--output", place / "alone")
     assert found.exit_code == 0, said(found)
     assert "weight of the teacher 0 " in said(found)
@@ -98,7 +82,7 @@ def test_without_a_teacher_and_without_holding_back(arguments, place):
     assert again.exit_code == 0, said(again)
 
 
-def test_selectors_and_adapters_take_settings(arguments, place):
+def test_selectors_and_adapters_take_settings(arguments, place, run, said):
     found = run(*arguments, "--teacher", DEMO, "--select", "puma", "--set", "select.max_iter=1", "--adapt", "norm",
                 "--alpha", 1, "--balanced", "--num-samples", 40, "--output", place / "chosen")  # fmt: skip
     assert found.exit_code == 0, said(found)
@@ -108,10 +92,10 @@ def test_selectors_and_adapters_take_settings(arguments, place):
     assert report["n_samples"] == 34
 
 
-def test_random_weights_are_drawn_by_seed(place):
+def test_random_weights_are_drawn_by_seed(place, data, run, said):
     seen = []
     for seed in (0, 0, 1):
-        found = run("--student", "timm:test_resnet.r160_in1k", "--no-pretrained", "--data", place / "digits.npz",
+        found = run("train-student", "--student", "timm:test_resnet.r160_in1k", "--no-pretrained", "--data", data,
                     "--steps", 1, "--seed", seed, "--output", place / "timm", "--device", "cpu", "--batch-size", 2,
                     "--views", 1, "--num-samples", 30)  # fmt: skip
         assert found.exit_code == 0, said(found)
@@ -119,8 +103,8 @@ def test_random_weights_are_drawn_by_seed(place):
     assert seen[0] == seen[1] != seen[2]
 
 
-def test_interrupted_and_resumed(arguments, place, monkeypatch):
-    from ttmpd import student
+def test_interrupted_and_resumed(arguments, place, monkeypatch, run, said):
+    from ttmpd.students import student
 
     def stop(*_, **__):
         raise KeyboardInterrupt
@@ -142,7 +126,7 @@ def test_interrupted_and_resumed(arguments, place, monkeypatch):
     assert not (place / "killed" / ".work").exists()
 
 
-def test_bad_input_is_said_plainly(arguments, place):
+def test_bad_input_is_said_plainly(arguments, place, data, run, said):
     (place / "mine").mkdir()
     (place / "mine" / "model.safetensors").touch()
     (place / "file").touch()
@@ -157,7 +141,7 @@ def test_bad_input_is_said_plainly(arguments, place):
         (run(*arguments, "--labels", place / "nets.py", *out), "labels must be a .csv or .npz file"),
         (run(*arguments, "--output", place / "mine"), "output must be a new or empty folder"),
         (run(*arguments, "--output", place / "file"), "is a file"),
-        (run("--student", place, "--data", place / "digits.npz", *out), "a model id must be one of"),
+        (run("train-student", "--student", place, "--data", data, *out), "a model id must be one of"),
     ]
     for found, words in cases:
         assert words in said(found), f"{words!r} is not in {said(found)!r}"

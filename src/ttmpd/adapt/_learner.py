@@ -23,7 +23,7 @@ from ttmpd.adaptation import (
 )
 from ttmpd.guard import logits_of
 from ttmpd.losses import entropy_of, mutual_information
-from ttmpd.method import check_range
+from ttmpd.method import check_fields
 from ttmpd.modules import call, clone, evaluating, has_nan
 from ttmpd.norms import norm_parameters, using_batch_statistics
 from ttmpd.progress import track
@@ -56,11 +56,8 @@ class Learner(Adapter):
     """Only the first so many samples are used."""
 
     def __post_init__(self) -> None:
-        check_range(f"{self.name}.lr", self.lr, 0.0)
         check_optimizer(f"{self.name}.optimizer", self.optimizer)
-        check_range(f"{self.name}.epochs", self.epochs, 1)
-        check_range(f"{self.name}.batch", self.batch, 2)
-        check_range(f"{self.name}.max_samples", self.max_samples, 2)
+        check_fields(self, lr=0.0, epochs=1, batch=2, max_samples=2)
 
     @abc.abstractmethod
     def begin(self, model: nn.Module, samples: Samples, seed: int) -> Adaptation:
@@ -154,9 +151,7 @@ class SelectiveLearner(Learner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("e0", "redundancy", "beta"):
-            check_range(f"{self.name}.{name}", getattr(self, name), 0.0)
-        check_range(f"{self.name}.fisher_samples", self.fisher_samples, 2)
+        check_fields(self, e0=0.0, redundancy=0.0, beta=0.0, fisher_samples=2)
 
     def selective(
         self, model: nn.Module, samples: Samples, loss: Callable[[float], Loss], anew: bool = False

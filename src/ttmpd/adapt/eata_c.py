@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ttmpd.adapt._learner import SelectiveLearner
 from ttmpd.adaptation import Adaptation, Again
 from ttmpd.losses import entropy, fused, signed_entropy
-from ttmpd.method import check_range
+from ttmpd.method import check_fields
 from ttmpd.records import Samples, Unit
 from ttmpd.units.block import Block
 
@@ -36,9 +36,7 @@ class EATAC(SelectiveLearner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("eata_c.alpha", self.alpha, 0.0)
-        for name in ("skip", "share"):
-            check_range(f"eata_c.{name}", getattr(self, name), 0.0, 1.0)
+        check_fields(self, alpha=0.0, skip=(0.0, 1.0), share=(0.0, 1.0))
 
     def hindrance(self, teacher: nn.Module, samples: Samples) -> str:
         """A model without removable blocks has no parts."""

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -54,6 +55,15 @@ def _title(error: TTMPDError) -> str:
         "CheckpointError": "Artifact cannot be used",
     }
     return words.get(type(error).__name__, "Error")
+
+
+def write_result(file: Path | None, found: dict[str, Any]) -> None:
+    """What a command found, as JSON, where a file was asked for."""
+    from ttmpd.stages import disk_guarded, write_json
+
+    if file is not None:
+        with disk_guarded(file):
+            write_json(file, found)
 
 
 def show_machine(device: str) -> None:

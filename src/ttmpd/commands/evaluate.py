@@ -6,7 +6,7 @@ import typer
 
 from ttmpd import display
 from ttmpd.commands import _options as option
-from ttmpd.commands._reporting import reporting
+from ttmpd.commands._reporting import reporting, write_result
 
 
 def command(
@@ -25,12 +25,9 @@ def command(
     """Accuracy and calibration with labels, agreement without; samples used for compression are left out."""
     with reporting(verbose):
         from ttmpd.evaluation import evaluate, open_any
-        from ttmpd.stages import disk_guarded, write_json
 
         opened = option.open_chosen(model, source, weights, no_pretrained)
         other = None if against is None else open_any(against, source)
         found = evaluate(opened, data, labels, against=other, batch_size=batch_size, device=device)
         display.show_evaluation(found)
-        if json_file is not None:
-            with disk_guarded(json_file):
-                write_json(json_file, found.to_dict())
+        write_result(json_file, found.to_dict())

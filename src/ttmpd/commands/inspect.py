@@ -6,7 +6,7 @@ import typer
 
 from ttmpd import display
 from ttmpd.commands import _options as option
-from ttmpd.commands._reporting import reporting
+from ttmpd.commands._reporting import reporting, write_result
 
 
 def command(
@@ -24,11 +24,8 @@ def command(
     """List what can be removed from a model, what cannot and why; nothing is changed."""
     with reporting(verbose):
         from ttmpd.inspection import inspect
-        from ttmpd.stages import disk_guarded, write_json
 
         opened = option.open_chosen(model, source, weights, no_pretrained)
         found = inspect(opened, data, batch_size=batch_size, device=device, timed=timed)
         display.show_inspection(found)
-        if json_file is not None:
-            with disk_guarded(json_file):
-                write_json(json_file, found.to_dict())
+        write_result(json_file, found.to_dict())

@@ -37,11 +37,11 @@ def command(
         raise typer.BadParameter("give exactly one of --speedup and --latency")
     with reporting(verbose):
         from ttmpd.distill.one_time import OneTime
-        from ttmpd.online import TestTime
+        from ttmpd.serving.online import TestTime
         from ttmpd.settings import choose_device
 
         try:
-            from ttmpd.server import default_limits, serve
+            from ttmpd.serving.server import default_limits, serve
         except ImportError as error:
             step = 'pip install "ttmpd[serve]"'
             raise MissingPackageError(f"the packages of a server must be installed, but {error}; {step}") from error

@@ -15,7 +15,7 @@ from ttmpd.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from ttmpd.models import OpenedModel
-    from ttmpd.student_run import StudentRun
+    from ttmpd.students.run import StudentRun
 
 
 def command(
@@ -48,7 +48,7 @@ def command(
 ) -> None:
     """Train a student on few of your labels and a teacher's answers; --no-pretrained makes it start from nothing."""
     with reporting(verbose, resumable=output):
-        from ttmpd.student_run import run_student
+        from ttmpd.students.run import run_student
 
         methods = choose_methods({"select": select, "adapt": adapt}, settings or [], None)
         chosen: dict[str, Any] = methods | {

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ttmpd.distill.base import Distiller, Work
 from ttmpd.errors import UnsupportedError
 from ttmpd.guard import freeze_head, logits_of
-from ttmpd.method import check_range
+from ttmpd.method import check_fields
 from ttmpd.modules import evaluating, find_feature_tap, read, to_fast_format, to_plain_format
 from ttmpd.records import Fit, Samples, Targets
 from ttmpd.training import Loop, Schedule, batch_order, train
@@ -30,8 +30,7 @@ class Mimic(Distiller):
     batch: int = 64
 
     def __post_init__(self) -> None:
-        check_range("mimic.steps", self.steps, 0)
-        check_range("mimic.batch", self.batch, 2)
+        check_fields(self, steps=0, batch=2)
 
     def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, work: Work) -> Targets:
         """Targets that hold the teacher itself.

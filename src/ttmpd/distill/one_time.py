@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ttmpd.distill.base import Distiller, Work
 from ttmpd.guard import freeze_before, freeze_head, held_out_check, logits_of
 from ttmpd.losses import feature_loss, feature_variance, soft_label_loss
-from ttmpd.method import check_range
+from ttmpd.method import check_fields
 from ttmpd.modules import call, evaluating, find_feature_tap, has_batch_norm, tapped, to_fast_format, to_plain_format
 from ttmpd.progress import track
 from ttmpd.records import Fit, Samples, Tap, Targets
@@ -62,13 +62,7 @@ class OneTime(Distiller):
     patience: int = 0
 
     def __post_init__(self) -> None:
-        check_range("one_time.steps", self.steps, 0)
-        check_range("one_time.lr", self.lr, 0.0)
-        check_range("one_time.lr_without_norm", self.lr_without_norm, 0.0)
-        check_range("one_time.views", self.views, 1)
-        check_range("one_time.batch", self.batch, 2)
-        check_range("one_time.soft_weight", self.soft_weight, 0.0)
-        check_range("one_time.temperature", self.temperature, 1e-3)
+        check_fields(self, steps=0, lr=0.0, lr_without_norm=0.0, views=1, batch=2, soft_weight=0.0, temperature=1e-3)
 
     def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, work: Work) -> Targets:
         """Features and logits of the fixed views, memory-mapped under ``work.folder``.

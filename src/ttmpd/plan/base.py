@@ -4,7 +4,7 @@ import abc
 from collections.abc import Mapping, Sequence
 
 from ttmpd.errors import BudgetUnreachableError
-from ttmpd.method import Method, check_range
+from ttmpd.method import Method, check_fields
 from ttmpd.records import Action, Option
 
 
@@ -15,7 +15,7 @@ class Planner(Method, abc.ABC):
     """Share of the latency that is removed between two scorings; 1 scores once and takes harms as independent."""
 
     def __post_init__(self) -> None:
-        check_range(f"{self.name}.step", self.step, 0.01, 1.0)
+        check_fields(self, step=(0.01, 1.0))
 
     @abc.abstractmethod
     def choose(self, options: Sequence[Option], needed_ms: float, *, seed: int = 0) -> tuple[Option, ...]:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import ClassVar
 
-from ttmpd.method import check_range
+from ttmpd.method import check_fields
 from ttmpd.plan.base import Planner, require_reachable, useful
 from ttmpd.records import Option
 
@@ -24,7 +24,7 @@ class Knapsack(Planner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("knapsack.max_front", self.max_front, 2)
+        check_fields(self, max_front=2)
 
     def choose(self, options: Sequence[Option], needed_ms: float, *, seed: int = 0) -> tuple[Option, ...]:
         """The options of least total harm that save at least ``needed_ms``."""

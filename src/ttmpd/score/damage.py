@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import ClassVar
 
-from ttmpd.method import check_range
+from ttmpd.method import check_fields
 from ttmpd.records import Score
 from ttmpd.score.base import Job, Scorer
 from ttmpd.tails import distances, teacher_tails
@@ -17,7 +17,7 @@ class Damage(Scorer):
     """Samples that are run; the distances are means over many features and settle early."""
 
     def __post_init__(self) -> None:
-        check_range("damage.max_samples", self.max_samples, 1)
+        check_fields(self, max_samples=1)
 
     def scores(self, job: Job) -> Iterable[Score]:
         """One score per unit for the action "drop".

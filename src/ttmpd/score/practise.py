@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ttmpd.errors import UnsupportedError
-from ttmpd.method import check_range
+from ttmpd.method import check_fields
 from ttmpd.modules import call, evaluating, find_feature_tap, hooks, module_at, read, replace_module
 from ttmpd.progress import track
 from ttmpd.records import Score, Tap, Unit
@@ -31,8 +31,7 @@ class Practise(Scorer):
     train_batch: int = 64
 
     def __post_init__(self) -> None:
-        check_range("practise.steps", self.steps, 0)
-        check_range("practise.train_batch", self.train_batch, 1)
+        check_fields(self, steps=0, train_batch=1)
 
     def scores(self, job: Job) -> Iterable[Score]:
         """One score per unit for "drop": the mean squared error that remains.

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from ttmpd.method import check_range
+from ttmpd.method import check_fields
 from ttmpd.modules import evaluating, read
 from ttmpd.progress import track
 from ttmpd.records import KERNELS, Action, Samples, Score, Tap, Unit
@@ -44,11 +44,7 @@ class TTMPD(Scorer):
     """Weight of each position by its squared gradient: 0 counts all alike, 1 trusts the gradients alone."""
 
     def __post_init__(self) -> None:
-        check_range("ttmpd.ridge", self.ridge, 0.0)
-        check_range("ttmpd.max_samples", self.max_samples, 1)
-        check_range("ttmpd.tail_samples", self.tail_samples, 1)
-        check_range("ttmpd.drop_share", self.drop_share, 0.0, 1.0)
-        check_range("ttmpd.sensitivity", self.sensitivity, 0.0, 1.0)
+        check_fields(self, ridge=0.0, max_samples=1, tail_samples=1, drop_share=(0.0, 1.0), sensitivity=(0.0, 1.0))
 
     def scores(self, job: Job) -> Iterable[Score]:
         """Scores for "drop" and for each stand-in of every unit.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ttmpd.adaptation import Selection, redundancy_for
 from ttmpd.guard import logits_of
 from ttmpd.losses import entropy
-from ttmpd.method import check_range
+from ttmpd.method import check_fields
 from ttmpd.records import Samples
 from ttmpd.select.base import Selector, highest
 
@@ -30,9 +30,7 @@ class Reliable(Selector):
     """Samples between two updates of the moving average."""
 
     def __post_init__(self) -> None:
-        check_range("eata.e0", self.e0, 0.0, 1.0)
-        check_range("eata.redundancy", self.redundancy, 0.0)
-        check_range("eata.window", self.window, 1)
+        check_fields(self, e0=(0.0, 1.0), redundancy=0.0, window=1)
 
     def choose(
         self, teacher: nn.Module, pool: Samples, n: int, labels: Tensor | None, *, batch_size: int, seed: int

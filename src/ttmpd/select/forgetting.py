@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ttmpd.guard import logits_of
-from ttmpd.method import check_range
+from ttmpd.method import check_fields
 from ttmpd.modules import call, clone, evaluating
 from ttmpd.progress import track
 from ttmpd.records import Samples
@@ -38,10 +38,7 @@ class Forgetting(Selector):
     train_batch: int = 64
 
     def __post_init__(self) -> None:
-        check_range("forgetting.epochs", self.epochs, 1)
-        check_range("forgetting.noise", self.noise, 0.0)
-        check_range("forgetting.lr", self.lr, 0.0)
-        check_range("forgetting.train_batch", self.train_batch, 1)
+        check_fields(self, epochs=1, noise=0.0, lr=0.0, train_batch=1)
 
     def choose(
         self, teacher: nn.Module, pool: Samples, n: int, labels: Tensor | None, *, batch_size: int, seed: int

@@ -21,7 +21,7 @@ from ttmpd.records import Samples, agreement
 from ttmpd.samples import open_samples
 from ttmpd.settings import choose_device
 from ttmpd.stages import disk_guarded, locked, write_json
-from ttmpd.student import WORK, Trained, train_student
+from ttmpd.students.student import WORK, Trained, train_student
 
 WEIGHTS, REPORT, CARD = "model.safetensors", "report.json", "README.md"
 KIND = "student"
@@ -73,7 +73,7 @@ def run_student(
         device: "auto", "cpu", "cuda", "mps".
         resume: go on with what a killed run left in ``output``.
         command: recorded in the report.
-        **settings: fields of :class:`ttmpd.recipe.Recipe`.
+        **settings: fields of :class:`ttmpd.students.recipe.Recipe`.
 
     Raises:
         SamplesError: nothing usable is there, or a sample has no label.

@@ -9,10 +9,10 @@ from torch import nn
 from ttmpd.adapt.base import Adapter
 from ttmpd.adapt.none import NoAdaptation
 from ttmpd.errors import InvalidValueError
-from ttmpd.method import check_range
-from ttmpd.robust import Attack
+from ttmpd.method import check_fields, check_range
 from ttmpd.select.base import Selector
 from ttmpd.select.random import Random
+from ttmpd.students.robust import Attack
 from ttmpd.training import Schedule
 
 
@@ -70,17 +70,13 @@ class Recipe:
     attack: Attack | None = None
 
     def __post_init__(self) -> None:
-        check_range("fraction", self.fraction, 0.0, 1.0)
+        check_fields(
+            self, fraction=(0.0, 1.0), temperature=1e-3, views=1, steps=1, batch=2, lr=0.0, weight_decay=0.0
+        )  # fmt: skip
         if self.alpha != "auto":
             if isinstance(self.alpha, str):
                 raise InvalidValueError(f'alpha must be "auto" or from 0 to 1, but got {self.alpha!r}')
-            check_range("alpha", self.alpha, 0.0, 1.0)
-        check_range("temperature", self.temperature, 1e-3)
-        check_range("views", self.views, 1)
-        check_range("steps", self.steps, 1)
-        check_range("batch", self.batch, 2)
-        check_range("lr", self.lr, 0.0)
-        check_range("weight_decay", self.weight_decay, 0.0)
+            check_fields(self, alpha=(0.0, 1.0))
         if self.balanced and "training" in self.select.needs:
             raise InvalidValueError(
                 f"balanced must be off for {self.select.name}, which learns to tell the classes apart and cannot be "

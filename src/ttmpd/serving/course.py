@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttmpd.background import STUDENT, Kind, Work
 from ttmpd.factory import cause
-from ttmpd.lookout import Lookout, Served
 from ttmpd.models import OpenedModel
 from ttmpd.records import Samples
-from ttmpd.reservoir import Reservoir
-from ttmpd.rounds import Begin, Clock, Policy, Round, Verdict, judged
 from ttmpd.samples import open_samples
+from ttmpd.serving.background import STUDENT, Kind, Work
+from ttmpd.serving.lookout import Lookout, Served
+from ttmpd.serving.reservoir import Reservoir
+from ttmpd.serving.rounds import Begin, Clock, Policy, Round, Verdict, judged
 
 _log = logging.getLogger("ttmpd")
 

@@ -262,7 +262,7 @@ _ENTRY = """
 import os, sys, threading
 head, work = sys.stdin.buffer.read(int(sys.argv[1])), sys.stdin.buffer.read(int(sys.argv[2]))
 threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(1)), daemon=True).start()
-from ttmpd.background import process_main
+from ttmpd.serving.background import process_main
 process_main(head, work, sys.argv[3])
 """
 

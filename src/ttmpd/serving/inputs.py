@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ttmpd.errors import InvalidValueError, SamplesError, UnsupportedError
+from ttmpd.method import check_fields
 from ttmpd.preprocessing import Preprocessing
 from ttmpd.samples import open_samples
 
@@ -41,11 +42,7 @@ class Limits:
     body_seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("max_bytes", "max_batch", "max_pixels", "running", "body_seconds"):
-            if not getattr(self, name) > 0:
-                raise InvalidValueError(f"{name} must be greater than 0, but got {getattr(self, name)!r}")
-        if self.waiting < 0:
-            raise InvalidValueError(f"waiting must be at least 0, but got {self.waiting!r}")
+        check_fields(self, max_bytes=1, max_batch=1, max_pixels=1, running=1, waiting=0, body_seconds=1e-3)
 
 
 def from_images(bodies: Sequence[bytes], preprocessing: Preprocessing | None, limits: Limits) -> Tensor:

@@ -15,14 +15,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ttmpd import cli
-from ttmpd.background import Outcome, Progress, Work
 from ttmpd.errors import InvalidValueError
-from ttmpd.inputs import Limits, from_npy
-from ttmpd.metrics import Metrics
 from ttmpd.models import OpenedModel
-from ttmpd.online import TestTime
 from ttmpd.preprocessing import Preprocessing
-from ttmpd.server import create_app
+from ttmpd.serving.background import Outcome, Progress, Work
+from ttmpd.serving.inputs import Limits, from_npy
+from ttmpd.serving.metrics import Metrics
+from ttmpd.serving.online import TestTime
+from ttmpd.serving.server import create_app
 from ttmpd.specimens import TinyNet, tiny_model
 
 PIXELS = Preprocessing((3, 8, 8), (0.5,) * 3, (0.25,) * 3)
@@ -282,7 +282,7 @@ def test_the_command_opens_the_model_and_serves_it(monkeypatch):
     def serve(service: TestTime, **given: Any) -> None:
         seen.update(given, by=service.answer(torch.zeros(1, 1, 8, 8)).by, state=service.state(), service=service)
 
-    monkeypatch.setattr("ttmpd.server.serve", serve)
+    monkeypatch.setattr("ttmpd.serving.server.serve", serve)
     arguments = ("serve", "--model", "ttmpd.demo:demo_model", "--speedup", "1.5", "--samples", "20", "--device", "cpu")
     found = CliRunner().invoke(cli.app, [*arguments, "--port", "8123", "--max-mb", "2", "--max-batch", "3"])
     assert found.exit_code == 0, found.output
@@ -308,7 +308,7 @@ def test_the_command_explains_wrong_values(arguments, code, message):
 
 
 def test_the_command_warns_of_an_open_address(monkeypatch):
-    monkeypatch.setattr("ttmpd.server.serve", lambda *_, **__: None)
+    monkeypatch.setattr("ttmpd.serving.server.serve", lambda *_, **__: None)
     arguments = ["serve", "--model", "ttmpd.demo:demo_model", "--speedup", "2", "--host", "0.0.0.0"]
     assert "Anyone who can reach 0.0.0.0" in CliRunner().invoke(cli.app, arguments).stderr
 

@@ -16,15 +16,15 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from ttmpd.background import Kind, start, write_copy
 from ttmpd.checkpoint import PLAN, check_output
-from ttmpd.course import Course
 from ttmpd.errors import InvalidValueError, TTMPDError
 from ttmpd.factory import cause
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.modules import clone, first_tensor
-from ttmpd.reservoir import Reservoir
-from ttmpd.rounds import Begin, Clock, Policy, device_of, frozen
+from ttmpd.serving.background import Kind, start, write_copy
+from ttmpd.serving.course import Course
+from ttmpd.serving.reservoir import Reservoir
+from ttmpd.serving.rounds import Begin, Clock, Policy, device_of, frozen
 from ttmpd.settings import Target, settings_of
 from ttmpd.stages import disk_guarded
 
@@ -68,9 +68,9 @@ class TestTime:
         samples: how many samples are collected, at least 8; a fifth of them is held back to judge by.
         output: folder for the artifact of the newest student.
         worker: "process", or "thread" where the model cannot be sent to one (it is taken then anyway, with the reason
-            in ``state()``); or a function that starts a worker, as :func:`ttmpd.background.start` does.
+            in ``state()``); or a function that starts a worker, as :func:`ttmpd.serving.background.start` does.
         clock: returns seconds.
-        **settings: the fields of :class:`ttmpd.rounds.Policy` and of :class:`ttmpd.Settings`.
+        **settings: the fields of :class:`ttmpd.serving.rounds.Policy` and of :class:`ttmpd.Settings`.
 
     Raises:
         InvalidValueError: a value breaks its rule.

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ttmpd.drift import Drift, DriftTest
 from ttmpd.losses import mutual_information
 from ttmpd.records import Agreement, Samples, agreement
-from ttmpd.reservoir import Recent
-from ttmpd.rounds import Policy, alike, logits_on
+from ttmpd.serving.drift import Drift, DriftTest
+from ttmpd.serving.reservoir import Recent
+from ttmpd.serving.rounds import Policy, alike, logits_on
 
 FEWEST = 16
 """Recent samples below which models are not compared."""

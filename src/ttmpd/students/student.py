@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from ttmpd.errors import InvalidValueError, ModelError
 from ttmpd.guard import logits_of
-from ttmpd.lesson import Lesson, choose, prepare, steps_per_epoch
 from ttmpd.losses import soft_label_loss
 from ttmpd.modules import call, clone, has_nan, to_fast_format, to_plain_format
-from ttmpd.recipe import Recipe, recipe_of
 from ttmpd.records import Fit, Samples
-from ttmpd.robust import pixels_of, robust_loss
 from ttmpd.stages import Stages, fingerprint, weights_fingerprint
+from ttmpd.students.lesson import Lesson, choose, prepare, steps_per_epoch
+from ttmpd.students.recipe import Recipe, recipe_of
+from ttmpd.students.robust import pixels_of, robust_loss
 from ttmpd.training import Loop, batch_order, train
 from ttmpd.views import fixed_view
 
@@ -79,7 +79,7 @@ def train_student(
         teacher_samples: the same samples as the teacher wants them; ``samples`` when None.
         folder: finished stages and the state of the training are kept in its sub-folder ``.work``, and the same call
             goes on there after a kill. None keeps nothing.
-        **settings: fields of :class:`ttmpd.recipe.Recipe`.
+        **settings: fields of :class:`ttmpd.students.recipe.Recipe`.
 
     Raises:
         InvalidValueError: a setting is unknown or out of its range, labels or classes do not fit, or there is no

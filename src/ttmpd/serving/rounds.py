@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ttmpd.background import STUDENT, TEACHER, Kind, Outcome, Progress, Unborn, Work, Worker
 from ttmpd.checkpoint import WEIGHTS, read_artifact
 from ttmpd.errors import ModelError
 from ttmpd.factory import cause
-from ttmpd.method import check_range
+from ttmpd.method import check_fields
 from ttmpd.modules import call, clone, has_nan
 from ttmpd.records import Samples
 from ttmpd.repair import replay
+from ttmpd.serving.background import STUDENT, TEACHER, Kind, Outcome, Progress, Unborn, Work, Worker
 from ttmpd.timing import forward_call, interleaved
 
 Clock = Callable[[], float]
@@ -40,7 +40,8 @@ class Policy:
             the teacher answers again.
         min_speedup: the student must be measured to be faster than the teacher by more than this factor.
         window: answers that are compared with the reference.
-        false_alarm: probability that one comparison alarms although nothing changed, see :class:`ttmpd.drift.Drift`.
+        false_alarm: probability that one comparison alarms although nothing changed, see
+            :class:`ttmpd.serving.drift.Drift`.
         shadow: share of the samples that teacher and student are both asked about while the student serves.
         cooldown: least seconds between the beginnings of two rounds.
         tries: how often a worker that died is started, all in all.
@@ -68,19 +69,11 @@ class Policy:
     poll: float = 0.2
 
     def __post_init__(self) -> None:
-        check_range("held", self.held, 0.01, 0.9)
-        check_range("seen", self.seen, 0)
-        check_range("min_agreement", self.min_agreement, 0.0, 1.0)
-        check_range("min_speedup", self.min_speedup, 0.0)
-        check_range("window", self.window, 8)
-        check_range("false_alarm", self.false_alarm, 1e-12, 0.5)
-        check_range("shadow", self.shadow, 0.0, 1.0)
-        check_range("cooldown", self.cooldown, 0.0)
-        check_range("tries", self.tries, 1)
-        check_range("backoff", self.backoff, 0.0)
-        check_range("threads", self.threads, 1)
-        check_range("nice", self.nice, 0, 19)
-        check_range("poll", self.poll, 0.001)
+        check_fields(
+            self, held=(0.01, 0.9), seen=0, min_agreement=(0.0, 1.0), min_speedup=0.0, window=8,
+            false_alarm=(1e-12, 0.5), shadow=(0.0, 1.0), cooldown=0.0, tries=1, backoff=0.0, threads=1, nice=(0, 19),
+            poll=0.001,
+        )  # fmt: skip
 
 
 class Round:

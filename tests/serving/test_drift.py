@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ttmpd.drift import Drift
 from ttmpd.errors import InvalidValueError
+from ttmpd.serving.drift import Drift
 
 
 def logits(n: int, seed: int, *, shift: float = 0.0, scale: float = 1.0) -> Tensor:

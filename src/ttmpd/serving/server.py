@@ -23,10 +23,10 @@ from torch import Tensor
 
 from ttmpd.errors import InvalidValueError, ModelError, TTMPDError, UnsupportedError
 from ttmpd.factory import cause
-from ttmpd.inputs import NPY_TYPES, Limits, from_images, from_json, from_npy
-from ttmpd.metrics import CONTENT_TYPE, Metrics
 from ttmpd.modules import first_tensor
-from ttmpd.online import TestTime
+from ttmpd.serving.inputs import NPY_TYPES, Limits, from_images, from_json, from_npy
+from ttmpd.serving.metrics import CONTENT_TYPE, Metrics
+from ttmpd.serving.online import TestTime
 
 TYPES = 'application/json with "inputs", image/png, image/jpeg, multipart/form-data with images, application/x-npy'
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.losses import soft_label_loss
 from ttmpd.records import Samples
-from ttmpd.robust import Attack, Pixels, attacked, pgd_loss, pixels_of, trades_loss
 from ttmpd.specimens import tiny_model, tiny_samples, untouched
+from ttmpd.students.robust import Attack, Pixels, attacked, pgd_loss, pixels_of, trades_loss
 
 LABELS = torch.arange(12) % 4
 RADIUS = torch.linspace(0.0, 0.4, 12)

@@ -7,7 +7,7 @@ import torch
 
 from ttmpd.errors import InvalidValueError
 from ttmpd.preprocessing import Preprocessing
-from ttmpd.reservoir import Recent, Reservoir
+from ttmpd.serving.reservoir import Recent, Reservoir
 
 PIXELS = Preprocessing((3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 

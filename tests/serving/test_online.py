@@ -14,13 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ttmpd
-from ttmpd import pipeline, planning, ready, rounds
-from ttmpd.background import STUDENT, TEACHER, Outcome, Progress, Work
+from ttmpd import pipeline, planning, ready
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import InvalidValueError
 from ttmpd.modules import count_macs
-from ttmpd.online import TestTime
 from ttmpd.savings import UnitTiming
+from ttmpd.serving import rounds
+from ttmpd.serving.background import STUDENT, TEACHER, Outcome, Progress, Work
+from ttmpd.serving.online import TestTime
 from ttmpd.specimens import TinyNet, tiny_model, tiny_samples, untouched
 from ttmpd.timing import Rounds
 

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 import ttmpd
-from ttmpd import background
-from ttmpd.background import NEWS, STUDENT, TEACHER, ProcessWorker, Progress, ThreadWorker, Work, carry_out
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import BudgetUnreachableError, TTMPDError
 from ttmpd.models import open_model
-from ttmpd.online import TestTime
 from ttmpd.plan.greedy import Greedy
 from ttmpd.progress import tell
+from ttmpd.serving import background
+from ttmpd.serving.background import NEWS, STUDENT, TEACHER, ProcessWorker, Progress, ThreadWorker, Work, carry_out
+from ttmpd.serving.online import TestTime
 from ttmpd.specimens import TinyNet, tiny_model, tiny_samples
 
 QUICK: dict[str, Any] = {

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ttmpd.margins import Search, margins, radii
 from ttmpd.modules import call, evaluating
 from ttmpd.progress import track
-from ttmpd.recipe import Recipe
 from ttmpd.records import Samples, Targets
-from ttmpd.robust import Attack
 from ttmpd.stages import Stages
+from ttmpd.students.recipe import Recipe
+from ttmpd.students.robust import Attack
 from ttmpd.targets import TargetsWriter, load_targets, save_targets
 from ttmpd.views import fixed_view
 

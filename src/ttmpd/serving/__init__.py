@@ -1,0 +1,1 @@
+"""A running service: answers at once, compresses beside it, watches for drift."""

@@ -1,0 +1,1 @@
+"""Students trained on a part of the labelled samples."""
