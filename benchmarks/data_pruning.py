@@ -278,7 +278,7 @@ def guide(seed: int) -> nn.Module:
 
 
 def puma_student(method: str, loss: str, seed: int) -> dict[str, float]:
-    """Clean and robust accuracy of one student, and its mean radius."""
+    """Clean and robust accuracy of one student."""
     samples, labels, test, truth = split(seed)
     pool, wanted = mixed(samples, labels, seed)
     rule = method.partition("+")[2] or "eps"

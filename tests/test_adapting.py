@@ -37,6 +37,8 @@ def test_held_out_samples_are_not_adapted_to(shifted):
 
     found = adapt_to(tiny_model(), shifted, adapt=Recording(), holdout=0.5)
     assert len(seen[0]) == 20
+    assert found.sample_ids[:20] == seen[0].ids  # and the held-out ones, all different, behind them
+    assert len(set(found.sample_ids)) == 40
     assert found.facts["agreement"]["share"] == 1.0
 
 
@@ -59,7 +61,8 @@ def test_bad_input_is_refused_before_any_work(shifted, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InvalidValueError, match="is a file"):
         adapt_to(tiny_model(), shifted, output=tmp_path / "file")
-    with pytest.raises(InvalidValueError, match="a setting must be one of"):
-        adapt_to(tiny_model(), shifted, sample=3)
+    for name in ("sample", "speedup", "time_budget"):
+        with pytest.raises(InvalidValueError, match=f"must be one of adapt, num_samples.*but got '{name}'"):
+            adapt_to(tiny_model(), shifted, **{name: 3})
     with pytest.raises(SamplesError, match="at least 2 samples"):
         adapt_to(tiny_model(), shifted[:2], holdout=0.5)

@@ -23,11 +23,38 @@ print(first, faults(), kept, freed_memory())
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+RELEASE = """
+import resource, torch
+from ttmpd.memory import keep_freed_memory, release_freed_memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
+def use():
+    torch.zeros(64, 1024, 1024).add_(1)
+    return resident()
+keep_freed_memory()
+kept = use()
+release_freed_memory()
+print(kept - resident())
+"""
+on_glibc = pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc"
+)
+
+
+def printed(code: str) -> list[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+@on_glibc
 def test_large_blocks_are_not_mapped_anew():
-    found = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, check=True).stdout.split()
+    found = printed(COUNT)
     assert found[2:] == ["True", "kept"]
     assert int(found[1]) < int(found[0]) / 10
+
+
+@on_glibc
+def test_kept_memory_can_be_handed_back():
+    assert int(printed(RELEASE)[0]) > 200  # of 256 MiB
 
 
 def test_another_c_library_is_left_alone(monkeypatch):

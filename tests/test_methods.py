@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from ttmpd.adapt.base import Adapted, Adapter
 from ttmpd.adapt.none import NoAdaptation
 from ttmpd.errors import InvalidValueError, UnknownMethodError
 from ttmpd.method import from_dict, method_class, names
@@ -19,6 +20,7 @@ from ttmpd.select.base import Selector
 from ttmpd.specimens import untouched
 from ttmpd.testing import (
     EXPECTED_FAILURES,
+    adapt,
     checks_for,
     expected_failures,
     methods,
@@ -140,6 +142,14 @@ class LeavesMask(Block.__mro__[1]):  # type: ignore[misc]
         return Block().stand_in(unit)
 
 
+class InPlace(Adapter):
+    """Wrong on purpose: changes the model that it was given, by the state it finds, and says nothing."""
+
+    def adapt(self, teacher, samples, *, batch_size=64, seed=0):
+        next(teacher.parameters()).data.add_(torch.rand(()))
+        return Adapted(teacher, "")
+
+
 class Repeating(Selector):
     """Wrong on purpose: the same sample again and again, drawn from the state it finds."""
 
@@ -160,6 +170,9 @@ class Repeating(Selector):
         (LeavesMask(), units.check_masked_equals_cut),
         (LeavesMask(), units.check_parameters_fall),
         (Constant(), methods.check_builds_bare),
+        (InPlace(), adapt.check_adapt_untouched),
+        (InPlace(), adapt.check_adapt_repeats),
+        (InPlace(), adapt.check_adapt_edges),
         (Repeating(), select.check_select_positions),
         (Repeating(), select.check_select_repeats),
         (Repeating(), select.check_select_untouched),

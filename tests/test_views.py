@@ -47,6 +47,21 @@ def test_a_view_is_a_shift_by_whole_pixels_and_perhaps_a_mirror_image(images):
     assert set(flipped) == {True, False}
 
 
+def test_odd_views_are_crops_where_crops_may_be_smaller(images):
+    index = torch.arange(10)
+    wide = crop_boxes(10, torch.Generator().manual_seed(3 * 1009 + 1), (0.25, 1.0))
+    assert torch.equal(fixed_view(images, index, 1, 3, 10, 0.25), cropped(images, wide))
+    assert torch.equal(fixed_view(images, index, 2, 3, 10, 0.25), fixed_view(images, index, 2, 3, 10))
+    assert torch.equal(fixed_view(images, index, 0, 3, 10, 0.25), images)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_crop_does_not_depend_on_the_batch(images, number):
+    whole = fixed_view(images, torch.arange(10), number, 0, 10, 0.25)
+    some = torch.tensor([7, 2, 7])
+    assert torch.allclose(fixed_view(images[some], some, number, 0, 10, 0.25), whole[some], atol=1e-6)
+
+
 def test_the_samples_stay_as_they_were(images):
     before = images.clone()
     fixed_view(images, torch.arange(10), 1, 0, 10).add_(1)

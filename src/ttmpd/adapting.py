@@ -8,13 +8,17 @@ from typing import Any
 from torch import nn
 
 from ttmpd.checkpoint import check_output, save_artifact
+from ttmpd.errors import InvalidValueError
 from ttmpd.facts import collect_adapted
 from ttmpd.guard import logits_of
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.modules import to_fast_format, to_plain_format
 from ttmpd.ready import open_pool, source_of, split
 from ttmpd.records import Plan
-from ttmpd.settings import choose_device, settings_of
+from ttmpd.settings import Settings, choose_device
+
+_USED = ("adapt", "num_samples", "holdout", "batch_size", "device", "seed")
+"""The settings of a run that an adaptation alone looks at."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,7 +76,10 @@ def adapt_to(
         >>> found.model.training
         False
     """
-    chosen = settings_of(settings)
+    for name in settings:
+        if name not in _USED:
+            raise InvalidValueError(f"a setting of an adaptation must be one of {', '.join(_USED)}, but got {name!r}")
+    chosen = Settings(**settings)
     if output is not None:
         check_output(Path(output))
     opened = model if isinstance(model, OpenedModel) else open_model(model)

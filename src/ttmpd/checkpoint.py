@@ -30,7 +30,7 @@ from ttmpd.units.block import check_units
 FORMAT = 1
 PLAN, WEIGHTS = "plan.json", "model.safetensors"
 _FILES = (WEIGHTS, "report.json", "report.html", "README.md")
-_UNFINISHED = ".unfinished"
+UNFINISHED = ".unfinished"
 _KEYS = {
     "format", "ttmpd", "model", "preprocessing", "class_names", "input_shape", "plan", "methods", "settings",
     "sample_ids", "weights",
@@ -79,11 +79,11 @@ def save_artifact(
             data["weights"] = {"file": WEIGHTS, "sha256": _sha256(unfinished / WEIGHTS)}
             write_json(unfinished / PLAN, data)
             shutil.copymode(unfinished / PLAN, unfinished / WEIGHTS)  # safetensors makes it private
-            (folder / _UNFINISHED).touch()  # from here to the last rename the folder is no artifact
+            (folder / UNFINISHED).touch()  # from here to the last rename the folder is no artifact
             (folder / PLAN).unlink(missing_ok=True)
             for path in sorted(unfinished.iterdir(), key=lambda path: path.name == PLAN):
                 path.replace(folder / path.name)
-            (folder / _UNFINISHED).unlink()
+            (folder / UNFINISHED).unlink()
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder
@@ -99,7 +99,7 @@ def check_output(folder: Path) -> None:
         raise InvalidValueError(f"output must be a folder, but {str(folder)!r} is a file; choose another")
     if folder.is_dir() and not (folder / PLAN).exists():
         others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-        if any((folder / name).exists() for name in _FILES) and not (folder / _UNFINISHED).exists():
+        if any((folder / name).exists() for name in _FILES) and not (folder / UNFINISHED).exists():
             raise InvalidValueError(
                 f"output must be a new or empty folder, or an artifact, but {str(folder)!r} holds other files "
                 f"({', '.join(others[:3])}) that would be overwritten; choose another"
@@ -251,7 +251,7 @@ def _read_plan(folder: Path) -> Any:
         found = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(f"an artifact must be a folder, but {str(folder)!r} {found}; check the path")
     if not (folder / PLAN).is_file():
-        if (folder / ".work").is_dir() or (folder / _UNFINISHED).exists():
+        if (folder / ".work").is_dir() or (folder / UNFINISHED).exists():
             raise CheckpointError(
                 f"an artifact must hold {PLAN}, but the run that was to write {str(folder)!r} was interrupted; "
                 "go on with the same command and --resume"

@@ -149,14 +149,8 @@ class _Walk:
     def __init__(
         self, model: nn.Module, batch: Tensor, own: Tensor, rivals: Tensor, scale: Tensor, search: Search
     ) -> None:
-        self.model, self.batch, self.own, self.rivals, self.scale, self.search = (
-            model,
-            batch,
-            own,
-            rivals,
-            scale,
-            search,
-        )
+        self.model, self.batch, self.own = model, batch, own
+        self.rivals, self.scale, self.search = rivals, scale, search
         self.step = torch.zeros_like(batch)
         self.margin = batch.new_zeros(len(batch))
         self.iterations = torch.zeros_like(own)
@@ -269,7 +263,7 @@ def radii(
         InvalidValueError: an argument is out of its range.
 
     Source: PUMA (arXiv 2405.06298): that radii of low margins fall; both rules are this project's own, since
-    the paper's is not public.
+    the paper's was not at hand.
     """
     _check_word("rule", rule, RULES)
     check_range("eps", eps, 0.0)
@@ -277,7 +271,7 @@ def radii(
     check_range("kappa", kappa, 0.0)
     check_range("share", share, 0.0, 1.0)
     known = torch.where(torch.isnan(margin), 0.0, margin)
-    if rule == "clip":
+    if rule == "clip":  # 0 x inf is no number
         return (kappa * known).nan_to_num(nan=0.0, posinf=math.inf).clamp(eps_min, eps)
     n_low = math.ceil(share * len(known))
     if not n_low:

@@ -1,8 +1,8 @@
 """Keep freed memory in the process: by default large activations go back to the system after every layer.
 
 glibc maps every block over 32 MiB anew and zeroes it page by page, so that a 112x112 map of a batch of 64 costs more
-to allocate than to compute. Serving guides advise another allocator for that reason; glibc can do as well when it is
-told to (``benchmarks/freed_memory.py`` measures both).
+to allocate than to compute. Serving guides advise another allocator for that reason; glibc keeps it, too, when it is
+told to (``benchmarks/freed_memory.py`` measures what that saves).
 """
 
 import ctypes

@@ -49,7 +49,7 @@ def shifted(images: Pixels, name: str, severity: int = 3, seed: int = 0, *, firs
         InvalidValueError: an argument breaks its rule.
         MissingPackageError: SciPy is not installed; the blurs and elastic_transform need it.
 
-    Cost: 1 to 12 s per 10,000 images of 32 pixels, 0.01 to 0.1 s per image of 224, on one core.
+    Cost: up to 12 s per 10,000 images of 32 pixels, up to 0.1 s per image of 224, on one core.
 
     Example:
         >>> shifted(np.full((8, 8, 3), 100, dtype=np.uint8), "brightness", severity=4)[0, 0].tolist()

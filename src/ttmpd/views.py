@@ -32,11 +32,14 @@ def random_view(batch: Tensor, generator: torch.Generator, scale: tuple[float, f
     return cropped(batch, crop_boxes(len(batch), generator, scale)) if batch.dim() == 4 else batch
 
 
-def fixed_view(batch: Tensor, index: Tensor, view: int, seed: int, n_samples: int) -> Tensor:
+def fixed_view(
+    batch: Tensor, index: Tensor, view: int, seed: int, n_samples: int, smallest_crop: float = 1.0
+) -> Tensor:
     """View number ``view`` of the samples at ``index``: the same pixels whenever it is asked for.
 
     View 0 is the sample itself. The others are mirrored by chance and shifted by up to an eighth of the side (whole
-    pixels, mirrored at the border), which keeps small images sharp.
+    pixels, mirrored at the border), which keeps small images sharp. Where crops may be smaller than the image, every
+    odd view is a random resized crop instead, which shows more that is new.
 
     Args:
         batch: (B, C, H, W) the prepared samples; anything else is returned as it is.
@@ -44,10 +47,13 @@ def fixed_view(batch: Tensor, index: Tensor, view: int, seed: int, n_samples: in
         view: number of the view.
         seed: of the run.
         n_samples: how many samples there are in all.
+        smallest_crop: the smallest share of the area that a crop keeps; 1 for no crops.
     """
     if view == 0 or batch.dim() != 4:
         return batch
     generator = torch.Generator().manual_seed(seed * 1009 + view)
+    if view % 2 and smallest_crop < 1:
+        return cropped(batch, crop_boxes(n_samples, generator, (smallest_crop, 1.0))[index.cpu()])
     reach = torch.tensor([batch.shape[2] // 8, batch.shape[3] // 8])
     shifts = (torch.rand(n_samples, 2, generator=generator) * (2 * reach + 1)).long()[index.cpu()]
     flips = (torch.rand(n_samples, generator=generator) < 0.5)[index.cpu()]

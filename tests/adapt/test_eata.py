@@ -20,12 +20,6 @@ from ttmpd.specimens import tiny_model, tiny_samples
 INF = float("inf")
 
 
-@pytest.fixture
-def unguarded(monkeypatch):
-    """Random images hold no classes to tell apart: the guard would be right to stop."""
-    monkeypatch.setattr("ttmpd.adapt._learner.collapse", lambda start, now: "")
-
-
 def probabilities(*rows: tuple[float, ...]) -> torch.Tensor:
     return torch.tensor(rows)
 

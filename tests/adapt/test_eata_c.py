@@ -16,12 +16,6 @@ from ttmpd.specimens import tiny_model, tiny_samples, tiny_units, untouched
 LN2 = math.log(2)
 
 
-@pytest.fixture
-def unguarded(monkeypatch):
-    """Random images hold no classes to tell apart: the guard would be right to stop."""
-    monkeypatch.setattr("ttmpd.adapt._learner.collapse", lambda start, now: "")
-
-
 def logits(*rows: tuple[float, float]) -> torch.Tensor:
     return torch.tensor(rows).log()
 

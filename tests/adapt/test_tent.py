@@ -16,12 +16,6 @@ from ttmpd.norms import learning, norm_parameters, using_batch_statistics
 from ttmpd.specimens import tiny_model, tiny_samples, untouched
 
 
-@pytest.fixture
-def unguarded(monkeypatch):
-    """Random images hold no classes to tell apart: the guard would be right to stop."""
-    monkeypatch.setattr("ttmpd.adapt._learner.collapse", lambda start, now: "")
-
-
 def mean_entropy(before, again, step):
     return entropy(again()).mean()
 
@@ -92,6 +86,13 @@ def test_passes_are_counted(unguarded):
     assert facts["selected_share"] == 1.0
     assert (facts["epochs"], facts["rolled_back"]) == (3.0, 0.0)
     assert "weight" in facts
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_the_facts_of_mixing_are_those_before_anything_was_learned(unguarded, batch_statistics):
+    model, samples = tiny_model(), tiny_samples(30)
+    facts = Tent(batch=10, batch_statistics=batch_statistics).adapt(model, samples).facts
+    assert Norm().adapt(model, samples).facts.items() <= facts.items()
 
 
 def test_only_as_many_samples_as_the_limit(unguarded):

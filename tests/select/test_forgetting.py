@@ -56,6 +56,19 @@ def test_what_never_agrees_with_its_label_comes_first():
     assert Forgetting(noise=0.01).select(model, pool, 2, labels=labels) == (4, 11)
 
 
+def test_among_what_never_agrees_the_least_probable_label_comes_first():
+    model = nn.Linear(2, 2, bias=False)
+    nn.init.eye_(model.weight)
+    x = torch.tensor([[5.0, -5.0], [-5.0, 5.0]]).repeat(10, 1)
+    x[[4, 11]] *= 0.4
+    labels = torch.tensor([0, 1]).repeat(10)
+    labels[[4, 11, 14, 17]] = 1 - labels[[4, 11, 14, 17]]
+    pool = Samples(x, tuple(map(str, range(20))))
+    method = Forgetting(noise=0.01)
+    assert method.select(model, pool, 4, labels=labels) == (4, 11, 14, 17)
+    assert method.select(model, pool, 2, labels=labels) == (14, 17)
+
+
 def test_nothing_that_can_be_answered():
     model = nn.Linear(2, 2)
     pool = Samples(torch.full((5, 2), math.nan), tuple("abcde"))

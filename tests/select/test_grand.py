@@ -5,7 +5,6 @@ from torch.nn import functional as F
 
 from ttmpd.errors import UnsupportedError
 from ttmpd.records import Samples
-from ttmpd.select.base import answers, error_norm, head_tap
 from ttmpd.select.grand import GraNd
 from ttmpd.specimens import tiny_model, tiny_samples
 
@@ -42,12 +41,15 @@ def test_two_classes_by_hand():
     assert GraNd().select(model, pool, 2) == (0, 2)
 
 
-def test_it_is_more_than_the_distance_to_the_label():
+def test_the_gradient_is_that_of_the_last_layer_alone():
     net, pool = tiny_model(), tiny_samples(20)
-    tap = head_tap(net, pool)
-    logits, features = answers(net, pool, tap, 8)
-    score = error_norm(logits, None) * (features.square().sum(-1) + 1).sqrt()
-    assert GraNd().select(net, pool, 5) == tuple(sorted(score.topk(5).indices.tolist()))
+    norms = []
+    for place in range(20):
+        logits = net(pool.batch(slice(place, place + 1)))
+        gradients = torch.autograd.grad(F.cross_entropy(logits, logits.argmax(-1)), list(net.head.parameters()))
+        norms.append(torch.cat([g.flatten() for g in gradients]).norm())
+    wanted = tuple(sorted(torch.stack(norms).topk(5).indices.tolist()))
+    assert GraNd().select(net, pool, 5, batch_size=8) == wanted
 
 
 def test_a_model_without_a_head_is_refused(samples):

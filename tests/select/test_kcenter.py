@@ -48,4 +48,4 @@ def test_rows_that_are_not_finite_come_last():
         order = farthest_first(points, 5, seed)
         assert set(order[:3]) == {1, 2, 4}
         assert set(order[3:]) == {0, 3}
-    assert sorted(farthest_first(torch.full((3, 2), math.nan), 2)) != []
+    assert len(set(farthest_first(torch.full((3, 2), math.nan), 2))) == 2

@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 import ttmpd
@@ -62,7 +61,7 @@ def test_a_killed_process_never_reaches_a_caller_and_the_next_one_goes_on(tmp_pa
                     lost.append(error)
                 time.sleep(0.01)
 
-        asking = threading.Thread(target=ask)
+        asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         wait_for(lambda: (service.state()["progress"] or {}).get("stage") == "timing")
         first = service._course._round._worker
@@ -79,6 +78,16 @@ def test_a_killed_process_never_reaches_a_caller_and_the_next_one_goes_on(tmp_pa
     assert not folder.exists()
     with pytest.raises(ProcessLookupError):
         os.kill(first.pid, 0)
+
+
+def test_a_process_that_is_done_ends_without_a_fault(tmp_path):
+    worker = ProcessWorker(work(tmp_path, speedup=1e9))  # out of reach: stated, and over soon
+    wait_for(lambda: worker.outcome() is not None)
+    outcome = worker.outcome()
+    assert outcome is not None
+    assert outcome.error and not outcome.again
+    assert worker._process is not None
+    assert worker._process.returncode == 0
 
 
 def test_a_process_ends_when_the_pipe_breaks_as_when_its_parent_dies(tmp_path):
@@ -179,8 +188,9 @@ def test_a_thread_stops_where_it_next_tells_its_progress(tmp_path, monkeypatch):
 
     compressing(monkeypatch, compress)
     worker = ThreadWorker(work(tmp_path))
-    begun.wait(10)
+    wait_for(begun.is_set)
     worker.stop()
+    wait_for(lambda: worker.outcome() is not None)  # `stop` waits for a little only
     assert worker.outcome() == background.Outcome("stopped")
 
 
@@ -200,4 +210,3 @@ def test_the_work_is_what_compress_does(tmp_path, monkeypatch):
 
 def test_the_public_name_is_the_class():
     assert ttmpd.TestTime is TestTime
-    assert torch.get_num_threads() == 1

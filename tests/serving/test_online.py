@@ -1,7 +1,9 @@
 """A service in front of a tiny model: answers, swaps, drift, failures; worker and clock are in the test's hands."""
 
 import dataclasses
+import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import InvalidValueError
 from ttmpd.modules import count_macs
 from ttmpd.savings import UnitTiming
-from ttmpd.serving import rounds
+from ttmpd.serving import online, rounds
 from ttmpd.serving.background import STUDENT, TEACHER, Outcome, Progress, Work
 from ttmpd.serving.online import TestTime
 from ttmpd.specimens import TinyNet, tiny_model, tiny_samples, untouched
@@ -242,6 +244,30 @@ def test_empty_and_single_batches_are_answered(stage, n):
     stage.serve()
     assert stage.service(torch.zeros(n, 3, 8, 8)).shape == (n, 4)
     assert stage.look()["n_unnoted"] == 0
+
+
+def test_empty_batches_are_not_what_a_student_is_timed_on(stage, monkeypatch):
+    timed = []
+    monkeypatch.setattr(rounds, "_speedup", lambda *given: timed.append(given[-1]) or 2.0)
+    for _ in range(30):
+        stage.service(torch.zeros(0, 3, 8, 8))
+    stage.serve()
+    assert timed == [8]
+
+
+def test_inputs_that_are_no_tensor_are_answered_and_counted(model):
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def forward(self, inputs):
+            return self.net(inputs["x"])
+
+    with TestTime(First().eval(), speedup=1.5, poll=float("inf")) as service:
+        assert service({"x": torch.zeros(2, 3, 8, 8)}).shape == (2, 4)
+        state = service.state()
+    assert (state["n_calls"], state["n_seen"], state["n_unnoted"]) == (1, 0, 1)
 
 
 def test_answers_belong_to_the_caller(stage):
@@ -470,7 +496,7 @@ def test_concurrent_callers_get_every_answer_from_one_model_each(stage, artifact
     x = tiny_samples(8).batch(slice(None))
     stage.serve()
     student = ttmpd.load(artifact, model=model)(x).detach()
-    expected = {"source": model(x).detach(), "teacher": model(x).detach(), "student": student}
+    expected = {"source": model(x).detach(), "student": student}
     course, n, wrong, counts = stage.service._course, 60, [], []
     answering = [course.source, course.student]
 
@@ -503,7 +529,7 @@ def test_the_service_looks_by_itself(artifact, model):
     stage = Stage(artifact, model, poll=0.005)
     with stage.service as service:
         stage.feed()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while service.state()["phase"] == "collecting" and time.monotonic() < deadline:
             time.sleep(0.005)
         assert service.state()["phase"] == "adapting"
@@ -529,6 +555,57 @@ def test_the_newest_student_is_kept_in_the_output(artifact, model, tmp_path):
     stage.service.close()
     assert (tmp_path / "kept" / "plan.json").exists()
     assert not [path for path in (tmp_path / "kept").iterdir() if path.name.startswith(".")]
+
+
+def test_a_copy_that_broke_off_is_made_again(stage, tmp_path, monkeypatch):
+    def full(source: Path, goal: Path) -> None:
+        if source.name == "plan.json":
+            raise KeyboardInterrupt
+        shutil.copyfile(source, goal)
+
+    stage.serve()
+    with monkeypatch.context() as patch:
+        patch.setattr(online, "write_copy", full)
+        with pytest.raises(KeyboardInterrupt):
+            stage.service.save(tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert (stage.service.save(tmp_path / "out") / "plan.json").exists()
+
+
+def test_a_student_that_is_taken_in_while_the_service_closes_is_kept(artifact, model, tmp_path, monkeypatch):
+    stage = Stage(artifact, model, output=tmp_path / "kept")
+    stage.feed()
+    stage.look()
+    stage.worker.adapt()
+    stage.worker.finish()
+    course, closing = stage.service._course, threading.Thread(target=stage.service.close)
+    true = course.look
+
+    def look() -> None:
+        closing.start()  # it has to wait
+        closing.join(0.05)
+        true()
+
+    monkeypatch.setattr(course, "look", look)
+    stage.service.look()
+    closing.join()
+    assert (tmp_path / "kept" / "plan.json").exists()
+    assert stage.service.state()["phase"] == "closed"
+
+
+def test_what_a_killed_service_left_is_removed_by_the_next_one(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, young, other = (tmp_path / name for name in ("ttmpd-online-left", "ttmpd-online-young", "other"))
+    for folder in (left, young, other):
+        (folder / "round-1").mkdir(parents=True)
+    (left / ".lock").touch()
+    with TestTime(model, speedup=1.5, poll=float("inf")) as first:
+        own = Path(first._folder.name)
+        for folder in (left, other, own):
+            os.utime(folder, (0, 0))
+        TestTime(model, speedup=1.5, poll=float("inf")).close()
+        assert sorted(tmp_path.iterdir()) == sorted([young, other, own])
+    assert sorted(tmp_path.iterdir()) == sorted([young, other])
 
 
 def test_close_ends_everything_twice(stage):

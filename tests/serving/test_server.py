@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,12 @@ def npy(array: Any) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
     return file.getvalue()
+
+
+def headed(header: str, values: bytes) -> bytes:
+    """A .npy file with any header."""
+    line = header.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(line).to_bytes(2, "little") + line + values
 
 
 def post(client: TestClient, body: bytes, kind: str, query: str = "") -> Any:
@@ -217,7 +224,23 @@ def test_broken_images_are_explained(client, body):
     problem(post(client, body, "image/png"), 422, "an image must be")
 
 
-@pytest.mark.parametrize("body", [b"", b"\x93NUMPY", b"PK\x03\x04", npy(np.zeros(3)), npy(np.float32(1.0))])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\x93NUMPY",
+        b"PK\x03\x04",
+        npy(np.zeros(3)),
+        npy(np.float32(1.0)),
+        npy(np.zeros((1, 3, 8, 8), np.longdouble)),
+        headed("{'descr': '<f4', 'fortran_order': False, 'shape': (2, 192", b""),
+        headed("{'descr': '<f4', 'fortran_order': False, 'shape': (-2, -192), }", bytes(4 * 2 * 192)),
+        headed("{'descr': '<f4', 'fortran_order': False, 'shape': (True, 192), }", bytes(4 * 192)),
+        headed("{'descr': '<f4', 'fortran_order': False, 'shape': (" + "1, " * 70 + "), }", bytes(4)),
+        headed("{[]: 1}", b""),
+        headed("-" * 9000 + "1", b""),
+    ],
+)
 def test_broken_arrays_are_explained(client, body):
     problem(post(client, body, "application/x-npy"), 422)
 
@@ -236,16 +259,33 @@ def test_other_types_paths_and_queries_are_refused(client):
     problem(client.get("/predict"), 405)
 
 
-def test_a_busy_server_turns_requests_away(service):
-    closed = Limits(max_bytes=1000, max_batch=1, running=1, waiting=0)
-    object.__setattr__(closed, "running", 0)
-    object.__setattr__(closed, "waiting", 0)
-    with pytest.raises(InvalidValueError):
-        Limits(running=0)
-    with TestClient(create_app(service, closed)) as client:
-        response = client.post("/predict", json={"inputs": [[1.0]]})
+def test_a_busy_server_turns_requests_away(service, monkeypatch):
+    asked, go_on, true = threading.Event(), threading.Event(), service.answer
+
+    def answer(batch: torch.Tensor) -> Any:
+        asked.set()
+        go_on.wait()
+        return true(batch)
+
+    monkeypatch.setattr(service, "answer", answer)
+    body, found = {"inputs": torch.zeros(3, 8, 8).tolist()}, []
+    with TestClient(create_app(service, Limits(running=1, waiting=0))) as client:
+        first = threading.Thread(target=lambda: found.append(client.post("/predict", json=body)), daemon=True)
+        first.start()
+        try:
+            assert asked.wait(120)
+            response = client.post("/predict", json=body)
+        finally:
+            go_on.set()
+            first.join()
     problem(response, 503, "busy")
     assert response.headers["retry-after"] == "1"
+    assert [one.status_code for one in found] == [200]
+
+
+def test_limits_out_of_range_are_refused():
+    with pytest.raises(InvalidValueError, match="running must be"):
+        Limits(running=0)
 
 
 def test_what_the_model_says_about_its_inputs_is_handed_on(net):
@@ -264,11 +304,12 @@ def test_an_unexpected_error_tells_nothing_of_the_inside(service, monkeypatch):
     monkeypatch.setattr(service, "answer", lambda _: {}["secret"])
     with TestClient(create_app(service), raise_server_exceptions=False) as client:
         response = client.post("/predict", json={"inputs": torch.zeros(3, 8, 8).tolist()})
+        assert 'ttmpd_responses_total{status="500"} 1' in client.get("/metrics").text
     problem(response, 500, "the server failed")
     assert "secret" not in response.text
 
 
-def test_an_array_in_memory_is_read_only_as_far_as_the_limits_go():
+def test_arrays_for_a_model_without_preprocessing_have_limits_too():
     with pytest.raises(InvalidValueError, match="1 to 2 samples"):
         from_npy(npy(np.zeros((3, 4), np.float32)), None, Limits(max_batch=2))
 

@@ -40,7 +40,7 @@ class Learner(Adapter):
 
     needs: ClassVar[tuple[str, ...]] = ("gradients", "training")
     lr: float = 5e-4
-    """Learning rate; twice as much, as Tent's paper for a single pass, costs accuracy after several."""
+    """Learning rate: half of Tent's for a single pass, since there are several."""
     optimizer: str = "adam"
     """"adam", or "sgd" with momentum 0.9."""
     epochs: int = 5
@@ -50,7 +50,7 @@ class Learner(Adapter):
     batch_statistics: bool = True
     """Steps use the statistics of the batch, as in the paper, and `norm` mixes them after the last step.
 
-    Otherwise it mixes them before the first step: this learns faster, and goes wrong sooner where the shift is mild.
+    Otherwise it mixes them before the first step, and steps use the mixed ones.
     """
     max_samples: int = 512
     """Only the first so many samples are used."""
@@ -75,10 +75,11 @@ class Learner(Adapter):
         """A copy of the teacher that learned from the samples; the teacher itself where nothing can be done.
 
         Facts: ``selected_share`` of the samples that steps saw, forward and backward passes per sample (those for
-        mixing left out), ``epochs`` that were kept, ``rolled_back`` 0 or 1, and the facts of mixing.
+        mixing left out), ``epochs`` that were kept, ``rolled_back`` 0 or 1, and the facts of mixing before anything
+        was learned.
 
-        Cost: per epoch a forward pass per sample, and a forward and a backward pass per sample that steps see; beside
-        those of `norm`.
+        Cost: a forward pass per sample, once and per epoch, and a forward and a backward pass per sample that steps
+        see; beside those of `norm`.
         """
         hindrance = self.hindrance(teacher, samples)
         if hindrance:
@@ -87,11 +88,10 @@ class Learner(Adapter):
         mixed = Norm().adapt(teacher, few, batch_size=batch_size, seed=seed)
         adaptation = self.begin(clone(teacher if self.batch_statistics else mixed.model), few, seed)
         kept, reason = self._learn(adaptation, few, batch_size, seed)
+        model = adaptation.model
         if self.batch_statistics:
-            same = Norm(weights=(mixed.facts.get("weight", 0.0),))  # the shift is still that to which it was chosen
-            again = same.adapt(adaptation.model, few, batch_size=batch_size, seed=seed)
-            mixed, kept, reason = _mixed_again(mixed, again, few, batch_size, kept, reason)
-        model = mixed.model if self.batch_statistics else adaptation.model
+            model, worse = _mixed_again(mixed, model, few, batch_size) if kept else (mixed.model, "")
+            kept, reason = (0, worse) if worse else (kept, reason)
         facts = mixed.facts | _counts(adaptation, few) | {"epochs": float(kept), "rolled_back": float(bool(reason))}
         return Adapted(model, _note(mixed, kept, reason), facts)
 
@@ -204,13 +204,13 @@ def _answers(adaptation: Adaptation, samples: Samples, batch_size: int) -> Tenso
     return torch.cat(answers).float().cpu()
 
 
-def _mixed_again(
-    before: Adapted, after: Adapted, samples: Samples, batch_size: int, kept: int, reason: str
-) -> tuple[Adapted, int, str]:
-    """What was learned with batch statistics must hold with mixed ones too."""
-    answers = [logits_of(mixed.model, samples, batch_size) for mixed in (before, after)]
-    worse = collapse(answers[0], answers[1])
-    return (before, 0, f"rolled back, for with mixed statistics {worse}") if worse else (after, kept, reason)
+def _mixed_again(before: Adapted, learned: nn.Module, samples: Samples, batch_size: int) -> tuple[nn.Module, str]:
+    """What was learned with batch statistics must hold with mixed ones too; else the model before, and why."""
+    same = Norm(weights=(before.facts.get("weight", 0.0),))  # the shift is still that to which it was chosen
+    after = same.adapt(learned, samples, batch_size=batch_size).model
+    start, now = (logits_of(model, samples, batch_size) for model in (before.model, after))
+    worse = collapse(start, now)
+    return (before.model, f"rolled back, for with mixed statistics {worse}") if worse else (after, "")
 
 
 def _counts(adaptation: Adaptation, samples: Samples) -> dict[str, float]:

@@ -30,9 +30,9 @@ class EATAC(SelectiveLearner):
     alpha: float = 0.1
     """Weight of the entropy, made smaller where whole and part agree and larger where they do not."""
     weighted: bool = False
-    """Surer samples count more, by exp(margin - entropy). The paper leaves it open."""
+    """Surer samples count more, by exp(margin - entropy). Whether the paper does so is not known here."""
     detach_fused: bool = True
-    """The joint answer is a fixed target: no gradients through the part's share in it. The paper leaves it open."""
+    """The joint answer is a fixed target: no gradients through the part's share in it. As unknown as the above."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

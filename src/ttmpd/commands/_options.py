@@ -28,7 +28,7 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write everything to t
 Labels = Annotated[Path | None, typer.Option("--labels", help="A .npz with y, or a .csv of file and label.")]
 Speedup = Annotated[float | None, typer.Option("--speedup", help="Times faster, e.g. 2.0.")]
 Latency = Annotated[str | None, typer.Option("--latency", help='"12ms" per batch, or "0.5x" of now.')]
-Steps = Annotated[int | None, typer.Option("--steps", min=0, help="Distillation steps [default: 200].")]
+Steps = Annotated[int | None, typer.Option("--steps", min=0, help="Distillation steps [default: 400].")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per batch.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Say more, and show where an error came from.")]
@@ -43,6 +43,6 @@ def open_chosen(model: str, source: str | None, weights: Path | None, no_pretrai
         return open_model(model, weights=weights, pretrained=not no_pretrained)
     if weights is not None or no_pretrained:
         raise InvalidValueError(
-            f"an artifact must keep its own weights, but {model!r} got --weights or --no-pretrained"
+            f"an artifact must keep its own weights, but {model!r} was given others; leave out the option for weights"
         )
     return open_artifact(model, source)

@@ -38,7 +38,7 @@ class Distiller(Method, abc.ABC):
 
     one_time: ClassVar[bool] = True
     """Whether the teacher is never called after ``prepare``."""
-    steps: int = 200
+    steps: int = 400
 
     @abc.abstractmethod
     def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, work: Work) -> Targets:

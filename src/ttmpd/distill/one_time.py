@@ -41,17 +41,19 @@ class OneTime(Distiller):
     )
     needs: ClassVar[tuple[str, ...]] = ("gradients", "training")
     one_time: ClassVar[bool] = True
-    steps: int = 200
+    steps: int = 400
     lr: float = 1e-3
     """Peak learning rate of AdamW for networks with batch normalisation, whose weights have no scale of their own."""
     lr_without_norm: float = 1e-4
     """The same for networks without it: transformers, or convolutions into which the statistics were folded."""
-    views: int = 8
-    """Fixed views per sample: the sample itself and shifted, mirrored copies. Teacher passes per sample = views.
+    views: int = 16
+    """Fixed views per sample: the sample itself, crops and shifted copies, mirrored. Teacher passes per sample = views.
 
     Fewer where the steps would not come to see so many.
     """
-    batch: int = 64
+    smallest_crop: float = 0.25
+    """The smallest share of the area that a crop keeps; 1 for no crops."""
+    batch: int = 32
     """Samples per step; fewer, down to `MIN_BATCH`, where the activations of so many take too much memory."""
     soft_weight: float = 0.2
     """Weight of the soft-label loss beside the feature loss."""
@@ -62,7 +64,17 @@ class OneTime(Distiller):
     patience: int = 0
 
     def __post_init__(self) -> None:
-        check_fields(self, steps=0, lr=0.0, lr_without_norm=0.0, views=1, batch=2, soft_weight=0.0, temperature=1e-3)
+        check_fields(
+            self,
+            steps=0,
+            lr=0.0,
+            lr_without_norm=0.0,
+            views=1,
+            smallest_crop=(0.01, 1.0),
+            batch=2,
+            soft_weight=0.0,
+            temperature=1e-3,
+        )
 
     def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, work: Work) -> Targets:
         """Features and logits of the fixed views, memory-mapped under ``work.folder``.
@@ -82,7 +94,7 @@ class OneTime(Distiller):
             for view in range(n_views):
                 for start in track(starts, f"teacher view {view + 1}/{n_views}", len(starts)):
                     index = torch.arange(start, min(start + n_pass, len(samples)))
-                    batch = fixed_view(samples.batch(index, device), index, view, work.seed, len(samples))
+                    batch = self._view(samples, index, device, view, work.seed)
                     store.write(view, start, *_answers(teacher, batch, tap))
         features, logits = store.finish()
         first = features[0] if features is not None else logits[0]
@@ -108,7 +120,9 @@ class OneTime(Distiller):
         def loss_with(step: int, amp: bool) -> Tensor:
             index = batch_order(n * n_views, size, step, work.seed)
             index = index[(index // n).argsort(stable=True)]  # view by view
-            batch = _views(samples, index, device, work.seed)
+            numbers = sorted(set((index // n).tolist()))
+            views = [self._view(samples, index[index // n == view] % n, device, view, work.seed) for view in numbers]
+            batch = torch.cat(views)
             with autocast(device, amp):
                 return self._loss(student, batch, targets, index // n, index % n)
 
@@ -129,6 +143,9 @@ class OneTime(Distiller):
             parameter.requires_grad_(True)
         to_plain_format(student).eval()
         return fit
+
+    def _view(self, samples: Samples, index: Tensor, device: torch.device, view: int, seed: int) -> Tensor:
+        return fixed_view(samples.batch(index, device), index, view, seed, len(samples), self.smallest_crop)
 
     def _step_size(self, model: nn.Module, samples: Samples) -> int:
         """Samples per step, by the memory that their activations take."""
@@ -155,17 +172,6 @@ class OneTime(Distiller):
 def _pass_size(work: Work, step_size: int) -> int:
     """Samples per pass without gradients: no more than fit where a step of ``step_size`` fits."""
     return min(work.batch_size, 2 * step_size)
-
-
-def _views(samples: Samples, index: Tensor, device: torch.device, seed: int) -> Tensor:
-    """The views at ``index``, which counts view by view and is sorted so."""
-    n = len(samples)
-    parts = [
-        fixed_view(samples.batch(place, device), place, view, seed, n)
-        for view in sorted(set((index // n).tolist()))
-        for place in [index[index // n == view] % n]
-    ]
-    return torch.cat(parts)
 
 
 def _faster_with_amp(student: nn.Module, loss_with: Callable[[int, bool], Tensor], wanted: str) -> bool:

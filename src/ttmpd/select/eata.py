@@ -43,8 +43,8 @@ class Reliable(Selector):
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
         passed = self._passing(logits[order].float().softmax(-1), n)
         chosen: list[int] = order[passed].tolist()
-        rest = [place for place in highest(-entropy(logits), len(pool)) if place not in set(chosen)]
-        return chosen + rest[: n - len(chosen)]
+        surest = highest(-entropy(logits), len(pool))
+        return list(dict.fromkeys(chosen + surest))[:n]
 
     def _passing(self, probabilities: Tensor, n: int) -> Tensor:
         """Positions of the first ``n`` rows that are reliable and not redundant, or of fewer."""

@@ -50,7 +50,8 @@ class Forgetting(Selector):
         copy = clone(teacher)
         shake(copy, self.noise, seed)
         agreed, sure = self._watch(copy, pool, classes, known.nonzero().squeeze(-1), seed)
-        score = forgotten(torch.stack([logits.argmax(-1) == classes, *agreed])) + (1 - sure) / 2
+        flips = forgotten(torch.stack([logits.argmax(-1) == classes, *agreed]))
+        score = flips.clamp(max=self.epochs + 1) + (1 - sure) / 2  # finite, so that those that never agree are ranked
         return highest(torch.where(known, score, math.nan), n)
 
     def _watch(

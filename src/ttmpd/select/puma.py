@@ -27,7 +27,7 @@ class PUMA(Selector):
     """Boundaries to this many likeliest classes are compared, the sample's own counted."""
 
     def __post_init__(self) -> None:
-        self._search()
+        self._search()  # checks the fields
 
     def _search(self) -> Search:
         return Search(norm=self.norm, max_iter=self.max_iter, overshoot=self.overshoot, classes=self.classes)
@@ -35,7 +35,7 @@ class PUMA(Selector):
     def choose(
         self, teacher: nn.Module, pool: Samples, n: int, labels: Tensor | None, *, batch_size: int, seed: int
     ) -> Iterable[int]:
-        """Cost: per sample and iteration (one to four) two forward and ``classes - 1`` backward passes.
+        """Cost: per sample and iteration two forward and ``classes - 1`` backward passes, see :func:`margins`.
 
         Raises:
             UnsupportedError: the teacher's answers cannot be differentiated by its inputs.

@@ -16,8 +16,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -205,7 +205,8 @@ class ProcessWorker:
             )
         with contextlib.suppress(OSError):  # it died already: `outcome` says so
             assert self._process.stdin is not None
-            self._process.stdin.write(sent + sent_work)
+            self._process.stdin.write(sent)
+            self._process.stdin.write(sent_work)
             self._process.stdin.flush()
 
     @property
@@ -257,11 +258,12 @@ class ProcessWorker:
         return ""
 
 
-# Before anything heavy is imported the pipe is read, so that the sender does not wait, and from then on watched.
+# Before anything heavy is imported the pipe is read, so that the sender does not wait, and from then on watched: not
+# through sys.stdin, whose lock a waiting thread would hold when the interpreter ends, which aborts it.
 _ENTRY = """
 import os, sys, threading
 head, work = sys.stdin.buffer.read(int(sys.argv[1])), sys.stdin.buffer.read(int(sys.argv[2]))
-threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(1)), daemon=True).start()
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
 from ttmpd.serving.background import process_main
 process_main(head, work, sys.argv[3])
 """
@@ -329,14 +331,13 @@ def _environment(threads: int) -> dict[str, str]:
 # -------------------------------------------------------------------------------------------------------------- thread
 
 
-@dataclass
 class ThreadWorker:
     """A thread of the service: for models that cannot be sent to a process. It shares the service's cores and GIL."""
 
-    work: Work
-    kind: str = field(default="thread", init=False)
+    kind = "thread"
 
-    def __post_init__(self) -> None:
+    def __init__(self, work: Work) -> None:
+        self.work = work
         self._progress = Progress()
         self._outcome: Outcome | None = None
         self._stopping = threading.Event()
@@ -344,14 +345,14 @@ class ThreadWorker:
         self._thread.start()
 
     def _run(self) -> None:
-        with _lower_priority(self.work.nice):
-            try:
-                carry_out(self.work, self._hear)
-                self._outcome = Outcome()
-            except StoppedError:
-                self._outcome = Outcome("stopped")
-            except Exception as error:  # the service lives on
-                self._outcome = outcome_of(error)
+        _lower_priority(self.work.nice)
+        try:
+            carry_out(self.work, self._hear)
+            self._outcome = Outcome()
+        except StoppedError:
+            self._outcome = Outcome("stopped")
+        except Exception as error:  # the service lives on
+            self._outcome = outcome_of(error)
 
     def _hear(self, stage: str, done: int, total: int) -> None:
         if self._stopping.is_set():
@@ -373,10 +374,8 @@ class ThreadWorker:
             self._thread.join(STOP_SECONDS)
 
 
-@contextlib.contextmanager
-def _lower_priority(nice: int) -> Iterator[None]:
+def _lower_priority(nice: int) -> None:
     """On Linux a thread has a priority of its own; elsewhere nothing is done."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
-    yield

@@ -66,6 +66,8 @@ class Course:
 
     def note(self, served: Served, batch: Tensor, logits: Tensor | None) -> None:
         """Take in a batch and what was answered; from any thread."""
+        if not len(batch):
+            return
         self._sizes = (*self._sizes[-63:], len(batch))
         self.reservoir.add(batch)
         if logits is not None and logits.dim() == 2 and len(logits) == len(batch):

@@ -57,8 +57,8 @@ class Drift:
     independent: use a larger window for them.
 
     Args:
-        reference: (n, n_classes) logits on samples that the model was not fitted on; under some ten of them nothing can
-            alarm.
+        reference: (n, n_classes) logits on samples that the model was not fitted on; with fewer than seven, nothing can
+            exceed the threshold at the defaults.
         window: answers that are compared; a test is made whenever half of them are new.
         false_alarm: probability of a false alarm of one test.
         seed: draws the directions.

@@ -5,8 +5,10 @@ the worker and at the answers, and in the worker; neither can reach a caller.
 """
 
 import atexit
+import contextlib
 import dataclasses
 import logging
+import shutil
 import tempfile
 import threading
 import time
@@ -14,15 +16,17 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
+from filelock import BaseFileLock, FileLock
 from torch import Tensor, nn
 
-from ttmpd.checkpoint import PLAN, check_output
+from ttmpd.checkpoint import PLAN, UNFINISHED, check_output
 from ttmpd.errors import InvalidValueError, TTMPDError
 from ttmpd.factory import cause
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.modules import clone, first_tensor
 from ttmpd.serving.background import Kind, start, write_copy
 from ttmpd.serving.course import Course
+from ttmpd.serving.lookout import Served
 from ttmpd.serving.reservoir import Reservoir
 from ttmpd.serving.rounds import Begin, Clock, Policy, device_of, frozen
 from ttmpd.settings import Target, settings_of
@@ -30,6 +34,8 @@ from ttmpd.stages import disk_guarded
 
 FEWEST = 8
 """Samples with which a compression can begin."""
+_PREFIX, _LOCK = "ttmpd-online-", ".lock"
+_TO_LOCK = 60.0  # seconds that a new service has at least to lock its folder
 
 _log = logging.getLogger("ttmpd")
 
@@ -57,7 +63,8 @@ class TestTime:
     * fallback: the data moved and the student was taken out of service; new samples are collected;
     * closed.
 
-    Calls may come from any number of threads. A batch is answered by one model. Make it after a server has forked.
+    Calls may come from any number of threads. A batch is answered by one model. Make it after a server has forked. What
+    is no batch of floating values in one tensor (text, say) is answered, but there will be no student for it.
     Memory: a copy of the model, ``samples`` times the values of a sample (1 byte each for pixels, else 2), 64 samples
     more, teacher and student; the worker takes what ``compress`` takes, in a process of its own.
 
@@ -111,7 +118,7 @@ class TestTime:
             check_output(self._output)
         opened = model if isinstance(model, OpenedModel) else open_model(model)
         self.opened = dataclasses.replace(opened, module=frozen(clone(opened.module)))
-        self._folder = tempfile.TemporaryDirectory(prefix="ttmpd-online-", ignore_cleanup_errors=True)
+        self._folder, self._lock = _own_folder()
         self._course = Course(
             self.opened,
             Reservoir(samples, opened.preprocessing, given.get("seed", 0)),
@@ -150,15 +157,22 @@ class TestTime:
         served = self._course.served  # read once: from here on a swap does not matter
         with torch.no_grad():
             output = served.module(x)
-        if isinstance(x, Tensor) and x.dim() and not self._closing.is_set():
-            with self._counting:
-                self._n_calls, self._n_seen = self._n_calls + 1, self._n_seen + len(x)
-            try:
-                self._course.note(served, x, first_tensor(output))
-            except Exception as error:  # the answer is there; nothing may keep it from the caller
-                self._n_unnoted += 1
-                _log.debug("a call could not be noted", exc_info=error)
+        if not self._closing.is_set():
+            self._note(served, x, output)
         return Answer(output, served.name)
+
+    def _note(self, served: Served, x: Any, output: Any) -> None:
+        """Count a call and take in its batch; the answer is there, and nothing may keep it from the caller."""
+        n_seen, n_unnoted = (len(x), 0) if isinstance(x, Tensor) and x.dim() else (0, 1)
+        try:
+            if not n_unnoted:
+                self._course.note(served, x, first_tensor(output))
+        except Exception as error:
+            n_unnoted = 1
+            _log.debug("a call could not be noted", exc_info=error)
+        with self._counting:
+            self._n_calls, self._n_seen = self._n_calls + 1, self._n_seen + n_seen
+            self._n_unnoted += n_unnoted
 
     # --------------------------------------------------------------------------------------------------------- looking
 
@@ -218,17 +232,20 @@ class TestTime:
                 )
             with disk_guarded(goal):
                 goal.mkdir(parents=True, exist_ok=True)
+                (goal / UNFINISHED).touch()  # no artifact until the last file is there, but ours
                 (goal / PLAN).unlink(missing_ok=True)
                 files = [path for path in artifact.iterdir() if path.is_file() and not path.name.startswith(".")]
                 for path in sorted(files, key=lambda path: path.name == PLAN):  # the plan makes it an artifact
                     write_copy(path, goal / path.name)
+                (goal / UNFINISHED).unlink()
         return goal
 
     def close(self) -> None:
         """End the worker and the watching, and remove what lies on the disk; calls are still answered."""
-        self._closing.set()
-        with self._looking:
+        with self._looking:  # a student that is being taken in is kept in the output first
+            self._closing.set()
             self._course.stop()
+            self._lock.release()
             self._folder.cleanup()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
@@ -239,6 +256,19 @@ class TestTime:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _own_folder() -> tuple[tempfile.TemporaryDirectory[str], BaseFileLock]:
+    """A new folder and its lock, once those are removed that killed services left: nobody holds their locks."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # in service, or another user's
+            if time.time() - left.stat().st_mtime > _TO_LOCK:
+                with FileLock(left / _LOCK, timeout=0):
+                    shutil.rmtree(left, ignore_errors=True)
+    folder = tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True)
+    lock = FileLock(Path(folder.name, _LOCK), thread_local=False)  # any thread may close the service
+    lock.acquire()
+    return folder, lock
 
 
 def _checked(given: dict[str, Any], speedup: float | None, latency: str | float | None) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class Round:
         self.error = self.note = ""
         self._next_try: float | None = None
         self.has_teacher = False
-        self._worker = self._start()
+        self._start()
 
     @property
     def waiting(self) -> bool:
@@ -110,7 +110,7 @@ class Round:
         """Where the worker puts teacher and artifact."""
         return self.work.folder
 
-    def _start(self) -> Worker:
+    def _start(self) -> None:
         self._next_try = None
         self.tries += 1
         work = replace(self.work, resume=self.tries > 1)  # what a killed worker had finished is not done again
@@ -118,7 +118,6 @@ class Round:
             self._worker = self._begin(work, self.kind)
         except Exception as error:
             self._worker = Unborn(cause(error))
-        return self._worker
 
     def progress(self) -> Progress:
         """What the worker is at."""

@@ -1,6 +1,5 @@
 """A small HTTP server around a running service: predictions, state, report, health and metrics."""
 
-import logging
 import math
 import os
 import time
@@ -30,8 +29,6 @@ from ttmpd.serving.online import TestTime
 
 TYPES = 'application/json with "inputs", image/png, image/jpeg, multipart/form-data with images, application/x-npy'
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-
-_log = logging.getLogger("ttmpd")
 
 
 def create_app(service: TestTime, limits: Limits | None = None) -> FastAPI:
@@ -212,8 +209,7 @@ def _add_errors(app: FastAPI) -> None:
         return _problem(422 if isinstance(error, InvalidValueError | UnsupportedError) else 500, str(error))
 
     @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        _log.error("a request failed", exc_info=error)
+    async def unexpected(_: Request, __: Exception) -> JSONResponse:  # it is raised again, and logged by what serves
         return _problem(500, "the server failed; look at its log")
 
 
@@ -261,7 +257,12 @@ class Gate:
         if not stated.isdigit() or int(stated[:20]) > self.max_bytes:
             await _problem(413, self._rule, {"connection": "close"})(scope, receive, noted)
         else:
-            await self.app(scope, counted, noted)
+            try:
+                await self.app(scope, counted, noted)
+            except Exception:  # it is answered outside of this gate
+                if scope["method"] == "POST":
+                    self.responded(500)
+                raise
 
     @property
     def _rule(self) -> str:
