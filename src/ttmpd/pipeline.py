@@ -147,8 +147,10 @@ def compress_many(
         # All plans come before any training: a target out of reach ends the run at once.
         waypoints = walk(ready, max(needed_ms(ready, target) for target in targets), stages)
         plans = [_planned(ready, waypoints, target, stages) for target in targets]
-        for planned, folder in zip(plans, folders, strict=True):
-            result = finish(ready, planned, stages, command)
+        students = [_repaired(ready, planned.plan, stages, _key(planned.target)) for planned in plans]
+        work = _work(ready, students, stages)
+        for planned, student, folder in zip(plans, students, folders, strict=True):
+            result = finish(ready, planned, student, stages, work, command)
             if folder is not None:
                 result.save(folder)
             results.append(result)
@@ -193,13 +195,12 @@ def _work_folder(output: Path | None) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def finish(ready: Ready, planned: Planned, stages: Stages, command: str) -> Result:
-    """Cut, repair, distill and measure one plan."""
+def finish(ready: Ready, planned: Planned, student: nn.Module, stages: Stages, work: Work, command: str) -> Result:
+    """Distill a repaired student and measure it."""
     key, plan = _key(planned.target), planned.plan
-    student = _repaired(ready, plan, stages, key)
     start = logits_of(student, ready.held_out, ready.settings.batch_size)
-    first = plan.removals[0].unit.path if plan.removals else ""
-    fit, teacher_logits = _distill(ready, student, first, stages, key)
+    work = dataclasses.replace(work, first=plan.removals[0].unit.path if plan.removals else "")
+    fit, teacher_logits = _distill(ready, student, work, stages, key)
     final = logits_of(student, ready.held_out, ready.settings.batch_size)
     with stages.timed("measure", key):
         rounds = compare(ready.source, student, ready.batch)
@@ -258,16 +259,30 @@ def _repaired(ready: Ready, plan: Plan, stages: Stages, key: str) -> nn.Module:
     return made if made is not None else replay(ready.teacher, plan.removals, state)
 
 
-def _distill(ready: Ready, student: nn.Module, first: str, stages: Stages, key: str) -> tuple[Fit, Tensor]:
-    """Prepare targets once for all students, then train this student; the teacher is out of reach of ``fit``."""
-    method, settings = ready.settings.distill, ready.settings
-    work = Work(
+def _work(ready: Ready, students: Sequence[nn.Module], stages: Stages) -> Work:
+    """Where and how long to distill; the student that lost most says how much there is to make good."""
+    settings = ready.settings
+
+    def answers(model: nn.Module) -> Tensor:
+        return logits_of(model, ready.held_out, settings.batch_size).argmax(-1)
+
+    agreement = 1.0
+    if len(ready.held_out):
+        wanted = answers(ready.teacher)
+        agreement = min(float((answers(student) == wanted).float().mean()) for student in students)
+    return Work(
         folder=stages.folder / "targets",
         batch_size=settings.batch_size,
         seed=settings.seed,
         deadline=ready.deadline,
         amp=settings.amp,
+        agreement=agreement,
     )
+
+
+def _distill(ready: Ready, student: nn.Module, work: Work, stages: Stages, key: str) -> tuple[Fit, Tensor]:
+    """Prepare targets once for all students, then train this student; the teacher is out of reach of ``fit``."""
+    method = ready.settings.distill
     targets = load_targets(work.folder) if method.one_time else None
     if targets is None:
         with stages.timed("prepare"):
@@ -276,7 +291,7 @@ def _distill(ready: Ready, student: nn.Module, first: str, stages: Stages, key: 
             save_targets(targets, work.folder)
     else:
         stages.reused.append("prepare")
-    work = dataclasses.replace(work, folder=stages.folder / f"distill-{key}", first=first)
+    work = dataclasses.replace(work, folder=stages.folder / f"distill-{key}")
     work.folder.mkdir(exist_ok=True)
 
     def compute() -> tuple[dict[str, Tensor], Any]:

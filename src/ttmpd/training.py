@@ -118,10 +118,10 @@ def stored_bytes(loss: Callable[[], Tensor]) -> int:
 
 
 def activation_limit(device: torch.device) -> int:
-    """Bytes that the activations of one step may take: a quarter of a GPU's memory, 768 MiB elsewhere."""
+    """Bytes that the activations of one step may take: a quarter of a GPU's memory, 384 MiB elsewhere."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory) // 4
-    return 3 << 28
+    return 3 << 27
 
 
 def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[object]:

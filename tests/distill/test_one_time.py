@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ttmpd.distill.base import Work
-from ttmpd.distill.one_time import MIN_BATCH, OneTime
+from ttmpd.distill.one_time import MIN_BATCH, OneTime, effort
 from ttmpd.errors import InvalidValueError
 from ttmpd.guard import freeze_before, freeze_head, held_out_check, logits_of
 from ttmpd.losses import entropy, feature_loss, feature_variance, mutual_information, soft_label_loss
@@ -54,7 +54,7 @@ def test_the_teacher_sees_each_view_of_each_sample_once(tmp_path, case, views):
     expected.update(row.numpy().tobytes() for row in held_out.batch(slice(None)))
     assert counted == expected
     assert sum(counted.values()) == views * 12 + 9
-    assert sum(len(batch) == 2 for batch in seen) <= 3
+    assert sum(len(batch) == 2 for batch in seen) <= 4
     del seen[:]
     method.fit(student, samples, held_out, targets, work)
     assert seen == []
@@ -64,6 +64,28 @@ def test_views_that_no_step_would_see_are_not_asked_for(tmp_path, case):
     teacher, _, samples, held_out = case
     method = OneTime(steps=3, views=8, batch=6)  # 18 places for 12 samples: the second view is half used
     assert len(method.prepare(teacher, samples, held_out, work_in(tmp_path)).logits) == 2
+
+
+@pytest.mark.parametrize(("agreement", "times"), [(1.0, 1), (0.6, 1), (0.59, 2), (0.0, 2)])
+def test_a_student_that_lost_much_gets_more_views_and_steps(tmp_path, case, agreement, times):
+    teacher, student, samples, held_out = case
+    method = OneTime(steps=4, views=2, batch=12)
+    work = Work(folder=tmp_path, batch_size=12, amp="off", agreement=agreement)
+    targets = method.prepare(teacher, samples, held_out, work)
+    assert len(targets.logits) == 2 * times
+    wrong = torch.arange(len(held_out)) >= round(agreement * len(held_out))
+    student_answers = student(held_out.batch(slice(None))).argmax(-1)
+    wanted = torch.nn.functional.one_hot(torch.where(wrong, (student_answers + 1) % 4, student_answers), 4).float()
+    found = sum(~wrong).item() / len(held_out)
+    fit = method.fit(student, samples, held_out, dataclasses.replace(targets, held_out=wanted), work)
+    assert fit.steps == 4 * effort(found)
+
+
+def test_further_views_keep_within_the_disk(tmp_path, case, monkeypatch):
+    teacher, _, samples, held_out = case
+    monkeypatch.setattr("ttmpd.distill.one_time.STORE", 1)
+    work = Work(folder=tmp_path, batch_size=12, amp="off", agreement=0.0)
+    assert len(OneTime(steps=4, views=2, batch=12).prepare(teacher, samples, held_out, work).logits) == 2
 
 
 def test_the_batch_shrinks_where_activations_take_much_memory(monkeypatch, case):

@@ -22,6 +22,8 @@ class Work:
         seed: of everything random.
         deadline: value of ``time.monotonic()`` at which ``fit`` ends with the best so far.
         amp: "auto", "on" or "off".
+        agreement: share of the held-out samples on which teacher and student agree before any training, of several
+            students that of the worst.
         first: path of the first removed unit: what runs before it is still the teacher; "" when unknown.
     """
 
@@ -30,6 +32,7 @@ class Work:
     seed: int = 0
     deadline: float = math.inf
     amp: str = "auto"
+    agreement: float = 1.0
     first: str = ""
 
 

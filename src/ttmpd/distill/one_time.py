@@ -32,6 +32,10 @@ MIN_BATCH = 8
 """Gradients of fewer samples are noise; twice as many where batch statistics are made of them."""
 
 
+STORE = 1 << 30
+"""Bytes of features that further views may fill."""
+
+
 class OneTime(Distiller):
     """Feature loss before the head plus soft-label loss, on targets that were computed once and lie on disk."""
 
@@ -42,6 +46,7 @@ class OneTime(Distiller):
     needs: ClassVar[tuple[str, ...]] = ("gradients", "training")
     one_time: ClassVar[bool] = True
     steps: int = 400
+    """Optimizer steps, for students that repair left in order; others take more, see `effort`."""
     lr: float = 1e-3
     """Peak learning rate of AdamW for networks with batch normalisation, whose weights have no scale of their own."""
     lr_without_norm: float = 1e-4
@@ -65,28 +70,23 @@ class OneTime(Distiller):
 
     def __post_init__(self) -> None:
         check_fields(
-            self,
-            steps=0,
-            lr=0.0,
-            lr_without_norm=0.0,
-            views=1,
-            smallest_crop=(0.01, 1.0),
-            batch=2,
-            soft_weight=0.0,
-            temperature=1e-3,
-        )
+            self, steps=0, lr=0.0, lr_without_norm=0.0, views=1, smallest_crop=(0.01, 1.0),
+            batch=2, soft_weight=0.0, temperature=1e-3,
+        )  # fmt: skip
 
     def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, work: Work) -> Targets:
         """Features and logits of the fixed views, memory-mapped under ``work.folder``.
 
-        Cost: exactly ``views`` teacher passes per sample and one per held-out sample.
+        Cost: exactly one teacher pass per view of a sample (``views`` of them, more of which by `effort`, fewer where
+        the steps would not come to see so many) and one per held-out sample.
         """
         device = next(teacher.parameters()).device
         size = self._step_size(teacher, samples)
-        n_seen = self.steps * size
-        n_views = max(1, min(self.views, math.ceil(n_seen / len(samples)))) if samples.is_image else 1
         few = samples.batch(slice(0, 2), device)
         tap = find_feature_tap(teacher, few)
+        more = self._times(work.agreement, len(samples), _n_values(teacher, few, tap))
+        n_useful = math.ceil(more * self.steps * size / len(samples)) if samples.is_image else 1
+        n_views = max(1, min(more * self.views, n_useful))
         store = TargetsWriter(work.folder, n_views, len(samples))
         n_pass = _pass_size(work, size)
         starts = range(0, len(samples), n_pass)
@@ -127,13 +127,16 @@ class OneTime(Distiller):
                 return self._loss(student, batch, targets, index // n, index % n)
 
         amp = self.steps > 0 and _faster_with_amp(student, loss_with, work.amp)
+        check = held_out_check(student, held_out, targets, _pass_size(work, size))
+        n_values = 0 if targets.features is None else targets.features[0, 0].numel()
+        steps = self.steps * (1 if check is None else self._times(check().agreement, n, n_values))
         fit = train(
             student,
             lambda step: loss_with(step, amp),
-            Schedule(steps=self.steps, lr=lr, optimizer="adamw", clip=self.clip),
+            Schedule(steps=steps, lr=lr, optimizer="adamw", clip=self.clip),
             Loop(
-                check=held_out_check(student, held_out, targets, _pass_size(work, size)),
-                check_every=max(1, self.steps // 10),
+                check=check,
+                check_every=max(1, steps // 10),
                 patience=self.patience,
                 deadline=work.deadline,
                 state=work.folder / "distill.safetensors",
@@ -143,6 +146,10 @@ class OneTime(Distiller):
             parameter.requires_grad_(True)
         to_plain_format(student).eval()
         return fit
+
+    def _times(self, agreement: float, n_samples: int, n_values: int) -> int:
+        """How many times the usual steps and views, by `effort`; no more than the disk may hold."""
+        return min(effort(agreement), max(1, STORE // max(1, 2 * self.views * n_samples * n_values)))
 
     def _view(self, samples: Samples, index: Tensor, device: torch.device, view: int, seed: int) -> Tensor:
         return fixed_view(samples.batch(index, device), index, view, seed, len(samples), self.smallest_crop)
@@ -169,6 +176,15 @@ class OneTime(Distiller):
         return loss
 
 
+def effort(agreement: float) -> int:
+    """How many times the steps and views: 2 where a student agrees with the teacher on less than 60 %, else 1.
+
+    A student that is nearly right is only moved away from what it knows by more; one that lost much goes on getting
+    better, but not on the same views, which it learns by heart.
+    """
+    return 1 if agreement >= 0.6 else 2
+
+
 def _pass_size(work: Work, step_size: int) -> int:
     """Samples per pass without gradients: no more than fit where a step of ``step_size`` fits."""
     return min(work.batch_size, 2 * step_size)
@@ -191,6 +207,13 @@ def _buffers_kept(student: nn.Module) -> Iterator[None]:
         yield
     for name, value in student.named_buffers():
         value.copy_(found[name])
+
+
+def _n_values(teacher: nn.Module, few: Tensor, tap: Tap | None) -> int:
+    """Values of a sample's features; 0 where there are none."""
+    with evaluating(teacher):
+        features, _ = _answers(teacher, few, tap)
+    return 0 if features is None else features[0].numel()
 
 
 def _answers(teacher: nn.Module, batch: Tensor, tap: Tap | None) -> tuple[Tensor | None, Tensor]:
