@@ -138,7 +138,10 @@ def trained(bench: Bench, paths: list[str], action: str) -> dict[str, Any]:
     found = {f"whole_drop_{k}": v for k, v in bench.whole(dropped).items()}
     found |= {f"whole_linear_{k}": v for k, v in bench.whole(linear).items()}
     student = linear if action == "linear" else dropped
-    method = OneTime(steps=bench.case.steps, batch=bench.case.batch, views=2, soft_weight=0.5, temperature=1.0)
+    method = OneTime(
+        steps=bench.case.steps, batch=bench.case.batch, views=2, smallest_crop=1.0, damaged=0.0, soft_weight=0.5,
+        temperature=1.0,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         work = Work(folder=Path(folder), batch_size=bench.case.batch, seed=SEED)
         targets = method.prepare(bench.teacher, bench.fit, bench.held_out, work)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from ttmpd.errors import BudgetUnreachableError
@@ -23,6 +23,11 @@ FRONT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 """Shares of the original latency for which the report shows what they would cost."""
 MARGIN = 0.01
 """How much faster than asked a plan aims to be: medians measured minutes apart differ by about as much."""
+SLACK = 0.03
+"""How much slower than asked the first plan may be predicted: milliseconds of single units add up no better than that,
+and few large units leave no plan in between."""
+BARE = 0.1
+"""Share of what its stand-in would repair that counts where a run of removed units ends without one."""
 TOLERANCE = 0.005
 """By how much a plan may miss in its measurement: what two measurements of one model differ by."""
 
@@ -78,21 +83,27 @@ class Waypoint:
             return self.chosen
         return (*self.chosen, *ready.settings.plan.choose(self.options, rest, seed=ready.settings.seed))
 
+    def towards(self, ready: Ready, needed_ms: float, stride_ms: float) -> tuple[Option, ...]:
+        """The removals so far, and of those that :meth:`to` would add the least harmful that save ``stride_ms``."""
+        more = sorted(self.to(ready, needed_ms)[len(self.chosen) :], key=lambda option: option.harm / option.saved_ms)
+        saved = list(itertools.accumulate(option.saved_ms for option in more))
+        n = next((i for i, ms in enumerate(saved, 1) if ms >= stride_ms), len(more))
+        return (*self.chosen, *more[:n])
+
 
 def walk(ready: Ready, needed_ms: float, stages: Stages) -> tuple[Waypoint, ...]:
     """Waypoints from nothing removed towards ``needed_ms``: harms interact, so units are scored anew along the way.
 
-    After every ``plan.step`` of the original latency what was chosen is replaced by repaired stand-ins, the nearest
-    that closed forms come to the trained student, and the units that are left are scored on that student. One walk
-    serves all targets up to its end.
+    After every ``plan.step`` of the original latency the least harmful part of the best plan for all of ``needed_ms``
+    is replaced by repaired stand-ins, the nearest that closed forms come to the trained student, and the units that
+    are left are scored on that student. One walk serves all targets up to its end.
     """
     found = [Waypoint((), ready.options)]
     stride = ready.settings.plan.step * ready.original_ms
-    while stride * len(found) < needed_ms - stride / 2:  # a short rest is not worth another scoring
-        here = found[-1]
+    while (here := found[-1]).saved_ms + stride < needed_ms - stride / 2:  # a short rest is not worth another scoring
         if most_saved(here.options) + here.saved_ms < needed_ms:
             break  # out of reach: choosing will say so
-        chosen = here.to(ready, stride * len(found))
+        chosen = here.towards(ready, needed_ms, stride)
         rows = stages.json(f"rescore#{len(found)}", functools.partial(_rescored, ready, chosen))
         found.append(Waypoint(chosen, ready.options_of([Score(**row) for row in rows])))
     return tuple(found)
@@ -113,20 +124,39 @@ def _rescored(ready: Ready, chosen: Sequence[Option]) -> list[dict[str, Any]]:
 def choose(ready: Ready, waypoints: Sequence[Waypoint], needed_ms: float) -> tuple[Option, ...]:
     """The plan for ``needed_ms``, from the last waypoint before it, with its stand-ins where they repair most.
 
+    Stand-ins take milliseconds, for which further units may have to go; where these are worth more than what the
+    stand-ins repair, the plan stays without them.
+
     Raises:
         BudgetUnreachableError: ``best_ms`` holds what all removals together would save.
     """
+    bare = _along(ready, waypoints, needed_ms)
     asked = needed_ms
     for _ in range(MAX_PLANS):
-        chosen = _along(ready, waypoints, asked)
-        tidy = tidied(ready, waypoints, chosen)
+        tidy = tidied(ready, waypoints, _along(ready, waypoints, asked))
         missing = needed_ms - sum(option.saved_ms for option in tidy)
         if missing <= 1e-9:
-            return tidy
+            return min(tidy, bare, key=functools.partial(_harm_of, ready, waypoints))
         asked += missing
         if asked > most_saved(ready.options):
             break
-    return chosen
+    return bare
+
+
+def _harm_of(ready: Ready, waypoints: Sequence[Waypoint], chosen: Sequence[Option]) -> float:
+    """Harm of a plan: of its units, and of the stand-ins that are missing at the ends of its runs."""
+    if not {"drop", "linear"} <= set(ready.settings.actions):
+        return _total(chosen)
+    gone = {option.unit for option in chosen}
+    ends = [option.unit for option in chosen if option.action == "drop" and _ends_run(ready, option.unit, gone)]
+    parts = {score.unit: score.parts for score in ready.scores}
+    return _total(chosen) + BARE * sum(
+        max(0.0, parts[unit].get("damage", 0.0) - parts[unit].get("repaired_damage", 0.0)) for unit in ends
+    )
+
+
+def _total(chosen: Sequence[Option]) -> float:
+    return sum(max(0.0, option.harm) for option in chosen)
 
 
 def _along(ready: Ready, waypoints: Sequence[Waypoint], needed_ms: float) -> tuple[Option, ...]:
@@ -148,14 +178,17 @@ def tidied(ready: Ready, waypoints: Sequence[Waypoint], chosen: Sequence[Option]
     if not {"drop", "linear"} <= set(ready.settings.actions):
         return tuple(chosen)
     known = {(o.unit, o.action): o for point in waypoints for o in (*point.options, *point.chosen)}
-    gone, units = {option.unit for option in chosen}, ready.found.units
-    follows = {a.id: b for a, b in itertools.pairwise(units) if _adjacent(a, b)}
+    gone = {option.unit for option in chosen}
     found = []
     for option in chosen:
-        run_ends = option.unit not in follows or follows[option.unit].id not in gone
-        wanted = known.get((option.unit, "linear" if run_ends else "drop"), option)
+        wanted = known.get((option.unit, "linear" if _ends_run(ready, option.unit, gone) else "drop"), option)
         found.append(wanted if wanted.saved_ms > 0 and option.action != "conv" else option)
     return tuple(found)
+
+
+def _ends_run(ready: Ready, unit: str, gone: Set[str]) -> bool:
+    """Whether the unit that takes this one's output stays."""
+    return not any(a.id == unit and b.id in gone and _adjacent(a, b) for a, b in itertools.pairwise(ready.found.units))
 
 
 def _adjacent(first: Unit, second: Unit) -> bool:
@@ -164,8 +197,8 @@ def _adjacent(first: Unit, second: Unit) -> bool:
 
 
 def needed_ms(ready: Ready, target: Target) -> float:
-    """Milliseconds that have to go, a margin included."""
-    return ready.original_ms - target.budget_ms(ready.original_ms) * (1 - MARGIN)
+    """Milliseconds that have to go by the first plan."""
+    return ready.original_ms - target.budget_ms(ready.original_ms) * (1 + SLACK)
 
 
 def make_plan(ready: Ready, waypoints: Sequence[Waypoint], target: Target) -> Planned:

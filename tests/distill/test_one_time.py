@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ttmpd.distill.base import Work
-from ttmpd.distill.one_time import MIN_BATCH, OneTime, effort
+from ttmpd.distill.one_time import MIN_BATCH, OneTime
 from ttmpd.errors import InvalidValueError
 from ttmpd.guard import freeze_before, freeze_head, held_out_check, logits_of
 from ttmpd.losses import entropy, feature_loss, feature_variance, mutual_information, soft_label_loss
@@ -78,7 +78,7 @@ def test_a_student_that_lost_much_gets_more_views_and_steps(tmp_path, case, agre
     wanted = torch.nn.functional.one_hot(torch.where(wrong, (student_answers + 1) % 4, student_answers), 4).float()
     found = sum(~wrong).item() / len(held_out)
     fit = method.fit(student, samples, held_out, dataclasses.replace(targets, held_out=wanted), work)
-    assert fit.steps == 4 * effort(found)
+    assert fit.steps == (4 if found >= method.damaged else 8)
 
 
 def test_further_views_keep_within_the_disk(tmp_path, case, monkeypatch):

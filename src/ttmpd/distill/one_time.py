@@ -46,7 +46,12 @@ class OneTime(Distiller):
     needs: ClassVar[tuple[str, ...]] = ("gradients", "training")
     one_time: ClassVar[bool] = True
     steps: int = 400
-    """Optimizer steps, for students that repair left in order; others take more, see `effort`."""
+    damaged: float = 0.6
+    """Steps and views are twice as many where student and teacher agree on a smaller share of the held-out samples.
+
+    A student that is nearly right is only moved away from what it knows by more; one that lost much goes on getting
+    better, but not on the same views, which it learns by heart.
+    """
     lr: float = 1e-3
     """Peak learning rate of AdamW for networks with batch normalisation, whose weights have no scale of their own."""
     lr_without_norm: float = 1e-4
@@ -70,14 +75,14 @@ class OneTime(Distiller):
 
     def __post_init__(self) -> None:
         check_fields(
-            self, steps=0, lr=0.0, lr_without_norm=0.0, views=1, smallest_crop=(0.01, 1.0),
+            self, steps=0, damaged=(0.0, 1.0), lr=0.0, lr_without_norm=0.0, views=1, smallest_crop=(0.01, 1.0),
             batch=2, soft_weight=0.0, temperature=1e-3,
         )  # fmt: skip
 
     def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, work: Work) -> Targets:
         """Features and logits of the fixed views, memory-mapped under ``work.folder``.
 
-        Cost: exactly one teacher pass per view of a sample (``views`` of them, more of which by `effort`, fewer where
+        Cost: exactly one teacher pass per view of a sample (``views`` of them, twice as many for a damaged student, fewer where
         the steps would not come to see so many) and one per held-out sample.
         """
         device = next(teacher.parameters()).device
@@ -148,8 +153,9 @@ class OneTime(Distiller):
         return fit
 
     def _times(self, agreement: float, n_samples: int, n_values: int) -> int:
-        """How many times the usual steps and views, by `effort`; no more than the disk may hold."""
-        return min(effort(agreement), max(1, STORE // max(1, 2 * self.views * n_samples * n_values)))
+        """How many times the usual steps and views: 2 for a damaged student, if the disk may hold so many views."""
+        fits = 2 * self.views * n_samples * 2 * n_values <= STORE  # half precision
+        return 2 if agreement < self.damaged and fits else 1
 
     def _view(self, samples: Samples, index: Tensor, device: torch.device, view: int, seed: int) -> Tensor:
         return fixed_view(samples.batch(index, device), index, view, seed, len(samples), self.smallest_crop)
@@ -174,15 +180,6 @@ class OneTime(Distiller):
             features = targets.features[view, place].to(device, torch.float32)
             loss = loss + feature_loss(seen["f"], features, targets.feature_variance)
         return loss
-
-
-def effort(agreement: float) -> int:
-    """How many times the steps and views: 2 where a student agrees with the teacher on less than 60 %, else 1.
-
-    A student that is nearly right is only moved away from what it knows by more; one that lost much goes on getting
-    better, but not on the same views, which it learns by heart.
-    """
-    return 1 if agreement >= 0.6 else 2
 
 
 def _pass_size(work: Work, step_size: int) -> int:
