@@ -198,10 +198,10 @@ def _work_folder(output: Path | None) -> Iterator[Path]:
 def finish(ready: Ready, planned: Planned, student: nn.Module, stages: Stages, work: Work, command: str) -> Result:
     """Distill a repaired student and measure it."""
     key, plan = _key(planned.target), planned.plan
-    start = logits_of(student, ready.held_out, ready.settings.batch_size)
+    start = logits_of(student, ready.held_out, ready.pass_size)
     work = dataclasses.replace(work, first=plan.removals[0].unit.path if plan.removals else "")
     fit, teacher_logits = _distill(ready, student, work, stages, key)
-    final = logits_of(student, ready.held_out, ready.settings.batch_size)
+    final = logits_of(student, ready.held_out, ready.pass_size)
     with stages.timed("measure", key):
         rounds = compare(ready.source, student, ready.batch)
     ratio, needed = rounds.ratio("original", "compressed"), ready.original_ms / plan.budget_ms
@@ -249,7 +249,7 @@ def _repaired(ready: Ready, plan: Plan, stages: Stages, key: str) -> nn.Module:
 
     def compute() -> tuple[dict[str, Tensor], Any]:
         few = ready.samples.first(256)
-        student = repaired(ready.teacher, plan.removals, few, batch_size=ready.settings.batch_size)
+        student = repaired(ready.teacher, plan.removals, few, batch_size=ready.pass_size)
         fold(student, plan.removals, batch)
         nonlocal made
         made = student
@@ -264,7 +264,7 @@ def _work(ready: Ready, students: Sequence[nn.Module], stages: Stages) -> Work:
     settings = ready.settings
 
     def answers(model: nn.Module) -> Tensor:
-        return logits_of(model, ready.held_out, settings.batch_size).argmax(-1)
+        return logits_of(model, ready.held_out, ready.pass_size).argmax(-1)
 
     agreement = 1.0
     if len(ready.held_out):
@@ -272,7 +272,7 @@ def _work(ready: Ready, students: Sequence[nn.Module], stages: Stages) -> Work:
         agreement = min(float((answers(student) == wanted).float().mean()) for student in students)
     return Work(
         folder=stages.folder / "targets",
-        batch_size=settings.batch_size,
+        batch_size=ready.pass_size,
         seed=settings.seed,
         deadline=ready.deadline,
         amp=settings.amp,

@@ -116,7 +116,7 @@ def _rescored(ready: Ready, chosen: Sequence[Option]) -> list[dict[str, Any]]:
         Removal(unit, stand_in.get(gone[unit.id], gone[unit.id])) for unit in ready.found.units if unit.id in gone
     ]
     few = ready.samples.first(128)
-    student = repaired(ready.teacher, removals, few, batch_size=ready.settings.batch_size)
+    student = repaired(ready.teacher, removals, few, batch_size=ready.pass_size)
     left = [unit for unit in ready.found.units if unit.id not in gone]
     return score_rows(ready, student, left)
 

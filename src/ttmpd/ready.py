@@ -20,6 +20,7 @@ from ttmpd.savings import UnitTiming, time_units
 from ttmpd.settings import Settings, choose_device
 from ttmpd.stages import Stages
 from ttmpd.timing import time_models
+from ttmpd.training import samples_that_fit
 from ttmpd.units.base import Found
 from ttmpd.units.block import Block
 
@@ -41,6 +42,7 @@ class Ready:
     adapt_facts: dict[str, float]
     settings: Settings
     deadline: float
+    pass_size: int
 
     @property
     def batch(self) -> Tensor:
@@ -92,6 +94,7 @@ def get_ready(
         adapt_facts=told["facts"],
         settings=settings,
         deadline=deadline,
+        pass_size=_pass_size(source, samples, settings.batch_size),
     )
     rows = stages.json("score", lambda: score_rows(ready, teacher, found.units))
     return dataclasses.replace(ready, scores=tuple(Score(**row) for row in rows))
@@ -172,6 +175,12 @@ def _time(source: nn.Module, found: Found, batch: Tensor) -> dict[str, Any]:
     }
 
 
+def _pass_size(model: nn.Module, samples: Samples, batch_size: int) -> int:
+    """Samples per pass without gradients: twice as many as a training step may have, which keeps what they need."""
+    few = samples.batch(slice(0, 2), next(model.parameters()).device)
+    return min(batch_size, 2 * samples_that_fit(model, few, batch_size))
+
+
 def score_rows(ready: Ready, model: nn.Module, units: Sequence[Unit]) -> list[dict[str, Any]]:
     """Scores of units of the teacher, or of a student on the way, as plain data."""
     scores = ready.settings.score.score(
@@ -179,7 +188,7 @@ def score_rows(ready: Ready, model: nn.Module, units: Sequence[Unit]) -> list[di
         units,
         ready.samples,
         actions=ready.settings.actions,
-        batch_size=ready.settings.batch_size,
+        batch_size=ready.pass_size,
         seed=ready.settings.seed,
     )
     return [dataclasses.asdict(score) for score in scores]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ttmpd.method import check_fields
+from ttmpd.modules import call, evaluating
 from ttmpd.progress import tell
 from ttmpd.records import Fit
 
@@ -122,6 +123,19 @@ def activation_limit(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory) // 4
     return 3 << 27
+
+
+def samples_that_fit(model: nn.Module, few: Tensor, wanted: int) -> int:
+    """How many samples, ``wanted`` at most, a training step may have by the memory that their activations take.
+
+    Args:
+        model: on its device.
+        few: (B, ...) some samples there.
+        wanted: so many if there is room.
+    """
+    with evaluating(model, gradients=True):
+        each = stored_bytes(lambda: call(model, few).sum()) // len(few)
+    return min(wanted, max(1, activation_limit(few.device) // max(1, each)))
 
 
 def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[object]:

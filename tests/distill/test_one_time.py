@@ -92,7 +92,7 @@ def test_the_batch_shrinks_where_activations_take_much_memory(monkeypatch, case)
     teacher, _, samples, _ = case
     method = OneTime(batch=64)
     assert method._step_size(teacher, samples) == 64
-    monkeypatch.setattr("ttmpd.distill.one_time.activation_limit", lambda _device: 1)
+    monkeypatch.setattr("ttmpd.training.activation_limit", lambda _device: 1)
     assert method._step_size(teacher, samples) == 2 * MIN_BATCH  # it has batch statistics
 
 

@@ -19,11 +19,10 @@ from ttmpd.targets import TargetsWriter
 from ttmpd.training import (
     Loop,
     Schedule,
-    activation_limit,
     autocast,
     batch_order,
     choose_amp,
-    stored_bytes,
+    samples_that_fit,
     train,
 )
 from ttmpd.views import fixed_view
@@ -82,8 +81,8 @@ class OneTime(Distiller):
     def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, work: Work) -> Targets:
         """Features and logits of the fixed views, memory-mapped under ``work.folder``.
 
-        Cost: exactly one teacher pass per view of a sample (``views`` of them, twice as many for a damaged student, fewer where
-        the steps would not come to see so many) and one per held-out sample.
+        Cost: exactly one teacher pass per view of a sample (``views`` of them, twice as many for a damaged student,
+        fewer where the steps would not come to see so many) and one per held-out sample.
         """
         device = next(teacher.parameters()).device
         size = self._step_size(teacher, samples)
@@ -93,17 +92,16 @@ class OneTime(Distiller):
         n_useful = math.ceil(more * self.steps * size / len(samples)) if samples.is_image else 1
         n_views = max(1, min(more * self.views, n_useful))
         store = TargetsWriter(work.folder, n_views, len(samples))
-        n_pass = _pass_size(work, size)
-        starts = range(0, len(samples), n_pass)
+        starts = range(0, len(samples), work.batch_size)
         with evaluating(teacher):
             for view in range(n_views):
                 for start in track(starts, f"teacher view {view + 1}/{n_views}", len(starts)):
-                    index = torch.arange(start, min(start + n_pass, len(samples)))
+                    index = torch.arange(start, min(start + work.batch_size, len(samples)))
                     batch = self._view(samples, index, device, view, work.seed)
                     store.write(view, start, *_answers(teacher, batch, tap))
         features, logits = store.finish()
         first = features[0] if features is not None else logits[0]
-        kept = logits_of(teacher, held_out, n_pass)
+        kept = logits_of(teacher, held_out, work.batch_size)
         return Targets(
             tap=tap, features=features, logits=logits, feature_variance=feature_variance(first), held_out=kept
         )
@@ -132,7 +130,7 @@ class OneTime(Distiller):
                 return self._loss(student, batch, targets, index // n, index % n)
 
         amp = self.steps > 0 and _faster_with_amp(student, loss_with, work.amp)
-        check = held_out_check(student, held_out, targets, _pass_size(work, size))
+        check = held_out_check(student, held_out, targets, work.batch_size)
         n_values = 0 if targets.features is None else targets.features[0, 0].numel()
         steps = self.steps * (1 if check is None else self._times(check().agreement, n, n_values))
         fit = train(
@@ -164,10 +162,8 @@ class OneTime(Distiller):
         """Samples per step, by the memory that their activations take."""
         device = next(model.parameters()).device
         few = samples.batch(slice(0, 2), device)
-        with evaluating(model, gradients=True):
-            each = stored_bytes(lambda: call(model, few).sum()) // len(few)
         least = 2 * MIN_BATCH if has_batch_norm(model) else MIN_BATCH
-        return min(self.batch, max(least, activation_limit(device) // max(1, each)))
+        return min(self.batch, max(least, samples_that_fit(model, few, self.batch)))
 
     def _loss(self, student: nn.Module, batch: Tensor, targets: Targets, view: Tensor, place: Tensor) -> Tensor:
         device = batch.device
@@ -180,11 +176,6 @@ class OneTime(Distiller):
             features = targets.features[view, place].to(device, torch.float32)
             loss = loss + feature_loss(seen["f"], features, targets.feature_variance)
         return loss
-
-
-def _pass_size(work: Work, step_size: int) -> int:
-    """Samples per pass without gradients: no more than fit where a step of ``step_size`` fits."""
-    return min(work.batch_size, 2 * step_size)
 
 
 def _faster_with_amp(student: nn.Module, loss_with: Callable[[int, bool], Tensor], wanted: str) -> bool:
