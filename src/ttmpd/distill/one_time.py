@@ -53,6 +53,8 @@ class OneTime(Distiller):
     """
     lr: float = 1e-3
     """Peak learning rate of AdamW for networks with batch normalisation, whose weights have no scale of their own."""
+    lr_damaged: float = 0.05
+    """Peak learning rate of SGD, momentum 0.9, for damaged ones among them: it moves further from where they start."""
     lr_without_norm: float = 1e-4
     """The same for networks without it: transformers, or convolutions into which the statistics were folded."""
     views: int = 16
@@ -74,8 +76,8 @@ class OneTime(Distiller):
 
     def __post_init__(self) -> None:
         check_fields(
-            self, steps=0, damaged=(0.0, 1.0), lr=0.0, lr_without_norm=0.0, views=1, smallest_crop=(0.01, 1.0),
-            batch=2, soft_weight=0.0, temperature=1e-3,
+            self, steps=0, damaged=(0.0, 1.0), lr=0.0, lr_damaged=0.0, lr_without_norm=0.0, views=1,
+            smallest_crop=(0.01, 1.0), batch=2, soft_weight=0.0, temperature=1e-3,
         )  # fmt: skip
 
     def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, work: Work) -> Targets:
@@ -116,8 +118,6 @@ class OneTime(Distiller):
         if work.first:
             frozen += freeze_before(student, work.first, few)
         n_views, n = targets.logits.shape[:2]
-        lr = self.lr if has_batch_norm(student) else self.lr_without_norm
-
         size = self._step_size(student, samples)
 
         def loss_with(step: int, amp: bool) -> Tensor:
@@ -132,11 +132,12 @@ class OneTime(Distiller):
         amp = self.steps > 0 and _faster_with_amp(student, loss_with, work.amp)
         check = held_out_check(student, held_out, targets, work.batch_size)
         n_values = 0 if targets.features is None else targets.features[0, 0].numel()
-        steps = self.steps * (1 if check is None else self._times(check().agreement, n, n_values))
+        agreement = 1.0 if check is None else check().agreement
+        steps = self.steps * self._times(agreement, n, n_values)
         fit = train(
             student,
             lambda step: loss_with(step, amp),
-            Schedule(steps=steps, lr=lr, optimizer="adamw", clip=self.clip),
+            self._schedule(student, steps, agreement),
             Loop(
                 check=check,
                 check_every=max(1, steps // 10),
@@ -149,6 +150,13 @@ class OneTime(Distiller):
             parameter.requires_grad_(True)
         to_plain_format(student).eval()
         return fit
+
+    def _schedule(self, student: nn.Module, steps: int, agreement: float) -> Schedule:
+        if not has_batch_norm(student):
+            return Schedule(steps=steps, lr=self.lr_without_norm, optimizer="adamw", clip=self.clip)
+        if agreement < self.damaged:
+            return Schedule(steps=steps, lr=self.lr_damaged, optimizer="sgd", clip=self.clip)
+        return Schedule(steps=steps, lr=self.lr, optimizer="adamw", clip=self.clip)
 
     def _times(self, agreement: float, n_samples: int, n_values: int) -> int:
         """How many times the usual steps and views: 2 for a damaged student, if the disk may hold so many views."""
