@@ -26,7 +26,7 @@ MARGIN = 0.01
 SLACK = 0.03
 """How much slower than asked the first plan may be predicted: milliseconds of single units add up no better than that,
 and few large units leave no plan in between."""
-BARE = 0.1
+BARE = 0.35
 """Share of what its stand-in would repair that counts where a run of removed units ends without one."""
 TOLERANCE = 0.005
 """By how much a plan may miss in its measurement: what two measurements of one model differ by."""
