@@ -130,7 +130,7 @@ def choose(ready: Ready, waypoints: Sequence[Waypoint], needed_ms: float) -> tup
     Raises:
         BudgetUnreachableError: ``best_ms`` holds what all removals together would save.
     """
-    bare = _along(ready, waypoints, needed_ms)
+    bare = tidied(ready, waypoints, _along(ready, waypoints, needed_ms), ends=False)
     asked = needed_ms
     for _ in range(MAX_PLANS):
         tidy = tidied(ready, waypoints, _along(ready, waypoints, asked))
@@ -168,12 +168,14 @@ def _along(ready: Ready, waypoints: Sequence[Waypoint], needed_ms: float) -> tup
         return ready.settings.plan.choose(ready.options, needed_ms, seed=ready.settings.seed)
 
 
-def tidied(ready: Ready, waypoints: Sequence[Waypoint], chosen: Sequence[Option]) -> tuple[Option, ...]:
+def tidied(
+    ready: Ready, waypoints: Sequence[Waypoint], chosen: Sequence[Option], *, ends: bool = True
+) -> tuple[Option, ...]:
     """The same units with one linear stand-in at the end of every run of removed units, and none before it.
 
     The stand-in at the end is fitted to what the whole run did: the ones before it add milliseconds and repair hardly
     more, while a run without any leaves the student far from the teacher. A 3x3 stand-in widens what the run sees and
-    stays where it was chosen.
+    stays where it was chosen. With ``ends`` false the ends stay as they were chosen, too.
     """
     if not {"drop", "linear"} <= set(ready.settings.actions):
         return tuple(chosen)
@@ -181,7 +183,9 @@ def tidied(ready: Ready, waypoints: Sequence[Waypoint], chosen: Sequence[Option]
     gone = {option.unit for option in chosen}
     found = []
     for option in chosen:
-        wanted = known.get((option.unit, "linear" if _ends_run(ready, option.unit, gone) else "drop"), option)
+        at_end = _ends_run(ready, option.unit, gone)
+        action: Action = "drop" if not at_end else "linear" if ends else option.action
+        wanted = known.get((option.unit, action), option)
         found.append(wanted if wanted.saved_ms > 0 and option.action != "conv" else option)
     return tuple(found)
 

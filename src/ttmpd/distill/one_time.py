@@ -46,7 +46,8 @@ class OneTime(Distiller):
     one_time: ClassVar[bool] = True
     steps: int = 400
     damaged: float = 0.6
-    """Steps and views are twice as many where student and teacher agree on a smaller share of the held-out samples.
+    """Steps and views grow where student and teacher agree on a smaller share of the held-out samples: up to twice as
+    many, reached at 0.2 less.
 
     A student that is nearly right is only moved away from what it knows by more; one that lost much goes on getting
     better, but not on the same views, which it learns by heart.
@@ -54,7 +55,9 @@ class OneTime(Distiller):
     lr: float = 1e-3
     """Peak learning rate of AdamW for networks with batch normalisation, whose weights have no scale of their own."""
     lr_damaged: float = 0.05
-    """Peak learning rate of SGD, momentum 0.9, for damaged ones among them: it moves further from where they start."""
+    """Peak learning rate of SGD, momentum 0.9, for those among them that get at least half as many steps again: it
+    moves them further from where they start.
+    """
     lr_without_norm: float = 1e-4
     """The same for networks without it: transformers, or convolutions into which the statistics were folded."""
     views: int = 16
@@ -83,8 +86,8 @@ class OneTime(Distiller):
     def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, work: Work) -> Targets:
         """Features and logits of the fixed views, memory-mapped under ``work.folder``.
 
-        Cost: exactly one teacher pass per view of a sample (``views`` of them, twice as many for a damaged student,
-        fewer where the steps would not come to see so many) and one per held-out sample.
+        Cost: exactly one teacher pass per view of a sample (``views`` of them, up to twice as many for a damaged
+        student, fewer where the steps would not come to see so many) and one per held-out sample.
         """
         device = next(teacher.parameters()).device
         size = self._step_size(teacher, samples)
@@ -92,7 +95,7 @@ class OneTime(Distiller):
         tap = find_feature_tap(teacher, few)
         more = self._times(work.agreement, len(samples), _n_values(teacher, few, tap))
         n_useful = math.ceil(more * self.steps * size / len(samples)) if samples.is_image else 1
-        n_views = max(1, min(more * self.views, n_useful))
+        n_views = max(1, min(round(more * self.views), n_useful))
         store = TargetsWriter(work.folder, n_views, len(samples))
         starts = range(0, len(samples), work.batch_size)
         with evaluating(teacher):
@@ -133,7 +136,7 @@ class OneTime(Distiller):
         check = held_out_check(student, held_out, targets, work.batch_size)
         n_values = 0 if targets.features is None else targets.features[0, 0].numel()
         agreement = 1.0 if check is None else check().agreement
-        steps = self.steps * self._times(agreement, n, n_values)
+        steps = round(self.steps * self._times(agreement, n, n_values))
         fit = train(
             student,
             lambda step: loss_with(step, amp),
@@ -154,14 +157,14 @@ class OneTime(Distiller):
     def _schedule(self, student: nn.Module, steps: int, agreement: float) -> Schedule:
         if not has_batch_norm(student):
             return Schedule(steps=steps, lr=self.lr_without_norm, optimizer="adamw", clip=self.clip)
-        if agreement < self.damaged:
+        if agreement <= self.damaged - 0.1:
             return Schedule(steps=steps, lr=self.lr_damaged, optimizer="sgd", clip=self.clip)
         return Schedule(steps=steps, lr=self.lr, optimizer="adamw", clip=self.clip)
 
-    def _times(self, agreement: float, n_samples: int, n_values: int) -> int:
-        """How many times the usual steps and views: 2 for a damaged student, if the disk may hold so many views."""
-        fits = 2 * self.views * n_samples * 2 * n_values <= STORE  # half precision
-        return 2 if agreement < self.damaged and fits else 1
+    def _times(self, agreement: float, n_samples: int, n_values: int) -> float:
+        """How many times the usual steps and views, 1 to 2; no more than the disk may hold."""
+        room = STORE / max(1, self.views * n_samples * 2 * n_values)  # half precision
+        return max(1.0, min(2.0, room, 1 + (self.damaged - agreement) / 0.2))
 
     def _view(self, samples: Samples, index: Tensor, device: torch.device, view: int, seed: int) -> Tensor:
         return fixed_view(samples.batch(index, device), index, view, seed, len(samples), self.smallest_crop)

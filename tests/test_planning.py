@@ -1,0 +1,67 @@
+"""From scored options to a plan: what is committed on the way, and when stand-ins are worth their milliseconds."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from ttmpd.plan.knapsack import Knapsack
+from ttmpd.planning import Waypoint, choose
+from ttmpd.records import Option, Score
+
+STAND_IN_MS = 1.0
+
+
+def ready(harms: dict[str, tuple[float, float, float]]) -> SimpleNamespace:
+    """Units by name: milliseconds, damage and repaired damage; names with one letter before the dot are one run."""
+    units = tuple(SimpleNamespace(id=name, path=name, shape=(4,)) for name in harms)
+    scores = [
+        Score(name, action, repaired + (0.02 * (damage - repaired) if action == "drop" else 0.0),
+              {"damage": damage, "repaired_damage": repaired})
+        for name, (_, damage, repaired) in harms.items() for action in ("drop", "linear")
+    ]  # fmt: skip
+    options = tuple(
+        Option(s.unit, s.action, s.harm, harms[s.unit][0] - (STAND_IN_MS if s.action == "linear" else 0.0))
+        for s in scores
+    )
+    settings = SimpleNamespace(plan=Knapsack(), actions=("drop", "linear"), seed=0)
+    return SimpleNamespace(
+        found=SimpleNamespace(units=units), scores=tuple(scores), options=options, settings=settings, original_ms=100.0
+    )
+
+
+def actions(chosen):
+    return {option.unit: option.action for option in chosen}
+
+
+def test_a_run_ends_in_a_stand_in_where_there_is_room():
+    here = ready({"a.0": (10.0, 0.5, 0.1), "a.1": (10.0, 0.5, 0.1), "b.0": (10.0, 5.0, 5.0)})
+    assert actions(choose(here, [Waypoint((), here.options)], 19.0)) == {"a.0": "drop", "a.1": "linear"}
+
+
+def test_a_stand_in_is_left_out_where_it_would_cost_another_large_unit():
+    here = ready({"a.0": (10.0, 0.5, 0.4), "a.1": (10.0, 0.5, 0.4), "b.0": (10.0, 0.9, 0.8)})
+    assert actions(choose(here, [Waypoint((), here.options)], 19.5)) == {"a.0": "drop", "a.1": "drop"}
+
+
+def test_another_small_unit_goes_where_its_stand_ins_repair_more():
+    here = ready({"a.0": (10.0, 3.0, 0.4), "a.1": (10.0, 3.0, 0.4), "b.0": (5.0, 0.2, 0.1)})
+    assert actions(choose(here, [Waypoint((), here.options)], 19.5)) == {
+        "a.0": "drop",
+        "a.1": "linear",
+        "b.0": "linear",
+    }
+
+
+def test_on_the_way_the_least_harmful_part_of_the_whole_plan_is_committed():
+    # For 10 ms alone `c.0` is best; for 29 ms it is of no use.
+    here = ready({"a.0": (15.0, 0.3, 0.3), "b.0": (15.0, 0.4, 0.4), "c.0": (11.0, 0.25, 0.25)})
+    start = Waypoint((), here.options)
+    assert {option.unit for option in start.to(here, 10.0)} == {"c.0"}
+    assert [option.unit for option in start.towards(here, 29.0, 10.0)] == ["a.0"]
+    assert [option.unit for option in start.towards(here, 29.0, 16.0)] == ["a.0", "b.0"]
+
+
+@pytest.mark.parametrize("needed", [5.0, 12.0, 29.0])
+def test_a_plan_saves_what_is_needed(needed):
+    here = ready({"a.0": (10.0, 0.5, 0.1), "a.1": (10.0, 0.5, 0.2), "b.0": (10.0, 0.4, 0.3)})
+    assert sum(option.saved_ms for option in choose(here, [Waypoint((), here.options)], needed)) >= needed
