@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from ttmpd.plan.knapsack import Knapsack
-from ttmpd.planning import Waypoint, choose
+from ttmpd.planning import Waypoint, choose, needed_ms
 from ttmpd.records import Option, Score
+from ttmpd.settings import Target
 
 STAND_IN_MS = 1.0
 
@@ -61,7 +62,21 @@ def test_on_the_way_the_least_harmful_part_of_the_whole_plan_is_committed():
     assert [option.unit for option in start.towards(here, 29.0, 16.0)] == ["a.0", "b.0"]
 
 
+def test_what_was_committed_on_the_way_is_given_up_for_a_plan_that_fits_better():
+    here = ready({"a.0": (10.0, 0.3, 0.3), "b.0": (8.0, 0.2, 0.2), "c.0": (10.0, 0.3, 0.3)})
+    start = Waypoint((), here.options)
+    committed = tuple(o for o in here.options if (o.unit, o.action) in {("b.0", "drop"), ("a.0", "drop")})
+    further = Waypoint(committed, tuple(o for o in here.options if o.unit == "c.0"))
+    found = choose(here, [start, further], 19.5)
+    assert actions(found) == {"a.0": "drop", "c.0": "drop"}  # and not all three
+
+
 @pytest.mark.parametrize("needed", [5.0, 12.0, 29.0])
 def test_a_plan_saves_what_is_needed(needed):
     here = ready({"a.0": (10.0, 0.5, 0.1), "a.1": (10.0, 0.5, 0.2), "b.0": (10.0, 0.4, 0.3)})
     assert sum(option.saved_ms for option in choose(here, [Waypoint((), here.options)], needed)) >= needed
+
+
+@pytest.mark.parametrize(("speedup", "expected"), [(2.0, 48.5), (1.05, 2.381), (1.01, 0.495)])
+def test_the_first_plan_may_be_a_little_slow_but_removes_something(speedup, expected):
+    assert needed_ms(SimpleNamespace(original_ms=100.0), Target(speedup=speedup)) == pytest.approx(expected, abs=1e-3)

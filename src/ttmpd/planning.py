@@ -122,28 +122,40 @@ def _rescored(ready: Ready, chosen: Sequence[Option]) -> list[dict[str, Any]]:
 
 
 def choose(ready: Ready, waypoints: Sequence[Waypoint], needed_ms: float) -> tuple[Option, ...]:
-    """The plan for ``needed_ms``, from the last waypoint before it, with its stand-ins where they repair most.
+    """The plan for ``needed_ms`` that does least harm, from one of the last two waypoints before it.
 
-    Stand-ins take milliseconds, for which further units may have to go; where these are worth more than what the
-    stand-ins repair, the plan stays without them.
+    What was committed up to the last one may leave a gap that only another large unit closes. Stand-ins take
+    milliseconds, too, for which further units may have to go; where these are worth more than what the stand-ins
+    repair, the plan stays without them.
 
     Raises:
         BudgetUnreachableError: ``best_ms`` holds what all removals together would save.
     """
-    bare = tidied(ready, waypoints, _along(ready, waypoints, needed_ms), ends=False)
+    before = [point for point in waypoints if point.saved_ms < needed_ms] or list(waypoints[:1])
+    plans = []
+    for point in before[-2:]:
+        plans += [_with_stand_ins(ready, waypoints, point, needed_ms), _along(ready, point, needed_ms)]
+    found = [tidied(ready, waypoints, plan, ends=False) for plan in plans if plan]
+    return min(found, key=functools.partial(_harm_of, ready))
+
+
+def _with_stand_ins(
+    ready: Ready, waypoints: Sequence[Waypoint], point: Waypoint, needed_ms: float
+) -> tuple[Option, ...]:
+    """The plan whose runs all end in a stand-in; () where that cannot save so much."""
     asked = needed_ms
     for _ in range(MAX_PLANS):
-        tidy = tidied(ready, waypoints, _along(ready, waypoints, asked))
-        missing = needed_ms - sum(option.saved_ms for option in tidy)
+        plan = tidied(ready, waypoints, _along(ready, point, asked))
+        missing = needed_ms - sum(option.saved_ms for option in plan)
         if missing <= 1e-9:
-            return min(tidy, bare, key=functools.partial(_harm_of, ready, waypoints))
+            return plan
         asked += missing
         if asked > most_saved(ready.options):
             break
-    return bare
+    return ()
 
 
-def _harm_of(ready: Ready, waypoints: Sequence[Waypoint], chosen: Sequence[Option]) -> float:
+def _harm_of(ready: Ready, chosen: Sequence[Option]) -> float:
     """Harm of a plan: of its units, and of the stand-ins that are missing at the ends of its runs."""
     if not {"drop", "linear"} <= set(ready.settings.actions):
         return _total(chosen)
@@ -159,10 +171,9 @@ def _total(chosen: Sequence[Option]) -> float:
     return sum(max(0.0, option.harm) for option in chosen)
 
 
-def _along(ready: Ready, waypoints: Sequence[Waypoint], needed_ms: float) -> tuple[Option, ...]:
-    before = [point for point in waypoints if point.saved_ms < needed_ms] or list(waypoints[:1])
+def _along(ready: Ready, point: Waypoint, needed_ms: float) -> tuple[Option, ...]:
     try:
-        return before[-1].to(ready, needed_ms)
+        return point.to(ready, needed_ms)
     except BudgetUnreachableError:
         # What was chosen on the way may stand in the way of the most that can be saved.
         return ready.settings.plan.choose(ready.options, needed_ms, seed=ready.settings.seed)
@@ -201,8 +212,9 @@ def _adjacent(first: Unit, second: Unit) -> bool:
 
 
 def needed_ms(ready: Ready, target: Target) -> float:
-    """Milliseconds that have to go by the first plan."""
-    return ready.original_ms - target.budget_ms(ready.original_ms) * (1 + SLACK)
+    """Milliseconds that have to go by the first plan: all but the slack, and never less than half."""
+    budget = target.budget_ms(ready.original_ms)
+    return max(ready.original_ms - budget * (1 + SLACK), (ready.original_ms - budget) / 2)
 
 
 def make_plan(ready: Ready, waypoints: Sequence[Waypoint], target: Target) -> Planned:
