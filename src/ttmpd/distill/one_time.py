@@ -54,7 +54,7 @@ class OneTime(Distiller):
     """
     lr: float = 1e-3
     """Peak learning rate of AdamW for networks with batch normalisation, whose weights have no scale of their own."""
-    lr_damaged: float = 0.05
+    lr_damaged: float = 0.03
     """Peak learning rate of SGD, momentum 0.9, for those among them that get at least half as many steps again: it
     moves them further from where they start.
     """
