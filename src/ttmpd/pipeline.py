@@ -147,10 +147,10 @@ def compress_many(
         # All plans come before any training: a target out of reach ends the run at once.
         waypoints = walk(ready, max(needed_ms(ready, target) for target in targets), stages)
         plans = [_planned(ready, waypoints, target, stages) for target in targets]
-        students = [_repaired(ready, planned.plan, stages, _key(planned.target)) for planned in plans]
-        work = _work(ready, students, stages)
-        for planned, student, folder in zip(plans, students, folders, strict=True):
-            result = finish(ready, planned, student, stages, work, command)
+        starts = _starts(ready, [_repaired(ready, planned.plan, stages, _key(planned.target)) for planned in plans])
+        work = _work(ready, min(start.agreement for start in starts), stages)
+        for planned, start, folder in zip(plans, starts, folders, strict=True):
+            result = finish(ready, planned, start, stages, work, command)
             if folder is not None:
                 result.save(folder)
             results.append(result)
@@ -195,12 +195,26 @@ def _work_folder(output: Path | None) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def finish(ready: Ready, planned: Planned, student: nn.Module, stages: Stages, work: Work, command: str) -> Result:
-    """Distill a repaired student and measure it."""
-    key, plan = _key(planned.target), planned.plan
-    start = logits_of(student, ready.held_out, ready.pass_size)
-    work = dataclasses.replace(work, first=plan.removals[0].unit.path if plan.removals else "")
-    fit, teacher_logits = _distill(ready, student, work, stages, key)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Start:
+    """A repaired student before any training.
+
+    Args:
+        student: trained in place later.
+        logits: (N, n_classes) its answers on the held-out samples.
+        agreement: the share of these on which the teacher answers alike; 1 when none are held out.
+    """
+
+    student: nn.Module
+    logits: Tensor
+    agreement: float
+
+
+def finish(ready: Ready, planned: Planned, start: Start, stages: Stages, work: Work, command: str) -> Result:
+    """Distill a repaired student and measure it; ``work`` is that of the student that lost most."""
+    key, plan, student = _key(planned.target), planned.plan, start.student
+    first = plan.removals[0].unit.path if plan.removals else ""
+    fit, teacher_logits = _distill(ready, start, first, work, stages, key)
     final = logits_of(student, ready.held_out, ready.pass_size)
     with stages.timed("measure", key):
         rounds = compare(ready.source, student, ready.batch)
@@ -212,7 +226,7 @@ def finish(ready: Ready, planned: Planned, student: nn.Module, stages: Stages, w
         student=student,
         rounds=rounds,
         fit=fit,
-        logits=(teacher_logits, start, final),
+        logits=(teacher_logits, start.logits, final),
         seconds=stages.seconds(key),
     )
     facts["command"] = command
@@ -259,17 +273,20 @@ def _repaired(ready: Ready, plan: Plan, stages: Stages, key: str) -> nn.Module:
     return made if made is not None else replay(ready.teacher, plan.removals, state)
 
 
-def _work(ready: Ready, students: Sequence[nn.Module], stages: Stages) -> Work:
-    """Where and how long to distill; the student that lost most says how much there is to make good."""
+def _starts(ready: Ready, students: Sequence[nn.Module]) -> list[Start]:
+    answers = [logits_of(student, ready.held_out, ready.pass_size) for student in students]
+    if not len(ready.held_out):
+        return [Start(student, logits, 1.0) for student, logits in zip(students, answers, strict=True)]
+    wanted = logits_of(ready.teacher, ready.held_out, ready.pass_size).argmax(-1)
+    return [
+        Start(student, logits, float((logits.argmax(-1) == wanted).float().mean()))
+        for student, logits in zip(students, answers, strict=True)
+    ]
+
+
+def _work(ready: Ready, agreement: float, stages: Stages) -> Work:
+    """Where and how long to distill."""
     settings = ready.settings
-
-    def answers(model: nn.Module) -> Tensor:
-        return logits_of(model, ready.held_out, ready.pass_size).argmax(-1)
-
-    agreement = 1.0
-    if len(ready.held_out):
-        wanted = answers(ready.teacher)
-        agreement = min(float((answers(student) == wanted).float().mean()) for student in students)
     return Work(
         folder=stages.folder / "targets",
         batch_size=ready.pass_size,
@@ -280,7 +297,7 @@ def _work(ready: Ready, students: Sequence[nn.Module], stages: Stages) -> Work:
     )
 
 
-def _distill(ready: Ready, student: nn.Module, work: Work, stages: Stages, key: str) -> tuple[Fit, Tensor]:
+def _distill(ready: Ready, start: Start, first: str, work: Work, stages: Stages, key: str) -> tuple[Fit, Tensor]:
     """Prepare targets once for all students, then train this student; the teacher is out of reach of ``fit``."""
     method = ready.settings.distill
     targets = load_targets(work.folder) if method.one_time else None
@@ -291,13 +308,13 @@ def _distill(ready: Ready, student: nn.Module, work: Work, stages: Stages, key: 
             save_targets(targets, work.folder)
     else:
         stages.reused.append("prepare")
-    work = dataclasses.replace(work, folder=stages.folder / f"distill-{key}")
-    work.folder.mkdir(exist_ok=True)
+    own = dataclasses.replace(work, folder=stages.folder / f"distill-{key}", agreement=start.agreement, first=first)
+    own.folder.mkdir(exist_ok=True)
 
     def compute() -> tuple[dict[str, Tensor], Any]:
-        fit = method.fit(student, ready.samples, ready.held_out, targets, work)
-        return student.state_dict(), dataclasses.asdict(fit)
+        fit = method.fit(start.student, ready.samples, ready.held_out, targets, own)
+        return start.student.state_dict(), dataclasses.asdict(fit)
 
     state, told = stages.tensors("distill", compute, key)
-    student.load_state_dict(state)
+    start.student.load_state_dict(state)
     return Fit(**told), targets.held_out

@@ -24,8 +24,8 @@ FRONT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 MARGIN = 0.01
 """How much faster than asked a plan aims to be: medians measured minutes apart differ by about as much."""
 SLACK = 0.03
-"""How much slower than asked the first plan may be predicted: milliseconds of single units add up no better than that,
-and few large units leave no plan in between."""
+"""How much slower than asked the first plan may be predicted: where units are few and large there may be none between
+one that just misses and one that is far too fast, and the cut model is measured anyway."""
 BARE = 0.35
 """Share of what its stand-in would repair that counts where a run of removed units ends without one."""
 TOLERANCE = 0.005
@@ -134,9 +134,9 @@ def choose(ready: Ready, waypoints: Sequence[Waypoint], needed_ms: float) -> tup
     before = [point for point in waypoints if point.saved_ms < needed_ms] or list(waypoints[:1])
     plans = []
     for point in before[-2:]:
-        plans += [_with_stand_ins(ready, waypoints, point, needed_ms), _along(ready, point, needed_ms)]
-    found = [tidied(ready, waypoints, plan, ends=False) for plan in plans if plan]
-    return min(found, key=functools.partial(_harm_of, ready))
+        bare = tidied(ready, waypoints, _along(ready, point, needed_ms), ends=False)
+        plans += [plan for plan in (_with_stand_ins(ready, waypoints, point, needed_ms), bare) if plan]
+    return min(plans, key=functools.partial(_harm_of, ready))
 
 
 def _with_stand_ins(

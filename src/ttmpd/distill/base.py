@@ -22,8 +22,8 @@ class Work:
         seed: of everything random.
         deadline: value of ``time.monotonic()`` at which ``fit`` ends with the best so far.
         amp: "auto", "on" or "off".
-        agreement: share of the held-out samples on which teacher and student agree before any training, of several
-            students that of the worst.
+        agreement: share of the held-out samples on which teacher and student agree before any training; for
+            ``prepare``, whose answers serve several students, that of the one that lost most.
         first: path of the first removed unit: what runs before it is still the teacher; "" when unknown.
     """
 

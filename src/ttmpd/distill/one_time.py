@@ -30,7 +30,6 @@ from ttmpd.views import fixed_view
 MIN_BATCH = 8
 """Gradients of fewer samples are noise; twice as many where batch statistics are made of them."""
 
-
 STORE = 1 << 30
 """Bytes of features that further views may fill."""
 
@@ -61,9 +60,9 @@ class OneTime(Distiller):
     lr_without_norm: float = 1e-4
     """The same for networks without it: transformers, or convolutions into which the statistics were folded."""
     views: int = 16
-    """Fixed views per sample: the sample itself, crops and shifted copies, mirrored. Teacher passes per sample = views.
+    """Fixed views per sample: the sample itself, crops and shifted copies, mirrored. Each is a teacher pass.
 
-    Fewer where the steps would not come to see so many.
+    Fewer where the steps would not come to see so many, more for `damaged` students.
     """
     smallest_crop: float = 0.25
     """The smallest share of the area that a crop keeps; 1 for no crops."""
@@ -133,16 +132,14 @@ class OneTime(Distiller):
                 return self._loss(student, batch, targets, index // n, index % n)
 
         amp = self.steps > 0 and _faster_with_amp(student, loss_with, work.amp)
-        check = held_out_check(student, held_out, targets, work.batch_size)
         n_values = 0 if targets.features is None else targets.features[0, 0].numel()
-        agreement = 1.0 if check is None else check().agreement
-        steps = round(self.steps * self._times(agreement, n, n_values))
+        steps = round(self.steps * self._times(work.agreement, n, n_values))
         fit = train(
             student,
             lambda step: loss_with(step, amp),
-            self._schedule(student, steps, agreement),
+            self._schedule(student, steps, work.agreement),
             Loop(
-                check=check,
+                check=held_out_check(student, held_out, targets, work.batch_size),
                 check_every=max(1, steps // 10),
                 patience=self.patience,
                 deadline=work.deadline,
