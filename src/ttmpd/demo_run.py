@@ -8,7 +8,8 @@ from ttmpd.evaluation import Evaluation, evaluate
 from ttmpd.pipeline import Result, compress
 
 MODEL = "ttmpd.demo:demo_model"
-SPEEDUP = 1.8
+SPEEDUP, PROMISED = 1.8, 1.5
+"""What is asked for, and what must come of it even on a busy machine."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,6 +29,11 @@ class DemoOutcome:
     clean: Evaluation
     corruption: str
     folder: Path
+
+    @property
+    def kept(self) -> bool:
+        """Whether the demo's own promise is kept: `PROMISED` times as fast, by the median."""
+        return bool(self.result.facts["latency"]["speedup"]["median"] >= PROMISED)
 
 
 def run_demo(folder: Path, *, speedup: float = SPEEDUP, seed: int = 0, command: str = "ttmpd demo") -> DemoOutcome:
