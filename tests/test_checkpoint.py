@@ -19,10 +19,11 @@ from ttmpd import checkpoint
 from ttmpd.checkpoint import load, open_artifact, read_artifact, save_artifact
 from ttmpd.demo import DigitNet
 from ttmpd.errors import CheckpointError, InvalidValueError, TTMPDError
+from ttmpd.folding import fold
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.preprocessing import Preprocessing, preprocessing_of
 from ttmpd.records import Plan, Removal, Samples
-from ttmpd.repair import fold, repaired
+from ttmpd.repair import repaired
 from ttmpd.specimens import tiny_model, tiny_samples
 from ttmpd.stages import disk_guarded
 from ttmpd.units.block import Block
@@ -245,7 +246,7 @@ def test_missing_key(artifact, key):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("kind", "head"), ("action", "explode"), ("form", "?"), ("layout", "?"), ("activation", "tanh"), ("shape", [])],
+    [("kind", "ear"), ("action", "explode"), ("form", "?"), ("layout", "?"), ("activation", "tanh"), ("shape", [])],
 )
 def test_removal_with_an_unknown_value(artifact, key, value):
     change(artifact, lambda data: data["plan"]["removals"][0].update({key: value}))

@@ -102,7 +102,7 @@ def test_selected_samples(data, quick_timing, tmp_path, run, said):
 
 
 def test_unreachable_target(data, quick_timing, tmp_path, monkeypatch, run, said):
-    monkeypatch.setattr("ttmpd.ready.time_units", lambda _m, _k, units, *_: [UnitTiming(u.id, 0.0, {}) for u in units])
+    monkeypatch.setattr("ttmpd.ready.time_units", lambda _m, units, *_: [UnitTiming(u.id, 0.0, {}) for u in units])
     found = run("compress", "--model", DEMO, "--data", data, "--speedup", 500, "--score", "random", "--adapt", "none",
                 "--output", tmp_path / "out", *QUICK)  # fmt: skip
     assert found.exit_code == _reporting.TARGET_MISSED
@@ -183,7 +183,7 @@ def test_killed_in_distillation_then_resumed(data, tmp_path, run, said):
     assert process.returncode == -signal.SIGKILL, output
     assert not (folder / "plan.json").exists()
     plan_file = next(work.glob("plan-*.json"))
-    planned = json.loads(plan_file.read_text())["data"]["actions"]
+    planned = json.loads(plan_file.read_text())["data"]["removals"]
     before = {path.name: path.stat().st_mtime_ns for path in work.glob("*.*")}
     assert {"adapt.safetensors", "timing.json", "score.json"} <= set(before)
 
@@ -205,7 +205,7 @@ def test_killed_in_distillation_then_resumed(data, tmp_path, run, said):
     assert pieces.pop("reused") >= 6  # adapt, timing, score, plan, repair, prepare
     assert pieces == {name: when for name, when in before.items() if name != "run.json"}
     artifact = read_artifact(folder)
-    assert {removal.unit.id: removal.action for removal in artifact.removals} == planned
+    assert [[removal.unit.id, removal.action, list(removal.kept)] for removal in artifact.removals] == planned
     assert ttmpd.load(folder) is not None
     assert not work.exists()
 
@@ -318,7 +318,10 @@ def test_bad_input_is_said_plainly(data, factory, images, tmp_path, run, said):
         (run("compress", "--model", DEMO, "--data", data, "--latency", "soon", "--output", tmp_path / "o"), "12ms"),
         (run("compress", "--model", DEMO, "--data", data, "--targets", "1x", "--output", tmp_path / "o"), "0x and 1x"),
         (run("evaluate", "--model", DEMO, "--data", data, "--labels", tmp_path / "labels.csv"), "line 2"),
-        (run("evaluate", "--model", DEMO, "--data", data, "--labels", images), "labels must be a .csv or .npz file"),
+        (
+            run("evaluate", "--model", DEMO, "--data", data, "--labels", images),
+            "labels must be a .csv, .tsv, .jsonl or .npz file",
+        ),
         (run("evaluate", "--model", tmp_path / "no", "--data", data), "a model id must be one of"),
         (run("bench", tmp_path / "no"), "does not exist"),
     ]

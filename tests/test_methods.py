@@ -30,6 +30,7 @@ from ttmpd.testing import (
     select,
     units,
 )
+from ttmpd.units.base import Whole
 from ttmpd.units.block import Block
 
 
@@ -49,7 +50,7 @@ def test_contract(verb, name, check):
 
 def test_every_verb_has_methods():
     found = methods_found()
-    assert {verb for verb, _ in found} == {"select", "adapt", "units", "score", "plan", "distill"}
+    assert {verb for verb, _ in found} == {"select", "adapt", "units", "score", "plan", "distill", "early_exit"}
     assert {("score", "ttmpd"), ("plan", "knapsack"), ("distill", "one_time"), ("units", "block")} <= set(found)
 
 
@@ -125,7 +126,7 @@ class Careless(Knapsack.__mro__[1]):  # type: ignore[misc]
         return tuple(options[:1])
 
 
-class LeavesMask(Block.__mro__[1]):  # type: ignore[misc]
+class LeavesMask(Whole):  # type: ignore[misc]
     """Wrong on purpose: its mask does nothing."""
 
     def find(self, model, batch):

@@ -52,7 +52,7 @@ def operations_for_milliseconds(monkeypatch):
         }
         return Rounds(ms)
 
-    def time_units(_model, _kind, units, _batch, **_):
+    def time_units(_model, units, _batch, **_):
         return tuple(
             UnitTiming(u.id, u.macs / 1e3, {a: (u.channels * KERNELS[a]) ** 2 * 64 / 1e3 for a in Block().stand_ins(u)})
             for u in units

@@ -14,7 +14,7 @@ STAND_IN_MS = 1.0
 
 def ready(harms: dict[str, tuple[float, float, float]]) -> SimpleNamespace:
     """Units by name: milliseconds, damage and repaired damage; names with one letter before the dot are one run."""
-    units = tuple(SimpleNamespace(id=name, path=name, shape=(4,)) for name in harms)
+    units = tuple(SimpleNamespace(id=name, path=name, shape=(4,), kind="block", members=0) for name in harms)
     scores = [
         Score(name, action, repaired + (0.02 * (damage - repaired) if action == "drop" else 0.0),
               {"damage": damage, "repaired_damage": repaired})

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from ttmpd.folding import fold
 from ttmpd.modules import clone
 from ttmpd.records import Removal, Samples, Unit
-from ttmpd.repair import LinearMap, NormalEquations, fold, install, repaired, replay, rows, skippable
+from ttmpd.repair import LinearMap, NormalEquations, install, repaired, replay, rows
 from ttmpd.sensitivity import positions
 from ttmpd.specimens import tiny_model, tiny_samples, tiny_units
+from ttmpd.tails import skippable
 from ttmpd.units.block import Block, standing
 
 RNG = torch.Generator().manual_seed(0)

@@ -465,14 +465,16 @@ def test_labels_of_the_wrong_kind(folder: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "y.npz", y=np.arange(5))
     np.savez(tmp_path / "float.npz", y=np.linspace(0, 1, 6))
     np.savez(tmp_path / "no.npz", a=np.arange(6), b=np.arange(6))
-    (tmp_path / "labels.json").write_text("{}")
+    (tmp_path / "labels.yaml").write_text("{}")
+    (tmp_path / "labels.json").write_text("[]")
     (tmp_path / "latin.csv").write_bytes(b"file,label\n\xff,1\n")
     for labels, data, word in (
         ("y.npz", folder, "folder must be a .csv"),
         ("y.npz", _pixels(6), "5 labels for 6 rows"),
         ("float.npz", _pixels(6), "class index"),
         ("no.npz", _pixels(6), "'y'"),
-        ("labels.json", folder, "another kind of file"),
+        ("labels.yaml", folder, "another kind of file"),
+        ("labels.json", folder, "must belong to a file of text"),
         ("absent.csv", folder, "no such file"),
         ("latin.csv", folder, "UTF-8"),
     ):

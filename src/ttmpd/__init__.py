@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from ttmpd.checkpoint import load
     from ttmpd.distill.mimic import Mimic
     from ttmpd.distill.one_time import OneTime
+    from ttmpd.early_exit._model import EarlyExitModel
+    from ttmpd.early_exit.right_tool import RightTool
     from ttmpd.evaluation import Accuracy, BenchRow, Evaluation, Quality, bench, evaluate
+    from ttmpd.exiting import ExitingModel, early_exit
     from ttmpd.inspection import Inspection, Preview, inspect, preview
     from ttmpd.memory import keep_freed_memory
     from ttmpd.models import OpenedModel, open_model
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
     from ttmpd.serving.online import TestTime
     from ttmpd.settings import Settings, Target
     from ttmpd.students.student import train_student
+    from ttmpd.text import Tokenization
     from ttmpd.units.block import Block
 
     from_pretrained = load
@@ -69,7 +73,9 @@ _HOMES = {
     "EATA": "adapt.eata",
     "EATAC": "adapt.eata_c",
     "EL2N": "select.el2n",
+    "EarlyExitModel": "early_exit._model",
     "Evaluation": "evaluation",
+    "ExitingModel": "exiting",
     "Fit": "records",
     "Forgetting": "select.forgetting",
     "GraNd": "select.grand",
@@ -92,12 +98,14 @@ _HOMES = {
     "Reliable": "select.eata",
     "Removal": "records",
     "Result": "pipeline",
+    "RightTool": "early_exit.right_tool",
     "Samples": "records",
     "Score": "records",
     "Settings": "settings",
     "TTMPD": "score.ttmpd",
     "Target": "settings",
     "Tent": "adapt.tent",
+    "Tokenization": "text",
     "TestTime": "serving.online",
     "Timing": "records",
     "Unit": "records",
@@ -130,7 +138,9 @@ __all__ = [
     "BudgetUnreachableError",
     "CheckpointError",
     "Damage",
+    "EarlyExitModel",
     "Evaluation",
+    "ExitingModel",
     "Fit",
     "Forgetting",
     "GraNd",
@@ -155,6 +165,7 @@ __all__ = [
     "Reliable",
     "Removal",
     "Result",
+    "RightTool",
     "Samples",
     "SamplesError",
     "Score",
@@ -164,6 +175,7 @@ __all__ = [
     "Tent",
     "TestTime",
     "Timing",
+    "Tokenization",
     "Unit",
     "UnknownMethodError",
     "UnsupportedError",
@@ -171,6 +183,7 @@ __all__ = [
     "bench",
     "compress",
     "compress_many",
+    "early_exit",
     "evaluate",
     "from_pretrained",
     "inspect",
@@ -188,6 +201,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("ttmpd")
+    if name == "early_exit":  # the function, and the folder of its methods
+        return importlib.import_module("ttmpd.early_exit")
     if name not in _HOMES:
         raise AttributeError(f"module 'ttmpd' has no attribute {name!r}")
     found = getattr(importlib.import_module(f"ttmpd.{_HOMES[name]}"), "load" if name == "from_pretrained" else name)

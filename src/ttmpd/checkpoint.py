@@ -19,13 +19,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ttmpd.early_exit._model import exits_data, put_again
+from ttmpd.early_exit._spec import Exits
 from ttmpd.errors import CheckpointError, InvalidValueError, TTMPDError
+from ttmpd.method import names
 from ttmpd.models import OpenedModel, is_rebuildable, open_model
-from ttmpd.preprocessing import Preprocessing, preprocessing_of
+from ttmpd.preprocessing import Preparation, preparation_from, preprocessing_of
 from ttmpd.records import ACTIONS, Plan, Removal, Unit
 from ttmpd.repair import replay
 from ttmpd.stages import disk_guarded, write_json
-from ttmpd.units.block import check_units
+from ttmpd.surgery import check_units
+from ttmpd.text import Tokenization, mask_padding
 
 FORMAT = 1
 PLAN, WEIGHTS = "plan.json", "model.safetensors"
@@ -33,7 +37,7 @@ _FILES = (WEIGHTS, "report.json", "report.html", "README.md")
 UNFINISHED = ".unfinished"
 _KEYS = {
     "format", "ttmpd", "model", "preprocessing", "class_names", "input_shape", "plan", "methods", "settings",
-    "sample_ids", "weights",
+    "sample_ids", "weights", "early_exit",
 }  # fmt: skip
 
 # -------------------------------------------------------------------------------------------------------------- saving
@@ -75,7 +79,7 @@ def save_artifact(
             state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
             save_file(state, unfinished / WEIGHTS)
             write_report(facts, unfinished)
-            data = _described(plan, opened, sample_ids, facts)
+            data = _described(plan, opened, sample_ids, facts) | exits_data(model)
             data["weights"] = {"file": WEIGHTS, "sha256": _sha256(unfinished / WEIGHTS)}
             write_json(unfinished / PLAN, data)
             shutil.copymode(unfinished / PLAN, unfinished / WEIGHTS)  # safetensors makes it private
@@ -120,11 +124,15 @@ def _described(plan: Plan, opened: OpenedModel, sample_ids: Sequence[str], facts
         "preprocessing": opened.preprocessing.to_dict() if opened.preprocessing else None,
         "class_names": list(opened.class_names),
         "input_shape": facts.get("samples", {}).get("input_shape"),
-        "plan": {"removals": [dataclasses.asdict(r.unit) | {"action": r.action} for r in removals]} | numbers,
+        "plan": {"removals": [_row(removal) for removal in removals]} | numbers,
         "methods": facts.get("methods", {}),
         "settings": facts.get("settings", {}),
         "sample_ids": list(dict.fromkeys((*opened.used_ids, *sample_ids))),
     }
+
+
+def _row(removal: Removal) -> dict[str, Any]:
+    return dataclasses.asdict(removal.unit) | {"action": removal.action, "kept": list(removal.kept)}
 
 
 def _sha256(path: Path) -> str:
@@ -150,18 +158,20 @@ class Artifact:
         sample_ids: content hashes of the samples that were used.
         batch_size: on which latency was measured.
         sha256: of the weights.
+        exits: where they stand, and their threshold; None for a model without exits.
     """
 
     folder: Path
     model_id: str
     model_class: str
     removals: tuple[Removal, ...]
-    preprocessing: Preprocessing | None
+    preprocessing: Preparation | None
     class_names: tuple[str, ...]
     input_shape: tuple[int, ...]
     sample_ids: tuple[str, ...]
     batch_size: int
     sha256: str
+    exits: tuple[Exits, float] | None = None
 
     @property
     def rebuildable(self) -> bool:
@@ -230,12 +240,13 @@ def read_artifact(folder: str | Path) -> Artifact:
             str(data["model"]["id"]),
             str(data["model"]["class"]),
             tuple(_removal(row) for row in data["plan"]["removals"]),
-            Preprocessing.from_dict(preprocessing) if preprocessing else None,
+            preparation_from(preprocessing) if preprocessing else None,
             tuple(map(str, data["class_names"])),
             tuple(map(int, data["input_shape"] or ())),
             tuple(map(str, data["sample_ids"])),
             int(data["settings"].get("batch_size", 64)),
             str(weights["sha256"]),
+            _exits(data.get("early_exit")),
         )
     except CheckpointError:
         raise
@@ -284,18 +295,24 @@ def _check_format(folder: Path, data: Any) -> None:
 
 def _removal(row: Mapping[str, Any]) -> Removal:
     fields = {field.name for field in dataclasses.fields(Unit)}
-    if set(row) != fields | {"action"}:
-        different = ", ".join(sorted(set(row) ^ (fields | {"action"})))
+    row = {"members": 0, "feeders": [], "kept": [], **row}  # artifacts from before members could go one by one
+    if set(row) != fields | {"action", "kept"}:
+        different = ", ".join(sorted(set(row) ^ (fields | {"action", "kept"})))
         raise CheckpointError(f"a removal must have the keys of a unit and an action, but differs in {different}")
-    known = {"kind": ("block",), "action": ACTIONS, "form": ("plain", "arguments", "tuple"),
+    known = {"kind": names("units"), "action": ACTIONS, "form": ("plain", "arguments", "tuple"),
              "layout": ("channels_first", "channels_last"), "activation": ("", "relu", "relu6")}  # fmt: skip
     for key, values in known.items():
         if row[key] not in values:
             raise CheckpointError(f"{key} of a removal must be one of {', '.join(values)}, but got {row[key]!r}")
-    unit = Unit(**{key: row[key] for key in fields} | {"shape": tuple(int(size) for size in row["shape"])})
+    lists = {"shape": tuple(map(int, row["shape"])), "feeders": tuple(map(str, row["feeders"]))}
+    unit = Unit(**{key: row[key] for key in fields} | lists)
     if not unit.shape or math.prod(unit.shape) < 1 or not isinstance(unit.path, str):
         raise CheckpointError(f"a removal must name a path and a shape, but got {unit.path!r} and {unit.shape}")
-    return Removal(unit, row["action"])
+    return Removal(unit, row["action"], tuple(map(int, row["kept"])))
+
+
+def _exits(data: Any) -> tuple[Exits, float] | None:
+    return None if data is None else (Exits.from_dict(data), float(data["threshold"]))
 
 
 def stock_model(artifact: Artifact, source: str | None = None) -> nn.Module:
@@ -329,18 +346,39 @@ def _restored(artifact: Artifact, stock: nn.Module) -> nn.Module:
             "network that was compressed"
         )
     state = _weights(artifact)
+    backbone = state if artifact.exits is None else _below(state, "backbone")
     try:
         check_units(stock, [removal.unit for removal in artifact.removals])
-        model = replay(stock, artifact.removals, state)
+        model = replay(stock, artifact.removals, backbone)
     except (TTMPDError, RuntimeError, AttributeError, KeyError, TypeError) as error:
         detail = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"the weights of {str(artifact.folder)!r} must fit the given {found}, but it has other layers or shapes: "
             f"{detail}"
         ) from error
-    if artifact.preprocessing is not None and preprocessing_of(model) is None:
+    is_text = isinstance(artifact.preprocessing, Tokenization)  # may read less than the stock model
+    if artifact.preprocessing is not None and (is_text or preprocessing_of(model) is None):
         model.pretrained_cfg = artifact.preprocessing.to_dict()  # type: ignore[assignment]
-    return model
+    if isinstance(artifact.preprocessing, Tokenization):
+        mask_padding(model, artifact.preprocessing)
+    return model if artifact.exits is None else _with_exits(artifact, artifact.exits, model, state)
+
+
+def _with_exits(
+    artifact: Artifact, exits: tuple[Exits, float], model: nn.Module, state: Mapping[str, Tensor]
+) -> nn.Module:
+    try:
+        return put_again(model, *exits, _below(state, "heads"))
+    except (TTMPDError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the exits of {str(artifact.folder)!r} must fit the model, but: {' '.join(str(error).split())[:300]}; "
+            "copy the artifact again"
+        ) from error
+
+
+def _below(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The weights of one part of a model, named as the part names them."""
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
 
 def _weights(artifact: Artifact) -> dict[str, Tensor]:

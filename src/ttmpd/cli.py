@@ -15,7 +15,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-ORDER = ("inspect", "compress", "evaluate", "bench", "adapt", "train_student", "serve", "methods", "demo")
+ORDER = ("inspect", "compress", "evaluate", "bench", "adapt", "early_exit", "train_student", "serve", "methods", "demo")
 """As a user comes to need them; others follow."""
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ttmpd.adapting import AdaptedModel
     from ttmpd.demo_run import DemoOutcome
     from ttmpd.evaluation import BenchRow, Evaluation
+    from ttmpd.exiting import ExitingModel
     from ttmpd.inspection import Inspection, Preview
     from ttmpd.pipeline import Result
     from ttmpd.records import Timing
@@ -154,8 +155,7 @@ def show_inspection(found: "Inspection") -> None:
             sizes = (count(unit["n_params"]), count(unit["macs"]), f"{unit['macs_share']:.1%}")
             table.add_row(escape(unit["id"]), escape(unit["module"]), shape, *sizes, *times)
         console.print(table)
-        share = sum(unit.macs for unit in found.units) / max(1, found.macs)
-        console.print(f"{len(found.units)} removable units hold {share:.1%} of the MACs.")
+        console.print(f"{len(found.units)} removable units hold {found.removable_share:.1%} of the MACs.")
     else:
         console.print("Nothing is removable: no block answers with the shape of its input and can be skipped.")
     if found.refused:
@@ -183,16 +183,16 @@ def show_result(result: "Result", folder: Any) -> None:
     removed = [unit for unit in facts["units"] if unit["action"] != "keep"]
     table = _table("removed unit", "class", "action", "ms", "harm", right=("ms", "harm"), title="Plan")
     for unit in removed:
-        harm = unit.get(f"harm_{unit['action']}")
+        harm = unit.get(f"harm_{unit['action']}", dict(unit.get("width_harms", [])).get(unit.get("kept")))
         table.add_row(
             escape(unit["id"]),
             escape(unit["module"]),
-            unit["action"],
+            f"{unit['kept']} of {unit['members']} stay" if unit.get("members") else unit["action"],
             ms(unit["ms"]),
             "" if harm is None else f"{harm:.3g}",
         )
     console.print(table)
-    console.print(f"{len(removed)} of {len(facts['units'])} units removed.")
+    console.print(f"{len(removed)} of {len(facts['units'])} units removed or narrowed.")
     _show_latency(console, facts)
     _show_agreement(console, facts)
     _show_skipped(console, facts)
@@ -216,6 +216,29 @@ def show_adapted(found: "AdaptedModel", folder: object) -> None:
     _show_skipped(console, facts)
     show_seconds(facts["seconds"])
     console.print(f"Artifact: {escape(str(folder))} (evaluate it with labels, or compress it)", soft_wrap=True)
+
+
+def show_exits(found: "ExitingModel", folder: object) -> None:
+    """Where samples leave, how fast that is, how far the answers are the model's, and where the artifact lies."""
+    console, facts = out(), found.facts
+    exits = facts["early_exit"]
+    numbers = ("samples", "leaves from", "ms", "agreement", "temperature", "calibration error")
+    table = _table("exit behind", *numbers, right=numbers, title="Exits")
+    for row in exits["exits"]:
+        table.add_row(
+            escape(row["path"]), f"{row['share']:.1%}", f"{row['threshold']:.4g}", ms(row["ms"]),
+            f"{row['agreement']:.1%}",
+            f"{row['temperature']:.3g}", f"{row['calibration_error_before']:.3f} -> {row['calibration_error']:.3f}",
+        )  # fmt: skip
+    table.add_row("the end", f"{exits['end']['share']:.1%}", "", ms(exits["end"]["ms"]), "", "", "")
+    console.print(table)
+    when = f"{exits['threshold']:.4g}" if exits["threshold"] <= 1 else "above 1: none leaves early"
+    console.print(f"{escape(exits['note'][:1].upper() + exits['note'][1:])}. Threshold: {when}")
+    _show_latency(console, facts)
+    _show_agreement(console, facts)
+    _show_skipped(console, facts)
+    show_seconds(facts["seconds"])
+    console.print(f"Artifact: {escape(str(folder))} (report.html shows it)", soft_wrap=True)
 
 
 def _show_skipped(console: Console, facts: Mapping[str, Any]) -> None:
@@ -247,7 +270,8 @@ def _show_agreement(console: Console, facts: Mapping[str, Any]) -> None:
     n = facts["agreement"]["n_samples"]
     before = facts.get("agreement_repaired")
     told = f"; before distillation {before['share']:.1%}" if before else ""
-    console.print(f"Agreement: {percent(facts['agreement'])} on {n} held-out samples{told} ({NOT_ACCURACY})")
+    held = f"{n} held-out {facts.get('each', 'sample')}s"
+    console.print(f"Agreement: {percent(facts['agreement'])} on {held}{told} ({NOT_ACCURACY})")
 
 
 def show_seconds(seconds: Mapping[str, float]) -> None:
@@ -264,7 +288,8 @@ def show_preview(found: "Preview") -> None:
         plan = planned.plan
         table = _table("would remove", "class", "action", title=f"Plan for {ms(plan.budget_ms)} ms")
         for removal in plan.removals:
-            table.add_row(escape(removal.unit.id), escape(removal.unit.module), removal.action)
+            action = f"keep {len(removal.kept)} of {removal.unit.members}" if removal.unit.members else removal.action
+            table.add_row(escape(removal.unit.id), escape(removal.unit.module), action)
         console.print(table)
         measured = min((a.measured_ms for a in planned.attempts), key=lambda value: abs(value - plan.budget_ms))
         console.print(
@@ -288,15 +313,19 @@ def show_evaluation(found: "Evaluation") -> None:
     if found.model.accuracy is not None:
         table.add_row("accuracy", *(percent(row.accuracy) for row in rows))
         table.add_row("calibration error", *(f"{row.calibration_error:.3f}" for row in rows))
+    if found.each == "token" and found.model.loss is not None:
+        table.add_row("nats per token", *(f"{row.loss:.4f}" for row in rows))
     table.add_row("mean confidence", *(f"{row.confidence:.1%}" for row in rows))
     console.print(table)
     if found.agreement is not None:
         console.print(f"Agreement between them: {percent(found.agreement)} (not accuracy)")
-    console.print(f"{found.n_samples} samples; intervals are 95 % Wilson.")
+    console.print(f"{found.n_samples} {found.each}s; intervals are 95 % Wilson.")
     if found.n_left_out:
         console.print(f"{found.n_left_out} samples left out: compression had used them.")
     if found.n_skipped:
         console.print(f"{found.n_skipped} samples skipped: they cannot be used.")
+    for what, n in found.notes:
+        console.print(f"{n} samples: {escape(what)}.")
 
 
 def show_bench(rows: "Sequence[BenchRow]", machine: Mapping[str, Any]) -> None:

@@ -1,15 +1,20 @@
 """``evaluate`` and ``bench``: how good and how fast a compressed model is; compression itself never comes here."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from ttmpd.checkpoint import is_artifact, load, open_artifact, read_artifact, stock_model
-from ttmpd.errors import InvalidValueError, ModelError, SamplesError
+from ttmpd.calibration import N_BINS, calibration_sums, error_of
+from ttmpd.checkpoint import Artifact, is_artifact, load, open_artifact, read_artifact, stock_model
+from ttmpd.early_exit._latency import own_rounds
+from ttmpd.early_exit._model import EarlyExitModel
+from ttmpd.errors import InvalidValueError, ModelError, SamplesError, UnsupportedError
 from ttmpd.guard import logits_of
 from ttmpd.inspection import example_batch
 from ttmpd.labels import Labels, open_labels
@@ -18,12 +23,13 @@ from ttmpd.models import OpenedModel, open_model
 from ttmpd.modules import clone, has_nan, to_plain_format
 from ttmpd.progress import tell
 from ttmpd.records import Agreement, Samples, Timing, agreement
-from ttmpd.samples import stream_samples
+from ttmpd.samples import open_samples, stream_samples
 from ttmpd.savings import compare
 from ttmpd.settings import choose_device
+from ttmpd.text import Tokenization, followers, mask_padding
 
-N_BINS = 15
-"""Bins of the calibration error."""
+_TIMED = 256
+"""Samples on which exits are timed."""
 
 Source = nn.Module | str | Path | OpenedModel
 
@@ -46,11 +52,13 @@ class Quality:
         confidence: mean probability of the predicted class.
         accuracy: with its interval; None without labels.
         calibration_error: expected calibration error over 15 bins; None without labels.
+        loss: mean cross entropy in nats; None without labels. Its exponential is a decoder's perplexity.
     """
 
     confidence: float
     accuracy: Accuracy | None = None
     calibration_error: float | None = None
+    loss: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,12 +66,14 @@ class Evaluation:
     """What was found on data that compression has not seen.
 
     Args:
-        n_samples: samples that count.
+        n_samples: answers that count: one per sample, or one per token that is answered.
         n_left_out: samples that were left out because compression used them.
         n_skipped: samples that could not be used.
         model: quality of the model.
         against: quality of the other model, if there is one.
         agreement: share of samples on which both answer alike. It is not accuracy.
+        notes: (what, how many) of what was done to samples before the model saw them.
+        each: what is answered, "sample" or "token".
     """
 
     n_samples: int
@@ -72,6 +82,8 @@ class Evaluation:
     model: Quality
     against: Quality | None = None
     agreement: Agreement | None = None
+    notes: tuple[tuple[str, int], ...] = ()
+    each: str = "sample"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -85,6 +97,7 @@ class _Sums:
     n: int = 0
     right: int = 0
     confidence: float = 0.0
+    loss: float = 0.0
     bins: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(3, N_BINS, dtype=torch.float64))
 
     def add(self, logits: Tensor, labels: Tensor | None) -> None:
@@ -95,17 +108,17 @@ class _Sums:
             return
         right = (answers == labels).double()
         self.right += int(right.sum())
-        index = (sure * N_BINS).ceil().long().clamp(1, N_BINS) - 1  # (0, 1/15], (1/15, 2/15], ...
-        for row, values in enumerate((torch.ones_like(sure), sure, right)):
-            self.bins[row].index_add_(0, index, values)
+        self.loss += float(cross_entropy(logits.double(), labels, reduction="sum"))
+        self.bins += calibration_sums(sure, right)
 
     def quality(self, labelled: bool) -> Quality:
         confidence = self.confidence / self.n
         if not labelled:
             return Quality(confidence)
         interval = agreement(self.right, self.n)
-        error = float((self.bins[1] - self.bins[2]).abs().sum()) / self.n
-        return Quality(confidence, Accuracy(interval.share, interval.low, interval.high, self.n), error)
+        error = error_of(self.bins)
+        found = Accuracy(interval.share, interval.low, interval.high, self.n)
+        return Quality(confidence, found, error, self.loss / self.n)
 
 
 def evaluate(
@@ -120,11 +133,13 @@ def evaluate(
 ) -> Evaluation:
     """How good a model is on data; samples that compression used are left out.
 
+    A decoder needs no labels: what it should have answered is the next token.
+
     Args:
         model: a module, an id or an artifact folder.
         data: what :func:`ttmpd.compress` takes as samples; never all in memory.
-        labels: a .npz with ``y``, a .csv with the columns ``file`` and ``label``, or one class index per row of data;
-            None evaluates without accuracy.
+        labels: a .npz with ``y``, a .csv with the columns ``file`` and ``label``, a .tsv, .csv or .jsonl with a column
+            ``label`` and a row for each text, or one class index per row of data; None evaluates without accuracy.
         against: another model on the same samples, usually the original.
         source: id of the original model, for artifacts of a model from your own code.
         batch_size: samples per forward pass.
@@ -132,17 +147,21 @@ def evaluate(
 
     Raises:
         SamplesError: nothing is left to evaluate on, or a sample has no label or one that the model does not know.
+        UnsupportedError: labels are given for a model that answers each token, or two models answer other tokens.
     """
     check_range("batch_size", batch_size, 1)
     where = choose_device(device)
-    opened = [open_any(place, source) for place in (model, against) if place is not None]
+    opened = _alike([open_any(place, source) for place in (model, against) if place is not None])
     nets = [to_plain_format(clone(one.module).to(where)).eval() for one in opened]
+    task = _task(opened, labels)
     known = None if labels is None else _labels(labels, data)
     used = frozenset(name for one in opened for name in one.used_ids)
     sums = [_Sums() for _ in opened]
     alike = n_left_out = n_skipped = 0
-    for chunk in _chunks(data, opened, chunk=max(batch_size, 512)):
+    notes: Counter[str] = Counter()
+    for chunk in _chunks(data, opened, chunk=max(batch_size, 512 if task == "sequence" else 0)):
         n_skipped += len(chunk[0].skipped)
+        notes.update(dict(chunk[0].notes))
         kept = [i for i, name in enumerate(chunk[0].ids) if name not in used]
         n_left_out += len(chunk[0]) - len(kept)
         if not kept:
@@ -150,6 +169,9 @@ def evaluate(
         parts = [samples.subset(kept) for samples in chunk]
         answers = [_answers(net, part, batch_size) for net, part in zip(nets, parts, strict=True)]
         right = None if known is None else _checked(known.of(parts[0]), answers, known.source)
+        if task == "next":
+            right = followers(nets[0], parts[0].inputs)
+            answers, right = [logits[right >= 0] for logits in answers], right[right >= 0]
         for one, logits in zip(sums, answers, strict=True):
             one.add(logits, right)
         alike += int((answers[0].argmax(-1) == answers[-1].argmax(-1)).sum())
@@ -160,10 +182,40 @@ def evaluate(
         raise SamplesError(
             f"evaluate must have samples that compression has not seen, but all {n_left_out} were used; give other data"
         )
-    quality = [one.quality(known is not None) for one in sums]
-    if len(quality) == 1:
-        return Evaluation(n, n_left_out, n_skipped, quality[0])
-    return Evaluation(n, n_left_out, n_skipped, quality[0], quality[1], agreement(alike, n))
+    quality = [one.quality(known is not None or task == "next") for one in sums]
+    other, same = (None, None) if len(quality) == 1 else (quality[1], agreement(alike, n))
+    each = "sample" if task == "sequence" else "token"
+    return Evaluation(n, n_left_out, n_skipped, quality[0], other, same, tuple(notes.items()), each)
+
+
+def _alike(opened: list[OpenedModel]) -> list[OpenedModel]:
+    """The models, all of which read as many tokens of a text as the first where they have its tokenizer."""
+    first = opened[0].preprocessing
+
+    def shared(one: OpenedModel) -> OpenedModel:
+        how = one.preprocessing
+        if not (isinstance(first, Tokenization) and isinstance(how, Tokenization)):
+            return one
+        same = dataclasses.replace(how, max_length=first.max_length) if first.max_length <= how.limit else how
+        return dataclasses.replace(one, preprocessing=first) if same == first else one
+
+    return [shared(one) for one in opened]
+
+
+def _task(opened: Sequence[OpenedModel], labels: object) -> str:
+    """What the models answer; those that answer each token must read the same tokens."""
+    hows = [one.preprocessing for one in opened]
+    tasks = [how.task if isinstance(how, Tokenization) else "sequence" for how in hows]
+    if tasks[0] != "sequence" and labels is not None:
+        raise UnsupportedError(
+            f"labels must be one class per sample, but {type(opened[0].module).__name__} answers each token; "
+            "leave them out"
+        )
+    if set(tasks) != {"sequence"} and any(how != hows[0] for how in hows):
+        raise UnsupportedError(
+            "two models that answer each token must read the same tokens, but their tokenizers or lengths differ"
+        )
+    return tasks[0]
 
 
 def open_any(place: Source, source: str | None = None) -> OpenedModel:
@@ -247,7 +299,8 @@ def bench(
         folder: what ``compress`` wrote.
         source: id of the original model, needed when it came from your own code.
         batch_sizes: one row each; 1 and the artifact's own when empty.
-        data: real inputs; random values when None.
+        data: real inputs; random values when None. A model with exits needs them: the mean over those that the exits
+            were not trained on counts.
         device: "auto", "cpu", "cuda", "mps".
 
     Raises:
@@ -259,13 +312,33 @@ def bench(
     artifact = read_artifact(folder)
     where = choose_device(device)
     stock = stock_model(artifact, source)
+    if isinstance(artifact.preprocessing, Tokenization):
+        mask_padding(stock, artifact.preprocessing)
     student = load(folder, stock)
     original, compressed = (to_plain_format(net.to(where)).eval() for net in (stock, student))
     opened = OpenedModel(stock, artifact.model_id, artifact.rebuildable, artifact.preprocessing)
     rows = []
     for size in batch_sizes or dict.fromkeys((1, artifact.batch_size)):
-        batch = example_batch(opened, data, size, artifact.input_shape).to(where)
-        rounds = compare(original, compressed, batch)
+        if isinstance(compressed, EarlyExitModel):
+            rounds = own_rounds(original, compressed, _unseen(data, opened, artifact), size)
+        else:
+            rounds = compare(original, compressed, example_batch(opened, data, size, artifact.input_shape).to(where))
         ratio = rounds.ratio("original", "compressed")
         rows.append(BenchRow(size, rounds.timing("original"), rounds.timing("compressed"), ratio))
     return tuple(rows)
+
+
+def _unseen(data: Any, opened: OpenedModel, artifact: Artifact) -> Samples:
+    """Some samples on which exits can be timed: those they were trained on would leave too early."""
+    if data is None:
+        raise InvalidValueError(
+            "data must be given for a model with exits, since each sample takes another time, but got none; pass --data"
+        )
+    found = open_samples(data, opened.preprocessing, n_samples=_TIMED + len(artifact.sample_ids), enough=1)
+    used = frozenset(artifact.sample_ids)
+    kept = [number for number, name in enumerate(found.ids) if name not in used]
+    if not kept:
+        raise SamplesError(
+            f"bench must have samples that the exits have not seen, but all {len(found)} were used; give other data"
+        )
+    return found.subset(kept[:_TIMED])

@@ -14,12 +14,16 @@ from ttmpd.adapt.base import Adapted
 from ttmpd.models import OpenedModel
 from ttmpd.modules import count_macs, count_parameters
 from ttmpd.planning import Planned
-from ttmpd.ready import Ready
-from ttmpd.records import ACTIONS, Fit, Plan, Samples, agreement
+from ttmpd.ready import Ready, latency_batch
+from ttmpd.records import ACTIONS, Action, Fit, Plan, Samples, Score, Unit, agreement
+from ttmpd.savings import UnitTiming
 from ttmpd.settings import Settings
+from ttmpd.text import Tokenization, is_tokens
 from ttmpd.timing import Rounds, machine
 
 FORMAT = 1
+MAX_COUNTED = 20_000
+"""Classes whose answers are counted one by one; a larger vocabulary would fill the report with numbers."""
 MAX_PARTED = 12
 """Samples shown on which student and teacher part."""
 
@@ -59,7 +63,7 @@ def collect(
         "agreement": _agreement(teacher, final),
         "agreement_repaired": _agreement(teacher, start),
         "held_out": _held_out(ready.held_out, teacher, final),
-        "parted": _parted(ready.held_out, teacher, final),
+        "parted": _parted(ready.held_out, teacher, final, ready.opened),
         "fit": dataclasses.asdict(fit),
         "seconds": dict(seconds),
     }
@@ -93,8 +97,50 @@ def collect_adapted(
         "adapt": {"note": adapted.note, "facts": adapted.facts},
         "agreement": _agreement(*logits),
         "held_out": _held_out(few[1], *logits),
-        "parted": _parted(few[1], *logits),
+        "parted": _parted(few[1], *logits, opened),
         "seconds": {"adapt": seconds},
+    }
+
+
+def collect_exits(
+    opened: OpenedModel,
+    source: nn.Module,
+    model: nn.Module,
+    few: tuple[Samples, Samples],
+    settings: Settings,
+    *,
+    found: Mapping[str, Any],
+    rounds: Rounds,
+    plan: Plan,
+    logits: tuple[Tensor, Tensor],
+) -> dict[str, Any]:
+    """The facts of exits that were put on a model.
+
+    Args:
+        opened: where the model came from.
+        source: the model without exits.
+        model: the same with exits.
+        few: samples that exits were trained on, and held-out samples.
+        settings: of the run.
+        found: what belongs to exits alone: "early_exit", "attempts", "target", "seconds", and the method as plain data.
+        rounds: mean milliseconds of "original" and "compressed", a value per pass through the samples.
+        plan: nothing removed; its milliseconds.
+        logits: on the held-out samples, without and with exits.
+    """
+    known = _known(opened, source, source, few, settings)
+    used = ("num_samples", "holdout", "batch_size", "device", "seed")
+    return known | {
+        "student": {"parameters": count_parameters(model)},  # how much is computed differs from sample to sample
+        "settings": {name: known["settings"][name] for name in used},
+        "methods": {"early_exit": found["method"]},
+        "early_exit": found["early_exit"],
+        "target": {"asked": found["target"], "budget_ms": plan.budget_ms},
+        "attempts": found["attempts"],
+        "latency": _latency(rounds, plan),
+        "agreement": _agreement(*logits),
+        "held_out": _held_out(few[1], *logits),
+        "parted": _parted(few[1], *logits, opened),
+        "seconds": found["seconds"],
     }
 
 
@@ -117,11 +163,23 @@ def _known(
         "samples": {
             "n_fit": len(few[0]),
             "n_held_out": len(few[1]),
-            "input_shape": list(batch.shape[1:]),
+            "input_shape": list(latency_batch(source, few[0], settings).shape[1:]),
             "skipped": [list(row) for row in few[0].skipped],
+            "notes": [list(row) for row in few[0].notes],
+            "tokens": _lengths(few[0]),
         },
         "class_names": list(opened.class_names),
+        "each": "token" if is_tokens(opened.preprocessing) else "sample",
     }
+
+
+def _lengths(samples: Samples) -> dict[str, float] | None:
+    """Tokens per sample, padding left out; None for what is no text."""
+    kept = samples.kept(samples.inputs)
+    if kept is None:
+        return None
+    lengths = kept.sum(1).double()
+    return {"mean": float(lengths.mean()), "median": float(lengths.median()), "longest": int(lengths.max())}
 
 
 def _version() -> str:
@@ -139,7 +197,14 @@ def _model(model: nn.Module, few: Tensor) -> dict[str, Any]:
 
 def _units(ready: Ready, plan: Plan) -> list[dict[str, Any]]:
     timings = {timing.unit: timing for timing in ready.timings}
-    harms = {(score.unit, score.action): score for score in ready.scores}
+    harms: dict[tuple[str, Action], Score] = {
+        (score.unit, score.action): score for score in ready.scores if score.action != "narrow"
+    }
+    widths: dict[str, list[list[float]]] = {}
+    for score in ready.scores:
+        if score.action == "narrow":
+            widths.setdefault(score.unit, []).append([len(score.kept), score.harm])
+    kept = {removal.unit.id: len(removal.kept) for removal in plan.removals}
     rows = []
     for unit in ready.found.units:
         scores = {action: harms[unit.id, action] for action in ACTIONS if (unit.id, action) in harms}
@@ -154,10 +219,23 @@ def _units(ready: Ready, plan: Plan) -> list[dict[str, Any]]:
                 **{f"{action}_ms": ms for action, ms in timings[unit.id].stand_ins.items()},
                 **{f"harm_{action}": score.harm for action, score in scores.items()},
                 "parts": dict(next(iter(scores.values())).parts) if scores else {},
+                **(_members(unit, kept, widths, timings[unit.id]) if unit.members else {}),
                 "action": plan.actions.get(unit.id, "keep"),
             }
         )
     return rows
+
+
+def _members(
+    unit: Unit, kept: Mapping[str, int], widths: Mapping[str, list[list[float]]], timing: UnitTiming
+) -> dict[str, Any]:
+    """How many heads or neurons there are and stay; (members, harm) of every width, and milliseconds by members."""
+    return {
+        "members": unit.members,
+        "kept": kept.get(unit.id, unit.members),
+        "width_harms": widths.get(unit.id, []),
+        "width_ms": dict(timing.widths),
+    }
 
 
 def _latency(rounds: Rounds, plan: Plan) -> dict[str, Any]:
@@ -181,18 +259,20 @@ def _agreement(teacher: Tensor, student: Tensor) -> dict[str, Any] | None:
 
 def _held_out(samples: Samples, teacher: Tensor, student: Tensor) -> dict[str, Any]:
     sure = [logits.softmax(-1).max(-1) if len(logits) else None for logits in (teacher, student)]
+    by_sample = len(teacher) == len(samples)
+    few = by_sample or teacher.shape[-1] <= MAX_COUNTED
     return {
-        "names": list(samples.names),
-        "teacher": sure[0].indices.tolist() if sure[0] else [],
-        "student": sure[1].indices.tolist() if sure[1] else [],
+        "names": list(samples.names) if by_sample else [],
+        "teacher": sure[0].indices.tolist() if sure[0] and few else [],
+        "student": sure[1].indices.tolist() if sure[1] and few else [],
         "teacher_confidence": sure[0].values.tolist() if sure[0] else [],
         "student_confidence": sure[1].values.tolist() if sure[1] else [],
     }
 
 
-def _parted(samples: Samples, teacher: Tensor, student: Tensor) -> list[dict[str, Any]]:
+def _parted(samples: Samples, teacher: Tensor, student: Tensor, opened: OpenedModel) -> list[dict[str, Any]]:
     """The held-out samples on which student and teacher part, the surest student answers first."""
-    if not len(samples):
+    if not len(samples) or is_tokens(opened.preprocessing):
         return []
     theirs, ours = teacher.softmax(-1).max(-1), student.softmax(-1).max(-1)
     parted = torch.nonzero(theirs.indices != ours.indices).flatten().tolist()
@@ -201,6 +281,7 @@ def _parted(samples: Samples, teacher: Tensor, student: Tensor) -> list[dict[str
         {
             "name": samples.names[i] if samples.names else str(i),
             "png": _png(samples, i),
+            "text": _text(samples, i, opened),
             "teacher": int(theirs.indices[i]),
             "student": int(ours.indices[i]),
             "teacher_confidence": float(theirs.values[i]),
@@ -208,6 +289,13 @@ def _parted(samples: Samples, teacher: Tensor, student: Tensor) -> list[dict[str
         }
         for i in parted[:MAX_PARTED]
     ]
+
+
+def _text(samples: Samples, number: int, opened: OpenedModel) -> str:
+    """What the model read of a text; "" when it is none."""
+    if not (samples.is_text and isinstance(opened.preprocessing, Tokenization)):
+        return ""
+    return opened.preprocessing.text_of(samples.inputs[number])
 
 
 def _png(samples: Samples, number: int) -> str:

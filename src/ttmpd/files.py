@@ -1,7 +1,7 @@
 """Image folders and array files as they lie on disk; nothing is unpickled."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,18 @@ def is_labelled(first: Any, second: Any) -> bool:
 
 
 def image_files(folder: Path) -> tuple[str, ...]:
-    """Paths of all images below ``folder``, relative to it, sorted; what is hidden is left out, links are followed."""
+    """Paths of all images below ``folder``: see :func:`files_below`."""
+    return files_below(folder, lambda name: Path(name).suffix.lower() in SUFFIXES)
+
+
+def files_below(folder: Path, wanted: Callable[[str], bool]) -> tuple[str, ...]:
+    """Paths of all wanted files, relative to the folder, sorted; what is hidden is left out, links are followed."""
     found: list[str] = []
     seen: set[str] = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         here = os.path.realpath(root)
         folders[:] = [] if here in seen else [name for name in folders if not name.startswith(".")]
-        names = [name for name in files if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES]
+        names = [name for name in files if not name.startswith(".") and wanted(name)]
         found += [] if here in seen else [(Path(root) / name).relative_to(folder).as_posix() for name in names]
         seen.add(here)
     return tuple(sorted(found))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttmpd.early_exit._model import check_without_exits
 from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_range
 from ttmpd.models import OpenedModel, open_model
@@ -18,8 +19,9 @@ from ttmpd.records import Timing, Unit
 from ttmpd.samples import open_samples
 from ttmpd.savings import UnitTiming, time_units
 from ttmpd.settings import Target, choose_device, settings_of
+from ttmpd.surgery import find_units, whole_of
+from ttmpd.text import Tokenization, random_ids, trimmed
 from ttmpd.timing import machine, time_models
-from ttmpd.units.block import Block
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,6 +51,12 @@ class Inspection:
     machine: dict[str, str | int]
     whole: Timing | None = None
     timings: tuple[UnitTiming, ...] = ()
+
+    @property
+    def removable_share(self) -> float:
+        """Share of the MACs that the units hold, parts of other units not counted twice."""
+        outer = [unit for unit in self.units if not whole_of(unit, self.units)]
+        return sum(unit.macs for unit in outer) / max(1, self.macs)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: each unit with its id, its shares and, when timed, its milliseconds."""
@@ -97,10 +105,11 @@ def inspect(
     check_range("batch_size", batch_size, 1)
     opened = model if isinstance(model, OpenedModel) else open_model(model)
     where = choose_device(device)
+    check_without_exits(opened.module)
     net = to_plain_format(clone(opened.module).to(where)).eval()
     batch = example_batch(opened, samples, batch_size).to(where)
-    kind, few = Block(), batch[:2]
-    found = kind.find(net, few)
+    few = batch[:2]
+    found = find_units(net, few)
     known = Inspection(
         type(net).__name__,
         count_parameters(net),
@@ -114,7 +123,7 @@ def inspect(
     if not timed:
         return known
     whole = time_models({"whole": net}, batch, rounds=5, min_seconds=0.5).timing("whole")
-    timings = time_units(net, kind, found.units, batch, rounds=3, min_seconds=0.5)
+    timings = time_units(net, found.units, batch, rounds=3, min_seconds=0.5)
     return dataclasses.replace(known, whole=whole, timings=timings)
 
 
@@ -125,14 +134,17 @@ def example_batch(opened: OpenedModel, samples: Any = None, batch_size: int = 64
         opened: says how large its input is.
         samples: real inputs, or None.
         batch_size: rows of the batch.
-        shape: of one input, for a model that does not say it.
+        shape: of one input, for a model that does not say it; the number of tokens for one that takes text.
 
     Raises:
         InvalidValueError: nothing says how large an input is.
     """
     if samples is not None:
         found = open_samples(samples, opened.preprocessing, n_samples=batch_size)
-        return found.batch(torch.arange(batch_size) % len(found))
+        return trimmed(found.batch(torch.arange(batch_size) % len(found)), found.padding)
+    if isinstance(opened.preprocessing, Tokenization):
+        longest = opened.preprocessing.max_length
+        return random_ids(opened.module, opened.preprocessing, (batch_size, *(shape or (longest,))))
     if opened.preprocessing is not None:
         shape = opened.preprocessing.input_size
     if not shape:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from ttmpd.errors import SamplesError
 from ttmpd.files import image_files, is_labelled, npz_member, place_of, read_array
 from ttmpd.records import Samples
+from ttmpd.tables import kind_of, read_table, text_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,9 @@ def open_labels(labels: str | Path | None, data: Any) -> Labels:
 
     Args:
         labels: a .npz with ``y``, one label per row of ``data``; or a .csv with the columns ``file`` and ``label``,
-            where a file is a path relative to the folder, a base name that is unique, or a row; None takes ``y`` from
-            ``data``.
+            where a file is a path relative to the folder, a base name that is unique, or a row; or, for text, a .tsv,
+            .csv or .jsonl with a column ``label`` and as many rows as ``data``, such as ``data`` itself; None takes
+            them from ``data``.
         data: what the samples are opened from.
 
     Raises:
@@ -60,18 +62,55 @@ def open_labels(labels: str | Path | None, data: Any) -> Labels:
     """
     place = Path(data).expanduser() if isinstance(data, str | Path) else None
     if labels is None:
-        if place is None or place.suffix.lower() != ".npz":
+        if place is None or not (place.suffix.lower() == ".npz" or _is_table(place)):
             raise SamplesError(f"labels must be given, but got none for {place_of(data)}; pass a .csv or .npz file")
         labels = place
     path = Path(labels).expanduser()
-    if not path.is_file() or path.suffix.lower() not in (".npz", ".csv"):
+    if not path.is_file() or not (path.suffix.lower() == ".npz" or _is_table(path)):
         found = "another kind of file" if path.exists() else "no such file"
-        raise SamplesError(f"labels must be a .csv or .npz file, but got {found}: {str(path)!r}; check the path")
+        raise SamplesError(
+            f"labels must be a .csv, .tsv, .jsonl or .npz file, but got {found}: {str(path)!r}; check the path"
+        )
+    if place is not None and _is_table(path) and kind_of(place):
+        rows = _table_labels(path, place)
+        if rows is not None:
+            return Labels(rows, path.name)
     if path.suffix.lower() == ".csv":
         return Labels(_csv_labels(path, place), path.name)
+    if path.suffix.lower() != ".npz":
+        raise SamplesError(f"labels in {path.name} must belong to a file of text, but data are {place_of(data)}")
     if place is not None and place.is_dir():
         raise SamplesError(f"labels of a folder must be a .csv file, but got {path.name}; rows say nothing about files")
     return Labels(_npz_labels(path, data if place is None else place), path.name)
+
+
+def _is_table(path: Path) -> bool:
+    return kind_of(path) not in ("", ".txt")
+
+
+def _table_labels(path: Path, place: Path) -> dict[str, int] | None:
+    """The labels of rows of text; None where the table is one of files and labels."""
+    table = read_table(path)
+    if "label" not in table.columns:
+        raise SamplesError(f"{path.name} must have a column 'label', but has {list(table.columns)}; rename one")
+    if "file" in table.columns:
+        return None
+    n_rows = len(table.rows) if path == place else len(read_table(place).rows)
+    if n_rows != len(table.rows):
+        raise SamplesError(
+            f"{path.name} must have as many rows as the data, but got {len(table.rows)} labels for {n_rows} rows"
+        )
+    found = {}
+    for number, row in enumerate(table.rows):
+        text = "" if isinstance(row, str) else str(row.get("label", "")).strip()
+        if text.isascii() and text.isdecimal():
+            found[str(number)] = int(text)
+        elif text:
+            raise SamplesError(
+                f"{path.name} must hold a class index (0, 1, ...) in every row, but row {number + 1} has the label "
+                f"{text!r:.100}; write class names as numbers in the order of the model's outputs"
+            )
+    return found
 
 
 def _npz_labels(path: Path, data: Any) -> dict[str, int]:
@@ -112,7 +151,7 @@ def _csv_labels(path: Path, place: Path | None) -> dict[str, int]:
         raise SamplesError(f"{path.name} must be a .csv file in UTF-8, but got {error}; save it again") from error
     if place is None or not place.is_dir():
         return given
-    files = image_files(place)
+    files = image_files(place) or text_files(place)
     base = Counter(PurePosixPath(name).name for name in files)
     given_base = Counter(PurePosixPath(name).name for name in given)
     by_base = {PurePosixPath(name).name: label for name, label in given.items()}

@@ -83,12 +83,14 @@ def margins(
         batch_size: samples per pass.
 
     Raises:
-        UnsupportedError: the answers cannot be differentiated by the inputs.
+        UnsupportedError: the samples are text, or the answers cannot be differentiated by the inputs.
 
     Source: DeepFool (Moosavi-Dezfooli et al., CVPR 2016, arXiv 1511.04599), algorithm 2 and its equation for the
     largest-value norm.
     Cost: per sample and iteration two forward and ``classes - 1`` backward passes; one to four on the demo's network.
     """
+    if samples.is_text:
+        raise UnsupportedError("margins must be those of inputs that can change a little, but text cannot")
     device = next(model.parameters()).device
     std = _std(samples).to(device)
     found = [torch.empty(0)]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self, dataclass_transform
 
 from ttmpd.errors import InvalidValueError, UnknownMethodError
 
-VERBS = ("select", "adapt", "units", "score", "plan", "distill")
+VERBS = ("select", "adapt", "units", "score", "plan", "distill", "early_exit")
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from ttmpd.errors import InvalidValueError, MissingPackageError, ModelError, TTMPDError, UnsupportedError
 from ttmpd.factory import call_factory, cause, is_factory
-from ttmpd.preprocessing import IMAGE_MODES, Preprocessing, preprocessing_of
+from ttmpd.modules import clone
+from ttmpd.preprocessing import IMAGE_MODES, Preparation, Preprocessing, preprocessing_of
 from ttmpd.records import Removal
+from ttmpd.text import Task, Tokenization, make_ready, mask_of, mask_padding, tokenization_of
 
 FORMS = (
     "timm:NAME, torchvision:NAME, hf:ORG/NAME, hf:/local/directory, path/to/file.py:factory or package.module:factory"
@@ -28,10 +30,11 @@ class OpenedModel:
     """A model, where it came from, and how it wants its inputs.
 
     Args:
-        module: the model; in eval mode, except that a module that was passed in is as it was.
+        module: the model; in eval mode, except that a module that was passed in is as it was. One that takes text looks
+            past the padding by itself when it is called with token ids alone.
         id: the id as it was given; "" for a module that was passed in.
         rebuildable: whether the id is enough to build it again without running foreign code.
-        preprocessing: its own preprocessing, when it says so.
+        preprocessing: its own preprocessing, of images or text, when it says so.
         class_names: name of each class, when known.
         removed: what is gone already, when it was opened from an artifact; ``id`` then names the stock model.
         used_ids: content hashes of the unlabelled samples that made it what it is.
@@ -40,10 +43,24 @@ class OpenedModel:
     module: nn.Module
     id: str
     rebuildable: bool
-    preprocessing: Preprocessing | None = None
+    preprocessing: Preparation | None = None
     class_names: tuple[str, ...] = ()
     removed: tuple[Removal, ...] = ()
     used_ids: tuple[str, ...] = ()
+
+    def reading(self, max_length: int | None) -> "OpenedModel":
+        """The same model, of whose samples so many tokens are read; its module says so, too. None changes nothing.
+
+        Raises:
+            InvalidValueError: it takes no text, or cannot read so many.
+        """
+        if max_length is None:
+            return self
+        if not isinstance(self.preprocessing, Tokenization):
+            raise InvalidValueError(f"max_length must be left out for a model that takes no text, but got {max_length}")
+        wanted = replace(self.preprocessing, max_length=max_length)
+        self.module.pretrained_cfg = wanted.to_dict()  # type: ignore[assignment]
+        return replace(self, preprocessing=wanted)
 
 
 def open_model(model: str | nn.Module, *, weights: Path | None = None, pretrained: bool = True) -> OpenedModel:
@@ -51,7 +68,7 @@ def open_model(model: str | nn.Module, *, weights: Path | None = None, pretraine
 
     Args:
         model: ``timm:NAME``, ``torchvision:NAME``, ``hf:ORG/NAME``, ``hf:/directory``, ``path/to/file.py:factory``,
-            ``package.module:factory``, or a module, which is used as it is.
+            ``package.module:factory``, or a module, which is used as it is (a copy of one that takes text).
         weights: a safetensors file to load instead of the published weights.
         pretrained: load the published weights; a factory decides this for itself.
 
@@ -59,12 +76,12 @@ def open_model(model: str | nn.Module, *, weights: Path | None = None, pretraine
         InvalidValueError: the id has none of these forms, or ``weights`` is no safetensors file.
         MissingPackageError: the package that knows the id is not installed.
         ModelError: the model cannot be built, downloaded, or does not fit ``weights``.
-        UnsupportedError: it is not an image classifier.
+        UnsupportedError: it is no classifier of images or text, and no decoder of text.
     """
     if weights is not None:
         _check_weights(Path(weights))
     if isinstance(model, nn.Module):
-        opened = OpenedModel(model, "", False, preprocessing_of(model))
+        opened = _given(model)
     else:
         scheme, _, name = model.partition(":")
         builder = _BUILDERS.get(scheme)
@@ -74,6 +91,14 @@ def open_model(model: str | nn.Module, *, weights: Path | None = None, pretraine
     if weights is not None:
         _load_weights(opened.module, Path(weights))
     return opened
+
+
+def _given(module: nn.Module, model_id: str = "") -> OpenedModel:
+    """A module of the user's own code; it is left as it is, so one that takes text gets its mask on a copy."""
+    found = preprocessing_of(module)
+    if isinstance(found, Tokenization) and mask_of(module) is None:
+        module = mask_padding(clone(module), found)
+    return OpenedModel(module, model_id, is_rebuildable(model_id), found)
 
 
 def is_rebuildable(model_id: str) -> bool:
@@ -167,12 +192,10 @@ def _from_hf(name: str, pretrained: bool) -> OpenedModel:
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     with _building(model_id, pretrained):
         config = hf.AutoConfig.from_pretrained(source, **options)
-        if type(config) not in hf.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-            raise UnsupportedError(
-                f"the model must be an image classifier, but {model_id} is a {type(config).__name__}; "
-                "text models are not supported yet"
-            )
-        auto = hf.AutoModelForImageClassification
+        task = _task_of(hf, config, model_id)
+        auto = getattr(hf, f"AutoModelFor{_HEADS[task][0]}") if task else hf.AutoModelForImageClassification
+        if task:
+            make_ready(config, name)
         if pretrained:
             module, found = auto.from_pretrained(
                 source, config=config, use_safetensors=True, output_loading_info=True, **options
@@ -181,8 +204,36 @@ def _from_hf(name: str, pretrained: bool) -> OpenedModel:
         else:
             module = auto.from_config(config, trust_remote_code=False)
     names = tuple(str(label) for _, label in sorted((config.id2label or {}).items()))
+    if task:
+        tokenization = tokenization_of(module, name, task)
+        module.pretrained_cfg = tokenization.to_dict()  # the student, a plain module, says how it wants its text
+        names = () if task == "next" else names  # its classes are the tokens
+        return OpenedModel(mask_padding(module.float(), tokenization), model_id, True, tokenization, names)
     preprocessing = _hf_preprocessing(hf, source, int(getattr(config, "num_channels", 3)), options)
     return OpenedModel(module.float(), model_id, True, preprocessing, names)
+
+
+_HEADS: dict[Task, tuple[str, str]] = {
+    "token": ("TokenClassification", "TOKEN_CLASSIFICATION"),
+    "next": ("CausalLM", "CAUSAL_LM"),
+    "sequence": ("SequenceClassification", "SEQUENCE_CLASSIFICATION"),
+}
+"""Task -> the ends of the names that transformers has for its models and for their table."""
+
+
+def _task_of(hf: Any, config: Any, model_id: str) -> Task | None:
+    """What a text model was trained to answer, by the class that its config names; None for a model of images."""
+    if type(config) in hf.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        return None
+    tables = {task: getattr(hf, f"MODEL_FOR_{end}_MAPPING") for task, (_, end) in _HEADS.items()}
+    for task, table in tables.items():
+        if type(config) in table and table[type(config)].__name__ in (config.architectures or ()):
+            return task
+    if type(config) in tables["sequence"]:
+        return "sequence"
+    raise UnsupportedError(
+        f"the model must be a classifier of images or text, or a decoder, but {model_id} is a {type(config).__name__}"
+    )
 
 
 def _hf_preprocessing(hf: Any, source: str, channels: int, options: dict[str, Any]) -> Preprocessing | None:
@@ -233,8 +284,7 @@ _BUILDERS: dict[str, Callable[[str, bool], OpenedModel]] = {
 def _from_factory(model_id: str) -> OpenedModel:
     if not is_factory(model_id):
         raise InvalidValueError(f"a model id must be one of {FORMS}, but got {model_id!r}{_hint(model_id)}")
-    made = call_factory(model_id)
-    return OpenedModel(made, model_id, is_rebuildable(model_id), preprocessing_of(made))
+    return _given(call_factory(model_id), model_id)
 
 
 def _hint(name: str) -> str:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ttmpd.errors import InvalidValueError, ModelError
 from ttmpd.records import Tap
+from ttmpd.text import answered
 
 
 class StopForwardError(Exception):
@@ -38,11 +39,16 @@ def with_first(value: Any, tensor: Tensor) -> Any:
 
 
 def call(model: nn.Module, batch: Tensor) -> Tensor:
-    """The model's logits for a batch, (B, n_classes)."""
+    """The model's logits for a batch, (B, n_classes).
+
+    Of a model that answers each token, (M, n_classes): sample by sample those that count, see
+    :func:`ttmpd.text.answered`.
+    """
     logits = first_tensor(model(batch))
     if logits is None:
         raise ModelError(f"{type(model).__name__} must answer with a tensor, but answered without one")
-    return logits
+    tokens = answered(model, batch)
+    return logits if tokens is None or logits.dim() != 3 else logits[tokens]
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
@@ -130,12 +136,13 @@ def tapped(model: nn.Module, taps: Mapping[str, Tap], stop: bool = False) -> Ite
         stop: raise :class:`StopForwardError` as soon as all taps have been read (see :func:`prefix`).
     """
     seen: dict[str, Tensor] = {}
-    handles = []
+    place: list[Tensor | None] = [None]
+    handles = [_noting_places(model, place)] if any(tap.token != "all" for tap in taps.values()) else []
 
     def note(name: str, value: Any) -> None:
         tensor = first_tensor(value)
         if tensor is not None:
-            seen[name] = tensor
+            seen[name] = tensor if taps[name].token == "all" else _at_tokens(tensor, place[0])
         if stop and len(seen) == len(taps):
             raise StopForwardError
 
@@ -153,6 +160,25 @@ def tapped(model: nn.Module, taps: Mapping[str, Tap], stop: bool = False) -> Ite
         yield seen
 
 
+def _noting_places(model: nn.Module, place: list[Tensor | None]) -> Any:
+    """A hook that notes, at every call, which tokens the answers are of: (B, S) those that count, or (B,) the last."""
+
+    def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        ids, mask = first_tensor(args or kwargs), kwargs.get("attention_mask")  # of the call, or of the model's hook
+        place[0] = None if ids is None else answered(model, ids)
+        if place[0] is None and mask is not None:
+            place[0] = mask.long().cumsum(1).argmax(1)
+
+    return model.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _at_tokens(value: Tensor, place: Tensor | None) -> Tensor:
+    """(B, ...) or (M, ...) of (B, S, ...): each sample at its place, or the tokens that count; else the last ones."""
+    if place is None:
+        return value[:, -1]
+    return value[place] if place.dim() == 2 else value[torch.arange(len(value), device=value.device), place]
+
+
 def read(model: nn.Module, batch: Tensor, taps: Mapping[str, Tap]) -> dict[str, Tensor]:
     """The tensors at ``taps`` for one batch; the rest of the network after the last tap is not run."""
     with tapped(model, taps, stop=True) as seen, contextlib.suppress(StopForwardError):
@@ -162,18 +188,33 @@ def read(model: nn.Module, batch: Tensor, taps: Mapping[str, Tap]) -> dict[str, 
 
 def find_head(model: nn.Module, batch: Tensor) -> str | None:
     """Path of the layer that gives the logits, or None when no single layer does."""
+    tap = _head_tap(model, batch)
+    return None if tap is None else tap.path
+
+
+def _head_tap(model: nn.Module, batch: Tensor) -> Tap | None:
+    """The input of the layer that gives the logits; of the tokens whose answers count, where it answers each."""
     leaves = {name: m for name, m in model.named_modules() if name and not list(m.children()) and _is_matrix(m)}
-    last: dict[str, Tensor] = {}
+    answers: dict[str, Tensor] = {}
+    place: list[Tensor | None] = [None]
     handles = [
-        m.register_forward_hook(lambda _m, _a, out, name=name: last.__setitem__(name, cast(Tensor, first_tensor(out))))
+        m.register_forward_hook(
+            lambda _m, _a, out, name=name: answers.__setitem__(name, cast(Tensor, first_tensor(out)))
+        )
         for name, m in leaves.items()
     ]
-    with evaluating(model), hooks(handles):
+    with evaluating(model), hooks([*handles, _noting_places(model, place)]):
         logits = call(model, batch)
-    for name in reversed(last):
-        found = last[name]
-        if found is not None and found.numel() == logits.numel() and torch.equal(found.flatten(), logits.flatten()):
-            return name
+    for name in reversed(answers):
+        found = answers[name]
+        if found is None:
+            continue
+        if logits.dim() == 2 and found.dim() == 3 and found.shape[:2] == batch.shape:
+            if torch.equal(_at_tokens(found, place[0]), logits):
+                each = place[0] is not None and place[0].dim() == 2  # else a decoder that classifies by its last token
+                return Tap(name, "input", "each" if each else "last")
+        elif found.numel() == logits.numel() and torch.equal(found.flatten(), logits.flatten()):
+            return Tap(name, "input")
     return None
 
 
@@ -188,9 +229,10 @@ def find_feature_tap(model: nn.Module, batch: Tensor, pooled: bool = False) -> T
     Returns:
         The tap, or None when the model has no single head (then only its logits can be mimicked).
     """
-    head = find_head(model, batch)
-    if head is None:
+    head_tap = _head_tap(model, batch)
+    if head_tap is None:
         return None
+    head = head_tap.path
     width = cast(Tensor, module_at(model, head).weight).shape[1]
     maps: list[str] = []
     reached_head = False
@@ -218,7 +260,7 @@ def find_feature_tap(model: nn.Module, batch: Tensor, pooled: bool = False) -> T
     with evaluating(model), hooks(handles):
         model(batch)
     if pooled or not maps:
-        return Tap(head, "input")
+        return head_tap
     return Tap(maps[-1], "output")
 
 

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from ttmpd.checkpoint import check_output, save_artifact
 from ttmpd.distill.base import Work
-from ttmpd.errors import InvalidValueError
 from ttmpd.facts import collect
+from ttmpd.folding import fold
 from ttmpd.guard import logits_of
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.planning import Attempt, Planned, Waypoint, make_plan, needed_ms, walk
 from ttmpd.ready import Ready, get_ready, open_pool, selected, split
 from ttmpd.records import Fit, Plan, Removal
-from ttmpd.repair import fold, repaired, replay
+from ttmpd.repair import repaired, replay
 from ttmpd.savings import compare
 from ttmpd.settings import Settings, Target, settings_of
 from ttmpd.stages import Stages, disk_guarded, fingerprint, locked, weights_fingerprint
@@ -70,6 +70,7 @@ def compress(
     *,
     speedup: float | None = None,
     latency: str | float | None = None,
+    macs: float | None = None,
     output: str | Path | None = None,
     resume: bool = False,
     command: str = "",
@@ -83,6 +84,8 @@ def compress(
             DataLoader; a second element (labels) is ignored.
         speedup: how many times faster the result shall be, e.g. 2.0.
         latency: instead of ``speedup``: ``"12ms"`` per batch, or ``"0.5x"`` of the original.
+        macs: instead of ``speedup``: the share of the multiply-accumulates that may stay, e.g. 0.7; nothing is
+            promised of the latency then.
         output: folder for the artifact; finished stages are kept there while the run lasts.
         resume: go on with what an interrupted run left in ``output``.
         command: recorded in the report.
@@ -103,11 +106,7 @@ def compress(
 
     Source: TT-MPD (arXiv 2412.07114).
     """
-    target = Target(speedup=speedup) if latency is None and speedup is not None else None
-    if target is None:
-        if latency is None or speedup is not None:
-            raise InvalidValueError("the target must be one of speedup and latency; give exactly one of them")
-        target = Target.parse(latency)
+    target = Target.of(speedup, latency, macs)
     return compress_many(
         model, samples, targets=[target], outputs=[output], resume=resume, command=command, **settings
     )[0]
@@ -171,8 +170,9 @@ def prepared(
     few = split(open_pool(samples, opened, chosen), chosen)
     with _work_folder(output) as work:
         run = fingerprint(
-            weights_fingerprint(opened.module), few[0].ids, few[1].ids, chosen.to_dict() | {"time_budget": None}
-        )
+            weights_fingerprint(opened.module), few[0].ids, few[1].ids, chosen.to_dict() | {"time_budget": None},
+            None if opened.preprocessing is None else opened.preprocessing.to_dict(),
+        )  # fmt: skip
         stages = Stages(work, run, resume)
         n = min(sum(map(len, few)), chosen.num_samples) - len(few[1])
         few = (selected(opened, few[0], n, chosen, stages), few[1])
@@ -213,13 +213,13 @@ class Start:
 def finish(ready: Ready, planned: Planned, start: Start, stages: Stages, work: Work, command: str) -> Result:
     """Distill a repaired student and measure it; ``work`` is that of the student that lost most."""
     key, plan, student = _key(planned.target), planned.plan, start.student
-    first = plan.removals[0].unit.path if plan.removals else ""
+    first = first_path(plan.removals)
     fit, teacher_logits = _distill(ready, start, first, work, stages, key)
     final = logits_of(student, ready.held_out, ready.pass_size)
     with stages.timed("measure", key):
         rounds = compare(ready.source, student, ready.batch)
     ratio, needed = rounds.ratio("original", "compressed"), ready.original_ms / plan.budget_ms
-    met = ratio.high_ms >= needed
+    met = ratio.high_ms >= needed or planned.target.macs is not None
     facts = collect(
         ready,
         planned,
@@ -235,6 +235,14 @@ def finish(ready: Ready, planned: Planned, start: Start, stages: Stages, work: W
     return Result(student.cpu(), plan, facts, ids, ready.opened, met)
 
 
+def first_path(removals: Sequence[Removal]) -> str:
+    """Where the student first differs from the teacher: what makes the members of a narrowed unit trains, too."""
+    if not removals:
+        return ""
+    unit = removals[0].unit
+    return unit.feeders[0] if unit.feeders else unit.path
+
+
 def _key(target: Target) -> str:
     """Marks the files of the stages that belong to one target."""
     return fingerprint(str(target))[:8]
@@ -244,17 +252,28 @@ def _planned(ready: Ready, waypoints: Sequence[Waypoint], target: Target, stages
     def compute() -> dict[str, Any]:
         made = make_plan(ready, waypoints, target)
         return {
-            "actions": made.plan.actions,
+            "removals": _plain(made.plan.removals),
             "numbers": [made.plan.harm, made.plan.original_ms, made.plan.budget_ms, made.plan.predicted_ms],
-            "attempts": [dataclasses.asdict(attempt) for attempt in made.attempts],
+            "attempts": [[a.predicted_ms, a.measured_ms, a.harm, _plain(a.removals)] for a in made.attempts],
             "front": made.front,
         }
 
     stored = stages.json("plan", compute, _key(target))
-    actions = stored["actions"]
-    removals = tuple(Removal(unit, actions[unit.id]) for unit in ready.found.units if unit.id in actions)
-    attempts = tuple(Attempt(**row) for row in stored["attempts"])
-    return Planned(target, Plan(removals, *stored["numbers"]), attempts, tuple(stored["front"]))
+    plan = Plan(_removals(ready, stored["removals"]), *stored["numbers"])
+    attempts = tuple(
+        Attempt(predicted, measured, harm, _removals(ready, rows))
+        for predicted, measured, harm, rows in stored["attempts"]
+    )
+    return Planned(target, plan, attempts, tuple(stored["front"]))
+
+
+def _plain(removals: Sequence[Removal]) -> list[Any]:
+    return [[removal.unit.id, removal.action, list(removal.kept)] for removal in removals]
+
+
+def _removals(ready: Ready, rows: Sequence[Any]) -> tuple[Removal, ...]:
+    units = {unit.id: unit for unit in ready.found.units}
+    return tuple(Removal(units[name], action, tuple(kept)) for name, action, kept in rows)
 
 
 def _repaired(ready: Ready, plan: Plan, stages: Stages, key: str) -> nn.Module:
@@ -263,7 +282,8 @@ def _repaired(ready: Ready, plan: Plan, stages: Stages, key: str) -> nn.Module:
 
     def compute() -> tuple[dict[str, Tensor], Any]:
         few = ready.samples.first(256)
-        student = repaired(ready.teacher, plan.removals, few, batch_size=ready.pass_size)
+        rescale = ready.settings.score.rescales
+        student = repaired(ready.teacher, plan.removals, few, batch_size=ready.pass_size, rescale=rescale)
         fold(student, plan.removals, batch)
         nonlocal made
         made = student

@@ -8,14 +8,15 @@ from collections.abc import Sequence, Set
 from typing import Any
 
 from ttmpd.errors import BudgetUnreachableError
+from ttmpd.modules import count_macs
 from ttmpd.plan.base import most_saved
-from ttmpd.ready import Ready, score_rows
-from ttmpd.records import Action, Option, Plan, Removal, Score, Unit
+from ttmpd.ready import Ready, score_of, score_rows
+from ttmpd.records import Action, Option, Plan, Removal, Unit
 from ttmpd.repair import repaired
-from ttmpd.savings import compare, skeleton
+from ttmpd.savings import compare, count_units, skeleton
 from ttmpd.settings import Target
 from ttmpd.stages import Stages
-from ttmpd.units.block import Block
+from ttmpd.surgery import whole_of
 
 MAX_PLANS = 5
 """Rounds of planning, cutting and measuring before the best reachable is taken."""
@@ -39,7 +40,7 @@ class Attempt:
     predicted_ms: float
     measured_ms: float
     harm: float
-    actions: dict[str, Action]
+    removals: tuple[Removal, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,20 +106,27 @@ def walk(ready: Ready, needed_ms: float, stages: Stages) -> tuple[Waypoint, ...]
             break  # out of reach: choosing will say so
         chosen = here.towards(ready, needed_ms, stride)
         rows = stages.json(f"rescore#{len(found)}", functools.partial(_rescored, ready, chosen))
-        found.append(Waypoint(chosen, ready.options_of([Score(**row) for row in rows])))
+        found.append(Waypoint(chosen, ready.options_of([score_of(row) for row in rows])))
     return tuple(found)
 
 
 def _rescored(ready: Ready, chosen: Sequence[Option]) -> list[dict[str, Any]]:
-    gone = {option.unit: option.action for option in chosen}
     stand_in: dict[Action, Action] = {"drop": "linear"}
     removals = [
-        Removal(unit, stand_in.get(gone[unit.id], gone[unit.id])) for unit in ready.found.units if unit.id in gone
+        dataclasses.replace(removal, action=stand_in.get(removal.action, removal.action))
+        for removal in ready.removals(chosen)
     ]
     few = ready.samples.first(128)
-    student = repaired(ready.teacher, removals, few, batch_size=ready.pass_size)
-    left = [unit for unit in ready.found.units if unit.id not in gone]
-    return score_rows(ready, student, left)
+    student = repaired(ready.teacher, removals, few, batch_size=ready.pass_size, rescale=ready.settings.score.rescales)
+    return score_rows(ready, student, _left(ready, chosen))
+
+
+def _left(ready: Ready, chosen: Sequence[Option]) -> list[Unit]:
+    """The units that can still go: not those that have gone, nor their parts, nor the wholes of which a part has."""
+    gone = {option.unit for option in chosen}
+    opened = {option.whole for option in chosen}
+    units = ready.found.units
+    return [unit for unit in units if unit.id not in gone | opened and whole_of(unit, units) not in gone]
 
 
 def choose(ready: Ready, waypoints: Sequence[Waypoint], needed_ms: float) -> tuple[Option, ...]:
@@ -191,9 +199,12 @@ def tidied(
     if not {"drop", "linear"} <= set(ready.settings.actions):
         return tuple(chosen)
     known = {(o.unit, o.action): o for point in waypoints for o in (*point.options, *point.chosen)}
-    gone = {option.unit for option in chosen}
+    gone = {option.unit for option in chosen if option.action != "narrow"}
     found = []
     for option in chosen:
+        if option.action == "narrow":
+            found.append(option)
+            continue
         at_end = _ends_run(ready, option.unit, gone)
         action: Action = "drop" if not at_end else "linear" if ends else option.action
         wanted = known.get((option.unit, action), option)
@@ -203,7 +214,8 @@ def tidied(
 
 def _ends_run(ready: Ready, unit: str, gone: Set[str]) -> bool:
     """Whether the unit that takes this one's output stays."""
-    return not any(a.id == unit and b.id in gone and _adjacent(a, b) for a, b in itertools.pairwise(ready.found.units))
+    wholes = [other for other in ready.found.units if other.kind == "block"]
+    return not any(a.id == unit and b.id in gone and _adjacent(a, b) for a, b in itertools.pairwise(wholes))
 
 
 def _adjacent(first: Unit, second: Unit) -> bool:
@@ -213,6 +225,8 @@ def _adjacent(first: Unit, second: Unit) -> bool:
 
 def needed_ms(ready: Ready, target: Target) -> float:
     """Milliseconds that have to go by the first plan: all but the slack, and never less than half."""
+    if target.macs is not None:
+        return 0.0
     budget = target.budget_ms(ready.original_ms)
     return max(ready.original_ms - budget * (1 + SLACK), (ready.original_ms - budget) / 2)
 
@@ -223,6 +237,8 @@ def make_plan(ready: Ready, waypoints: Sequence[Waypoint], target: Target) -> Pl
     Raises:
         BudgetUnreachableError: even removing every unit is predicted to be too slow.
     """
+    if target.macs is not None:
+        return _plan_by_macs(ready, target, target.macs)
     budget, needed = target.budget_ms(ready.original_ms), needed_ms(ready, target)
     limit = budget * (1 + TOLERANCE)
     too_little, enough = 0.0, math.inf
@@ -235,8 +251,7 @@ def make_plan(ready: Ready, waypoints: Sequence[Waypoint], target: Target) -> Pl
                 break
             best = ready.original_ms - error.best_ms
             raise BudgetUnreachableError(_unreachable(ready, target, best), best) from None
-        actions = {option.unit: option.action for option in chosen}
-        if any(attempt.actions == actions for attempt in attempts):
+        if any(attempt.removals == ready.removals(chosen) for attempt in attempts):
             break  # what is asked differs, the plan does not
         attempt = _try(ready, chosen)
         attempts.append(attempt)
@@ -254,28 +269,63 @@ def make_plan(ready: Ready, waypoints: Sequence[Waypoint], target: Target) -> Pl
             needed = (too_little + enough) / 2
     met = [attempt for attempt in attempts if attempt.measured_ms <= limit]
     best_attempt = min(met, key=lambda a: a.harm) if met else min(attempts, key=lambda a: a.measured_ms)
-    actions = best_attempt.actions
-    removals = tuple(Removal(unit, actions[unit.id]) for unit in ready.found.units if unit.id in actions)
-    plan = Plan(removals, best_attempt.harm, ready.original_ms, budget, best_attempt.predicted_ms)
+    plan = Plan(best_attempt.removals, best_attempt.harm, ready.original_ms, budget, best_attempt.predicted_ms)
     return Planned(target, plan, tuple(attempts), front(ready, waypoints))
+
+
+def _plan_by_macs(ready: Ready, target: Target, share: float) -> Planned:
+    """The least harmful removals that leave ``share`` of the multiply-accumulates, which are counted, not measured.
+
+    Scores are taken as independent: this is how published budgets are met. The predicted milliseconds are those of the
+    plan; there is no latency to reach.
+    """
+    few = ready.batch[:2]
+    total = count_macs(ready.source, few)[""] / 1e6
+    counted = dataclasses.replace(ready, timings=count_units(ready.found.units), original_ms=total)
+    needed, attempts = total * (1 - share), list[Attempt]()
+    for _ in range(MAX_PLANS):
+        try:
+            chosen = ready.settings.plan.choose(counted.options, needed, seed=ready.settings.seed)
+        except BudgetUnreachableError as error:
+            best = 1 - error.best_ms / total
+            raise BudgetUnreachableError(
+                f"the target must be reachable by removing units, but {target} is not: with all of them gone "
+                f"{best:.3g} remain; ask for more",
+                best,
+            ) from None
+        removals = ready.removals(chosen)
+        predicted = ready.original_ms - sum(option.saved_ms for option in _in_ms(ready, chosen))
+        attempts.append(Attempt(predicted, predicted, _total(chosen), removals))
+        left = count_macs(skeleton(ready.source, removals), few)[""] / 1e6
+        if left <= share * total * (1 + TOLERANCE):
+            break
+        needed += left - share * total
+    last = attempts[-1]
+    plan = Plan(last.removals, last.harm, ready.original_ms, last.predicted_ms, last.predicted_ms)
+    return Planned(target, plan, tuple(attempts))
+
+
+def _in_ms(ready: Ready, chosen: Sequence[Option]) -> list[Option]:
+    """The chosen options as they are in milliseconds."""
+    wanted = {(option.unit, option.action, option.kept) for option in chosen}
+    return [option for option in ready.options if (option.unit, option.action, option.kept) in wanted]
 
 
 def _unreachable(ready: Ready, target: Target, best_ms: float) -> str:
     return (
-        f"the target must be reachable by removing blocks, but {target} is not: with all {len(ready.found.units)} "
+        f"the target must be reachable by removing units, but {target} is not: with all {len(ready.found.units)} "
         f"units removed {best_ms:.3g} of {ready.original_ms:.3g} ms remain; ask for --speedup "
         f"{max(1.01, math.floor(ready.original_ms / max(best_ms, 1e-9) * 95) / 100):.4g} or less"
     )
 
 
 def _try(ready: Ready, chosen: Sequence[Option]) -> Attempt:
-    actions = {option.unit: option.action for option in chosen}
-    removals = [Removal(unit, actions[unit.id]) for unit in ready.found.units if unit.id in actions]
-    cut = skeleton(ready.source, Block(), removals)
+    removals = ready.removals(chosen)
+    cut = skeleton(ready.source, removals)
     rounds = compare(ready.source, cut, ready.batch, rounds=15, min_seconds=3.0, max_seconds=8.0)
     predicted = ready.original_ms - sum(option.saved_ms for option in chosen)
     measured = ready.original_ms / rounds.ratio("original", "compressed").median_ms
-    return Attempt(predicted, measured, sum(max(0.0, option.harm) for option in chosen), actions)
+    return Attempt(predicted, measured, sum(max(0.0, option.harm) for option in chosen), removals)
 
 
 def front(ready: Ready, waypoints: Sequence[Waypoint]) -> tuple[dict[str, float], ...]:

@@ -1,4 +1,4 @@
-"""How a model wants its images: resize, crop, normalize, in timm's words."""
+"""How a model wants its inputs: images resized, cropped and normalized, in timm's words, or text by its tokenizer."""
 
 import math
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ttmpd.errors import InvalidValueError, UnsupportedError
+from ttmpd.text import Tokenization, tokenization_of
 
 INTERPOLATIONS = {mode.name.lower(): mode for mode in Image.Resampling}
 CROP_MODES = ("center", "squash")
@@ -132,8 +133,24 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def preprocessing_of(module: nn.Module) -> Preprocessing | None:
-    """The preprocessing in the module's ``pretrained_cfg`` or ``default_cfg`` (a dict with timm's keys), else None.
+Preparation = Preprocessing | Tokenization
+"""How a model wants its inputs, images or text."""
+
+
+def preparation_from(data: Mapping[str, Any]) -> Preparation:
+    """The record whose ``to_dict`` gave the data.
+
+    Raises:
+        InvalidValueError: a value is missing or breaks a rule.
+    """
+    return Tokenization.from_dict(data) if "tokenizer" in data else Preprocessing.from_dict(data)
+
+
+def preprocessing_of(module: nn.Module) -> Preparation | None:
+    """The preprocessing in the module's ``pretrained_cfg`` or ``default_cfg``, else None.
+
+    A dict with timm's keys for images; for text one with ``tokenizer`` (an id or a directory), and ``padding``,
+    ``max_length`` and ``limit`` where they are not what the module's config says.
 
     Raises:
         InvalidValueError: the dict is there, but breaks a rule.
@@ -142,4 +159,7 @@ def preprocessing_of(module: nn.Module) -> Preprocessing | None:
         config = getattr(module, name, None)
         if isinstance(config, Mapping) and config.get("input_size"):
             return Preprocessing.from_dict(config)
+        if isinstance(config, Mapping) and config.get("tokenizer"):
+            known = {} if "padding" in config else tokenization_of(module, str(config["tokenizer"])).to_dict()
+            return Tokenization.from_dict(known | dict(config))
     return None

@@ -10,19 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttmpd.early_exit._model import check_without_exits
 from ttmpd.errors import ModelError, SamplesError, UnsupportedError
 from ttmpd.guard import logits_of
 from ttmpd.models import OpenedModel
 from ttmpd.modules import clone, has_nan, to_fast_format, to_plain_format
-from ttmpd.records import Option, Samples, Score, Unit
+from ttmpd.records import Option, Removal, Samples, Score, Unit
 from ttmpd.samples import open_samples
 from ttmpd.savings import UnitTiming, time_units
 from ttmpd.settings import Settings, choose_device
 from ttmpd.stages import Stages
+from ttmpd.surgery import find_units, whole_of
+from ttmpd.text import trimmed
 from ttmpd.timing import time_models
 from ttmpd.training import samples_that_fit
 from ttmpd.units.base import Found
-from ttmpd.units.block import Block
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,15 +49,27 @@ class Ready:
     @property
     def batch(self) -> Tensor:
         """The batch on which latency is measured: the samples, repeated to the batch size."""
-        return _latency_batch(self.source, self.samples, self.settings)
+        return latency_batch(self.source, self.samples, self.settings)
 
     def options_of(self, scores: Sequence[Score]) -> tuple[Option, ...]:
         """The scored removals that the settings allow, each with what it saves."""
         by_unit = {timing.unit: timing for timing in self.timings}
+        wholes = {unit.id: whole_of(unit, self.found.units) for unit in self.found.units}
+        options = []
+        for score in scores:
+            timing, n_kept = by_unit[score.unit], len(score.kept)
+            if score.action in self.settings.actions and timing.offers(score.action, n_kept):
+                saved = timing.saving(score.action, n_kept).saved_ms
+                options.append(Option(score.unit, score.action, score.harm, saved, score.kept, wholes[score.unit]))
+        return tuple(options)
+
+    def removals(self, chosen: Sequence[Option]) -> tuple[Removal, ...]:
+        """The chosen options as removals, in the order of the network."""
+        by_unit = {option.unit: option for option in chosen}
         return tuple(
-            Option(score.unit, score.action, score.harm, by_unit[score.unit].saving(score.action).saved_ms)
-            for score in scores
-            if score.action in self.settings.actions and by_unit[score.unit].offers(score.action)
+            Removal(unit, by_unit[unit.id].action, by_unit[unit.id].kept)
+            for unit in self.found.units
+            if unit.id in by_unit
         )
 
     @property
@@ -72,14 +86,15 @@ def get_ready(
     device = choose_device(settings.device)
     source = source_of(opened, samples, device)
     with stages.timed("find"):
-        found = Block().find(source, samples.batch(slice(0, 2), device))
+        kinds = [name for name in settings.units if name in settings.score.kinds]
+        found = find_units(source, samples.batch(slice(0, 2), device), kinds)
     if not found.units:
         raise UnsupportedError(_nothing_to_remove(source, found))
     teacher = clone(source)
     state, told = stages.tensors("adapt", lambda: _adapt(teacher, samples, settings))
     teacher.load_state_dict(state)
     to_fast_format(teacher)
-    timed = stages.json("timing", lambda: _time(source, found, _latency_batch(source, samples, settings)))
+    timed = stages.json("timing", lambda: _time(source, found, latency_batch(source, samples, settings)))
     ready = Ready(
         opened=opened,
         source=source,
@@ -97,11 +112,12 @@ def get_ready(
         pass_size=_pass_size(source, samples, settings.batch_size),
     )
     rows = stages.json("score", lambda: score_rows(ready, teacher, found.units))
-    return dataclasses.replace(ready, scores=tuple(Score(**row) for row in rows))
+    return dataclasses.replace(ready, scores=tuple(score_of(row) for row in rows))
 
 
 def source_of(opened: OpenedModel, samples: Samples, device: torch.device) -> nn.Module:
     """A copy of the model as it is, on the device; it has answered."""
+    check_without_exits(opened.module)
     source = to_plain_format(clone(opened.module).to(device)).eval()
     _check_answers(source, samples, device)
     return source
@@ -136,9 +152,10 @@ def selected(opened: OpenedModel, pool: Samples, n: int, settings: Settings, sta
     return pool.subset(stages.json("select", compute))
 
 
-def _latency_batch(source: nn.Module, samples: Samples, settings: Settings) -> Tensor:
+def latency_batch(source: nn.Module, samples: Samples, settings: Settings) -> Tensor:
+    """The batch on which latency is measured, on the model's device; text is as long as the longest sample in it."""
     index = torch.arange(settings.batch_size) % len(samples)
-    return samples.batch(index, next(source.parameters()).device)
+    return trimmed(samples.batch(index, next(source.parameters()).device), samples.padding)
 
 
 def _check_answers(model: nn.Module, samples: Samples, device: torch.device) -> None:
@@ -167,7 +184,7 @@ def _adapt(teacher: nn.Module, samples: Samples, settings: Settings) -> tuple[di
 
 def _time(source: nn.Module, found: Found, batch: Tensor) -> dict[str, Any]:
     """Unit and whole-model milliseconds of the source model in the plain memory format, as users run it."""
-    units = time_units(source, Block(), found.units, batch)
+    units = time_units(source, found.units, batch)
     whole = time_models({"whole": source}, batch, rounds=7, min_seconds=1.0, max_seconds=5.0)
     return {
         "original_ms": whole.timing("whole").median_ms,
@@ -192,3 +209,8 @@ def score_rows(ready: Ready, model: nn.Module, units: Sequence[Unit]) -> list[di
         seed=ready.settings.seed,
     )
     return [dataclasses.asdict(score) for score in scores]
+
+
+def score_of(row: dict[str, Any]) -> Score:
+    """A score from plain data."""
+    return Score(**row | {"kept": tuple(row["kept"])})

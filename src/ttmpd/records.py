@@ -1,5 +1,6 @@
 """The records that move between the stages: frozen data that checks itself."""
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.errors import InvalidValueError
+from ttmpd.text import kept_tokens
 
-Action = Literal["drop", "linear", "conv"]
-ACTIONS: tuple[Action, ...] = ("drop", "linear", "conv")
-DEFAULT_ACTIONS: tuple[Action, ...] = ("drop", "linear")
+Action = Literal["drop", "linear", "conv", "narrow"]
+ACTIONS: tuple[Action, ...] = ("drop", "linear", "conv", "narrow")
+DEFAULT_ACTIONS: tuple[Action, ...] = ("drop", "linear", "narrow")
 """Without "conv": it repairs far more, but what training recovers afterwards costs fewer milliseconds without it."""
 KERNELS: Mapping[Action, int] = {"linear": 1, "conv": 3}
 """The side of the kernel of each stand-in; in a token model a kernel of 1 is a square matrix."""
@@ -41,6 +43,9 @@ class Unit:
         macs: multiply-accumulate operations per sample that go when it is dropped.
         form: "plain" when it maps one tensor to one tensor, "arguments" when it is called with more of them, "tuple"
             when it answers with a tuple.
+        members: heads or neurons of a unit that is narrowed, 0 for one that goes as a whole; ``path`` then names the
+            layer that reads them, and ``n_params`` and ``macs`` are what goes with all of them.
+        feeders: paths of the layers that make the members.
     """
 
     kind: str
@@ -52,6 +57,8 @@ class Unit:
     n_params: int
     macs: int
     form: Form = "plain"
+    members: int = 0
+    feeders: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -93,13 +100,15 @@ class Saving:
 class Score:
     """How much one removal is predicted to hurt; higher hurts more.
 
-    ``parts`` holds the quantities the harm was made of, for the report.
+    ``parts`` holds the quantities the harm was made of, for the report; ``kept`` the members that stay where the unit
+    is narrowed.
     """
 
     unit: str
     action: Action
     harm: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    kept: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _finite("harm", self.harm)
@@ -107,20 +116,35 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One removal with its harm and its saving: what a planner chooses from."""
+    """One removal with its harm and its saving: what a planner chooses from.
+
+    ``whole`` names the larger unit that this one is a part of, "" when there is none: one of them goes, or the other.
+    """
 
     unit: str
     action: Action
     harm: float
     saved_ms: float
+    kept: tuple[int, ...] = ()
+    whole: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """One decision of a plan."""
+    """One decision of a plan; ``kept`` are the members that stay, in their order, where the unit is narrowed."""
 
     unit: Unit
     action: Action
+    kept: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (self.unit.kind != "block") == bool(self.unit.members) == (self.action == "narrow"):
+            raise InvalidValueError(
+                f"{self.unit.id} must be narrowed if and only if it has members, but got {self.action!r}"
+            )
+        inside = all(0 <= member < max(1, self.unit.members) for member in self.kept)
+        if not inside or any(a >= b for a, b in itertools.pairwise(self.kept)):
+            raise InvalidValueError(f"kept members of {self.unit.id} must rise and lie below {self.unit.members}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +180,15 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """A place in a model where a tensor is read: the first input or the output of a module."""
+    """A place in a model where a tensor is read: the first input or the output of a module.
+
+    Of a tensor with an axis of tokens, ``token`` "last" reads the last one that is no padding, (B, S, ...) to (B, ...),
+    and "each" those of which the model's answers count, (B, S, ...) to (M, ...).
+    """
 
     path: str
     side: Literal["input", "output"]
+    token: Literal["all", "last", "each"] = "all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,12 +262,15 @@ class Samples:
     """Unlabelled inputs of a model, kept compactly and prepared batch by batch.
 
     Args:
-        inputs: (N, C, H, W) uint8 pixels, or (N, ...) values of any floating type that go to the model as they are.
-        ids: one content hash per sample; the same pixels have the same id wherever they lie.
+        inputs: (N, C, H, W) uint8 pixels, or (N, ...) values of any floating type that go to the model as they are, or
+            (N, S) int64 token ids.
+        ids: one content hash per sample; the same pixels, or the same text, have the same id wherever they lie.
         mean: per-channel mean that is subtracted from pixels scaled to 0..1; empty for floating inputs.
         std: per-channel divisor; empty for floating inputs.
         skipped: (name, reason) of what could not be used.
         names: where each sample came from (file name or row), for reports; empty when unknown.
+        padding: token id that stands behind the end of a text; None for everything that is no text.
+        notes: (what, how many) of what was done to samples that are used all the same.
     """
 
     inputs: Tensor
@@ -247,10 +279,16 @@ class Samples:
     std: tuple[float, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
     names: tuple[str, ...] = ()
+    padding: int | None = None
+    notes: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.inputs):
             raise InvalidValueError(f"samples must have one id each, but got {len(self.ids)} for {len(self.inputs)}")
+        if self.padding is not None and (self.inputs.dim() != 2 or self.inputs.dtype != torch.int64):
+            raise InvalidValueError(
+                f"text must be (N, S) int64 token ids, but got {self.inputs.dtype} {tuple(self.inputs.shape)}"
+            )
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -264,15 +302,24 @@ class Samples:
         """Whether a sample has the shape (C, H, W) with 1, 3 or 4 channels."""
         return self.inputs.dim() == 4 and self.inputs.shape[1] in (1, 3, 4)
 
+    @property
+    def is_text(self) -> bool:
+        """Whether a sample is a row of token ids."""
+        return self.padding is not None
+
     def batch(self, index: slice | Tensor, device: torch.device | str = "cpu") -> Tensor:
-        """The chosen samples as the model wants them: (B, ...) float32 on ``device``."""
+        """The chosen samples as the model wants them on ``device``: (B, ...) float32, or (B, S) int64 token ids."""
         chosen = self.inputs[index].to(device)
         if chosen.dtype != torch.uint8:
-            return chosen.float()
+            return chosen.float() if chosen.is_floating_point() else chosen
         shape = (1, -1) + (1,) * (chosen.dim() - 2)
         mean = torch.tensor(self.mean or (0.0,), device=device).view(shape)
         std = torch.tensor(self.std or (1.0,), device=device).view(shape)
         return (chosen.float() / 255 - mean) / std
+
+    def kept(self, batch: Tensor) -> Tensor | None:
+        """(B, S) which tokens of a batch of text are no padding; None for everything that is no text."""
+        return kept_tokens(batch, self.padding)
 
     def batches(self, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
         """All samples in order, ``batch_size`` at a time."""

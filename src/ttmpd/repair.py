@@ -5,19 +5,27 @@ branch, so that an infinite ridge is the identity (the dropped block), with the 
 applied afterwards. All sums are float64.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ttmpd.modules import call, evaluating, module_at, read, stubbed
+from ttmpd.modules import evaluating, module_at, read
+from ttmpd.narrowing import Sums, bias_of, input_rows, sum_taps
 from ttmpd.progress import track
 from ttmpd.records import KERNELS, Removal, Samples, Tap, Unit
-from ttmpd.sensitivity import SENSITIVITY_SAMPLES, positions, row_weights, sensitivities
-from ttmpd.units.block import Block, answering, put, standing
+from ttmpd.sensitivity import MAX_POSITIONS, SENSITIVITY_SAMPLES, positions, row_weights, sensitivities
+from ttmpd.surgery import WHOLE, cut
+from ttmpd.units._members import matrix_of, set_matrix, spread_out
+from ttmpd.units.block import Block, put
+
+MAX_STORED = 64 * 2**20
+"""Values of the teacher's answers that are held at once; beyond, fewer positions of each sample are fitted to."""
+
+Rows = Iterator[tuple[Tensor, Tensor, Tensor]]
+"""What a fit is given batch by batch: (inputs, wanted outputs, weight of each row)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,11 +166,12 @@ def repaired(
     ridge: float = 1e-3,
     batch_size: int = 64,
     sensitivity: float = 0.9,
+    rescale: bool = False,
 ) -> nn.Module:
-    """The student of a plan: dropped units are gone, the others are fitted stand-ins.
+    """The student of a plan: dropped units are gone, the others are fitted.
 
-    Stand-ins are fitted in the order of the network, each to the teacher's output given the *student's* input, so a
-    later one makes up for the errors before it.
+    Stand-ins, and the layers that read the kept members of narrowed units, are fitted in the order of the network, each
+    to the teacher's output given the *student's* input, so a later one makes up for the errors before it.
 
     Args:
         teacher: the model as found; not changed.
@@ -171,38 +180,133 @@ def repaired(
         ridge: relative to the mean diagonal of the normal equations.
         batch_size: samples per forward pass.
         sensitivity: how far positions are weighted by what they mean to the final features; 0 counts all alike.
+        rescale: give kept members one factor each instead of fitting the layer that reads them (KCM); where a factor is
+            not to be trusted, this layer and all later ones stay as they are.
 
     Returns:
         A new model in eval mode.
 
-    Cost: one teacher pass, one batch with gradients, plus one pass of the student's first part per stand-in.
+    Cost: one teacher pass, one batch with gradients, plus one pass of the student's first part per fit.
     """
-    kind = Block()
-    replaced = [removal for removal in removals if removal.action in KERNELS]
-    student = kind.cut(teacher, [removal.unit for removal in removals]).eval()
-    device = next(teacher.parameters()).device
-    if not replaced:
+    fits = [removal for removal in removals if removal.action != "drop"]
+    student = cut(teacher, removals).eval()
+    if not fits:
         return student
-    units = [removal.unit for removal in replaced]
-    pattern = sensitivities(teacher, units, samples.batch(slice(0, SENSITIVITY_SAMPLES), device))
-    chosen = {unit.id: positions(unit, pattern[unit.id]) for unit in units}
+    seen = _observed(teacher, fits, samples, batch_size)
+    trusted = True
+    with evaluating(student):
+        for removal in track(fits, "repair", len(fits)):
+            given = _given(student, removal, seen, samples, batch_size, sensitivity)
+            if removal.action != "narrow":
+                equations = NormalEquations(removal.unit.channels, seen.device, KERNELS[removal.action])
+                for x, y, weight in given:
+                    equations.add(x, y, weight)
+                install(student, WHOLE, removal, equations.solve(ridge))
+            elif trusted:
+                trusted = refit(student, removal, given, ridge=ridge, rescale=rescale)
+    return student
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What the teacher answers where something is fitted.
+
+    Args:
+        pattern: unit id -> (positions,) weights.
+        chosen: unit id -> positions that are fitted to.
+        sums: unit id -> where a narrowed unit's layer has been added to its shortcut.
+        outputs: unit id -> what is left of the outputs of a layer that makes the members of another narrowed unit.
+        wanted: unit id -> the teacher's rows of every batch.
+        device: of the teacher.
+    """
+
+    pattern: Mapping[str, Tensor]
+    chosen: Mapping[str, Tensor]
+    sums: Mapping[str, Tap]
+    outputs: Mapping[str, Tensor]
+    wanted: dict[str, list[Tensor]]
+    device: torch.device
+
+
+def _observed(teacher: nn.Module, fits: Sequence[Removal], samples: Samples, batch_size: int) -> _Seen:
+    device = next(teacher.parameters()).device
+    units = [removal.unit for removal in fits]
+    few = samples.batch(slice(0, SENSITIVITY_SAMPLES), device)
+    pattern = sensitivities(teacher, units, few, kept=samples.kept(few))
+    limit = MAX_STORED // max(1, len(samples) * sum(unit.channels for unit in units))
+    limit, kept = max(8, min(MAX_POSITIONS, limit)), samples.kept(samples.inputs)
+    chosen = {unit.id: positions(unit, pattern[unit.id], limit=limit, kept=kept) for unit in units}
+    sums = sum_taps(teacher, [unit for unit in units if unit.members], few[:2])
     wanted: dict[str, list[Tensor]] = {unit.id: [] for unit in units}
-    taps = {unit.id: Tap(unit.path, "output") for unit in units}
+    taps = {unit.id: sums.get(unit.id, Tap(unit.path, "output")) for unit in units}
     with evaluating(teacher):
         for batch in samples.batches(batch_size, device):
-            seen = read(teacher, batch, taps)
+            found = read(teacher, batch, taps)
             for unit in units:
-                wanted[unit.id].append(rows(seen[unit.id], unit, chosen[unit.id]))
-    with evaluating(student):
-        for removal in track(replaced, "repair", len(replaced)):
-            unit, side = removal.unit, KERNELS[removal.action]
-            equations = NormalEquations(unit.channels, device, side)
-            tap = {"x": Tap(unit.path, "input")}
-            for batch, y in zip(samples.batches(batch_size, device), wanted.pop(unit.id), strict=True):
-                x = rows(read(student, batch, tap)["x"], unit, chosen[unit.id], side)
-                equations.add(x, y, row_weights(pattern, unit, chosen[unit.id], sensitivity, len(batch)))
-            install(student, kind, removal, equations.solve(ridge))
-    return student
+                wanted[unit.id].append(rows(found[unit.id], unit, chosen[unit.id]))
+    return _Seen(pattern, chosen, sums, _narrowed_outputs(fits), wanted, device)
+
+
+def _narrowed_outputs(fits: Sequence[Removal]) -> dict[str, Tensor]:
+    by_path = {removal.unit.path: removal.unit.id for removal in fits if removal.unit.members}
+    return {
+        by_path[feeder]: spread_out(removal.kept, 1)
+        for removal in fits
+        if removal.unit.kind == "neuron"
+        for feeder in removal.unit.feeders
+        if feeder in by_path
+    }
+
+
+def _given(
+    student: nn.Module, removal: Removal, seen: _Seen, samples: Samples, batch_size: int, sensitivity: float
+) -> Rows:
+    """Rows of one fit, along the student. A narrowed unit also makes up for what its shortcut has lost before it."""
+    unit, index = removal.unit, seen.chosen[removal.unit.id]
+    taps = {"x": Tap(unit.path, "input")}
+    if unit.id in seen.sums:
+        taps |= {"own": Tap(unit.path, "output"), "sum": seen.sums[unit.id]}
+    for batch, y in zip(samples.batches(batch_size, seen.device), seen.wanted.pop(unit.id), strict=True):
+        found = read(student, batch, taps)
+        if unit.id in seen.sums:
+            y = y - rows(found["sum"], unit, index) + rows(found["own"], unit, index)
+        if unit.id in seen.outputs:
+            y = y[:, seen.outputs[unit.id].to(y.device)]
+        weight = row_weights(seen.pattern, unit, index, sensitivity, len(y) // len(index), samples.kept(batch))
+        if removal.action == "narrow":
+            yield input_rows(found["x"], unit, index), y, weight
+        else:
+            yield rows(found["x"], unit, index, KERNELS[removal.action]), y, weight
+
+
+def refit(
+    student: nn.Module, removal: Removal, given: Iterable[tuple[Tensor, Tensor, Tensor]], *, ridge: float, rescale: bool
+) -> bool:
+    """Fit the layer that reads the kept members to the wanted outputs, in place; whether that could be done.
+
+    Args:
+        student: its layer reads the kept members alone.
+        removal: of the unit.
+        given: (inputs, wanted outputs, weights) batch by batch.
+        ridge: relative to the mean diagonal; draws the weights to what they were.
+        rescale: one factor per member instead of new weights; False is answered when these are not to be trusted.
+    """
+    layer = module_at(student, removal.unit.path)
+    matrix, bias = matrix_of(layer).detach(), bias_of(layer)
+    if not removal.kept:
+        matrix = matrix.new_zeros(len(matrix), 0)
+    sums = Sums(matrix.shape[1], matrix.shape[0], matrix.device)
+    for x, y, weight in given:
+        sums.add(x, y, weight)
+    if rescale and removal.kept:
+        size = matrix.shape[1] // len(removal.kept)
+        factors = sums.rescaled(matrix, bias, size)
+        if factors is not None:
+            set_matrix(layer, matrix * factors.repeat_interleave(size), None)
+        return factors is not None
+    if not rescale:
+        set_matrix(layer, *sums.solve(matrix, bias, ridge, free_bias=layer.bias is not None))
+    return True
 
 
 def replay(model: nn.Module, removals: Sequence[Removal], state: Mapping[str, Tensor]) -> nn.Module:
@@ -213,12 +317,11 @@ def replay(model: nn.Module, removals: Sequence[Removal], state: Mapping[str, Te
     Raises:
         RuntimeError: the weights do not fit (torch's own message names the keys).
     """
-    kind = Block()
-    student = kind.cut(model, [removal.unit for removal in removals])
+    student = cut(model, removals)
     for removal in removals:
         path = removal.unit.path
         if removal.action in KERNELS and any(key.startswith(f"{path}.") for key in state):
-            put(student, removal.unit, kind.stand_in(removal.unit, removal.action))
+            put(student, removal.unit, WHOLE.stand_in(removal.unit, removal.action))
     for key, value in state.items():
         layer, _, name = key.rpartition(".")
         module = _submodule(student, layer)
@@ -233,85 +336,3 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         return model.get_submodule(path)
     except AttributeError:
         return None
-
-
-def fold(student: nn.Module, removals: Sequence[Removal], batch: Tensor, tolerance: float = 1e-4) -> int:
-    """Fold stand-ins without activation into the linear layer that reads them, where that is exact. In place.
-
-    The reader is the next layer in calling order; whether it is the *only* reader is settled by numbers: the fold is
-    kept when the model's output stays within ``tolerance`` of its scale, else it is undone.
-
-    Returns:
-        How many stand-ins became identities.
-    """
-    folded = 0
-    with evaluating(student):
-        for removal in removals:
-            if removal.action == "linear" and not removal.unit.activation:
-                folded += _fold_one(student, removal.unit, batch, tolerance)
-    return folded
-
-
-def _fold_one(student: nn.Module, unit: Unit, batch: Tensor, tolerance: float) -> int:
-    own = standing(student, unit)
-    reader = _next_layer(student, unit, batch)
-    if reader is None or not isinstance(own, nn.Linear | nn.Conv2d) or own.bias is None:
-        return 0
-    before = call(student, batch)
-    old_weight, old_bias = reader.weight, reader.bias
-    flat = old_weight.flatten(1).double() @ own.weight.flatten(1).double()
-    shift = old_weight.flatten(1).double() @ own.bias.double()
-    bias = shift if old_bias is None else shift + old_bias.double()
-    reader.weight = nn.Parameter(flat.view_as(old_weight).to(old_weight.dtype))
-    reader.bias = nn.Parameter(bias.to(old_weight.dtype))
-    put(student, unit, nn.Identity())
-    if torch.allclose(call(student, batch), before, rtol=0, atol=tolerance * float(before.abs().max())):
-        return 1
-    reader.weight, reader.bias = old_weight, old_bias
-    put(student, unit, own)
-    return 0
-
-
-def _next_layer(student: nn.Module, unit: Unit, batch: Tensor) -> nn.Linear | nn.Conv2d | None:
-    """The first layer with weights that runs after the unit, if it is a matrix or a 1x1 convolution as wide as it."""
-    calls: list[str] = []
-    layers = [
-        (name, m) for name, m in student.named_modules() if not list(m.children()) and list(m.parameters(recurse=False))
-    ]
-    handles = [m.register_forward_hook(lambda _m, _a, _o, n=name: calls.append(n)) for name, m in layers]
-    handles.append(module_at(student, unit.path).register_forward_hook(lambda *_: calls.append("")))
-    try:
-        student(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    after = calls[calls.index("") + 1 :]
-    layer = module_at(student, after[0]) if after else None
-    if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1:
-        return layer if layer.in_channels == unit.channels and layer.padding == (0, 0) else None
-    return layer if isinstance(layer, nn.Linear) and layer.in_features == unit.channels else None
-
-
-def skippable(teacher: nn.Module, units: Sequence[Unit], batch: Tensor) -> frozenset[str]:
-    """Units behind which the network depends on their output alone.
-
-    For them the units before can be skipped when only what comes after is of interest. Settled by numbers: with all
-    earlier units skipped and the unit's true output handed in, the logits must be the model's own.
-    """
-    proven = set()
-    with evaluating(teacher):
-        seen = read(teacher, batch, {unit.id: Tap(unit.path, "output") for unit in units})
-        logits = call(teacher, batch)
-        for number, unit in enumerate(units):
-            given = seen[unit.id]
-            with stubbed(teacher, tail_stubs(units[:number], unit, given)):
-                if torch.allclose(call(teacher, batch), logits, rtol=1e-4, atol=1e-4):
-                    proven.add(unit.id)
-    return frozenset(proven)
-
-
-def tail_stubs(earlier: Sequence[Unit], unit: Unit, output: Tensor) -> dict[str, Callable[..., Any]]:
-    """Stubs that skip ``earlier`` units and put ``output`` where ``unit`` would answer."""
-    stubs = {u.path: answering(u, lambda x: x) for u in earlier}
-    stubs[unit.path] = answering(unit, lambda _x: output)
-    return stubs

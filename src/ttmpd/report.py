@@ -19,7 +19,9 @@ from markupsafe import Markup
 from ttmpd.records import KERNELS
 
 _UNKNOWN = "–"
-_ACTIONS = {"keep": "kept", "drop": "dropped", "linear": "linear stand-in", "conv": "3x3 stand-in"}
+_ACTIONS = {
+    "keep": "kept", "drop": "dropped", "linear": "linear stand-in", "conv": "3x3 stand-in", "narrow": "narrowed",
+}  # fmt: skip
 _MAX_CLASSES, _MAX_PARTED, _MAX_DOTS = 20, 60, 400
 _PNG = re.compile(r"\AiVBORw0KGgo[A-Za-z0-9+/]{25,}={0,2}\Z")  # the signature and the width, in base64
 _HUB_ID = re.compile(r"(?:timm:|hf:(?=[^/]+/))([\w.-]+(?:/[\w.-]+)?)", re.ASCII)
@@ -51,6 +53,7 @@ def render_html(facts: Mapping[str, Any]) -> str:
         facts=known, sentences=_sentences(known), rows=_before_after(known), units=_units_info(known),
         front=_front_info(known), latency=_latency_info(known), fit=_fit_info(known),
         confidence=_confidence_info(known), classes=_classes_info(known), parted=_parted_info(known),
+        exits=_exits_info(known),
     )  # fmt: skip
 
 
@@ -61,7 +64,8 @@ def render_card(facts: Mapping[str, Any]) -> str:
     name = hub[1] if hub else None
     return _template("card.md.j2").render(
         facts=known, sentences=_sentences(known), rows=_before_after(known),
-        units=[unit for unit in _list(known, "units") if _action(unit) != "keep"],
+        units=[_with_narrowing(unit) for unit in _list(known, "units") if _action(unit) != "keep"],
+        exits=_exits_info(known)["rows"],
         base_model=Markup(json.dumps(name if "/" in name else f"timm/{name}")) if name else None,
         command=Markup(" ".join(str(_at(known, "command", default="")).split())),  # in an indented block: verbatim
     )  # fmt: skip
@@ -75,8 +79,9 @@ def _template(name: str) -> Template:
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=is_html,
         finalize=None if is_html else _markdown, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    made.globals.update(at=_at, list=_list, actions=_ACTIONS, scale=_scale)
+    made.globals.update(at=_at, list=_list, actions=_ACTIONS, scale=_scale, became=_became)
     made.filters.update(ms=_ms, number=_number, count=_count, percent=_percent, change=_change, show=_show)
+    made.filters.update(probability=_probability)
     return made.get_template(name)
 
 
@@ -153,14 +158,22 @@ def _spread(timing: Any) -> str:
     return _ms(median) + ("" if None in (low, high) else f" ({_ms(low)} to {_ms(high)})")
 
 
+def _became(facts: Any) -> str:
+    """What was done to the model, in a word or two."""
+    exits = "with early exits" if _at(facts, "early_exit") else ""
+    return exits or ("compressed" if _at(facts, "target") else "adapted")
+
+
 def _sentences(facts: Any) -> list[str]:
     """What was done and whether the target is met, in words."""
     actions = Counter(_action(unit) for unit in _list(facts, "units"))
     n_removed = sum(actions.values()) - actions["keep"]
-    removed = f"{n_removed} of {sum(actions.values())} removable units were removed"
+    removed = f"{n_removed} of {sum(actions.values())} removable units were {'cut' if actions['narrow'] else 'removed'}"
     kinds = [f"{actions['drop']} dropped"]
     kinds += [f"{actions[a]} replaced by a {_ACTIONS[a]}" for a in KERNELS if actions[a]]
+    kinds += [f"{actions['narrow']} narrowed"] if actions["narrow"] else []
     done = f"{removed}: {', '.join(kinds)}." if n_removed else "Nothing was removed."
+    done = _exits_sentence(facts) or done
     asked, budget = _at(facts, "target", "asked"), _at(facts, "target", "budget_ms")
     if asked is None and budget is None:
         return [done]
@@ -231,9 +244,19 @@ def _action(unit: Any) -> str:
     return action if (action := str(_at(unit, "action"))) in _ACTIONS else "keep"
 
 
+def _with_narrowing(unit: Any) -> dict[str, Any]:
+    """The unit with its action, and for a narrowed one the harm of its width."""
+    found = {**unit, "action": _action(unit), "done": _ACTIONS[_action(unit)]}
+    if found["action"] == "narrow":
+        kept, members = _at(unit, "kept"), _at(unit, "members")
+        harms = {row[0]: row[1] for row in _list(unit, "width_harms") if isinstance(row, list) and len(row) == 2}
+        found |= {"harm_narrow": harms.get(kept), "done": f"narrowed to {_show(kept)} of {_show(members)}"}
+    return found
+
+
 def _units_info(facts: Any) -> dict[str, Any]:
     """Units with their action, and the longest bars."""
-    units = [{**unit, "action": _action(unit)} for unit in _list(facts, "units")]
+    units = [_with_narrowing(unit) for unit in _list(facts, "units")]
     harms = [_at(unit, f"harm_{action}", default=0.0) for unit in units for action in _ACTIONS]
     parts = list(dict.fromkeys(name for unit in units for name in _at(unit, "parts", default={})))
     most_ms = max([0.0, *(_at(unit, "ms", default=0.0) for unit in units)])
@@ -311,3 +334,34 @@ def _parted_info(facts: Any) -> dict[str, Any]:
         small = bool(png) and int.from_bytes(base64.b64decode(png[:32])[16:20]) < 100  # its width, from the header
         items.append({**item, "teacher": teacher, "student": student, "png": png, "small": small})
     return {"items": items, "n_parted": max(n_parted, len(found))}
+
+
+def _exits_sentence(facts: Any) -> str:
+    """Where samples may leave, and when; "" for a model without exits."""
+    exits, threshold = _list(facts, "early_exit", "exits"), _at(facts, "early_exit", "threshold")
+    if not exits or threshold is None:
+        return ""
+    values = [_at(row, "threshold", default=threshold) for row in exits]
+    least = " to ".join(dict.fromkeys(_probability(value) for value in (min(values), max(values))))
+    when = f"has a probability of at least {least}" if threshold <= 1 else "would have to be surer than sure: none does"
+    return f"Samples may leave behind {len(exits)} blocks; one does where its answer {when}."
+
+
+def _probability(value: float | None) -> str:
+    """Four figures: what is close to 1 must not look like it."""
+    return _UNKNOWN if value is None else f"{value:.4g}"
+
+
+def _exits_info(facts: Any) -> dict[str, Any]:
+    """Exits with their share of the samples, the end as the last; (ms, agreement) of all thresholds and the chosen."""
+    found = _at(facts, "early_exit", default={})
+    rows = _list(found, "exits")
+    rows += [{"path": "the end", **_at(found, "end", default={})}] if rows else []
+    points = [(_at(row, "ms"), _at(row, "agreement")) for row in _list(found, "curve")]
+    chosen = (_at(found, "predicted_ms"), _at(found, "agreement"))
+    return {
+        "rows": rows,
+        "points": sorted({point for point in points if None not in point}),
+        "chosen": None if None in chosen else chosen,
+        "most": max((_at(row, "share", default=0.0) for row in rows), default=0.0),
+    }

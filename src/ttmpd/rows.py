@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ttmpd.errors import SamplesError, UnsupportedError
 from ttmpd.files import FORMS, SUFFIXES, image_files, is_labelled, read_array
 from ttmpd.preprocessing import Preprocessing
+from ttmpd.tables import kind_of, text_files
 
 MIN_SIDE = 8
 """Images with a shorter side than this are skipped, unless the model's own input is smaller."""
@@ -26,12 +27,16 @@ MIN_SIDE = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """One sample on its way: its value, or the reason why there is none."""
+    """One sample on its way: its value, or the reason why there is none.
+
+    ``notes`` say what was done to a sample that is used all the same.
+    """
 
     name: str
     value: Tensor | None = None
     id: str = ""
     reason: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +61,9 @@ def rows_of(data: Any, preprocessing: Preprocessing | None, seed: int) -> Indexe
     if isinstance(data, str | Path):
         path = Path(data).expanduser()
         if path.is_dir():
-            return _folder(path, image_files(path), preprocessing)
+            return _folder(path, _images_in(path), preprocessing)
+        if path.is_file() and kind_of(path):
+            raise SamplesError(_no_text(path.name))
         if path.suffix.lower() in SUFFIXES and path.is_file():
             return _folder(path.parent, (path.name,), preprocessing)
         return _array(read_array(path), preprocessing)
@@ -71,6 +78,20 @@ def rows_of(data: Any, preprocessing: Preprocessing | None, seed: int) -> Indexe
     raise SamplesError(f"data must be {FORMS}, but got {type(data).__name__}")
 
 
+def _images_in(folder: Path) -> tuple[str, ...]:
+    names = image_files(folder)
+    if not names and text_files(folder):
+        raise SamplesError(_no_text(str(folder)))
+    return names
+
+
+def _no_text(place: str) -> str:
+    return (
+        f"a model that says nothing of a tokenizer must be given images or arrays, but {place!r} holds text; open a "
+        "text model as hf:ORG/NAME or hf:/directory"
+    )
+
+
 def _folder(folder: Path, names: Sequence[str], preprocessing: Preprocessing | None) -> Indexed:
     if preprocessing is None:
         raise SamplesError(
@@ -82,7 +103,7 @@ def _folder(folder: Path, names: Sequence[str], preprocessing: Preprocessing | N
         try:
             content = (folder / name).read_bytes()
             with Image.open(io.BytesIO(content)) as image:
-                return _from_image(name, image, preprocessing, _hash(content))
+                return _from_image(name, image, preprocessing, content_id(content))
         except UnsupportedError:
             raise
         except Exception as error:  # decoders raise almost anything on broken files
@@ -95,15 +116,15 @@ def _folder(folder: Path, names: Sequence[str], preprocessing: Preprocessing | N
     return Indexed(len(names), load)
 
 
-def _from_image(name: str, image: Image.Image, preprocessing: Preprocessing | None, content_id: str = "") -> Row:
+def _from_image(name: str, image: Image.Image, preprocessing: Preprocessing | None, known_id: str = "") -> Row:
     upright = ImageOps.exif_transpose(image)
     if reason := _too_small(upright.width, upright.height, preprocessing):
         return Row(name, reason=reason)
     if preprocessing is None:
         upright = upright if upright.mode in ("L", "RGB") else upright.convert("RGB")
         return _from_tensor(name, torch.from_numpy(np.array(upright)), None)
-    content_id = content_id or _hash(np.asarray(upright).tobytes(), upright.size)
-    return Row(name, preprocessing.pixels(upright), content_id)
+    known_id = known_id or content_id(np.asarray(upright).tobytes(), upright.size)
+    return Row(name, preprocessing.pixels(upright), known_id)
 
 
 def _too_small(width: int, height: int, preprocessing: Preprocessing | None) -> str:
@@ -111,7 +132,8 @@ def _too_small(width: int, height: int, preprocessing: Preprocessing | None) -> 
     return f"is {width}x{height} pixels, but must have sides of {least} or more" if min(width, height) < least else ""
 
 
-def _hash(content: bytes, shape: Sequence[int] = ()) -> str:
+def content_id(content: bytes, shape: Sequence[int] = ()) -> str:
+    """A short hash of what a sample holds."""
     digest = hashlib.blake2b(content, digest_size=8)
     if shape:
         digest.update(repr(tuple(shape)).encode())
@@ -132,11 +154,11 @@ def _from_tensor(name: str, value: Tensor, preprocessing: Preprocessing | None) 
     height, width, channels = value.shape
     if reason := _too_small(width, height, preprocessing):
         return Row(name, reason=reason)
-    content_id = _hash(value.numpy().tobytes(), value.shape)
+    own_id = content_id(value.numpy().tobytes(), value.shape)
     if preprocessing is None or tuple(preprocessing.input_size) == (channels, height, width):
-        return Row(name, value.permute(2, 0, 1), content_id)
+        return Row(name, value.permute(2, 0, 1), own_id)
     image = Image.fromarray(value.numpy()[..., 0] if channels == 1 else value.numpy())
-    return Row(name, preprocessing.pixels(image), content_id)
+    return Row(name, preprocessing.pixels(image), own_id)
 
 
 def _from_values(name: str, value: Tensor, preprocessing: Preprocessing | None) -> Row:
@@ -150,7 +172,7 @@ def _from_values(name: str, value: Tensor, preprocessing: Preprocessing | None) 
         if tuple(value.shape) == (height, width, channels) != (channels, height, width):
             value = value.permute(2, 0, 1)
     value = value.contiguous()
-    return Row(name, value, _hash(value.reshape(-1).view(torch.uint8).numpy().tobytes(), value.shape))
+    return Row(name, value, content_id(value.reshape(-1).view(torch.uint8).numpy().tobytes(), value.shape))
 
 
 def _array(data: Any, preprocessing: Preprocessing | None) -> Indexed:
@@ -197,27 +219,32 @@ def _tensor(value: Any) -> Tensor:
 
 def _dataset(data: Any, preprocessing: Preprocessing | None, seed: int) -> Indexed:
     def load_one(i: int) -> Row:
-        outer = torch.get_rng_state()
-        torch.default_generator.manual_seed(seed + i)  # random transforms repeat; the caller's state is as found
-        try:
-            item = data[i]
-        except (OSError, ValueError, SyntaxError) as error:
-            return Row(str(i), reason=f"cannot be read ({type(error).__name__}: {error})"[:200])
-        finally:
-            torch.set_rng_state(outer)
-        return _from_any(str(i), item, preprocessing)
+        item = load_item(data, i, seed)
+        return item if isinstance(item, Row) else _from_any(str(i), item, preprocessing)
 
     return Indexed(len(data), lambda index: [load_one(i) for i in index])
 
 
+def load_item(data: Any, i: int, seed: int) -> Any:
+    """Item ``i`` of a Dataset, or a row that says why it cannot be read."""
+    outer = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed + i)  # random transforms repeat; the caller's state is as found
+    try:
+        return data[i]
+    except (OSError, ValueError, SyntaxError) as error:
+        return Row(str(i), reason=f"cannot be read ({type(error).__name__}: {error})"[:200])
+    finally:
+        torch.set_rng_state(outer)
+
+
 def _stream(data: Iterable[Any], preprocessing: Preprocessing | None, seed: int) -> Iterator[Row]:
     batched = data.batch_sampler is not None or data.batch_size is not None if isinstance(data, DataLoader) else None
-    values: Iterator[Any] = chain.from_iterable(_samples_of(item, batched) for item in _isolated(data, seed))
+    values: Iterator[Any] = chain.from_iterable(_samples_of(item, batched) for item in isolated(data, seed))
     for i, value in enumerate(values):
         yield _from_any(str(i), value, preprocessing)
 
 
-def _isolated(data: Iterable[Any], seed: int) -> Iterator[Any]:
+def isolated(data: Iterable[Any], seed: int) -> Iterator[Any]:
     """Iterate with torch's random state set by ``seed``; the caller's state is as found between the items."""
     inner = torch.Generator().manual_seed(seed).get_state()
     iterator: Iterator[Any] | None = None

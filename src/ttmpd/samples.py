@@ -1,26 +1,31 @@
-"""Open samples: a folder of images, arrays, datasets, iterables; what cannot be used is reported, never fatal."""
+"""Open samples: a folder of images, text, arrays, datasets, iterables; what cannot be used is reported, never fatal."""
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from ttmpd import tables
 from ttmpd.errors import InvalidValueError, SamplesError
 from ttmpd.files import FORMS, place_of
-from ttmpd.preprocessing import Preprocessing
+from ttmpd.preprocessing import Preparation, Preprocessing
 from ttmpd.records import Samples
 from ttmpd.rows import Indexed, Row, described, rows_of
+from ttmpd.text import Tokenization
+from ttmpd.text_rows import text_rows_of
 
 _log = logging.getLogger("ttmpd")
 
 
 def open_samples(
     data: Any,
-    preprocessing: Preprocessing | None,
+    preprocessing: Preparation | None,
     *,
     n_samples: int | None = None,
     enough: int | None = None,
@@ -31,7 +36,9 @@ def open_samples(
     Args:
         data: a folder of images, a .npz or .npy file, a Samples record, a tensor, an array, a Dataset, a DataLoader, or
             an iterable of samples or of batches; labels beside the inputs are ignored. uint8 is taken for pixels
-            (NHWC, NCHW or NHW) and goes through ``preprocessing``; floating values go to the model as they are.
+            (NHWC, NCHW or NHW) and goes through ``preprocessing``; floating values go to the model as they are. For a
+            text model: a .txt file (a sample a line), .tsv, .csv or .jsonl (column ``sentence`` or ``text``), each also
+            .gz, a folder of .txt files (a sample each), or strings, or token ids, in any of the other forms.
         preprocessing: the model's own; None keeps pixel arrays in their size and scales them to 0..1.
         n_samples: how many to choose at random, without replacement, in random order; None takes all in their order.
         enough: fewer than this many are warned of; None takes ``n_samples``.
@@ -45,10 +52,11 @@ def open_samples(
     """
     if n_samples is not None and n_samples < 1:
         raise InvalidValueError(f"n_samples must be at least 1, but got {n_samples!r}")
+    _check_kind(data, preprocessing)
     if isinstance(data, Samples):
         order = random.Random(seed).sample(range(len(data)), min(n_samples or 0, len(data)))
         return data if n_samples is None else data.subset(order)
-    source = rows_of(data, preprocessing, seed)
+    source = _source(data, preprocessing, seed)
     if n_samples is None:
         rows = source.load(range(source.size)) if isinstance(source, Indexed) else list(source)
     else:
@@ -57,10 +65,27 @@ def open_samples(
     wanted = n_samples if enough is None else enough
     if wanted is not None and len(samples) < wanted:
         _log.warning("only %d of the %d samples that were asked for are there", len(samples), wanted)
+    for what, n in samples.notes:
+        _log.warning("%d of %d samples: %s", n, len(samples), what)
     return samples
 
 
-def stream_samples(data: Any, preprocessing: Preprocessing | None, *, chunk: int = 512) -> Iterator[Samples]:
+def _source(data: Any, preprocessing: Preparation | None, seed: int) -> Indexed | Iterator[Row]:
+    if isinstance(preprocessing, Tokenization):
+        return text_rows_of(data, preprocessing, seed)
+    return rows_of(data, preprocessing, seed)
+
+
+def _check_kind(data: Any, preprocessing: Preparation | None) -> None:
+    """Refuse samples that were made for another kind of model."""
+    if not isinstance(data, Samples) or preprocessing is None:
+        return
+    if data.is_text != isinstance(preprocessing, Tokenization):
+        kinds = ("text", "images") if data.is_text else ("images or values", "text")
+        raise SamplesError(f"samples must be of the model's kind, but are {kinds[0]}, and the model takes {kinds[1]}")
+
+
+def stream_samples(data: Any, preprocessing: Preparation | None, *, chunk: int = 512) -> Iterator[Samples]:
     """All samples at ``data`` in the order of their paths or rows, as records of at most ``chunk`` samples.
 
     For evaluation on much data: never more than one chunk is decoded at once. Args and Raises as :func:`open_samples`;
@@ -68,10 +93,11 @@ def stream_samples(data: Any, preprocessing: Preprocessing | None, *, chunk: int
     """
     if chunk < 1:
         raise InvalidValueError(f"chunk must be at least 1, but got {chunk!r}")
+    _check_kind(data, preprocessing)
     if isinstance(data, Samples):
         yield from (data.subset(range(start, min(start + chunk, len(data)))) for start in range(0, len(data), chunk))
         return
-    source = rows_of(data, preprocessing, 0)
+    source = _source(data, preprocessing, 0)
     pending: list[Row] = []
     first: Tensor | None = None
     for rows in _chunks(source, chunk):
@@ -135,8 +161,9 @@ def _reservoir(rows: Iterable[Row], n_samples: int, seed: int) -> list[Row]:
     return kept + skipped
 
 
-def _pack(rows: Sequence[Row], preprocessing: Preprocessing | None, data: Any, like: Tensor | None = None) -> Samples:
-    """One record of all usable rows that are shaped like the first."""
+def _pack(rows: Sequence[Row], preprocessing: Preparation | None, data: Any, like: Tensor | None = None) -> Samples:
+    """One record of all usable rows that are shaped like the first; texts may differ in length."""
+    text = preprocessing if isinstance(preprocessing, Tokenization) else None
     usable: list[tuple[Row, Tensor]] = []
     skipped: list[tuple[str, str]] = []
     for row in rows:
@@ -144,19 +171,24 @@ def _pack(rows: Sequence[Row], preprocessing: Preprocessing | None, data: Any, l
         like = value if like is None else like
         if value is None or like is None:
             skipped.append((row.name, row.reason))
-        elif (value.shape, value.dtype) != (like.shape, like.dtype):
+        elif text is None and (value.shape, value.dtype) != (like.shape, like.dtype):
             skipped.append((row.name, f"is {described(value)}, but others are {described(like)}"))
         else:
             usable.append((row, value))
     if not usable:
         listed = "; ".join(f"{name}: {reason}" for name, reason in skipped[:5])
         found = f"skipped all {len(skipped)}: {listed}" if skipped else "it is empty"
-        raise SamplesError(f"data must hold usable samples, but got none at {place_of(data)} ({found}); pass {FORMS}")
-    inputs = torch.stack([value for _, value in usable])
+        forms = FORMS if text is None else tables.FORMS
+        raise SamplesError(f"data must hold usable samples, but got none at {place_of(data)} ({found}); pass {forms}")
+    values = [value for _, value in usable]
+    inputs = torch.stack(values) if text is None else pad_sequence(values, True, text.padding)
     names, ids = tuple(row.name for row, _ in usable), tuple(row.id for row, _ in usable)
     samples = Samples(inputs, ids, skipped=tuple(skipped), names=names)
+    if text is not None:
+        notes = Counter(note for row, _ in usable for note in row.notes)
+        return replace(samples, padding=text.padding, notes=tuple(notes.items()))
     if inputs.dtype != torch.uint8:
         return samples
-    if preprocessing is None:
-        return replace(samples, mean=(0.0,) * inputs.shape[1], std=(1.0,) * inputs.shape[1])
-    return replace(samples, mean=preprocessing.mean, std=preprocessing.std)
+    if isinstance(preprocessing, Preprocessing):
+        return replace(samples, mean=preprocessing.mean, std=preprocessing.std)
+    return replace(samples, mean=(0.0,) * inputs.shape[1], std=(1.0,) * inputs.shape[1])

@@ -1,46 +1,56 @@
 """Milliseconds that each removal saves, measured on this device."""
 
+import copy
+import dataclasses
 import functools
+import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ttmpd.modules import evaluating, first_tensor, hooks, module_at
 from ttmpd.records import KERNELS, Action, Removal, Saving, Timing, Unit
+from ttmpd.surgery import WHOLE, cut, narrow_kind
 from ttmpd.timing import Rounds, interleaved, synchronize, time_models
-from ttmpd.units.block import Block, put
+from ttmpd.units.block import put
 
 
 @dataclass(frozen=True, slots=True)
 class UnitTiming:
-    """Milliseconds per batch of a unit and of each of its stand-ins (action -> ms)."""
+    """Milliseconds per batch of a unit, of each of its stand-ins (action -> ms) and of each width (members -> ms)."""
 
     unit: str
     ms: float
     stand_ins: Mapping[str, float]
+    widths: Mapping[str, float] = field(default_factory=dict)
 
-    def offers(self, action: Action) -> bool:
+    def offers(self, action: Action, n_kept: int = 0) -> bool:
         """Whether the action can be taken."""
-        return action == "drop" or action in self.stand_ins
+        if action == "narrow":
+            return str(n_kept) in self.widths
+        return (action == "drop" and not self.widths) or action in self.stand_ins
 
-    def saving(self, action: Action) -> Saving:
+    def saving(self, action: Action, n_kept: int = 0) -> Saving:
         """What the action saves."""
-        return Saving(self.unit, action, self.ms - (0.0 if action == "drop" else self.stand_ins[action]))
+        left = self.widths[str(n_kept)] if action == "narrow" else self.stand_ins.get(action, 0.0)
+        return Saving(self.unit, action, self.ms - left)
 
 
 def time_units(
-    model: nn.Module, kind: Block, units: Sequence[Unit], batch: Tensor, *, rounds: int = 7, min_seconds: float = 1.0
+    model: nn.Module, units: Sequence[Unit], batch: Tensor, *, rounds: int = 7, min_seconds: float = 1.0
 ) -> tuple[UnitTiming, ...]:
-    """Time every unit and its stand-ins on the input it really gets.
+    """Time every unit, its stand-ins and its widths on the input it really gets.
 
-    Units alike in class, shape, weights and operations are timed as one: they differ by noise alone.
+    Units alike in class, shape, weights and operations are timed as one: they differ by noise alone. Members are timed
+    with everything in the smallest module that holds them and what reads them; a unit's own milliseconds are what that
+    module would save without any member.
 
     Args:
         model: on the device, in the memory format in which it will be used.
-        kind: the units' kind.
         units: what to time.
         batch: a batch of the size that latency is promised for.
         rounds: interleaved rounds over all units.
@@ -53,29 +63,77 @@ def time_units(
     with evaluating(model):
         given = _recorded_calls(model, representatives.values(), batch)
         for number, unit in enumerate(representatives.values()):
-            args, kwargs = given[unit.id]
-            # In-place activations at a block's start would change the recorded input: each call gets the same anyway.
-            replay = functools.partial(module_at(model, unit.path), *args, **kwargs)
-            rows[f"{number} unit"] = _synchronized(replay, batch.device)
-            for action in kind.stand_ins(unit):
-                stand_in = kind.stand_in(unit, action).to(batch.device).eval()
-                x = first_tensor(args or kwargs)
-                rows[f"{number} {action}"] = _synchronized(functools.partial(stand_in, x), batch.device)
+            for name, run in _variants(model, unit, *given[unit.id]).items():
+                rows[f"{number} {name}"] = _synchronized(run, batch.device)
         found = interleaved(rows, rounds=rounds, warmup=2, min_seconds=min_seconds)
     median = {name: statistics.median(values) for name, values in found.ms.items()}
     numbers = {signature: number for number, signature in enumerate(representatives)}
-    return tuple(
-        UnitTiming(
-            unit.id,
-            median[f"{numbers[_signature(unit)]} unit"],
-            {action: median[f"{numbers[_signature(unit)]} {action}"] for action in kind.stand_ins(unit)},
-        )
-        for unit in units
-    )
+    return tuple(_timing(unit, numbers[_signature(unit)], median) for unit in units)
+
+
+def count_units(units: Sequence[Unit]) -> tuple[UnitTiming, ...]:
+    """The same with millions of multiply-accumulates per sample in the place of milliseconds."""
+    return tuple(_counted(unit) for unit in units)
+
+
+def _counted(unit: Unit) -> UnitTiming:
+    millions = unit.macs / 1e6
+    if unit.members:
+        widths = narrow_kind(unit).widths(unit)
+        return UnitTiming(unit.id, millions, {}, {str(n): millions * n / unit.members for n in widths})
+    per_weight = math.prod(unit.shape) * unit.channels / 1e6
+    return UnitTiming(unit.id, millions, {a: per_weight * KERNELS[a] ** 2 for a in WHOLE.stand_ins(unit)})
+
+
+def _variants(
+    model: nn.Module, unit: Unit, args: tuple[object, ...], kwargs: dict[str, object]
+) -> dict[str, Callable[[], object]]:
+    """What is timed of a unit: itself as "unit", and what may come in its place under the action or the width."""
+    # In-place activations at a block's start would change the recorded input: each call gets the same anyway.
+    module = module_at(model, timed_path(unit))
+    runs: dict[str, Callable[[], object]] = {"unit": functools.partial(module, *args, **kwargs)}
+    if unit.members:
+        kind = narrow_kind(unit)
+        for width in kind.widths(unit):
+            smaller = copy.deepcopy(module)
+            kind.narrow(smaller, _inside(unit), range(width))
+            runs[str(width)] = functools.partial(smaller, *args, **kwargs)
+        return runs
+    x = first_tensor(args or kwargs)
+    assert x is not None
+    for action in WHOLE.stand_ins(unit):
+        runs[action] = functools.partial(WHOLE.stand_in(unit, action).to(x.device).eval(), x)
+    return runs
+
+
+def _timing(unit: Unit, number: int, median: Mapping[str, float]) -> UnitTiming:
+    whole = median[f"{number} unit"]
+    if not unit.members:
+        return UnitTiming(unit.id, whole, {a: median[f"{number} {a}"] for a in WHOLE.stand_ins(unit)})
+    saved, most = {}, 0.0
+    for width in narrow_kind(unit).widths(unit):
+        most = max(most, whole - median[f"{number} {width}"])  # fewer members never take longer
+        saved[width] = most
+    fewest = min(saved)
+    ms = most * unit.members / (unit.members - fewest)
+    return UnitTiming(unit.id, ms, {}, {str(width): ms - value for width, value in saved.items()})
+
+
+def timed_path(unit: Unit) -> str:
+    """Path of the smallest module that holds everything of the unit."""
+    paths = [path.split(".") for path in (unit.path, *unit.feeders)]
+    same = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+    return ".".join(names[0] for names in same)
+
+
+def _inside(unit: Unit) -> Unit:
+    """The unit with its paths as seen from the module that is timed."""
+    n = len(prefix) + 1 if (prefix := timed_path(unit)) else 0
+    return dataclasses.replace(unit, path=unit.path[n:], feeders=tuple(path[n:] for path in unit.feeders))
 
 
 def _signature(unit: Unit) -> tuple[object, ...]:
-    return (unit.kind, unit.module, unit.shape, unit.n_params, unit.macs)
+    return (unit.kind, unit.module, unit.shape, unit.n_params, unit.macs, unit.members)
 
 
 def _recorded_calls(
@@ -84,7 +142,7 @@ def _recorded_calls(
     """Unit id -> the arguments that the model gives the unit for ``batch``."""
     seen: dict[str, tuple[tuple[object, ...], dict[str, object]]] = {}
     handles = [
-        module_at(model, unit.path).register_forward_pre_hook(
+        module_at(model, timed_path(unit)).register_forward_pre_hook(
             lambda _m, args, kwargs, name=unit.id: seen.update({name: (args, kwargs)}), with_kwargs=True
         )
         for unit in units
@@ -103,13 +161,13 @@ def _synchronized(run: Callable[[], object], device: torch.device) -> Callable[[
     return timed
 
 
-def skeleton(model: nn.Module, kind: Block, removals: Sequence[Removal]) -> nn.Module:
+def skeleton(model: nn.Module, removals: Sequence[Removal]) -> nn.Module:
     """The cut model with untrained stand-ins: as fast as the student will be, before any repair."""
-    student = kind.cut(model, [removal.unit for removal in removals])
+    student = cut(model, removals)
     device = next(model.parameters()).device
     for removal in removals:
         if removal.action in KERNELS:
-            put(student, removal.unit, kind.stand_in(removal.unit, removal.action).to(device))
+            put(student, removal.unit, WHOLE.stand_in(removal.unit, removal.action).to(device))
     return student.eval()
 
 

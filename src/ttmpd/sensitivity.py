@@ -17,7 +17,9 @@ SENSITIVITY_SAMPLES = 32
 _AT_ONCE = 8  # activations of so many are stored: gradients of large images need much memory
 
 
-def sensitivities(model: nn.Module, units: Sequence[Unit], batch: Tensor, seed: int = 0) -> dict[str, Tensor]:
+def sensitivities(
+    model: nn.Module, units: Sequence[Unit], batch: Tensor, seed: int = 0, kept: Tensor | None = None
+) -> dict[str, Tensor]:
     """Mean squared gradient of the final features at every position of every unit's output, with mean one.
 
     Where only [CLS] reaches the output, only its position counts in the last layer. The features are projected on
@@ -28,9 +30,11 @@ def sensitivities(model: nn.Module, units: Sequence[Unit], batch: Tensor, seed: 
         units: in any order.
         batch: a few dozen samples, (B, ...).
         seed: of the signs.
+        kept: (B, S) which tokens of a batch of text are no padding; None for everything else.
 
     Returns:
-        unit id -> (positions,) weights; all ones where nothing reaches the final features.
+        unit id -> (positions,) weights; all ones where nothing reaches the final features. Of text, means are over the
+        tokens that are there: they do not depend on how much padding follows.
     """
     tap = find_feature_tap(model, batch[:2], pooled=True)
     taps = {unit.id: Tap(unit.path, "output") for unit in units}
@@ -51,7 +55,7 @@ def sensitivities(model: nn.Module, units: Sequence[Unit], batch: Tensor, seed: 
                 if gradient is not None:
                     energies[unit.id] += _energy(gradient, unit)
             seen.clear()
-    return {name: _pattern(energy) for name, energy in energies.items()}
+    return {name: _pattern(energy, kept) for name, energy in energies.items()}
 
 
 def _energy(gradient: Tensor, unit: Unit) -> Tensor:
@@ -61,27 +65,59 @@ def _energy(gradient: Tensor, unit: Unit) -> Tensor:
     return gradient.reshape(len(gradient), -1, unit.channels).square().sum((0, 2)).cpu()
 
 
-def _pattern(energy: Tensor) -> Tensor:
+def _pattern(energy: Tensor, kept: Tensor | None = None) -> Tensor:
     """Scaled to mean one; all ones where nothing reaches the final features."""
-    return energy / energy.mean() if float(energy.sum()) > 0 else torch.ones_like(energy)
+    if not float(energy.sum()) > 0:
+        return torch.ones_like(energy)
+    if kept is None or kept.shape[1] != len(energy):
+        return energy / energy.mean()
+    n_there = kept.sum(0).cpu().to(energy)  # samples that have a token at this position
+    return energy / n_there.clamp_min(1) * (n_there.sum() / energy.sum())
 
 
 def _count(unit: Unit) -> int:
     return max(1, int(torch.tensor(unit.shape).prod()) // unit.channels)
 
 
-def positions(unit: Unit, pattern: Tensor | None = None, *, seed: int = 0, limit: int = MAX_POSITIONS) -> Tensor:
-    """Up to ``limit`` flat positions of the unit's output; the most sensitive one is always among them."""
-    order = torch.randperm(_count(unit), generator=torch.Generator().manual_seed(seed))
+def positions(
+    unit: Unit,
+    pattern: Tensor | None = None,
+    *,
+    seed: int = 0,
+    limit: int = MAX_POSITIONS,
+    kept: Tensor | None = None,
+) -> Tensor:
+    """Up to ``limit`` flat positions of the unit's output; the most sensitive one is always among them.
+
+    With ``kept``, (N, S) which tokens of the samples are no padding, positions with more tokens are likelier.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if kept is None or kept.shape[1] != _count(unit):
+        order = torch.randperm(_count(unit), generator=generator)
+    else:
+        there = kept.any(0).nonzero().flatten().cpu()
+        shares = kept.double().mean(0).cpu()[there]
+        order = there[torch.multinomial(shares, len(there), generator=generator)]
     if pattern is not None:
         top = int(pattern.argmax())
         order = torch.cat([torch.tensor([top]), order[order != top]])
     return order[:limit].sort().values
 
 
-def row_weights(pattern: Mapping[str, Tensor], unit: Unit, index: Tensor, share: float, n_samples: int) -> Tensor:
-    """Weights of the rows at the chosen positions, as many times as there are samples.
+def row_weights(
+    pattern: Mapping[str, Tensor],
+    unit: Unit,
+    index: Tensor,
+    share: float,
+    n_items: int,
+    kept: Tensor | None = None,
+) -> Tensor:
+    """Weights of the rows at the chosen positions, as many times as there are items: samples, or windows of them.
 
-    ``share`` 0 counts all positions alike, 1 trusts the gradients alone.
+    ``share`` 0 counts all positions alike, 1 trusts the gradients alone. With ``kept``, (n_items, S) which tokens of
+    the batch are no padding, the rows of padding weigh nothing.
     """
-    return (1 - share + share * pattern[unit.id][index]).repeat(n_samples)
+    weights = (1 - share + share * pattern[unit.id][index]).repeat(n_items)
+    if kept is None or kept.shape[1] != _count(unit):
+        return weights
+    return weights * kept[:, index.to(kept.device)].flatten().to(weights)

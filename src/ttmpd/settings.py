@@ -12,7 +12,7 @@ from ttmpd.adapt.norm import Norm
 from ttmpd.distill.base import Distiller
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import InvalidValueError
-from ttmpd.method import check_fields
+from ttmpd.method import check_fields, names
 from ttmpd.plan.base import Planner
 from ttmpd.plan.knapsack import Knapsack
 from ttmpd.records import ACTIONS, DEFAULT_ACTIONS, Action
@@ -24,7 +24,7 @@ from ttmpd.select.random import Random
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Target:
-    """The latency that is asked for: a speedup, a share of the original's, or milliseconds per batch.
+    """What is asked for: a speedup, a share of the original latency, milliseconds per batch, or a share of the MACs.
 
     Example:
         >>> Target.parse("0.5x").budget_ms(30.0), Target.parse("12ms").budget_ms(30.0)
@@ -33,14 +33,30 @@ class Target:
 
     speedup: float | None = None
     ms: float | None = None
+    macs: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.speedup is None) == (self.ms is None):
-            raise InvalidValueError("the target must be one of speedup and latency; give exactly one of them")
+        if sum(value is not None for value in (self.speedup, self.ms, self.macs)) != 1:
+            raise InvalidValueError("the target must be one of speedup, latency and macs; give exactly one of them")
+        if self.macs is not None and not 0 < self.macs < 1:
+            raise InvalidValueError(f"a share of the MACs must lie between 0 and 1, but got {self.macs!r}")
         if self.speedup is not None and not (math.isfinite(self.speedup) and self.speedup > 1):
             raise InvalidValueError(f"speedup must be greater than 1, but got {self.speedup!r}")
         if self.ms is not None and not (math.isfinite(self.ms) and self.ms > 0):
             raise InvalidValueError(f"latency must be greater than 0 ms, but got {self.ms!r}")
+
+    @classmethod
+    def of(
+        cls, speedup: float | None = None, latency: str | float | None = None, macs: float | None = None
+    ) -> "Target":
+        """The one target that was given.
+
+        Raises:
+            InvalidValueError: none was, or several, or it is out of range.
+        """
+        if sum(value is not None for value in (speedup, latency, macs)) != 1:
+            raise InvalidValueError("the target must be one of speedup, latency and macs; give exactly one of them")
+        return cls.parse(latency) if latency is not None else cls(speedup=speedup, macs=macs)
 
     @classmethod
     def parse(cls, text: str | float) -> "Target":
@@ -59,10 +75,12 @@ class Target:
         return cls(speedup=1 / number) if scale == "x" else cls(ms=number)
 
     def budget_ms(self, original_ms: float) -> float:
-        """The latency to reach, in milliseconds."""
+        """The latency to reach, in milliseconds; 0 where operations are counted instead."""
         return original_ms / self.speedup if self.speedup is not None else float(self.ms or 0.0)
 
     def __str__(self) -> str:
+        if self.macs is not None:
+            return f"{self.macs:.4g} of the MACs"
         return f"speedup {self.speedup:.4g}" if self.speedup is not None else f"latency {self.ms:.4g} ms"
 
 
@@ -75,6 +93,8 @@ class Settings:
     score: Scorer = TTMPD()
     plan: Planner = Knapsack()
     distill: Distiller = OneTime()
+    units: tuple[str, ...] = ("block", "head", "neuron")
+    """What may be removed: names of files in ``ttmpd/units``; of them, what the scorer can judge."""
     actions: tuple[Action, ...] = DEFAULT_ACTIONS
     num_samples: int = 500
     pool: int = 5000
@@ -90,6 +110,14 @@ class Settings:
         check_fields(self, num_samples=1, pool=1, holdout=(0.0, 0.9), batch_size=1, time_budget=0.0)
         if not self.actions or not set(self.actions) <= set(ACTIONS):
             raise InvalidValueError(f"actions must be some of {', '.join(ACTIONS)}, but got {self.actions!r}")
+        known = names("units")
+        if not self.units or not set(self.units) <= set(known):
+            raise InvalidValueError(f"units must be some of {', '.join(known)}, but got {self.units!r}")
+        if not set(self.units) & set(self.score.kinds):
+            raise InvalidValueError(
+                f"score {self.score.name} must know one of the units, but judges {', '.join(self.score.kinds)} and "
+                f"got {self.units!r}; choose another scorer or other units"
+            )
         if self.amp not in ("auto", "on", "off"):
             raise InvalidValueError(f"amp must be auto, on or off, but got {self.amp!r}")
 
@@ -100,6 +128,7 @@ class Settings:
             value = getattr(self, item.name)
             plain[item.name] = value.to_dict() if hasattr(value, "to_dict") else value
         plain["actions"] = list(self.actions)
+        plain["units"] = list(self.units)
         plain["time_budget"] = self.time_budget if math.isfinite(self.time_budget) else None
         return plain
 

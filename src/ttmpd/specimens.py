@@ -59,6 +59,73 @@ def tiny_model(seed: int = 0, *, n_blocks: int = 3, dropout: float = 0.0) -> Tin
     return model.eval()
 
 
+class TinyAttention(nn.Module):
+    """Self-attention with its heads in one matrix."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, width // num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape as ``x``."""
+        shape = (*x.shape[:2], 3, self.num_heads, self.head_dim)
+        query, key, value = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        answer: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        return answer
+
+
+class TinyLayer(nn.Module):
+    """A transformer block: attention and a gated MLP, each beside a shortcut."""
+
+    def __init__(self, width: int, num_heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = TinyAttention(width, num_heads)
+        self.gate, self.up, self.down = nn.Linear(width, hidden), nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape as ``x``."""
+        x = x + self.attention(self.norm1(x))
+        h = self.norm2(x)
+        answer: Tensor = x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+        return answer
+
+
+class TinyTransformer(nn.Module):
+    """Two blocks on (B, 6, 16) tokens, 4 classes from their mean."""
+
+    def __init__(self, width: int = 16, num_heads: int = 4, hidden: int = 32) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*[TinyLayer(width, num_heads, hidden) for _ in range(2)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 4) logits."""
+        logits: Tensor = self.head(self.norm(self.blocks(x)).mean(1))
+        return logits
+
+
+def tiny_transformer(seed: int = 0) -> TinyTransformer:
+    """A :class:`TinyTransformer` in eval mode whose weights are drawn by ``seed``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return TinyTransformer().eval()
+
+
+def tiny_tokens(n: int = 4, seed: int = 1) -> Tensor:
+    """(n, 6, 16) random tokens for :class:`TinyTransformer`."""
+    return torch.randn(n, 6, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_token_samples(n: int = 12, seed: int = 1) -> Samples:
+    """The same as samples."""
+    return Samples(tiny_tokens(n, seed), tuple(f"{seed}-{i}" for i in range(n)))
+
+
 def tiny_samples(n: int = 12, seed: int = 1) -> Samples:
     """Random 8 x 8 images, as pixels."""
     pixels = torch.randint(0, 256, (n, 3, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)

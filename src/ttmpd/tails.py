@@ -1,15 +1,17 @@
 """Run what comes behind each unit, with the unit replaced: how far do features and predictions move?"""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ttmpd.losses import soft_label_loss
-from ttmpd.modules import call, evaluating, find_feature_tap, stubbed, tapped
+from ttmpd.modules import call, evaluating, find_feature_tap, read, stubbed, tapped
 from ttmpd.progress import track
 from ttmpd.records import Samples, Tap, Unit
-from ttmpd.repair import skippable, tail_stubs
+from ttmpd.text import answers_until, trimmed
+from ttmpd.units.block import answering
 
 Replacement = Callable[[Tensor], Tensor]
 """What answers for a unit, given its input."""
@@ -22,15 +24,17 @@ def teacher_tails(
     replacements: Callable[[Unit], Mapping[str, Replacement]],
     *,
     batch_size: int = 64,
+    wholes: Sequence[Unit] = (),
 ) -> dict[tuple[str, str], dict[str, float]]:
     """Distances from the teacher for every unit under every replacement.
 
     Args:
         teacher: left untouched.
-        units: in the order of the network.
+        units: in the order of the network, all whole ones or all with members.
         samples: on which distances are measured.
         replacements: by name, what may answer for a unit.
         batch_size: samples per forward pass.
+        wholes: larger units of the model, for units with members: those before the one that holds them are skipped.
 
     Returns:
         (unit id, replacement name) -> {"feature": squared change of the final features over their variance,
@@ -41,30 +45,56 @@ def teacher_tails(
     """
     device = next(teacher.parameters()).device
     few = samples.batch(slice(0, 2), device)
-    tap, skips = find_feature_tap(teacher, few), skippable(teacher, units, few)
+    tap, entries = find_feature_tap(teacher, few), _entries(teacher, units, wholes, few)
+    before = {unit.id: unit for unit, _ in entries.values()}
     answers = {unit.id: replacements(unit) for unit in units}
     sums = {(unit.id, name): torch.zeros(2, dtype=torch.float64) for unit in units for name in answers[unit.id]}
     moments: list[Tensor] = []
     with evaluating(teacher):
         for batch in track(samples.batches(batch_size, device), "score", -(-len(samples) // batch_size)):
-            inputs, features, logits = _observe(teacher, units, batch, tap)
+            batch = trimmed(batch, samples.padding)
+            inputs, features, logits = _observe(teacher, (*units, *before.values()), batch, tap)
             moments.append(torch.stack([features.sum(0), features.square().sum(0)]).double().cpu())
-            for number, unit in enumerate(units):
-                earlier = units[:number] if unit.id in skips else ()
+            for unit in units:
                 for name, replacement in answers[unit.id].items():
                     answer = replacement(inputs[unit.id])
-                    with stubbed(teacher, tail_stubs(earlier, unit, answer)):
+                    with stubbed(teacher, _stubs(entries, unit, answer, inputs)):
                         _, moved, changed = _observe(teacher, (), batch, tap)
-                    sums[unit.id, name] += torch.tensor(
-                        [float((moved - features).square().sum()), float(soft_label_loss(changed, logits)) * len(batch)]
-                    )
-    mean, square = torch.stack(moments).sum(0) / len(samples)
-    spread = square - mean.square() if len(samples) > 1 else square  # one sample has no variance
-    scale = max(float(spread.clamp_min(0).sum()), 1e-12) * len(samples)
-    return {
-        key: {"feature": float(total[0]) / scale, "prediction": float(total[1]) / len(samples)}
-        for key, total in sums.items()
-    }
+                    squares, apart = (moved - features).square().sum(), soft_label_loss(changed, logits) * len(logits)
+                    sums[unit.id, name] += torch.tensor([float(squares), float(apart)])
+    n = int(answers_until(teacher, samples.inputs)[-1])
+    mean, square = torch.stack(moments).sum(0) / n
+    spread = square - mean.square() if n > 1 else square  # one answer has no variance
+    scale = max(float(spread.clamp_min(0).sum()), 1e-12) * n
+    return {key: {"feature": float(total[0]) / scale, "prediction": float(total[1]) / n} for key, total in sums.items()}
+
+
+def _entries(
+    teacher: nn.Module, units: Sequence[Unit], wholes: Sequence[Unit], few: Tensor
+) -> dict[str, tuple[Unit, Sequence[Unit]]]:
+    """Where to enter the network for each unit: unit id -> (the whole unit to begin with, the ones before it)."""
+    if not any(unit.members for unit in units):
+        proven = skippable(teacher, units, few)
+        return {unit.id: (unit, units[:number]) for number, unit in enumerate(units) if unit.id in proven}
+    proven, found = skippable(teacher, wholes, few), {}
+    for unit in units:
+        for number, whole in enumerate(wholes):
+            # What comes behind the whole before depends on its output alone: that is what this one is given.
+            if number and unit.path.startswith(f"{whole.path}.") and wholes[number - 1].id in proven:
+                found[unit.id] = (whole, wholes[:number])
+    return found
+
+
+def _stubs(
+    entries: Mapping[str, tuple[Unit, Sequence[Unit]]], unit: Unit, answer: Tensor, inputs: Mapping[str, Tensor]
+) -> dict[str, Callable[..., Any]]:
+    if unit.id not in entries:
+        return {unit.path: answering(unit, lambda _x: answer)}
+    first, earlier = entries[unit.id]
+    if first is unit:
+        return tail_stubs(earlier, unit, answer)
+    # The last of the units before hands on what the unit's whole was given.
+    return tail_stubs(earlier[:-1], earlier[-1], inputs[first.id]) | {unit.path: answering(unit, lambda _x: answer)}
 
 
 def _observe(
@@ -87,3 +117,28 @@ def distances(parts: Mapping[str, float]) -> float:
     training single answers are noisy, while features say how much there is to recover.
     """
     return parts["feature"]
+
+
+def skippable(teacher: nn.Module, units: Sequence[Unit], batch: Tensor) -> frozenset[str]:
+    """Units behind which the network depends on their output alone.
+
+    For them the units before can be skipped when only what comes after is of interest. Settled by numbers: with all
+    earlier units skipped and the unit's true output handed in, the logits must be the model's own.
+    """
+    proven = set()
+    with evaluating(teacher):
+        seen = read(teacher, batch, {unit.id: Tap(unit.path, "output") for unit in units})
+        logits = call(teacher, batch)
+        for number, unit in enumerate(units):
+            given = seen[unit.id]
+            with stubbed(teacher, tail_stubs(units[:number], unit, given)):
+                if torch.allclose(call(teacher, batch), logits, rtol=1e-4, atol=1e-4):
+                    proven.add(unit.id)
+    return frozenset(proven)
+
+
+def tail_stubs(earlier: Sequence[Unit], unit: Unit, output: Tensor) -> dict[str, Callable[..., Any]]:
+    """Stubs that skip ``earlier`` units and put ``output`` where ``unit`` would answer."""
+    stubs = {u.path: answering(u, lambda x: x) for u in earlier}
+    stubs[unit.path] = answering(unit, lambda _x: output)
+    return stubs

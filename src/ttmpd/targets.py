@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ttmpd.records import Tap, Targets
 
+WIDE = 4096
+"""Answers with more values than this are as large as features."""
+
 
 class TargetsWriter:
     """Writes ``features.npy`` and ``logits.npy``, each (views, samples, ...), batch by batch.
@@ -27,11 +30,11 @@ class TargetsWriter:
         self.arrays: dict[str, np.memmap] = {}
 
     def write(self, view: int, start: int, features: Tensor | None, logits: Tensor) -> None:
-        """Store one batch; features go to half precision where their range is safe."""
+        """Store one batch; features, and answers of large vocabularies, go to half precision where that is safe."""
         values = {"logits": logits.float()} | ({} if features is None else {"features": features.float()})
         for name, value in values.items():
             if name not in self.arrays:
-                half = name == "features" and float(value.abs().max()) < 1e3
+                half = (name == "features" or value.shape[-1] > WIDE) and float(value.abs().max()) < 1e3
                 self.arrays[name] = np.lib.format.open_memmap(
                     self.folder / f"{name}.npy",
                     mode="w+",
@@ -67,7 +70,7 @@ def save_targets(targets: Targets, folder: Path) -> None:
     """Write what :func:`load_targets` needs beside the arrays; ``targets.json`` comes last and makes them valid."""
     np.save(folder / "held_out.npy", targets.held_out.cpu().numpy())
     facts = {
-        "tap": None if targets.tap is None else [targets.tap.path, targets.tap.side],
+        "tap": None if targets.tap is None else [targets.tap.path, targets.tap.side, targets.tap.token],
         "feature_variance": targets.feature_variance,
         "arrays": ["logits", "held_out"] + (["features"] if targets.features is not None else []),
     }

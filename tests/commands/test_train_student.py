@@ -138,7 +138,7 @@ def test_bad_input_is_said_plainly(arguments, place, data, run, said):
         (run(*arguments, "--select", "el2n", *out), "select el2n must have a teacher"),
         (run(*arguments, "--set", "plan.step=1", *out), "with VERB one of select, adapt"),
         (run(*arguments, "--holdout", 1, *out), "holdout must be from 0 to 0.9"),
-        (run(*arguments, "--labels", place / "nets.py", *out), "labels must be a .csv or .npz file"),
+        (run(*arguments, "--labels", place / "nets.py", *out), "labels must be a .csv, .tsv, .jsonl or .npz file"),
         (run(*arguments, "--output", place / "mine"), "output must be a new or empty folder"),
         (run(*arguments, "--output", place / "file"), "is a file"),
         (run("train-student", "--student", place, "--data", data, *out), "a model id must be one of"),

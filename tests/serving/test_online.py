@@ -126,7 +126,7 @@ def made(folder: Path) -> Path:
         models = {"original": original, "compressed": student}
         return Rounds({name: (count_macs(m, batch[:1])[""] / 1e3,) * 5 for name, m in models.items()})
 
-    def time_units(_model: nn.Module, _kind: Any, units: Any, _batch: Tensor, **_: Any) -> tuple[UnitTiming, ...]:
+    def time_units(_model: nn.Module, units: Any, _batch: Tensor, **_: Any) -> tuple[UnitTiming, ...]:
         return tuple(UnitTiming(u.id, u.macs / 1e3, {"linear": 1.0}) for u in units)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -11,7 +11,8 @@ from torch import nn
 from ttmpd.errors import InvalidValueError, ModelError
 from ttmpd.modules import call, count_parameters, replace_module
 from ttmpd.specimens import TinyNet, tiny_model, tiny_units, untouched
-from ttmpd.units.block import Block, PassThrough, check_units, put, standing
+from ttmpd.surgery import check_units
+from ttmpd.units.block import Block, PassThrough, put, standing
 
 timm = pytest.importorskip("timm")
 

@@ -21,6 +21,7 @@ from ttmpd.adaptation import (
     pieces,
     redundancy_for,
 )
+from ttmpd.errors import UnsupportedError
 from ttmpd.guard import logits_of
 from ttmpd.losses import entropy_of, mutual_information
 from ttmpd.method import check_fields
@@ -28,6 +29,7 @@ from ttmpd.modules import call, clone, evaluating, has_nan
 from ttmpd.norms import norm_parameters, using_batch_statistics
 from ttmpd.progress import track
 from ttmpd.records import Samples
+from ttmpd.text import answered
 
 MIN_SPREAD = 0.9
 """Answers have collapsed when the entropy of their mean falls below this share of what it was at the start."""
@@ -78,9 +80,17 @@ class Learner(Adapter):
         mixing left out), ``epochs`` that were kept, ``rolled_back`` 0 or 1, and the facts of mixing before anything
         was learned.
 
+        Raises:
+            UnsupportedError: the teacher answers each token of a text.
+
         Cost: a forward pass per sample, once and per epoch, and a forward and a backward pass per sample that steps
         see; beside those of `norm`.
         """
+        if answered(teacher, samples.inputs[:1]) is not None:
+            raise UnsupportedError(
+                f"{self.name} must learn from one answer per sample, but {type(teacher).__name__} answers each token; "
+                "use norm, or none"
+            )
         hindrance = self.hindrance(teacher, samples)
         if hindrance:
             return Adapted(teacher, hindrance)

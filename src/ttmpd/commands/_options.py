@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 _MODEL = "timm:NAME, torchvision:NAME, hf:ORG/NAME, hf:/directory, FILE.py:factory, package.module:factory"
 Model = Annotated[str, typer.Option("--model", help=f"{_MODEL}, or an artifact folder.")]
-Data = Annotated[str, typer.Option("--data", help="A folder of images, or a .npz or .npy file.")]
+Data = Annotated[
+    str,
+    typer.Option("--data", help="A folder of images, a .npz or .npy file; or text: .txt, .tsv, .csv, .json, .jsonl."),
+]
 MaybeData = Annotated[str | None, typer.Option("--data", help="Real inputs; random values when left out.")]
 Source = Annotated[
     str | None, typer.Option("--source", help="The original model of an artifact that came from your own code.")
@@ -25,7 +28,12 @@ NumSamples = Annotated[int, typer.Option("--num-samples", min=2, help="Unlabelle
 Holdout = Annotated[float, typer.Option("--holdout", help="Share of them that is held out.")]
 Seed = Annotated[int, typer.Option("--seed")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")]
-Labels = Annotated[Path | None, typer.Option("--labels", help="A .npz with y, or a .csv of file and label.")]
+Labels = Annotated[
+    Path | None, typer.Option("--labels", help="A .npz with y, a .csv of file and label, or text with a column label.")
+]
+MaxLength = Annotated[
+    int | None, typer.Option("--max-length", help="Tokens of a text that are read [default: 128, or what it can].")
+]
 Speedup = Annotated[float | None, typer.Option("--speedup", help="Times faster, e.g. 2.0.")]
 Latency = Annotated[str | None, typer.Option("--latency", help='"12ms" per batch, or "0.5x" of now.')]
 Steps = Annotated[int | None, typer.Option("--steps", min=0, help="Distillation steps [default: 400].")]
@@ -34,15 +42,17 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")
 Verbose = Annotated[bool, typer.Option("--verbose", help="Say more, and show where an error came from.")]
 
 
-def open_chosen(model: str, source: str | None, weights: Path | None, no_pretrained: bool) -> "OpenedModel":
+def open_chosen(
+    model: str, source: str | None, weights: Path | None, no_pretrained: bool, max_length: int | None = None
+) -> "OpenedModel":
     """The model that the options name: an artifact, or one by its id."""
     from ttmpd.checkpoint import is_artifact, open_artifact
     from ttmpd.models import open_model
 
     if not is_artifact(model):
-        return open_model(model, weights=weights, pretrained=not no_pretrained)
+        return open_model(model, weights=weights, pretrained=not no_pretrained).reading(max_length)
     if weights is not None or no_pretrained:
         raise InvalidValueError(
             f"an artifact must keep its own weights, but {model!r} was given others; leave out the option for weights"
         )
-    return open_artifact(model, source)
+    return open_artifact(model, source).reading(max_length)

@@ -28,18 +28,28 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
-def parse_targets(speedup: float | None, latency: str | None, targets: str | None) -> "dict[str, Target]":
+def parse_targets(
+    speedup: float | None, latency: str | None, macs: str | None, targets: str | None
+) -> "dict[str, Target]":
     """Targets by name; the name is the sub-folder when there are several."""
     from ttmpd.settings import Target
 
-    if speedup is not None:
-        return {"": Target(speedup=speedup)}
-    if latency is not None:
-        return {"": Target.parse(latency)}
+    if macs is not None:
+        return {"": Target(macs=parse_share(macs))}
+    if targets is None:
+        return {"": Target.of(speedup, latency)}
     names = [name.strip() for name in (targets or "").split(",") if name.strip()]
     if not names or len(set(names)) != len(names):
         raise InvalidValueError(f"targets must be different latencies like 0.8x,0.5x, but got {targets!r}")
     return {name: Target.parse(name) for name in names}
+
+
+def parse_share(text: str) -> float:
+    """0.7 from "0.7x" or "0.7"."""
+    try:
+        return float(text.strip().lower().removesuffix("x"))
+    except ValueError:
+        raise InvalidValueError(f'macs must be like "0.7x", but got {text!r}') from None
 
 
 def choose_methods(names: dict[str, str], settings: Sequence[str], steps: int | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ def command(
     batch_size: option.BatchSize = 64,
     device: option.Device = "auto",
     seed: option.Seed = 0,
+    max_length: option.MaxLength = None,
     source: option.Source = None,
     weights: option.Weights = None,
     no_pretrained: option.Pretrained = False,
@@ -32,7 +33,7 @@ def command(
         from ttmpd.adapting import adapt_to
 
         method = choose_methods({"adapt": adapt}, settings or [], None)
-        opened = option.open_chosen(model, source, weights, no_pretrained)
+        opened = option.open_chosen(model, source, weights, no_pretrained, max_length)
         show_machine(device)
         found = adapt_to(
             opened, data, output=output, num_samples=num_samples, holdout=holdout, batch_size=batch_size,

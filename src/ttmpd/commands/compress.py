@@ -21,6 +21,7 @@ def command(
     output: Annotated[Path | None, typer.Option("--output", help="Folder for the artifact.")] = None,
     speedup: option.Speedup = None,
     latency: option.Latency = None,
+    macs: Annotated[str | None, typer.Option("--macs", help='Instead: a share of the MACs, "0.7x".')] = None,
     targets: Annotated[str | None, typer.Option("--targets", help="Several: 0.8x,0.5x. A sub-folder each.")] = None,
     num_samples: option.NumSamples = 500,
     holdout: option.Holdout = 0.15,
@@ -35,19 +36,23 @@ def command(
     plan: Annotated[str, typer.Option("--plan", help="A planner.")] = "knapsack",
     distill: Annotated[str, typer.Option("--distill", help="A distiller.")] = "one_time",
     settings: Annotated[list[str] | None, typer.Option("--set", help="VERB.FIELD=VALUE, as often as wanted.")] = None,
-    actions: Annotated[str, typer.Option("--actions", help="Some of drop, linear, conv.")] = "drop,linear",
+    units: Annotated[str, typer.Option("--units", help="Some of block, head, neuron.")] = "block,head,neuron",
+    actions: Annotated[
+        str, typer.Option("--actions", help="Some of drop, linear, conv, narrow.")
+    ] = "drop,linear,narrow",
     time_budget: Annotated[str | None, typer.Option("--time-budget", help="e.g. 90s, 10min, 1h.")] = None,
     amp: Annotated[str, typer.Option("--amp", help="Mixed precision: auto, on or off.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only; write nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    max_length: option.MaxLength = None,
     source: option.Source = None,
     weights: option.Weights = None,
     no_pretrained: option.Pretrained = False,
     verbose: option.Verbose = False,
 ) -> None:
     """Make a model faster and adapted to unlabelled samples; the artifact holds the proof."""
-    if sum(given is not None for given in (speedup, latency, targets)) != 1:
-        raise typer.BadParameter("give exactly one of --speedup, --latency and --targets")
+    if sum(given is not None for given in (speedup, latency, macs, targets)) != 1:
+        raise typer.BadParameter("give exactly one of --speedup, --latency, --macs and --targets")
     if output is None and not dry_run:
         raise typer.BadParameter("give --output DIR, or --dry-run to plan only")
     kept = None if dry_run else output
@@ -55,14 +60,14 @@ def command(
         methods = choose_methods(
             {"select": select, "adapt": adapt, "score": score, "plan": plan, "distill": distill}, settings or [], steps
         )
-        goals = parse_targets(speedup, latency, targets)
+        goals = parse_targets(speedup, latency, macs, targets)
         given: dict[str, Any] = methods | {
             "num_samples": num_samples, "pool": pool, "holdout": holdout, "batch_size": batch_size, "device": device,
-            "seed": seed, "actions": tuple(part.strip() for part in actions.split(",") if part.strip()), "amp": amp,
+            "seed": seed, "units": _parts(units), "actions": _parts(actions), "amp": amp,
         }  # fmt: skip
         if time_budget is not None:
             given["time_budget"] = parse_duration(time_budget)
-        opened = option.open_chosen(model, source, weights, no_pretrained)
+        opened = option.open_chosen(model, source, weights, no_pretrained, max_length)
         if kept is None:
             _dry_run(opened, data, goals, given)
         else:
@@ -74,6 +79,10 @@ def _dry_run(opened: "OpenedModel", data: str, goals: "dict[str, Target]", given
 
     show_machine(given["device"])
     display.show_preview(preview(opened, data, targets=list(goals.values()), **given))
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _compress(

@@ -17,6 +17,7 @@ def command(
     batch_size: option.BatchSize = 64,
     device: option.Device = "auto",
     json_file: option.Json = None,
+    max_length: option.MaxLength = None,
     source: option.Source = None,
     weights: option.Weights = None,
     no_pretrained: option.Pretrained = False,
@@ -26,8 +27,8 @@ def command(
     with reporting(verbose):
         from ttmpd.evaluation import evaluate, open_any
 
-        opened = option.open_chosen(model, source, weights, no_pretrained)
-        other = None if against is None else open_any(against, source)
+        opened = option.open_chosen(model, source, weights, no_pretrained, max_length)
+        other = None if against is None else open_any(against, source).reading(max_length)
         found = evaluate(opened, data, labels, against=other, batch_size=batch_size, device=device)
         display.show_evaluation(found)
         write_result(json_file, found.to_dict())

@@ -16,6 +16,7 @@ def command(
     json_file: option.Json = None,
     device: option.Device = "auto",
     timed: Annotated[bool, typer.Option("--time/--no-time", help="Measure milliseconds on this device.")] = True,
+    max_length: option.MaxLength = None,
     source: option.Source = None,
     weights: option.Weights = None,
     no_pretrained: option.Pretrained = False,
@@ -25,7 +26,7 @@ def command(
     with reporting(verbose):
         from ttmpd.inspection import inspect
 
-        opened = option.open_chosen(model, source, weights, no_pretrained)
+        opened = option.open_chosen(model, source, weights, no_pretrained, max_length)
         found = inspect(opened, data, batch_size=batch_size, device=device, timed=timed)
         display.show_inspection(found)
         write_result(json_file, found.to_dict())

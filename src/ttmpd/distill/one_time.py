@@ -16,6 +16,7 @@ from ttmpd.modules import call, evaluating, find_feature_tap, has_batch_norm, ta
 from ttmpd.progress import track
 from ttmpd.records import Fit, Samples, Tap, Targets
 from ttmpd.targets import TargetsWriter
+from ttmpd.text import answers_until, trimmed
 from ttmpd.training import (
     Loop,
     Schedule,
@@ -95,14 +96,15 @@ class OneTime(Distiller):
         more = self._times(work.agreement, len(samples), _n_values(teacher, few, tap))
         n_useful = math.ceil(more * self.steps * size / len(samples)) if samples.is_image else 1
         n_views = max(1, min(round(more * self.views), n_useful))
-        store = TargetsWriter(work.folder, n_views, len(samples))
+        places = answers_until(teacher, samples.inputs)
+        store = TargetsWriter(work.folder, n_views, int(places[-1]))
         starts = range(0, len(samples), work.batch_size)
         with evaluating(teacher):
             for view in range(n_views):
                 for start in track(starts, f"teacher view {view + 1}/{n_views}", len(starts)):
                     index = torch.arange(start, min(start + work.batch_size, len(samples)))
                     batch = self._view(samples, index, device, view, work.seed)
-                    store.write(view, start, *_answers(teacher, batch, tap))
+                    store.write(view, int(places[start]), *_answers(teacher, batch, tap))
         features, logits = store.finish()
         first = features[0] if features is not None else logits[0]
         kept = logits_of(teacher, held_out, work.batch_size)
@@ -119,7 +121,7 @@ class OneTime(Distiller):
         student.train(self.train_norm)
         if work.first:
             frozen += freeze_before(student, work.first, few)
-        n_views, n = targets.logits.shape[:2]
+        n_views, n, places = len(targets.logits), len(samples), answers_until(student, samples.inputs)
         size = self._step_size(student, samples)
 
         def loss_with(step: int, amp: bool) -> Tensor:
@@ -129,7 +131,7 @@ class OneTime(Distiller):
             views = [self._view(samples, index[index // n == view] % n, device, view, work.seed) for view in numbers]
             batch = torch.cat(views)
             with autocast(device, amp):
-                return self._loss(student, batch, targets, index // n, index % n)
+                return self._loss(student, batch, targets, *_answers_of(index // n, index % n, places))
 
         amp = self.steps > 0 and _faster_with_amp(student, loss_with, work.amp)
         n_values = 0 if targets.features is None else targets.features[0, 0].numel()
@@ -164,7 +166,8 @@ class OneTime(Distiller):
         return max(1.0, min(2.0, room, 1 + (self.damaged - agreement) / 0.2))
 
     def _view(self, samples: Samples, index: Tensor, device: torch.device, view: int, seed: int) -> Tensor:
-        return fixed_view(samples.batch(index, device), index, view, seed, len(samples), self.smallest_crop)
+        batch = trimmed(samples.batch(index, device), samples.padding)
+        return fixed_view(batch, index, view, seed, len(samples), self.smallest_crop)
 
     def _step_size(self, model: nn.Module, samples: Samples) -> int:
         """Samples per step, by the memory that their activations take."""
@@ -210,6 +213,13 @@ def _n_values(teacher: nn.Module, few: Tensor, tap: Tap | None) -> int:
     with evaluating(teacher):
         features, _ = _answers(teacher, few, tap)
     return 0 if features is None else features[0].numel()
+
+
+def _answers_of(view: Tensor, sample: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """(view, place) of every answer for the samples: one each, or as many as they have tokens that count."""
+    counts = places[sample + 1] - places[sample]
+    behind = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return view.repeat_interleave(counts), places[sample].repeat_interleave(counts) + behind
 
 
 def _answers(teacher: nn.Module, batch: Tensor, tap: Tap | None) -> tuple[Tensor | None, Tensor]:

@@ -1,11 +1,11 @@
 """The contract of a planner."""
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ttmpd.errors import BudgetUnreachableError
 from ttmpd.method import Method, check_fields
-from ttmpd.records import Action, Option
+from ttmpd.records import Option
 
 
 class Planner(Method, abc.ABC):
@@ -19,7 +19,7 @@ class Planner(Method, abc.ABC):
 
     @abc.abstractmethod
     def choose(self, options: Sequence[Option], needed_ms: float, *, seed: int = 0) -> tuple[Option, ...]:
-        """At most one option per unit, together saving at least ``needed_ms``.
+        """At most one option per unit, and none of a part of a chosen whole, together saving ``needed_ms`` or more.
 
         Args:
             options: every removal that is on offer; one unit may offer several actions.
@@ -43,16 +43,17 @@ def require_reachable(options: Sequence[Option], needed_ms: float) -> None:
 
 
 def most_saved(options: Sequence[Option]) -> float:
-    """What the best action of every unit saves in all, in milliseconds."""
+    """What can be saved in all, in milliseconds: of every unit the best action, and it or its parts."""
     best: dict[str, float] = {}
+    wholes = {option.unit: option.whole for option in options}
     for option in options:
         best[option.unit] = max(best.get(option.unit, 0.0), option.saved_ms)
-    return sum(best.values())
+    parts: dict[str, float] = {}
+    for unit, whole in wholes.items():
+        parts[whole or unit] = parts.get(whole or unit, 0.0) + (best[unit] if whole else 0.0)
+    return sum(max(best.get(whole, 0.0), saved) for whole, saved in parts.items())
 
 
 def useful(options: Sequence[Option]) -> list[Option]:
     """The options that save anything."""
     return [option for option in options if option.saved_ms > 0]
-
-
-Actions = Mapping[str, Action]

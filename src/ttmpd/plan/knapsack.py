@@ -12,8 +12,9 @@ from ttmpd.records import Option
 class Knapsack(Planner):
     """Multiple-choice knapsack, solved by its Pareto front, unit by unit.
 
-    After each unit only choices stay that no other beats in both harm and milliseconds. The answer is exact as long as
-    the front has at most ``max_front`` points; beyond, points that lie closest together are thinned out.
+    Parts of a unit are units of their own: it goes as a whole, or some of them do. After each unit only choices stay
+    that no other beats in both harm and milliseconds. The answer is exact as long as the front has at most
+    ``max_front`` points; beyond, points that lie closest together are thinned out.
     """
 
     source: ClassVar[str] = (
@@ -31,22 +32,29 @@ class Knapsack(Planner):
         require_reachable(options, needed_ms)
         if needed_ms <= 0:
             return ()
-        by_unit: dict[str, list[Option]] = defaultdict(list)
+        groups: dict[str, dict[str, list[Option]]] = defaultdict(lambda: defaultdict(list))
         for option in useful(options):
-            by_unit[option.unit].append(option)
-        # A point: (saved, harm, link); the link is (option, link before) so that choices are never copied.
+            groups[option.whole or option.unit][option.unit].append(option)
         front: list[_Point] = [(0.0, 0.0, None)]
-        for choices in by_unit.values():
-            more: list[_Point] = [
-                (s + o.saved_ms, h + max(o.harm, 0.0), (o, link)) for s, h, link in front for o in choices
-            ]
-            front = _thinned(_pareto(front + more, needed_ms), self.max_front)
+        for whole, by_unit in groups.items():
+            # A whole unit goes, or any of its parts.
+            with_parts = front
+            for unit, choices in by_unit.items():
+                if unit != whole:
+                    with_parts = _thinned(_pareto(with_parts + _taken(with_parts, choices), needed_ms), self.max_front)
+            front = _thinned(_pareto(with_parts + _taken(front, by_unit.get(whole, [])), needed_ms), self.max_front)
         _, _, link = min((p for p in front if p[0] >= needed_ms - 1e-9), key=lambda p: (p[1], p[0]))
         return _options(link)
 
 
 _Link = tuple[Option, "_Link"] | None
 _Point = tuple[float, float, _Link]
+"""(saved, harm, link); the link is (option, link before) so that choices are never copied."""
+
+
+def _taken(front: list[_Point], choices: Sequence[Option]) -> list[_Point]:
+    """Every point with every choice added."""
+    return [(s + o.saved_ms, h + max(o.harm, 0.0), (o, link)) for s, h, link in front for o in choices]
 
 
 def _pareto(points: list[_Point], needed_ms: float) -> list[_Point]:

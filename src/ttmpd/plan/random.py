@@ -1,6 +1,6 @@
 """Random removals until the budget is met: the control that every planner has to beat."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random as Generator
 from typing import ClassVar
 
@@ -23,15 +23,33 @@ class Random(Planner):
 
 
 def take_until(order: Sequence[Option], needed_ms: float) -> tuple[Option, ...]:
-    """Options in the given order, one per unit, until they save enough; then the best action of each if they do not."""
+    """Options in the given order until they save enough; then the best action of each if they do not.
+
+    A later option of a unit takes the place of an earlier one if it saves more; a part of a chosen whole is passed by,
+    and so is a whole of which a part was chosen, unless only it can save enough.
+    """
     chosen: dict[str, Option] = {}
     for option in order:
-        if sum(o.saved_ms for o in chosen.values()) >= needed_ms:
-            break
-        chosen.setdefault(option.unit, option)
-    for option in sorted(order, key=lambda o: o.saved_ms, reverse=True):
-        if sum(o.saved_ms for o in chosen.values()) >= needed_ms:
-            break
-        if option.saved_ms > chosen[option.unit].saved_ms:
+        if _saved(chosen) >= needed_ms:
+            return tuple(chosen.values())
+        others = option.whole in chosen or any(other.whole == option.unit for other in chosen.values())
+        narrower = option.action == "narrow" and option.unit in chosen and _more(option, chosen[option.unit])
+        if not others and (narrower or option.unit not in chosen):
             chosen[option.unit] = option
+    for option in sorted(order, key=lambda o: o.saved_ms, reverse=True):
+        if _saved(chosen) >= needed_ms:
+            break
+        parts = {unit: part for unit, part in chosen.items() if part.whole == option.unit}
+        if option.whole in chosen or _saved(parts) >= option.saved_ms:
+            continue
+        if option.unit not in chosen or _more(option, chosen[option.unit]):
+            chosen = {unit: other for unit, other in chosen.items() if unit not in parts} | {option.unit: option}
     return tuple(chosen.values())
+
+
+def _saved(chosen: Mapping[str, Option]) -> float:
+    return sum(option.saved_ms for option in chosen.values())
+
+
+def _more(option: Option, other: Option) -> bool:
+    return option.saved_ms > other.saved_ms

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ttmpd.method import Method
 from ttmpd.records import DEFAULT_ACTIONS, Action, Samples, Score, Unit
+from ttmpd.surgery import narrow_kind
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +35,10 @@ class Scorer(Method, abc.ABC):
 
     actions: ClassVar[tuple[Action, ...]] = ("drop",)
     """The actions it tells apart. A planner offers no others."""
+    kinds: ClassVar[tuple[str, ...]] = ("block",)
+    """The kinds of units that it can judge; ``narrowed`` gives the scores of those that go member by member."""
+    rescales: ClassVar[bool] = False
+    """Whether kept members are repaired by one factor each (KCM) instead of new weights for what reads them."""
 
     def score(
         self,
@@ -63,3 +68,16 @@ class Scorer(Method, abc.ABC):
     @abc.abstractmethod
     def scores(self, job: Job) -> Iterable[Score]:
         """The scores of :meth:`score`."""
+
+
+def narrowed(unit: Unit, importance: Tensor) -> Iterable[Score]:
+    """One score per width: the most important members stay, the harm is the sum over the others.
+
+    Args:
+        unit: with members.
+        importance: (members,), none below zero.
+    """
+    order = importance.argsort(descending=True, stable=True)
+    for width in narrow_kind(unit).widths(unit):
+        kept, gone = order[:width].sort().values, order[width:]
+        yield Score(unit.id, "narrow", float(importance[gone].sum()), kept=tuple(kept.tolist()))

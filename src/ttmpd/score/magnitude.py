@@ -1,4 +1,4 @@
-"""Small weights hurt little: the oldest criterion, for whole blocks."""
+"""Small weights hurt little: the oldest criterion."""
 
 from collections.abc import Iterable
 from typing import ClassVar
@@ -7,7 +7,8 @@ from torch import nn
 
 from ttmpd.modules import module_at
 from ttmpd.records import Score
-from ttmpd.score.base import Job, Scorer
+from ttmpd.score.base import Job, Scorer, narrowed
+from ttmpd.units._members import matrix_of
 
 
 class Magnitude(Scorer):
@@ -15,9 +16,21 @@ class Magnitude(Scorer):
 
     source: ClassVar[str] = "L1 norm of weights (Li et al., 2017, arXiv 1608.08710), averaged over a block"
 
+    kinds: ClassVar[tuple[str, ...]] = ("block", "head", "neuron")
+
     def scores(self, job: Job) -> Iterable[Score]:
-        """The mean absolute value of all weights with two or more axes; of all weights where there are none."""
-        return (Score(unit.id, "drop", _mean_magnitude(module_at(job.teacher, unit.path))) for unit in job.units)
+        """The mean absolute value of all weights with two or more axes; of all weights where there are none.
+
+        A head or a neuron counts by the norm of the weights that read it, over the mean norm in its layer.
+        """
+        for unit in job.units:
+            module = module_at(job.teacher, unit.path)
+            if unit.members:
+                parts = matrix_of(module).detach().view(-1, unit.members, matrix_of(module).shape[1] // unit.members)
+                norms = parts.square().sum((0, 2)).sqrt()
+                yield from narrowed(unit, norms / norms.mean().clamp_min(1e-12))
+            else:
+                yield Score(unit.id, "drop", _mean_magnitude(module))
 
 
 def _mean_magnitude(module: nn.Module) -> float:

@@ -4,8 +4,10 @@ from collections.abc import Iterable
 from random import Random as Generator
 from typing import ClassVar
 
+import torch
+
 from ttmpd.records import Score
-from ttmpd.score.base import Job, Scorer
+from ttmpd.score.base import Job, Scorer, narrowed
 
 
 class Random(Scorer):
@@ -13,7 +15,13 @@ class Random(Scorer):
 
     source: ClassVar[str] = "control"
 
+    kinds: ClassVar[tuple[str, ...]] = ("block", "head", "neuron")
+
     def scores(self, job: Job) -> Iterable[Score]:
-        """A harm from 0 to 1 per unit, by seed."""
+        """A harm from 0 to 1 per unit, or per head or neuron, by seed."""
         draw = Generator(job.seed)
-        return (Score(unit.id, "drop", draw.random()) for unit in job.units)
+        for unit in job.units:
+            if unit.members:
+                yield from narrowed(unit, torch.tensor([draw.random() for _ in range(unit.members)]))
+            else:
+                yield Score(unit.id, "drop", draw.random())

@@ -1,20 +1,24 @@
 """TT-MPD's two variables: damage and closed-form repaired damage, without any training."""
 
+import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
+import numpy as np
 from torch import nn
 
 from ttmpd.method import check_fields
-from ttmpd.modules import evaluating, read
+from ttmpd.modules import evaluating, module_at, read
+from ttmpd.narrowing import Choice, Sums, bias_of, choices, input_rows, narrowed_answer
 from ttmpd.progress import track
 from ttmpd.records import KERNELS, Action, Samples, Score, Tap, Unit
 from ttmpd.repair import LinearMap, NormalEquations, rows
 from ttmpd.score.base import Job, Scorer
 from ttmpd.sensitivity import SENSITIVITY_SAMPLES, positions, row_weights, sensitivities
+from ttmpd.surgery import WHOLE, narrow_kind
 from ttmpd.tails import Replacement, distances, teacher_tails
-from ttmpd.units.block import Block
+from ttmpd.units._members import matrix_of
 
 
 class TTMPD(Scorer):
@@ -24,6 +28,10 @@ class TTMPD(Scorer):
     same with the unit replaced by its best linear stand-in, a ridge regression on the unit's inputs and outputs. What
     no linear map repairs, a short distillation does not repair either. A stand-in sees one position, or the 3x3
     neighbourhood where the unit offers it.
+
+    Heads and neurons are judged in bulk: from the second moments of a layer's inputs follows which of them the others
+    can stand in for, and how much is lost at every width; a few widths are run to tell how much that moves the final
+    features.
     """
 
     source: ClassVar[str] = (
@@ -32,6 +40,7 @@ class TTMPD(Scorer):
     )
     needs: ClassVar[tuple[str, ...]] = ("gradients",)
     actions: ClassVar[tuple[Action, ...]] = ("drop", "linear", "conv")
+    kinds: ClassVar[tuple[str, ...]] = ("block", "head", "neuron")
     ridge: float = 1e-3
     """Relative to the mean diagonal of the normal equations."""
     max_samples: int = 256
@@ -47,10 +56,17 @@ class TTMPD(Scorer):
         check_fields(self, ridge=0.0, max_samples=1, tail_samples=1, drop_share=(0.0, 1.0), sensitivity=(0.0, 1.0))
 
     def scores(self, job: Job) -> Iterable[Score]:
-        """Scores for "drop" and for each stand-in of every unit.
+        """Scores for "drop" and for each stand-in of every whole unit, and for each width of those with members.
 
-        Cost: one batch with gradients, two teacher passes, and two runs of the layers behind each unit.
+        Cost: one batch with gradients and two teacher passes; two runs of the layers behind each unit, up to three
+        behind the whole that holds the members, and for these a factorisation of their second moments.
         """
+        wholes = [unit for unit in job.units if not unit.members]
+        yield from self._of_wholes(dataclasses.replace(job, units=wholes)) if wholes else ()
+        for units in _in_memory([unit for unit in job.units if unit.members], job.teacher):
+            yield from self._of_members(dataclasses.replace(job, units=units), wholes)
+
+    def _of_wholes(self, job: Job) -> Iterable[Score]:
         fits = fit_stand_ins(
             job.teacher,
             job.units,
@@ -80,6 +96,78 @@ class TTMPD(Scorer):
             for action in fits[unit.id]:
                 yield Score(unit.id, action, distances(found[unit.id, action]), parts)
 
+    def _of_members(self, job: Job, wholes: Sequence[Unit]) -> Iterable[Score]:
+        """Repaired damage of every width: measured at three of them, on the lines through these for the others."""
+        sums = member_sums(job, job.samples.first(self.max_samples), self.sensitivity)
+        found: dict[str, list[Choice]] = {}
+        for unit in job.units:
+            layer, widths = module_at(job.teacher, unit.path), narrow_kind(unit).widths(unit)
+            matrix, bias = matrix_of(layer).detach(), bias_of(layer)
+            found[unit.id] = choices(sums.pop(unit.id), matrix, bias, unit.members, widths, self.ridge)
+
+        def replacements(unit: Unit) -> dict[str, Replacement]:
+            return {
+                str(len(choice.kept)): narrowed_answer(job.teacher, unit, choice)
+                for choice in _measured(found[unit.id])
+            }
+
+        few = job.samples.first(self.tail_samples)
+        moved = teacher_tails(job.teacher, job.units, few, replacements, batch_size=job.batch_size, wholes=wholes)
+        for unit in job.units:
+            points = [(c.error, distances(moved[unit.id, str(len(c.kept))])) for c in _measured(found[unit.id])]
+            errors, damages = zip(*points, strict=True)
+            for choice in found[unit.id]:
+                harm = float(np.interp(choice.error, errors, np.maximum.accumulate(damages)))
+                yield Score(unit.id, "narrow", harm, {"lost": choice.error}, choice.kept)
+
+
+def _measured(found: Sequence[Choice]) -> list[Choice]:
+    """The outer widths, and the last one that keeps anything: without any member much more is lost."""
+    some = [choice for choice in found if choice.kept]
+    return list({len(choice.kept): choice for choice in (*some[:1], *some[-1:], found[-1])}.values())
+
+
+MAX_MOMENTS = 64 * 2**20
+"""Values of second moments that are held at once: 512 MiB in double precision."""
+
+
+def _in_memory(units: Sequence[Unit], teacher: nn.Module) -> Iterator[Sequence[Unit]]:
+    """The units in groups whose second moments fit into memory together."""
+    group: list[Unit] = []
+    total = 0
+    for unit in units:
+        n_inputs = matrix_of(module_at(teacher, unit.path)).shape[1]
+        if group and total + n_inputs**2 > MAX_MOMENTS:
+            yield group
+            group, total = [], 0
+        group.append(unit)
+        total += n_inputs**2
+    if group:
+        yield group
+
+
+def member_sums(job: Job, samples: Samples, sensitivity: float) -> dict[str, Sums]:
+    """Moments of what each unit's layer reads, with what it answers, on the teacher, in one pass over the samples."""
+    few = samples.batch(slice(0, SENSITIVITY_SAMPLES), job.device)
+    pattern = sensitivities(job.teacher, job.units, few, job.seed, samples.kept(few))
+    kept = samples.kept(samples.inputs)
+    chosen = {unit.id: positions(unit, pattern[unit.id], seed=job.seed, kept=kept) for unit in job.units}
+    found = {}
+    for unit in job.units:
+        n_outputs, n_inputs = matrix_of(module_at(job.teacher, unit.path)).shape
+        found[unit.id] = Sums(n_inputs, n_outputs, job.device)
+    taps = {f"x {u.id}": Tap(u.path, "input") for u in job.units}
+    taps |= {f"y {u.id}": Tap(u.path, "output") for u in job.units}
+    with evaluating(job.teacher):
+        for batch in track(samples.batches(job.batch_size, job.device), "fit", -(-len(samples) // job.batch_size)):
+            seen = read(job.teacher, batch, taps)
+            for unit in job.units:
+                index = chosen[unit.id]
+                x, y = input_rows(seen[f"x {unit.id}"], unit, index), rows(seen[f"y {unit.id}"], unit, index)
+                weights = row_weights(pattern, unit, index, sensitivity, len(y) // len(index), samples.kept(batch))
+                found[unit.id].add(x, y, weights)
+    return found
+
 
 def fit_stand_ins(
     teacher: nn.Module,
@@ -97,11 +185,12 @@ def fit_stand_ins(
     position, mean one. 3x3 stand-ins, whose equations are 81 times as large, are fitted when ``conv`` says so.
     """
     device = next(teacher.parameters()).device
-    pattern = sensitivities(teacher, units, samples.batch(slice(0, SENSITIVITY_SAMPLES), device), seed)
-    actions = {unit.id: [a for a in Block().stand_ins(unit) if conv or a != "conv"] for unit in units}
+    few = samples.batch(slice(0, SENSITIVITY_SAMPLES), device)
+    pattern, kept = sensitivities(teacher, units, few, seed, samples.kept(few)), samples.kept(samples.inputs)
+    actions = {unit.id: [a for a in WHOLE.stand_ins(unit) if conv or a != "conv"] for unit in units}
     sides = {unit.id: max(KERNELS[action] for action in actions[unit.id]) for unit in units}
     equations = {unit.id: NormalEquations(unit.channels, device, sides[unit.id]) for unit in units}
-    chosen = {unit.id: positions(unit, pattern[unit.id], seed=seed) for unit in units}
+    chosen = {unit.id: positions(unit, pattern[unit.id], seed=seed, kept=kept) for unit in units}
     taps = {f"x {u.id}": Tap(u.path, "input") for u in units} | {f"y {u.id}": Tap(u.path, "output") for u in units}
     with evaluating(teacher):
         for batch in track(samples.batches(batch_size, device), "fit", -(-len(samples) // batch_size)):
@@ -109,7 +198,8 @@ def fit_stand_ins(
             for unit in units:
                 index = chosen[unit.id]
                 x, y = rows(seen[f"x {unit.id}"], unit, index, sides[unit.id]), rows(seen[f"y {unit.id}"], unit, index)
-                equations[unit.id].add(x, y, row_weights(pattern, unit, index, sensitivity, len(batch)))
+                weights = row_weights(pattern, unit, index, sensitivity, len(y) // len(index), samples.kept(batch))
+                equations[unit.id].add(x, y, weights)
     return {
         unit.id: {
             action: (equations[unit.id] if KERNELS[action] == sides[unit.id] else equations[unit.id].pointwise()).solve(

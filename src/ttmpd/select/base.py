@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ttmpd.errors import InvalidValueError
+from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.method import Method, check_range
 from ttmpd.modules import call, evaluating, find_feature_tap, tapped
 from ttmpd.progress import track
 from ttmpd.records import Samples, Tap
+from ttmpd.text import answered, trimmed
 
 
 class Selector(Method, abc.ABC):
@@ -43,7 +44,7 @@ class Selector(Method, abc.ABC):
 
         Raises:
             InvalidValueError: ``n`` is not positive, or ``labels`` are not one per sample.
-            UnsupportedError: the method cannot treat this teacher.
+            UnsupportedError: the method cannot treat this teacher, for one because it answers each token of a text.
         """
         check_range("n", n, 1)
         if labels is not None and labels.shape != (len(pool),):
@@ -52,6 +53,11 @@ class Selector(Method, abc.ABC):
             )
         if n >= len(pool):
             return tuple(range(len(pool)))
+        if self.looks and answered(teacher, pool.inputs[:1]) is not None:
+            raise UnsupportedError(
+                f"a selector must have one answer per sample, but {type(teacher).__name__} answers each token; "
+                "use random"
+            )
         return tuple(sorted(self.choose(teacher, pool, n, labels, batch_size=batch_size, seed=seed)))
 
     @abc.abstractmethod
@@ -104,6 +110,6 @@ def answers(teacher: nn.Module, pool: Samples, tap: Tap | None, batch_size: int)
     n_batches = math.ceil(len(pool) / batch_size)
     with evaluating(teacher), tapped(teacher, taps) as seen:
         for batch in track(pool.batches(batch_size, device), "select", n_batches):
-            logits.append(call(teacher, batch).float().cpu())
+            logits.append(call(teacher, trimmed(batch, pool.padding)).float().cpu())
             features.append(seen["features"].flatten(1).float().cpu() if tap else logits[-1])
     return torch.cat(logits), torch.cat(features)

@@ -20,10 +20,11 @@ from filelock import BaseFileLock, FileLock
 from torch import Tensor, nn
 
 from ttmpd.checkpoint import PLAN, UNFINISHED, check_output
-from ttmpd.errors import InvalidValueError, TTMPDError
+from ttmpd.errors import InvalidValueError, TTMPDError, UnsupportedError
 from ttmpd.factory import cause
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.modules import clone, first_tensor
+from ttmpd.preprocessing import Preprocessing
 from ttmpd.serving.background import Kind, start, write_copy
 from ttmpd.serving.course import Course
 from ttmpd.serving.lookout import Served
@@ -31,6 +32,7 @@ from ttmpd.serving.reservoir import Reservoir
 from ttmpd.serving.rounds import Begin, Clock, Policy, device_of, frozen
 from ttmpd.settings import Target, settings_of
 from ttmpd.stages import disk_guarded
+from ttmpd.text import Tokenization
 
 FEWEST = 8
 """Samples with which a compression can begin."""
@@ -82,6 +84,7 @@ class TestTime:
     Raises:
         InvalidValueError: a value breaks its rule.
         ModelError: the model cannot be opened.
+        UnsupportedError: it is a text model.
 
     Example:
         >>> from ttmpd.specimens import tiny_model, tiny_samples
@@ -117,11 +120,17 @@ class TestTime:
         if self._output is not None:
             check_output(self._output)
         opened = model if isinstance(model, OpenedModel) else open_model(model)
+        if isinstance(opened.preprocessing, Tokenization):
+            raise UnsupportedError(
+                f"a service must collect images or floating values, but {type(opened.module).__name__} takes text; "
+                "compress it with ttmpd.compress and serve the artifact"
+            )
+        self.preprocessing: Preprocessing | None = opened.preprocessing
         self.opened = dataclasses.replace(opened, module=frozen(clone(opened.module)))
         self._folder, self._lock = _own_folder()
         self._course = Course(
             self.opened,
-            Reservoir(samples, opened.preprocessing, given.get("seed", 0)),
+            Reservoir(samples, self.preprocessing, given.get("seed", 0)),
             Path(self._folder.name),
             given={"device": str(device_of(opened.module))} | given,
             policy=self.policy,
@@ -273,13 +282,11 @@ def _own_folder() -> tuple[tempfile.TemporaryDirectory[str], BaseFileLock]:
 
 def _checked(given: dict[str, Any], speedup: float | None, latency: str | float | None) -> dict[str, Any]:
     """The arguments of ``compress``, with every rule checked now and not when the samples are there."""
-    if (speedup is None) == (latency is None):
-        raise InvalidValueError("the target must be one of speedup and latency; give exactly one of them")
+    Target.of(speedup, latency)
     settings_of(given)
     if "num_samples" in given:
         raise InvalidValueError("num_samples must be left out: give samples, the number that are collected")
     if latency is not None:
-        Target.parse(latency)
         return given | {"latency": latency}
     Target(speedup=speedup)
     return given | {"speedup": speedup}

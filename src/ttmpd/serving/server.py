@@ -92,7 +92,7 @@ def _add_predict(app: FastAPI, service: TestTime, limits: Limits, metrics: Metri
 
 async def _reader(request: Request, service: TestTime, limits: Limits) -> Callable[[], Tensor]:
     """Reads the body; what decodes it is handed back, to be run in a thread."""
-    preprocessing = service.opened.preprocessing
+    preprocessing = service.preprocessing
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         bodies = await _files(request, limits)

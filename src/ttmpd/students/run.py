@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ttmpd.errors import InvalidValueError, SamplesError
+from ttmpd.errors import InvalidValueError, SamplesError, UnsupportedError
 from ttmpd.evaluation import Accuracy
 from ttmpd.guard import logits_of
 from ttmpd.labels import open_labels
@@ -22,6 +22,7 @@ from ttmpd.samples import open_samples
 from ttmpd.settings import choose_device
 from ttmpd.stages import disk_guarded, locked, write_json
 from ttmpd.students.student import WORK, Trained, train_student
+from ttmpd.text import is_tokens
 
 WEIGHTS, REPORT, CARD = "model.safetensors", "report.json", "README.md"
 KIND = "student"
@@ -110,6 +111,11 @@ def _opened(
     data: str, student: OpenedModel, teacher: OpenedModel | None, n: int | None, seed: int
 ) -> tuple[Samples, Samples]:
     """The samples as the student wants them, and the same ones as the teacher wants them."""
+    for one in (student, teacher):
+        if one is not None and is_tokens(one.preprocessing):
+            raise UnsupportedError(
+                f"a student must learn one class per sample, but {type(one.module).__name__} answers each token"
+            )
     theirs = student.preprocessing if teacher is None else teacher.preprocessing or student.preprocessing
     ours = student.preprocessing or theirs
     samples = open_samples(data, ours, n_samples=n, seed=seed)

@@ -1,68 +1,124 @@
 """Checks of scorers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 
-from ttmpd.records import ACTIONS, Score, Unit
+from ttmpd.records import ACTIONS, Samples, Score, Unit
 from ttmpd.score.base import Scorer
-from ttmpd.specimens import require, tiny_model, tiny_samples, tiny_units, untouched
+from ttmpd.specimens import (
+    TinyNet,
+    TinyTransformer,
+    require,
+    tiny_model,
+    tiny_samples,
+    tiny_token_samples,
+    tiny_transformer,
+    tiny_units,
+    untouched,
+)
+from ttmpd.surgery import find_units, narrow_kind
 from ttmpd.testing.common import quick, twice
 
+Case = tuple[nn.Module, tuple[Unit, ...], Samples]
 
-def _scores(scorer: Scorer, model: nn.Module, units: Sequence[Unit], n: int = 12, seed: int = 0) -> tuple[Score, ...]:
-    return quick(scorer).score(model, units, tiny_samples(n), actions=ACTIONS, batch_size=8, seed=seed)
+
+def _members(model: nn.Module, kinds: Sequence[str]) -> tuple[Unit, ...]:
+    return find_units(model, tiny_token_samples(2).batch(slice(None)), kinds).units
+
+
+def _cases(scorer: Scorer, n: int = 12) -> Iterator[Case]:
+    """A network with whole units, and one with heads and neurons: what the scorer says that it can judge."""
+    if "block" in scorer.kinds:
+        net = tiny_model()
+        yield net, tiny_units(net), tiny_samples(n)
+    kinds = [kind for kind in scorer.kinds if kind != "block"]
+    if kinds:
+        transformer = tiny_transformer()
+        yield transformer, _members(transformer, kinds), tiny_token_samples(n)
+
+
+def _scores(scorer: Scorer, case: Case, seed: int = 0) -> tuple[Score, ...]:
+    model, units, samples = case
+    return quick(scorer).score(model, units, samples, actions=ACTIONS, batch_size=8, seed=seed)
 
 
 def check_score_untouched(scorer: Scorer) -> None:
     """Scoring changes nothing."""
-    model, few, samples = tiny_model(), quick(scorer), tiny_samples()
-    units = tiny_units(model)
-    with untouched(model, samples):
-        few.score(model, units, samples, batch_size=8)
+    for case in _cases(scorer):
+        with untouched(case[0], case[2]):
+            _scores(scorer, case)
 
 
 def check_score_repeats(scorer: Scorer) -> None:
     """The same seed gives the same scores, whatever was drawn before."""
-    model = tiny_model()
-    units = tiny_units(model)
-    first, second = twice(lambda: _scores(scorer, model, units))
-    require(first == second, "the same seed must give the same scores")
+    for case in _cases(scorer):
+        first, second = twice(lambda case=case: _scores(scorer, case))  # type: ignore[misc]
+        require(first == second, "the same seed must give the same scores")
 
 
 def check_score_complete(scorer: Scorer) -> None:
-    """One finite score per unit and action that is declared."""
-    model = tiny_model()
-    units = tiny_units(model)
-    scores = _scores(scorer, model, units)
-    wanted = [(unit.id, action) for unit in units for action in type(scorer).actions]
-    found = [(score.unit, score.action) for score in scores]
-    require(sorted(found) == sorted(wanted), f"scores must be one per unit and action, but got {found}")
-    require(all(math.isfinite(score.harm) for score in scores), "scores must be finite")
+    """One finite score per unit and action that is declared, or per width; the kept members belong to the unit."""
+    for _, units, samples in (cases := list(_cases(scorer))):
+        del samples
+        wanted = [(unit.id, action, 0) for unit in units if not unit.members for action in type(scorer).actions]
+        wanted += [(u.id, "narrow", n) for u in units if u.members for n in narrow_kind(u).widths(u)]
+        scores = _scores(scorer, next(case for case in cases if case[1] is units))
+        found = [(score.unit, score.action, len(score.kept)) for score in scores]
+        require(sorted(found) == sorted(wanted), f"scores must be one per unit and action or width, but got {found}")
+        require(all(math.isfinite(score.harm) for score in scores), "scores must be finite")
+        members = {unit.id: unit.members for unit in units}
+        for score in scores:
+            inside = all(0 <= member < members[score.unit] for member in score.kept)
+            require(inside and list(score.kept) == sorted(set(score.kept)), "kept members must be some of the unit's")
 
 
 def check_score_edges(scorer: Scorer) -> None:
     """No units give no scores; one sample is enough for finite ones of an ordinary size."""
-    model = tiny_model()
-    require(_scores(scorer, model, ()) == (), "no units must give no scores")
-    scores = _scores(scorer, model, tiny_units(model), n=1)
-    require(bool(scores) and all(abs(s.harm) < 1e6 for s in scores), "one sample must give scores of an ordinary size")
+    for case in _cases(scorer, n=1):
+        require(_scores(scorer, (case[0], (), case[2])) == (), "no units must give no scores")
+        scores = _scores(scorer, case)
+        ordinary = bool(scores) and all(abs(score.harm) < 1e6 for score in scores)
+        require(ordinary, "one sample must give scores of an ordinary size")
 
 
 def check_score_of_nothing(scorer: Scorer) -> None:
-    """A unit whose branch is all zeros adds nothing: it hurts least, under every action."""
-    for number in range(3):
-        model = tiny_model()
-        for parameter in model.blocks[number].parameters():
-            parameter.data.zero_()
-        units = tiny_units(model)
-        for action in type(scorer).actions:
-            harms = [score.harm for score in _scores(scorer, model, units) if score.action == action]
-            require(
-                all(harms[number] < harm for i, harm in enumerate(harms) if i != number),
-                f"a unit that adds nothing must hurt least ({action}), but unit {number} of {harms} does not",
-            )
+    """What adds nothing hurts least: a unit whose branch is all zeros, under every action, and heads and neurons."""
+    if "block" in scorer.kinds:
+        for number in range(3):
+            _check_block_of_nothing(scorer, number)
+    for kind in scorer.kinds:
+        if kind != "block":
+            _check_members_of_nothing(scorer, kind)
+
+
+def _check_block_of_nothing(scorer: Scorer, number: int) -> None:
+    model: TinyNet = tiny_model()
+    for parameter in model.blocks[number].parameters():
+        parameter.data.zero_()
+    scores = _scores(scorer, (model, tiny_units(model), tiny_samples()))
+    for action in type(scorer).actions:
+        harms = [score.harm for score in scores if score.action == action]
+        require(
+            all(harms[number] < harm for i, harm in enumerate(harms) if i != number),
+            f"a unit that adds nothing must hurt least ({action}), but unit {number} of {harms} does not",
+        )
+
+
+def _check_members_of_nothing(scorer: Scorer, kind: str) -> None:
+    """The first half of the members of the first unit says nothing: all others stay before any of them does."""
+    model: TinyTransformer = tiny_transformer()
+    unit = _members(model, [kind])[0]
+    layer = model.get_submodule(unit.path)
+    assert isinstance(layer, nn.Linear)
+    with torch.no_grad():
+        layer.weight[:, : layer.in_features // 2] = 0
+    silent = set(range(unit.members // 2))
+    for score in _scores(scorer, (model, (unit,), tiny_token_samples())):
+        kept, others = silent & set(score.kept), set(range(unit.members)) - silent - set(score.kept)
+        require(not (kept and others), f"members that add nothing must go first, but {sorted(others)} went before")
 
 
 CHECKS = (

@@ -1,20 +1,57 @@
 """Checks of kinds of units."""
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ttmpd.modules import count_parameters
-from ttmpd.records import Unit
-from ttmpd.specimens import TinyNet, require, tiny_model, tiny_samples, untouched
+from ttmpd.modules import clone, count_parameters
+from ttmpd.records import Removal, Unit
+from ttmpd.specimens import require, tiny_model, tiny_samples, tiny_tokens, tiny_transformer, untouched
 from ttmpd.testing.common import answer
-from ttmpd.units.base import Kind
+from ttmpd.units._members import masked
+from ttmpd.units.base import Kind, Narrow, Whole
 
 
-def _found(kind: Kind) -> tuple[TinyNet, Tensor, tuple[Unit, ...]]:
-    model, batch = tiny_model(), tiny_samples(4).batch(slice(None))
+def _found(kind: Kind) -> tuple[nn.Module, Tensor, tuple[Unit, ...]]:
+    model: nn.Module = tiny_transformer() if isinstance(kind, Narrow) else tiny_model()
+    batch = tiny_tokens() if isinstance(kind, Narrow) else tiny_samples(4).batch(slice(None))
     units = kind.find(model, batch).units
     require(len(units) >= 2, "the model of the checks must hold at least two units")
     return model, batch, units
+
+
+def _removals(kind: Kind, units: Sequence[Unit]) -> list[list[Removal]]:
+    """Some ways to remove the units: whole ones are dropped, the others keep each number of members that is offered."""
+    if not isinstance(kind, Narrow):
+        return [[Removal(unit, "drop") for unit in units]]
+    widths = max(len(kind.widths(unit)) for unit in units)
+    return [
+        [
+            Removal(unit, "narrow", tuple(range(unit.members))[-width:] if width else ())
+            for unit in units
+            for width in kind.widths(unit)[number : number + 1]
+        ]
+        for number in range(widths)
+    ]
+
+
+def _cut(kind: Kind, model: nn.Module, removals: Sequence[Removal]) -> nn.Module:
+    if isinstance(kind, Whole):
+        return kind.cut(model, [removal.unit for removal in removals])
+    assert isinstance(kind, Narrow)
+    student = clone(model)
+    for removal in removals:
+        kind.narrow(student, removal.unit, removal.kept)
+    return student
+
+
+def _masked_answer(kind: Kind, model: nn.Module, batch: Tensor, removals: Sequence[Removal]) -> Tensor:
+    if isinstance(kind, Whole):
+        with kind.mask(model, [removal.unit for removal in removals]):
+            return answer(model, batch)
+    with masked(model, {removal.unit: removal.kept for removal in removals}):
+        return answer(model, batch)
 
 
 def check_units_untouched(kind: Kind) -> None:
@@ -22,9 +59,9 @@ def check_units_untouched(kind: Kind) -> None:
     model, batch, units = _found(kind)
     with untouched(model):
         kind.find(model, batch)
-        kind.cut(model, units)
-        with kind.mask(model, units):
-            pass
+        for removals in _removals(kind, units):
+            _cut(kind, model, removals)
+            _masked_answer(kind, model, batch, removals)
     require(kind.find(model, batch).units == units, "the same model must have the same units")
 
 
@@ -33,45 +70,49 @@ def check_masked_equals_cut(kind: Kind) -> None:
     model, batch, units = _found(kind)
     whole = answer(model, batch)
     for chosen in [(), *((unit,) for unit in units), units]:
-        with kind.mask(model, chosen):
-            masked = answer(model, batch)
-        gap = float((masked - answer(kind.cut(model, chosen), batch)).abs().max())
-        require(gap <= 1e-5, f"masked output must equal cut output, but they differ by {gap} for {len(chosen)} units")
-        require(torch.equal(masked, whole) == (not chosen), "a removal must change the answer, and nothing else may")
+        for removals in _removals(kind, chosen) if chosen else [[]]:
+            found = _masked_answer(kind, model, batch, removals)
+            gap = float((found - answer(_cut(kind, model, removals), batch)).abs().max())
+            require(
+                gap <= 1e-5, f"masked output must equal cut output, but they differ by {gap} for {len(chosen)} units"
+            )
+            alike = torch.equal(found, whole)
+            require(alike == (not removals), "a removal must change the answer, and nothing else may")
     require(torch.equal(answer(model, batch), whole), "the model must answer as before once the mask is off")
 
 
 def check_parameters_fall(kind: Kind) -> None:
-    """As many weights go as the units say."""
+    """As many weights go as the units say, in proportion to the members that go."""
     model, _, units = _found(kind)
-    for chosen in ((), units[:1], units):
-        gone = count_parameters(model) - count_parameters(kind.cut(model, chosen))
-        stated = sum(unit.n_params for unit in chosen)
-        require(gone == stated, f"{stated} parameters must go with {len(chosen)} units, but {gone} went")
+    for chosen in (units[:1], units):
+        for removals in _removals(kind, chosen):
+            gone = count_parameters(model) - count_parameters(_cut(kind, model, removals))
+            stated = sum(r.unit.n_params * (1 - len(r.kept) / max(1, r.unit.members)) for r in removals)
+            require(abs(gone - stated) < 1e-6, f"{stated} parameters must go with {len(chosen)} units, but {gone} went")
 
 
 def check_cuts_commute(kind: Kind) -> None:
-    """The order of cuts does not matter, and building a stand-in draws nothing."""
+    """The order of cuts does not matter, and cutting draws nothing."""
     model, batch, units = _found(kind)
-    first, second = units[:1], units[1:2]
     state = torch.get_rng_state()
-    kind.stand_in(units[0])
-    require(torch.equal(state, torch.get_rng_state()), "the random state of torch must stay as it was")
-    answers = [
-        answer(student, batch)
-        for student in (
-            kind.cut(kind.cut(model, first), second),
-            kind.cut(kind.cut(model, second), first),
-            kind.cut(model, (*first, *second)),
+    for removals in _removals(kind, units[:2]):
+        first, second = removals[:1], removals[1:]
+        students = (
+            _cut(kind, _cut(kind, model, first), second),
+            _cut(kind, _cut(kind, model, second), first),
+            _cut(kind, model, (*first, *second)),
         )
-    ]
-    require(torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2]), "cuts must commute")
+        answers = [answer(student, batch) for student in students]
+        require(torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2]), "cuts must commute")
+    if isinstance(kind, Whole):
+        kind.stand_in(units[0])
+    require(torch.equal(state, torch.get_rng_state()), "the random state of torch must stay as it was")
 
 
 def check_cut_exports(kind: Kind) -> None:
     """``torch.export`` takes the cut model, and the exported program answers alike."""
     model, batch, units = _found(kind)
-    student = kind.cut(model, units[:1])
+    student = _cut(kind, model, _removals(kind, units[:1])[0])
     program = torch.export.export(student, (batch,)).module()
     alike = torch.allclose(program(batch), answer(student, batch), atol=1e-5)
     require(alike, "the exported program must answer alike")

@@ -2,7 +2,7 @@
 
 import abc
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,13 +26,17 @@ class Found:
 
 
 class Kind(Method, abc.ABC):
-    """Finds, masks and cuts one kind of unit. Masked output equals cut output."""
+    """Finds one kind of unit, and removes it. Masked output equals cut output."""
 
-    actions: ClassVar[tuple[str, ...]] = ("drop",)
+    actions: ClassVar[tuple[Action, ...]] = ("drop",)
 
     @abc.abstractmethod
     def find(self, model: nn.Module, batch: Tensor) -> Found:
         """The units of ``model``, seen by running ``batch`` (a few samples, already on the model's device)."""
+
+
+class Whole(Kind):
+    """A kind of unit that goes as a whole, and may have a stand-in."""
 
     @abc.abstractmethod
     def cut(self, model: nn.Module, units: Sequence[Unit]) -> nn.Module:
@@ -55,10 +59,19 @@ class Kind(Method, abc.ABC):
         """
 
 
-@contextlib.contextmanager
-def no_mask() -> Iterator[None]:
-    """The mask of an empty choice."""
-    yield
+class Narrow(Kind):
+    """A kind of unit whose members, heads or neurons, go one by one.
 
+    The layer at ``unit.path`` reads ``width`` inputs of every member; the members are made by the layers
+    ``unit.feeders``.
+    """
 
-Weights = Mapping[str, Tensor]
+    actions: ClassVar[tuple[Action, ...]] = ("narrow",)
+
+    @abc.abstractmethod
+    def widths(self, unit: Unit) -> tuple[int, ...]:
+        """Numbers of members that are worth keeping, most first, fewer than there are."""
+
+    @abc.abstractmethod
+    def narrow(self, student: nn.Module, unit: Unit, kept: Sequence[int]) -> None:
+        """Take all members but ``kept`` out of ``student``, in place; they are numbered as found."""

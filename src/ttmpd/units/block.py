@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ttmpd.errors import InvalidValueError, ModelError
+from ttmpd.errors import ModelError
 from ttmpd.modules import (
     call,
     count_macs,
@@ -29,7 +29,7 @@ from ttmpd.modules import (
     stubbed,
 )
 from ttmpd.records import KERNELS, Action, Layout, Unit
-from ttmpd.units.base import Found, Kind
+from ttmpd.units.base import Found, Whole
 
 # Backward nodes that keep every value apart from shifts, clipping and normalisation: a shortcut may cross them.
 _TRANSPARENT = {
@@ -73,7 +73,7 @@ class _Call:
     versions: tuple[int, int] = (0, 0)
 
 
-class Block(Kind):
+class Block(Whole):
     """Blocks whose output has the shape of their input.
 
     Example:
@@ -83,7 +83,7 @@ class Block(Kind):
     """
 
     source: ClassVar[str] = "PRACTISE (arXiv 2202.07861), section 3: blocks of equal shape; found here by running"
-    actions: ClassVar[tuple[str, ...]] = ("drop", "linear", "conv")
+    actions: ClassVar[tuple[Action, ...]] = ("drop", "linear", "conv")
 
     def find(self, model: nn.Module, batch: Tensor) -> Found:
         """The removable blocks, in the order of the network.
@@ -377,13 +377,3 @@ def _works_without(kind: Block, model: nn.Module, unit: Unit, batch: Tensor, ref
     finally:
         replace_module(model, unit.path, original)
     return True
-
-
-def check_units(model: nn.Module, units: Sequence[Unit]) -> None:
-    """Raise :class:`InvalidValueError` when a unit does not belong to ``model``."""
-    for unit in units:
-        if count_parameters(module_at(model, unit.path)) != unit.n_params:
-            raise InvalidValueError(
-                f"unit {unit.id} must have {unit.n_params} parameters, but the model's has "
-                f"{count_parameters(module_at(model, unit.path))}; the plan belongs to another model"
-            )

@@ -1,0 +1,66 @@
+"""The contract of a method that puts exits on a model."""
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from ttmpd.early_exit._model import EarlyExitModel, with_only
+from ttmpd.method import Method
+from ttmpd.records import Samples
+
+
+@dataclass(frozen=True, eq=False)
+class Equipped:
+    """A model with exits through which nobody leaves yet.
+
+    Args:
+        model: a new model, its threshold above 1; the one passed in stays as it was.
+        exit_logits: (n_exits, N, n_classes) calibrated answers of every exit to the samples, each by exits that were
+            not trained on that sample: what confidence will be on new ones.
+        logits: (N, n_classes) the model's own answers.
+        classes: (N,) what the exits were calibrated to: the model's answers, or the labels.
+        facts: numbers for the report, a row per exit.
+        note: one line for the user.
+    """
+
+    model: EarlyExitModel
+    exit_logits: Tensor
+    logits: Tensor
+    classes: Tensor
+    facts: tuple[dict[str, float], ...] = field(default=())
+    note: str = ""
+
+    def only(self, numbers: Sequence[int], saves: Sequence[float] = ()) -> "Equipped":
+        """A copy with some of the exits alone; for ``saves`` see :class:`ttmpd.early_exit._spec.Exits`."""
+        facts = tuple(self.facts[number] for number in numbers) if self.facts else ()
+        fewer = f"; {len(numbers)} of them are worth their time" if len(numbers) < len(self.exit_logits) else ""
+        model, logits = with_only(self.model, numbers, saves), self.exit_logits[list(numbers)]
+        return replace(self, model=model, exit_logits=logits, facts=facts, note=self.note + fewer)
+
+
+class EarlyExit(Method, abc.ABC):
+    """Lets samples that are sure early leave a model early; the model itself is frozen."""
+
+    prune: bool = True
+    """Take exits off again that cost more time than they are worth at the latency that is asked for."""
+    by_time: bool = True
+    """Allow more doubt where leaving saves more time; else all exits have the same threshold."""
+
+    @abc.abstractmethod
+    def equip(
+        self, model: nn.Module, samples: Samples, *, labels: Tensor | None = None, batch_size: int = 64, seed: int = 0
+    ) -> Equipped:
+        """A copy of the model with trained and calibrated exits.
+
+        Args:
+            model: on the device where it shall run; pruned or not.
+            samples: from the place of use.
+            labels: (N,) classes of the samples; without them exits learn the model's own answers.
+            batch_size: samples per pass.
+            seed: of everything random.
+
+        Raises:
+            UnsupportedError: there is no place for an exit in this model.
+        """

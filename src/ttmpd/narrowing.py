@@ -1,0 +1,269 @@
+"""Closed forms for heads and neurons: which of them the others can stand in for, and how the others then answer.
+
+The layer behind them computes ``y = W h + b``. Without some of the inputs ``h`` it is fitted again to the same ``y``:
+ridge least squares on what the kept inputs say. All sums are float64 and need one pass; what a choice of members costs
+after this repair follows from them without any further pass.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.modules import StopForwardError, evaluating, first_tensor, hooks, module_at
+from ttmpd.records import Tap, Unit
+from ttmpd.units._members import columns, matrix_of
+
+RANGE = 10.0
+"""Rescaling factors beyond this are not trusted (Kwon et al., 2022)."""
+MODULES_BEHIND = 8
+"""How many modules behind a layer are looked at for the sum with its shortcut."""
+
+
+@dataclass
+class Sums:
+    """Running sums of a weighted regression of ``y`` on ``[h 1]``.
+
+    Args:
+        n_inputs: width of ``h``.
+        n_outputs: width of ``y``.
+        device: of the rows.
+    """
+
+    n_inputs: int
+    n_outputs: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        at = torch.device("cpu") if self.device.type == "mps" else self.device  # MPS has no float64
+        self.gram = torch.zeros(self.n_inputs + 1, self.n_inputs + 1, dtype=torch.float64, device=at)
+        self.cross = torch.zeros(self.n_inputs + 1, self.n_outputs, dtype=torch.float64, device=at)
+
+    def add(self, h: Tensor, y: Tensor, weight: Tensor) -> None:
+        """Add rows: ``h`` (rows, n_inputs), ``y`` (rows, n_outputs), ``weight`` (rows,); rows of weight 0 go."""
+        there = weight.to(h.device) > 0
+        h, y, weight = h[there].float(), y[there].float(), weight.to(h.device)[there].float()
+        h = nn.functional.pad(h, (0, 1), value=1.0)
+        left = (h * weight[:, None]).T
+        # Products of a batch in single precision, their sums in double: twice as fast, and as good.
+        self.gram += (left @ h).to(self.gram)
+        self.cross += (left @ y).to(self.cross)
+
+    @property
+    def scale(self) -> float:
+        """Mean diagonal of the moments of the inputs."""
+        return max(float(self.gram.diagonal()[:-1].mean()), 1e-12) if self.n_inputs else 1e-12
+
+    def solve(
+        self, old: Tensor, old_bias: Tensor, ridge: float, free_bias: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias) of least squared error; the ridge draws them to the old ones.
+
+        Args:
+            old: (n_outputs, n_inputs), the layer's own weight for these inputs.
+            old_bias: (n_outputs,).
+            ridge: relative to the mean diagonal.
+            free_bias: whether the layer has a bias; else it stays without one.
+        """
+        before = torch.cat([old.double().T, old_bias.double()[None]]).to(self.gram)
+        n = self.n_inputs + free_bias
+        found = before.clone()
+        found[:n] += _solved(self.gram[:n, :n], (self.cross - self.gram @ before)[:n], ridge * self.scale)
+        return found[:-1].T.to(old), found[-1].to(old) if free_bias else None
+
+    def rescaled(self, old: Tensor, old_bias: Tensor, size: int, damp: float = 1.0) -> Tensor | None:
+        """(members,) factors for groups of ``size`` inputs, the bias kept; None when they cannot be trusted.
+
+        Source: KCM (ICML 2023) and Kwon et al. (NeurIPS 2022), equation 12: ``A^T A = (W W^T) * (H H^T)``, damped least
+        squares for the change from 1; here solved directly instead of by LSMR.
+        """
+        weight, bias = old.double().T.to(self.gram), old_bias.double().to(self.gram)  # (inputs, outputs)
+        n = self.n_inputs
+        members = n // size
+        # A'A and A'(B - A 1) of the contributions A of each group, from the moments alone.
+        system = (self.gram[:n, :n] * (weight @ weight.T)).view(members, size, members, size).sum((1, 3))
+        wanted = self.cross[:n] - self.gram[:n, n:] * bias
+        right = (wanted * weight).sum(1).view(members, size).sum(1) - system.sum(1)
+        system.diagonal().add_(damp**2)
+        factors = 1 + torch.linalg.solve(system, right)
+        trusted = bool(torch.isfinite(factors).all()) and float(factors.abs().max()) <= RANGE
+        return factors.to(old) if trusted else None
+
+
+def _solved(system: Tensor, right: Tensor, ridge: float) -> Tensor:
+    penalized = system.clone()
+    penalized.diagonal()[:] += ridge + 1e-12
+    factor, failed = torch.linalg.cholesky_ex(penalized)
+    if not int(failed):
+        return torch.cholesky_solve(right, factor)
+    driver = "gelsd" if system.device.type == "cpu" else None
+    solution: Tensor = torch.linalg.lstsq(penalized, right, driver=driver)[0]
+    return solution
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """The members to keep for one width, and what is lost after the repair.
+
+    Args:
+        kept: members, in rising order.
+        error: share of the layer's output energy that the kept members cannot say.
+        weight: (n_outputs, n_kept) the fitted layer, and its bias (n_outputs,).
+    """
+
+    kept: tuple[int, ...]
+    error: float
+    weight: Tensor
+    bias: Tensor
+
+
+def choices(
+    sums: Sums, matrix: Tensor, bias: Tensor, members: int, widths: Sequence[int], ridge: float
+) -> list[Choice]:
+    """The members to keep for every width, from a layer's own inputs alone.
+
+    From width to width the members go that the others, fitted anew, can best stand in for: the saliency of member
+    ``i`` is ``w_i' (P_ii)^-1 w_i`` with ``P`` the inverse of the inputs' second moments and ``w`` the weights fitted so
+    far. Within one step they are taken as independent.
+
+    Args:
+        sums: of the layer's inputs with its own outputs.
+        matrix: (n_outputs, n_inputs), the layer's weight.
+        bias: (n_outputs,).
+        members: heads or neurons, each as many inputs wide.
+        widths: numbers of members, falling.
+        ridge: relative to the mean diagonal.
+
+    Source: optimal brain surgeon (Hassibi and Stork, 1993) for the outputs of one layer, in steps.
+    Cost: one inverse of the moments and one update a width; no pass.
+    """
+    size = sums.n_inputs // members
+    old = torch.cat([matrix.double().T, bias.double()[None]]).to(sums.gram)  # (inputs + 1, outputs)
+    inverse = _inverse(sums.gram, ridge * sums.scale + 1e-12)
+    weight, alive = old.clone(), torch.arange(members)
+    rows = sums.gram[-1, -1].clamp_min(1e-12)
+    energy = float((old * (sums.gram @ old)).sum() - sums.cross[-1].square().sum() / rows)
+    lost, found = 0.0, []
+    for width in widths:
+        n_gone = len(alive) - width
+        saliency = _saliency(inverse, weight, size)
+        order = saliency.argsort()
+        going = _rows(order[:n_gone], size)
+        staying = torch.cat([_rows(order[n_gone:].sort().values, size), torch.tensor([len(weight) - 1])])
+        # Eliminate the inputs that go: weights and inverse of those that stay follow by block elimination.
+        corner = inverse[going][:, going]
+        step = torch.linalg.solve(corner, weight[going])
+        lost += float((weight[going] * step).sum())
+        weight = weight[staying] - inverse[staying][:, going] @ step
+        inverse = inverse[staying][:, staying] - inverse[staying][:, going] @ torch.linalg.solve(
+            corner, inverse[going][:, staying]
+        )
+        alive = alive[order[n_gone:].sort().values.cpu()]
+        error = max(0.0, lost / max(energy, 1e-12))
+        found.append(Choice(tuple(alive.tolist()), error, weight[:-1].T.to(matrix), weight[-1].to(matrix)))
+    return found
+
+
+def _inverse(moments: Tensor, penalty: float) -> Tensor:
+    """The inverse with ``penalty`` on the diagonal; with more of it where rounding leaves the moments indefinite."""
+    while True:
+        penalized = moments.clone()
+        penalized.diagonal()[:] += penalty
+        factor, failed = torch.linalg.cholesky_ex(penalized)
+        if not int(failed) or not math.isfinite(penalty):
+            return torch.cholesky_inverse(factor)
+        penalty *= 10
+
+
+def _rows(members: Tensor, size: int) -> Tensor:
+    return (members[:, None] * size + torch.arange(size, device=members.device)).flatten()
+
+
+def _saliency(inverse: Tensor, weight: Tensor, size: int) -> Tensor:
+    """(members,) what the error grows by when one member goes and all others are fitted anew."""
+    n = len(weight) - 1
+    if size == 1:
+        alone: Tensor = weight[:n].square().sum(1) / inverse.diagonal()[:n].clamp_min(1e-30)
+        return alone
+    blocks = torch.stack([inverse[i : i + size, i : i + size] for i in range(0, n, size)])
+    parts = weight[:n].view(n // size, size, -1)
+    together: Tensor = (parts * torch.linalg.solve(blocks, parts)).sum((1, 2))
+    return together
+
+
+def bias_of(layer: nn.Module) -> Tensor:
+    """The layer's bias, zeros where it has none."""
+    bias = layer.bias
+    return bias.detach() if isinstance(bias, Tensor) else matrix_of(layer).new_zeros(matrix_of(layer).shape[0])
+
+
+def input_rows(value: Tensor, unit: Unit, index: Tensor) -> Tensor:
+    """The chosen positions of what the layer at ``unit.path`` reads: (B x positions, inputs)."""
+    index = index.to(value.device)
+    if unit.layout == "channels_first":
+        return value.flatten(2)[:, :, index].transpose(1, 2).flatten(0, 1)
+    shape = (len(value), math.prod(value.shape[1:-1]), value.shape[-1])  # the width may be zero
+    return value.reshape(shape)[:, index].flatten(0, 1)
+
+
+def narrowed_answer(model: nn.Module, unit: Unit, choice: Choice) -> Callable[[Tensor], Tensor]:
+    """What the layer at ``unit.path`` answers to all its inputs once only the kept members speak."""
+    index = columns(model, unit, choice.kept)
+    weight, bias = choice.weight, choice.bias
+
+    def answer(h: Tensor) -> Tensor:
+        if unit.layout == "channels_first":
+            return nn.functional.conv2d(h[:, index.to(h.device)], weight[:, :, None, None], bias)
+        return nn.functional.linear(h[..., index.to(h.device)], weight, bias)
+
+    return answer
+
+
+def sum_taps(model: nn.Module, units: Sequence[Unit], batch: Tensor) -> dict[str, Tap]:
+    """Where each unit's layer has been added to the residual stream: unit id -> input of the module that reads the sum.
+
+    It is the next module whose input moves by one when the layer's output does, and is not that output itself. Units
+    without such a place (a layer scale between, a sum that no module reads) are left out.
+    """
+    found = {}
+    with evaluating(model):
+        for unit in units:
+            answer, plain = _behind(model, unit, batch, 0.0)
+            _, moved = _behind(model, unit, batch, 1.0)
+            for name, value in plain.items():
+                there = value.shape == answer.shape and not torch.equal(value, answer) and name in moved
+                if there and torch.allclose(moved[name] - value, torch.ones_like(value), atol=1e-3):
+                    found[unit.id] = Tap(name, "input")
+                    break
+    return found
+
+
+def _behind(model: nn.Module, unit: Unit, batch: Tensor, shift: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """(the layer's output plus ``shift``, inputs of the first modules that run after it by path)."""
+    seen: dict[str, Tensor] = {}
+    answers: list[Tensor] = []
+
+    def after(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        answers.append(output + shift)
+        return answers[-1]
+
+    def before(name: str, args: Any) -> None:
+        given = first_tensor(args)
+        if answers and given is not None and name not in seen:
+            seen[name] = given.clone()
+            if len(seen) >= MODULES_BEHIND:
+                raise StopForwardError
+
+    handles = [module_at(model, unit.path).register_forward_hook(after)]
+    handles += [
+        module.register_forward_pre_hook(lambda _m, args, kwargs, n=name: before(n, args or kwargs), with_kwargs=True)
+        for name, module in model.named_modules()
+        if name
+    ]
+    with hooks(handles), contextlib.suppress(StopForwardError):
+        model(batch)
+    return answers[-1], seen

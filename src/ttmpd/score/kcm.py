@@ -1,0 +1,123 @@
+"""KCM: representative neurons from the weights alone, times how active they are; no gradients, no labels."""
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ttmpd.errors import InvalidValueError
+from ttmpd.method import check_fields
+from ttmpd.modules import evaluating, module_at, read
+from ttmpd.narrowing import input_rows
+from ttmpd.progress import track
+from ttmpd.records import Action, Score, Tap, Unit
+from ttmpd.score.base import Job, Scorer, narrowed
+from ttmpd.units._members import matrix_of
+
+_TINY = 1e-30
+
+
+class KCM(Scorer):
+    """R2D2: how much a neuron is needed to represent the others, times the norm of what it says.
+
+    R2 runs the multiplicative update of a kernel convex matrix factorisation on the rows of the layer behind the
+    neurons and reads its diagonal; D2 is the root mean of the squared activations over the tokens of a batch, averaged
+    over batches. Both are scaled to 0..1 within a layer, so neurons of all layers can be compared.
+    """
+
+    source: ClassVar[str] = (
+        "KCM / R2D2 (Nova, Dai, Schuurmans, ICML 2023); iterations are bounded, members go in steps (`neuron.parts`) "
+        "instead of one by one, and heads are scored too, all columns of one as a point"
+    )
+    actions: ClassVar[tuple[Action, ...]] = ()
+    kinds: ClassVar[tuple[str, ...]] = ("head", "neuron")
+    rescales: ClassVar[bool] = True
+    sigma: float = 1.0
+    """Width of the Gaussian kernel; 0 takes the median distance of the rows over the root of two, for rows whose norms
+    are far from 1."""
+    alpha: float = 0.01
+    """Relative change at which the update stops. It regularises: at the optimum every neuron represents itself."""
+    max_iterations: int = 200
+    parts: str = "r2d2"
+    """"r2d2", or one of its factors alone: "r2", "d2"."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, sigma=0.0, alpha=1e-9, max_iterations=1)
+        if self.parts not in ("r2d2", "r2", "d2"):
+            raise InvalidValueError(f"kcm.parts must be r2d2, r2 or d2, but got {self.parts!r}")
+
+    def scores(self, job: Job) -> Iterable[Score]:
+        """One score per width: the most important members stay, the harm is the sum of the others.
+
+        Cost: one teacher pass; a few products of (members x members) matrices per layer.
+        """
+        norms = activity(job) if "d2" in self.parts else {}
+        for unit in track(job.units, "kcm", len(job.units)):
+            importance = torch.ones(unit.members)
+            if "r2" in self.parts:
+                points = matrix_of(module_at(job.teacher, unit.path)).detach().T.reshape(unit.members, -1)
+                importance = importance * scaled(representative(points, self.sigma, self.alpha, self.max_iterations))
+            if "d2" in self.parts:
+                importance = importance * scaled(norms[unit.id])
+            yield from narrowed(unit, importance)
+
+
+def representative(points: Tensor, sigma: float, alpha: float, max_iterations: int) -> Tensor:
+    """(N,) diagonal of the factor C that represents the points by each other in a Gaussian feature space.
+
+    ``C <- C * sqrt(K / (K C))`` from ``C = 1/N``, until the sum of C changes by less than ``alpha`` of it. Points with
+    near duplicates end at about one over their number, isolated ones at about one.
+
+    Args:
+        points: (N, width).
+        sigma: of the kernel ``exp(-|a - b|^2 / sigma^2)``; 0 takes the median distance over the root of two.
+        alpha: see above.
+        max_iterations: the bound of the update, which never ends by itself once a value is not a number.
+    """
+    points = points.double()
+    squares = torch.cdist(points, points).square()
+    width = sigma**2 if sigma > 0 else _median(squares) / 2
+    kernel = torch.exp(-squares / max(width, _TINY))
+    factor = torch.full_like(kernel, 1 / len(points))
+    for _ in range(max_iterations):
+        new = factor * (kernel / (kernel @ factor).clamp_min(_TINY)).sqrt()
+        change = float((new - factor).sum().abs()) / max(float(factor.abs().sum()), _TINY)
+        factor = new
+        if change < alpha:
+            break
+    return factor.diagonal().float().cpu()
+
+
+def _median(squares: Tensor) -> float:
+    """Median of the squared distances between different points."""
+    n = len(squares)
+    away = squares[~torch.eye(n, dtype=torch.bool, device=squares.device)]
+    return float(away.median()) if n > 1 else 1.0
+
+
+def activity(job: Job) -> dict[str, Tensor]:
+    """Unit id -> (members,) norm of what each member says, over the tokens of a batch, averaged over batches."""
+    taps = {unit.id: Tap(unit.path, "input") for unit in job.units}
+    sums = {unit.id: torch.zeros(unit.members, dtype=torch.float64) for unit in job.units}
+    n_batches = -(-len(job.samples) // job.batch_size)
+    with evaluating(job.teacher):
+        for batch in track(job.samples.batches(job.batch_size, job.device), "activity", n_batches):
+            seen = read(job.teacher, batch, taps)
+            for unit in job.units:
+                sums[unit.id] += _norms(seen[unit.id], unit, job.samples.kept(batch)).cpu()
+    return {name: (total / max(1, n_batches)).float() for name, total in sums.items()}
+
+
+def _norms(given: Tensor, unit: Unit, kept: Tensor | None) -> Tensor:
+    n_positions = max(1, given[0].numel() // given.shape[1 if unit.layout == "channels_first" else -1])
+    rows = input_rows(given, unit, torch.arange(n_positions)).double()
+    if kept is not None and kept.numel() == len(rows):
+        rows = rows[kept.flatten()]  # padding says nothing
+    return rows.square().sum(0).view(unit.members, -1).sum(1).sqrt()
+
+
+def scaled(values: Tensor) -> Tensor:
+    """The values on a scale from 0 to 1; all ones where they are equal."""
+    low, high = float(values.min()), float(values.max())
+    return (values - low) / (high - low) if high > low else torch.ones_like(values)

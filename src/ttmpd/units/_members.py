@@ -1,0 +1,127 @@
+"""What heads and neurons share: layers whose rows and columns are taken, masks, and the proof that both are one."""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.modules import call, evaluating, hooks, module_at
+from ttmpd.records import Unit
+from ttmpd.units.base import Narrow
+
+ROUND = 8
+"""Widths are multiples of this where there are enough members: matrix units run them at full speed."""
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether the module is a matrix applied at every position: Linear, Hugging Face's Conv1D, a 1x1 convolution."""
+    if isinstance(module, nn.Conv2d):
+        return module.kernel_size == (1, 1) and module.groups == 1 and module.padding == (0, 0)
+    return isinstance(module, nn.Linear) or _transposed(module)
+
+
+def _transposed(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def matrix_of(layer: nn.Module) -> Tensor:
+    """The layer's weight as (outputs, inputs); a view."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if _transposed(layer) else weight.flatten(1)
+
+
+def set_matrix(layer: nn.Module, matrix: Tensor, bias: Tensor | None) -> None:
+    """Give the layer a weight of (outputs, inputs) and a bias, in place; its sizes follow."""
+    shaped = matrix.T if _transposed(layer) else matrix
+    if isinstance(layer, nn.Conv2d):
+        shaped = shaped[:, :, None, None]
+    old = layer.weight
+    assert isinstance(old, Tensor)
+    layer.weight = nn.Parameter(shaped.detach().clone(memory_format=torch.contiguous_format).to(old), old.requires_grad)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone().to(old), old.requires_grad)
+    n_out, n_in = matrix.shape
+    for name, size in (("out_features", n_out), ("in_features", n_in), ("out_channels", n_out), ("in_channels", n_in),
+                       ("nf", n_out), ("nx", n_in)):  # fmt: skip
+        if hasattr(layer, name):
+            setattr(layer, name, size)
+
+
+def take_inputs(layer: nn.Module, index: Tensor) -> None:
+    """Keep the inputs at ``index``, in place."""
+    set_matrix(layer, matrix_of(layer)[:, index.to(_device(layer))], None)
+
+
+def take_outputs(layer: nn.Module, index: Tensor) -> None:
+    """Keep the outputs at ``index``, in place."""
+    index = index.to(_device(layer))
+    bias = layer.bias
+    assert bias is None or isinstance(bias, Tensor)
+    set_matrix(layer, matrix_of(layer)[index], None if bias is None else bias[index])
+
+
+def _device(layer: nn.Module) -> torch.device:
+    return next(layer.parameters()).device
+
+
+def spread_out(kept: Sequence[int], width: int) -> Tensor:
+    """The positions of the kept members where each is ``width`` wide."""
+    return (torch.tensor(list(kept), dtype=torch.long)[:, None] * width + torch.arange(width)).flatten()
+
+
+def columns(model: nn.Module, unit: Unit, kept: Sequence[int]) -> Tensor:
+    """The inputs of the layer at ``unit.path`` that belong to the kept members."""
+    return spread_out(kept, matrix_of(module_at(model, unit.path)).shape[1] // unit.members)
+
+
+@contextlib.contextmanager
+def masked(model: nn.Module, kept: Mapping[Unit, Sequence[int]]) -> Iterator[None]:
+    """While active, the layers at the units' paths see zeros where members are that are not kept."""
+    handles = []
+    for unit, members in kept.items():
+        layer = module_at(model, unit.path)
+        mask = torch.zeros(matrix_of(layer).shape[1])
+        mask[columns(model, unit, members)] = 1
+        mask = mask.view((-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,))
+        handles.append(layer.register_forward_pre_hook(lambda _m, args, mask=mask: _hidden(args, mask)))
+    with hooks(handles):
+        yield
+
+
+def _hidden(args: tuple[Tensor, ...], mask: Tensor) -> tuple[Tensor, ...]:
+    return (args[0] * mask.to(args[0]), *args[1:])
+
+
+def proven(kind: Narrow, model: nn.Module, units: Sequence[Unit], batch: Tensor) -> tuple[list[Unit], dict[str, str]]:
+    """(units that can be narrowed, path -> reason of the others): masked and cut models must answer alike.
+
+    All units are tried at once on one copy, and one by one only where that fails.
+    """
+    if not units or not (reason := _differs(kind, model, units, batch)):
+        return list(units), {}
+    if len(units) == 1:
+        return [], {units[0].path: reason}
+    half = len(units) // 2
+    kept, refused = proven(kind, model, units[:half], batch)
+    more, others = proven(kind, model, units[half:], batch)
+    return kept + more, refused | others
+
+
+def _differs(kind: Narrow, model: nn.Module, units: Sequence[Unit], batch: Tensor) -> str:
+    """Why the units cannot be narrowed, "" when they can."""
+    kept = {unit: tuple(range(0, unit.members, 2)) for unit in units}
+    try:
+        student = copy.deepcopy(model)
+        for unit, members in kept.items():
+            kind.narrow(student, unit, members)
+        with evaluating(student):
+            cut = call(student, batch)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError) as error:
+        return f"the model does not run with fewer: {(str(error).splitlines() or [type(error).__name__])[0][:120]}"
+    with evaluating(model), masked(model, kept):
+        wanted = call(model, batch)
+    scale = max(1.0, float(wanted.abs().max()))
+    return "" if torch.allclose(cut, wanted, rtol=0, atol=1e-4 * scale) else "what it computes depends on all of them"
