@@ -23,9 +23,9 @@ def calibration_sums(confidence: Tensor, right: Tensor) -> Tensor:
         confidence: (N,) probability of the answer.
         right: (N,) whether it is right.
     """
-    sure = confidence.double()
+    sure, right = confidence.detach().cpu().double(), right.cpu()  # some devices know no double precision
     index = (sure * N_BINS).ceil().long().clamp(1, N_BINS) - 1  # (0, 1/15], (1/15, 2/15], ...
-    sums = torch.zeros(3, N_BINS, dtype=torch.float64, device=sure.device)
+    sums = torch.zeros(3, N_BINS, dtype=torch.float64)
     for row, values in enumerate((torch.ones_like(sure), sure, right.to(sure.dtype))):
         sums[row].index_add_(0, index, values)
     return sums
@@ -47,8 +47,8 @@ def calibration_error(logits: Tensor, classes: Tensor) -> float:
         >>> round(calibration_error(torch.tensor([[0.0, 2.0]] * 4), torch.tensor([1, 1, 1, 0])), 3)
         0.131
     """
-    confidence, answers = logits.double().softmax(-1).max(-1)
-    return error_of(calibration_sums(confidence, answers == classes.to(answers.device)))
+    confidence, answers = logits.detach().cpu().double().softmax(-1).max(-1)
+    return error_of(calibration_sums(confidence, answers == classes.cpu()))
 
 
 def fit_temperature(logits: Tensor, classes: Tensor) -> float:
@@ -69,9 +69,9 @@ def fit_temperature(logits: Tensor, classes: Tensor) -> float:
     """
     if not len(logits):
         raise InvalidValueError("a temperature must be fitted on samples, but got none; give more")
-    z = logits.double()
+    z = logits.detach().cpu().double()
     spread = 1 / (len(z) + 2)
-    wanted = F.one_hot(classes.to(z.device), z.shape[1]) * (1 - spread) + spread / z.shape[1]
+    wanted = F.one_hot(classes.cpu(), z.shape[1]) * (1 - spread) + spread / z.shape[1]
     goal = float((wanted * z).sum(1).mean())
     low, high = _LOWEST, _HIGHEST
     for _ in range(50):

@@ -51,7 +51,7 @@ class Choice:
     @property
     def needed(self) -> float:
         """How many times faster the mean has to be."""
-        return self.original_ms / self.budget_ms
+        return self.original_ms / self.budget_ms * (1 - 1e-9)  # sums of times are not exact
 
     @property
     def met(self) -> bool:
@@ -142,6 +142,6 @@ def choose(
         found_ms = original_ms / speedup_of(rounds)[1]
         attempts.append((predicted, found_ms))
         choice = Choice(threshold, depths, original_ms, budget_ms, ms, predicted, rounds, tuple(attempts))
-        if found_ms <= budget_ms or len(attempts) == _ATTEMPTS:
+        if speedup_of(rounds)[1] >= choice.needed or len(attempts) == _ATTEMPTS:
             return choice
         ms = tuple(1.002 * found_ms / predicted * value for value in ms)

@@ -127,10 +127,10 @@ def saves_of(ms: Sequence[float]) -> tuple[float, ...]:
 def worth_keeping(
     sure: Sure, ms: Sequence[float], original_ms: float, budget_ms: float, by_time: bool = True
 ) -> tuple[int, ...]:
-    """Numbers of the exits that make the mean faster at the threshold that the budget leads to.
+    """Numbers of the exits that are worth their time at the threshold that the budget leads to.
 
     Every exit costs time for all samples that pass it. One is taken off where those that left there, going on, would
-    cost no more than that; what is won lets the threshold rise. One by one, the most useless first.
+    cost no more than that, if agreement within the budget does not fall either. One by one, the most useless first.
 
     Args:
         sure: of all exits, all under the same threshold.
@@ -142,20 +142,32 @@ def worth_keeping(
     Raises:
         BudgetUnreachableError: as :func:`choose_threshold`.
     """
-    kept = tuple(range(sure.n_exits))
-    while len(kept) > 1:
+
+    def chosen(kept: tuple[int, ...]) -> tuple[Sure, float, float]:
+        """What is known of some exits, the threshold for the budget, and the agreement under it."""
         left, few = ms_of(kept, ms, original_ms), sure.only(kept)
         few = few.weighed(saves_of(left)) if by_time else few
         threshold = choose_threshold(few, left, budget_ms)
-        means = []
-        for place in range(len(kept)):  # all other thresholds stay
-            rest = [other for other in range(len(kept)) if other != place]
-            numbers = tuple(kept[other] for other in rest)
-            means.append((mean_ms(few.only(rest).depths(threshold), ms_of(numbers, ms, original_ms)), numbers))
-        fastest, numbers = min(means)
-        if fastest > mean_ms(few.depths(threshold), left):
+        return few, threshold, few.agreement(few.depths(threshold))
+
+    def mean(few: Sure, threshold: float, kept: tuple[int, ...], rest: Sequence[int]) -> float:
+        """Milliseconds with the exits at the places ``rest`` alone, each with the threshold that it has."""
+        numbers = tuple(kept[place] for place in rest)
+        return mean_ms(few.only(rest).depths(threshold), ms_of(numbers, ms, original_ms))
+
+    kept = tuple(range(sure.n_exits))
+    few, threshold, agreement = chosen(kept)
+    while len(kept) > 1:
+        every = range(len(kept))
+        rests = [tuple(other for other in every if other != place) for place in every]
+        rest = min(rests, key=lambda rest: mean(few, threshold, kept, rest))
+        if mean(few, threshold, kept, rest) > mean(few, threshold, kept, every):
             break
-        kept = numbers
+        fewer = tuple(kept[place] for place in rest)
+        few, threshold, now = chosen(fewer)
+        if now < agreement:
+            break
+        kept, agreement = fewer, now
     return kept
 
 
