@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from ttmpd.least_squares import Moments
 from ttmpd.modules import call
-from ttmpd.narrowing import Sums, choices, sum_taps
+from ttmpd.narrowing import choices, rescaled, sum_taps
 from ttmpd.records import Removal, Samples, Tap
 from ttmpd.repair import refit, repaired
 from ttmpd.specimens import tiny_token_samples, tiny_tokens, tiny_transformer
@@ -16,8 +17,8 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def sums_of(h: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None = None) -> Sums:
-    sums = Sums(h.shape[1], y.shape[1], torch.device("cpu"))
+def sums_of(h: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None = None) -> Moments:
+    sums = Moments(h.shape[1], y.shape[1])
     for rows in torch.arange(len(h)).split(7):  # in batches, as they come
         sums.add(h[rows], y[rows], torch.ones(len(rows)) if weight is None else weight[rows])
     return sums
@@ -92,18 +93,18 @@ def test_nothing_kept_loses_all_but_the_mean():
 def test_factors_are_those_of_damped_least_squares():
     h, weight = drawn(50, 4), drawn(6, 4, seed=1)
     wanted = h @ (weight * torch.tensor([0.5, 1.0, 2.0, 1.5])).T
-    found = sums_of(h, wanted).rescaled(weight, torch.zeros(6), size=1, damp=0.0)
+    found = rescaled(sums_of(h, wanted), weight, torch.zeros(6), size=1, damp=0.0)
     assert torch.allclose(found, torch.tensor([0.5, 1.0, 2.0, 1.5]), atol=1e-3)
     contributions = torch.stack([torch.outer(h[:, i], weight[:, i]).flatten() for i in range(4)], 1).double()
     stacked = torch.cat([contributions, torch.eye(4).double()])
     right = torch.cat([wanted.flatten().double() - contributions.sum(1), torch.zeros(4).double()])
     damped = 1 + torch.linalg.lstsq(stacked, right[:, None])[0][:, 0]
-    assert torch.allclose(sums_of(h, wanted).rescaled(weight, torch.zeros(6), size=1).double(), damped, atol=1e-4)
+    assert torch.allclose(rescaled(sums_of(h, wanted), weight, torch.zeros(6), size=1).double(), damped, atol=1e-4)
 
 
 def test_factors_out_of_range_are_not_trusted():
     h, weight = drawn(50, 2), drawn(6, 2, seed=1)
-    assert sums_of(h, h @ (20 * weight).T).rescaled(weight, torch.zeros(6), size=1, damp=0.0) is None
+    assert rescaled(sums_of(h, h @ (20 * weight).T), weight, torch.zeros(6), size=1, damp=0.0) is None
 
 
 def test_rescaling_never_increases_the_error_of_a_layer():

@@ -295,7 +295,13 @@ def _check_format(folder: Path, data: Any) -> None:
 
 def _removal(row: Mapping[str, Any]) -> Removal:
     fields = {field.name for field in dataclasses.fields(Unit)}
-    row = {"members": 0, "feeders": [], "kept": [], **row}  # artifacts from before members could go one by one
+    row = {
+        "members": 0,
+        "feeders": [],
+        "widths": [],
+        "kept": [],
+        **row,
+    }
     if set(row) != fields | {"action", "kept"}:
         different = ", ".join(sorted(set(row) ^ (fields | {"action", "kept"})))
         raise CheckpointError(f"a removal must have the keys of a unit and an action, but differs in {different}")
@@ -305,6 +311,7 @@ def _removal(row: Mapping[str, Any]) -> Removal:
         if row[key] not in values:
             raise CheckpointError(f"{key} of a removal must be one of {', '.join(values)}, but got {row[key]!r}")
     lists = {"shape": tuple(map(int, row["shape"])), "feeders": tuple(map(str, row["feeders"]))}
+    lists |= {"widths": tuple(map(int, row["widths"]))}
     unit = Unit(**{key: row[key] for key in fields} | lists)
     if not unit.shape or math.prod(unit.shape) < 1 or not isinstance(unit.path, str):
         raise CheckpointError(f"a removal must name a path and a shape, but got {unit.path!r} and {unit.shape}")

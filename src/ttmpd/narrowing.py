@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttmpd.least_squares import Moments
 from ttmpd.modules import StopForwardError, evaluating, first_tensor, hooks, module_at
 from ttmpd.records import Tap, Unit
 from ttmpd.units._members import columns, matrix_of
@@ -24,85 +25,30 @@ MODULES_BEHIND = 8
 """How many modules behind a layer are looked at for the sum with its shortcut."""
 
 
-@dataclass
-class Sums:
-    """Running sums of a weighted regression of ``y`` on ``[h 1]``.
+def rescaled(moments: Moments, old: Tensor, old_bias: Tensor, size: int, damp: float = 1.0) -> Tensor | None:
+    """(members,) factors for groups of ``size`` inputs of a layer, its bias kept; None when they cannot be trusted.
 
     Args:
-        n_inputs: width of ``h``.
-        n_outputs: width of ``y``.
-        device: of the rows.
+        moments: of what the layer reads, with the outputs that are wanted of it.
+        old: (n_outputs, n_inputs), the layer's weight.
+        old_bias: (n_outputs,).
+        size: inputs of one member.
+        damp: draws the factors to 1.
+
+    Source: KCM (ICML 2023) and Kwon et al. (NeurIPS 2022), equation 12: ``A^T A = (W W^T) * (H H^T)``, damped least
+    squares for the change from 1; here solved directly instead of by LSMR.
     """
-
-    n_inputs: int
-    n_outputs: int
-    device: torch.device
-
-    def __post_init__(self) -> None:
-        at = torch.device("cpu") if self.device.type == "mps" else self.device  # MPS has no float64
-        self.gram = torch.zeros(self.n_inputs + 1, self.n_inputs + 1, dtype=torch.float64, device=at)
-        self.cross = torch.zeros(self.n_inputs + 1, self.n_outputs, dtype=torch.float64, device=at)
-
-    def add(self, h: Tensor, y: Tensor, weight: Tensor) -> None:
-        """Add rows: ``h`` (rows, n_inputs), ``y`` (rows, n_outputs), ``weight`` (rows,); rows of weight 0 go."""
-        there = weight.to(h.device) > 0
-        h, y, weight = h[there].float(), y[there].float(), weight.to(h.device)[there].float()
-        h = nn.functional.pad(h, (0, 1), value=1.0)
-        left = (h * weight[:, None]).T
-        # Products of a batch in single precision, their sums in double: twice as fast, and as good.
-        self.gram += (left @ h).to(self.gram)
-        self.cross += (left @ y).to(self.cross)
-
-    @property
-    def scale(self) -> float:
-        """Mean diagonal of the moments of the inputs."""
-        return max(float(self.gram.diagonal()[:-1].mean()), 1e-12) if self.n_inputs else 1e-12
-
-    def solve(
-        self, old: Tensor, old_bias: Tensor, ridge: float, free_bias: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        """(weight, bias) of least squared error; the ridge draws them to the old ones.
-
-        Args:
-            old: (n_outputs, n_inputs), the layer's own weight for these inputs.
-            old_bias: (n_outputs,).
-            ridge: relative to the mean diagonal.
-            free_bias: whether the layer has a bias; else it stays without one.
-        """
-        before = torch.cat([old.double().T, old_bias.double()[None]]).to(self.gram)
-        n = self.n_inputs + free_bias
-        found = before.clone()
-        found[:n] += _solved(self.gram[:n, :n], (self.cross - self.gram @ before)[:n], ridge * self.scale)
-        return found[:-1].T.to(old), found[-1].to(old) if free_bias else None
-
-    def rescaled(self, old: Tensor, old_bias: Tensor, size: int, damp: float = 1.0) -> Tensor | None:
-        """(members,) factors for groups of ``size`` inputs, the bias kept; None when they cannot be trusted.
-
-        Source: KCM (ICML 2023) and Kwon et al. (NeurIPS 2022), equation 12: ``A^T A = (W W^T) * (H H^T)``, damped least
-        squares for the change from 1; here solved directly instead of by LSMR.
-        """
-        weight, bias = old.double().T.to(self.gram), old_bias.double().to(self.gram)  # (inputs, outputs)
-        n = self.n_inputs
-        members = n // size
-        # A'A and A'(B - A 1) of the contributions A of each group, from the moments alone.
-        system = (self.gram[:n, :n] * (weight @ weight.T)).view(members, size, members, size).sum((1, 3))
-        wanted = self.cross[:n] - self.gram[:n, n:] * bias
-        right = (wanted * weight).sum(1).view(members, size).sum(1) - system.sum(1)
-        system.diagonal().add_(damp**2)
-        factors = 1 + torch.linalg.solve(system, right)
-        trusted = bool(torch.isfinite(factors).all()) and float(factors.abs().max()) <= RANGE
-        return factors.to(old) if trusted else None
-
-
-def _solved(system: Tensor, right: Tensor, ridge: float) -> Tensor:
-    penalized = system.clone()
-    penalized.diagonal()[:] += ridge + 1e-12
-    factor, failed = torch.linalg.cholesky_ex(penalized)
-    if not int(failed):
-        return torch.cholesky_solve(right, factor)
-    driver = "gelsd" if system.device.type == "cpu" else None
-    solution: Tensor = torch.linalg.lstsq(penalized, right, driver=driver)[0]
-    return solution
+    weight, bias = old.double().T.to(moments.at), old_bias.double().to(moments.at)  # (inputs, outputs)
+    n = moments.n_inputs
+    members = n // size
+    # A'A and A'(B - A 1) of the contributions A of each group, from the moments alone.
+    system = (moments.gram[:n, :n] * (weight @ weight.T)).view(members, size, members, size).sum((1, 3))
+    wanted = moments.cross[:n] - moments.gram[:n, n:] * bias
+    right = (wanted * weight).sum(1).view(members, size).sum(1) - system.sum(1)
+    system.diagonal().add_(damp**2)
+    factors = 1 + torch.linalg.solve(system, right)
+    trusted = bool(torch.isfinite(factors).all()) and float(factors.abs().max()) <= RANGE
+    return factors.to(old) if trusted else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,7 +68,7 @@ class Choice:
 
 
 def choices(
-    sums: Sums, matrix: Tensor, bias: Tensor, members: int, widths: Sequence[int], ridge: float
+    moments: Moments, matrix: Tensor, bias: Tensor, members: int, widths: Sequence[int], ridge: float
 ) -> list[Choice]:
     """The members to keep for every width, from a layer's own inputs alone.
 
@@ -131,7 +77,7 @@ def choices(
     far. Within one step they are taken as independent.
 
     Args:
-        sums: of the layer's inputs with its own outputs.
+        moments: of the layer's inputs with its own outputs.
         matrix: (n_outputs, n_inputs), the layer's weight.
         bias: (n_outputs,).
         members: heads or neurons, each as many inputs wide.
@@ -141,12 +87,12 @@ def choices(
     Source: optimal brain surgeon (Hassibi and Stork, 1993) for the outputs of one layer, in steps.
     Cost: one inverse of the moments and one update a width; no pass.
     """
-    size = sums.n_inputs // members
-    old = torch.cat([matrix.double().T, bias.double()[None]]).to(sums.gram)  # (inputs + 1, outputs)
-    inverse = _inverse(sums.gram, ridge * sums.scale + 1e-12)
+    size = moments.n_inputs // members
+    old = torch.cat([matrix.double().T, bias.double()[None]]).to(moments.gram)  # (inputs + 1, outputs)
+    inverse = moments.inverse(ridge)
     weight, alive = old.clone(), torch.arange(members)
-    rows = sums.gram[-1, -1].clamp_min(1e-12)
-    energy = float((old * (sums.gram @ old)).sum() - sums.cross[-1].square().sum() / rows)
+    rows = moments.gram[-1, -1].clamp_min(1e-12)
+    energy = float((old * (moments.gram @ old)).sum() - moments.cross[-1].square().sum() / rows)
     lost, found = 0.0, []
     for width in widths:
         n_gone = len(alive) - width
@@ -166,17 +112,6 @@ def choices(
         error = max(0.0, lost / max(energy, 1e-12))
         found.append(Choice(tuple(alive.tolist()), error, weight[:-1].T.to(matrix), weight[-1].to(matrix)))
     return found
-
-
-def _inverse(moments: Tensor, penalty: float) -> Tensor:
-    """The inverse with ``penalty`` on the diagonal; with more of it where rounding leaves the moments indefinite."""
-    while True:
-        penalized = moments.clone()
-        penalized.diagonal()[:] += penalty
-        factor, failed = torch.linalg.cholesky_ex(penalized)
-        if not int(failed) or not math.isfinite(penalty):
-            return torch.cholesky_inverse(factor)
-        penalty *= 10
 
 
 def _rows(members: Tensor, size: int) -> Tensor:

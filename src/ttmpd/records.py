@@ -46,6 +46,7 @@ class Unit:
         members: heads or neurons of a unit that is narrowed, 0 for one that goes as a whole; ``path`` then names the
             layer that reads them, and ``n_params`` and ``macs`` are what goes with all of them.
         feeders: paths of the layers that make the members.
+        widths: numbers of members that are worth keeping, most first, fewer than there are.
     """
 
     kind: str
@@ -59,6 +60,7 @@ class Unit:
     form: Form = "plain"
     members: int = 0
     feeders: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()
 
     @property
     def channels(self) -> int:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ttmpd.least_squares import Moments
 from ttmpd.modules import evaluating, module_at, read
-from ttmpd.narrowing import Sums, bias_of, input_rows, sum_taps
+from ttmpd.narrowing import bias_of, input_rows, rescaled, sum_taps
 from ttmpd.progress import track
 from ttmpd.records import KERNELS, Removal, Samples, Tap, Unit
 from ttmpd.sensitivity import MAX_POSITIONS, SENSITIVITY_SAMPLES, positions, row_weights, sensitivities
@@ -55,22 +56,13 @@ class LinearMap:
 
 @dataclass
 class NormalEquations:
-    """Running sums of a weighted least-squares fit of ``y - x`` by ``[x 1]``, or by ``[neighbourhood of x, 1]``.
-
-    Memory is O((side^2 channels)^2) however many rows are added.
+    """A stand-in as a weighted least-squares fit of ``y`` by ``[x 1]``, or by ``[neighbourhood of x, 1]``.
 
     Args:
         channels: of inputs and outputs.
         device: of the rows.
         side: of the kernel; a row holds ``side^2`` values per channel, the channel's own place in the middle.
 
-    Example:
-        >>> x = torch.tensor([[1.0], [2.0], [3.0]])
-        >>> eq = NormalEquations(1)
-        >>> eq.add(x, 3 * x + 1)
-        >>> fit = eq.solve(ridge=0.0)
-        >>> round(float(fit.weight), 6), round(float(fit.bias), 6)
-        (3.0, 1.0)
     """
 
     channels: int
@@ -78,11 +70,7 @@ class NormalEquations:
     side: int = 1
 
     def __post_init__(self) -> None:
-        size = self.channels * self.side**2
-        # MPS has no float64: there the small sums live on the CPU.
-        self.at = torch.device("cpu") if self.device.type == "mps" else self.device
-        self.gram = torch.zeros(size + 1, size + 1, dtype=torch.float64, device=self.at)
-        self.cross = torch.zeros(size + 1, self.channels, dtype=torch.float64, device=self.at)
+        self.moments = Moments(self.channels * self.side**2, self.channels, self.device)
 
     @property
     def middle(self) -> slice:
@@ -91,35 +79,23 @@ class NormalEquations:
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
         """Add rows: ``x`` is (rows, channels x side^2), ``y`` is (rows, channels), ``weight`` is (rows,)."""
-        x64 = F.pad(x.to(self.at).double(), (0, 1), value=1.0)
-        left = x64 if weight is None else x64 * weight.to(self.at).double()[:, None]
-        self.gram += left.T @ x64
-        self.cross += left.T @ (y.to(self.at).double() - x64[:, self.middle])
+        self.moments.add(x.to(self.moments.at).double(), y, weight)
 
     def pointwise(self) -> "NormalEquations":
         """The equations of the fit by ``[x 1]`` alone: a part of these."""
         part = NormalEquations(self.channels, self.device)
-        index = torch.arange(len(self.gram), device=self.at)
-        index = torch.cat([index[self.middle], index[-1:]])
-        part.gram, part.cross = self.gram[index][:, index], self.cross[index]
+        part.moments = self.moments.part(torch.arange(self.moments.n_inputs)[self.middle])
         return part
 
     def solve(self, ridge: float) -> LinearMap:
-        """The map that minimises the weighted squared error plus ``ridge x mean diagonal x |B|^2``."""
-        penalty = ridge * self.gram.diagonal()[:-1].mean() + 1e-12
-        system = self.gram.clone()
-        system.diagonal()[:-1] += penalty
-        system.diagonal()[-1] += 1e-12
-        factor, failed = torch.linalg.cholesky_ex(system)
-        if ridge > 0 and not int(failed):
-            solution = torch.cholesky_solve(self.cross, factor)
-        else:  # singular: the shortest of all solutions
-            solution = torch.linalg.lstsq(system, self.cross, driver="gelsd" if self.at.type == "cpu" else None)[0]
-        weight = solution[:-1].T.clone()
-        weight[:, self.middle] += torch.eye(self.channels, dtype=torch.float64, device=self.at)
+        """The map that minimises the weighted squared error; the ridge draws it to handing on the input."""
+        identity = torch.zeros(self.channels, self.moments.n_inputs)
+        identity[:, self.middle] = torch.eye(self.channels)
+        weight, bias = self.moments.solve(identity, torch.zeros(self.channels), ridge)
+        assert bias is not None
         if self.side > 1:
             weight = weight.reshape(self.channels, self.channels, self.side, self.side)
-        return LinearMap(weight.to(self.device, torch.float32), solution[-1].to(self.device, torch.float32))
+        return LinearMap(weight, bias)
 
 
 def rows(value: Tensor, unit: Unit, index: Tensor, side: int = 1) -> Tensor:
@@ -295,17 +271,17 @@ def refit(
     matrix, bias = matrix_of(layer).detach(), bias_of(layer)
     if not removal.kept:
         matrix = matrix.new_zeros(len(matrix), 0)
-    sums = Sums(matrix.shape[1], matrix.shape[0], matrix.device)
+    moments = Moments(matrix.shape[1], matrix.shape[0], matrix.device)
     for x, y, weight in given:
-        sums.add(x, y, weight)
+        moments.add(x, y, weight)
     if rescale and removal.kept:
         size = matrix.shape[1] // len(removal.kept)
-        factors = sums.rescaled(matrix, bias, size)
+        factors = rescaled(moments, matrix, bias, size)
         if factors is not None:
             set_matrix(layer, matrix * factors.repeat_interleave(size), None)
         return factors is not None
     if not rescale:
-        set_matrix(layer, *sums.solve(matrix, bias, ridge, free_bias=layer.bias is not None))
+        set_matrix(layer, *moments.solve(matrix, bias, ridge, free_bias=layer.bias is not None))
     return True
 
 

@@ -79,8 +79,7 @@ def count_units(units: Sequence[Unit]) -> tuple[UnitTiming, ...]:
 def _counted(unit: Unit) -> UnitTiming:
     millions = unit.macs / 1e6
     if unit.members:
-        widths = narrow_kind(unit).widths(unit)
-        return UnitTiming(unit.id, millions, {}, {str(n): millions * n / unit.members for n in widths})
+        return UnitTiming(unit.id, millions, {}, {str(n): millions * n / unit.members for n in unit.widths})
     per_weight = math.prod(unit.shape) * unit.channels / 1e6
     return UnitTiming(unit.id, millions, {a: per_weight * KERNELS[a] ** 2 for a in WHOLE.stand_ins(unit)})
 
@@ -94,7 +93,7 @@ def _variants(
     runs: dict[str, Callable[[], object]] = {"unit": functools.partial(module, *args, **kwargs)}
     if unit.members:
         kind = narrow_kind(unit)
-        for width in kind.widths(unit):
+        for width in unit.widths:
             smaller = copy.deepcopy(module)
             kind.narrow(smaller, _inside(unit), range(width))
             runs[str(width)] = functools.partial(smaller, *args, **kwargs)
@@ -111,7 +110,7 @@ def _timing(unit: Unit, number: int, median: Mapping[str, float]) -> UnitTiming:
     if not unit.members:
         return UnitTiming(unit.id, whole, {a: median[f"{number} {a}"] for a in WHOLE.stand_ins(unit)})
     saved, most = {}, 0.0
-    for width in narrow_kind(unit).widths(unit):
+    for width in unit.widths:
         most = max(most, whole - median[f"{number} {width}"])  # fewer members never take longer
         saved[width] = most
     fewest = min(saved)

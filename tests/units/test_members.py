@@ -280,16 +280,16 @@ def test_few_neurons_are_left_alone():
 
 def test_widths_are_multiples_of_eight_and_fall_to_none():
     unit = Neuron().find(Mlp(nn.GELU(), hidden=100).eval(), torch.randn(3, 4)).units[0]
-    assert Neuron().widths(unit) == (96, 88, 80, 72, 64, 56, 48, 40, 32, 24, 16, 8, 0)
-    assert Neuron(parts=2).widths(unit) == (48, 0)
-    heads = Head().find(tiny_transformer(), tiny_tokens()).units[0]
-    assert Head().widths(heads) == (3, 2, 1)
+    assert unit.widths == (96, 88, 80, 72, 64, 56, 48, 40, 32, 24, 16, 8, 0)
+    halves = Neuron(parts=2).find(Mlp(nn.GELU(), hidden=100).eval(), torch.randn(3, 4)).units[0]
+    assert halves.widths == (48, 0)
+    assert Head().find(tiny_transformer(), tiny_tokens()).units[0].widths == (3, 2, 1)
 
 
 def test_layers_that_cannot_read_nothing_keep_a_neuron():
     units = Neuron(least=8).find(text_model("gpt2"), torch.tensor([[3, 4, 5]])).units
     assert units[0].module == "Conv1D"
-    assert Neuron().widths(units[0])[-1] == 1
+    assert units[0].widths[-1] == 1
 
 
 def test_a_branch_without_any_neuron_answers_with_its_bias():

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ttmpd.method import Method
 from ttmpd.records import DEFAULT_ACTIONS, Action, Samples, Score, Unit
-from ttmpd.surgery import narrow_kind
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,6 +77,6 @@ def narrowed(unit: Unit, importance: Tensor) -> Iterable[Score]:
         importance: (members,), none below zero.
     """
     order = importance.argsort(descending=True, stable=True)
-    for width in narrow_kind(unit).widths(unit):
+    for width in unit.widths:
         kept, gone = order[:width].sort().values, order[width:]
         yield Score(unit.id, "narrow", float(importance[gone].sum()), kept=tuple(kept.tolist()))

@@ -8,15 +8,16 @@ from typing import ClassVar
 import numpy as np
 from torch import nn
 
+from ttmpd.least_squares import Moments
 from ttmpd.method import check_fields
 from ttmpd.modules import evaluating, module_at, read
-from ttmpd.narrowing import Choice, Sums, bias_of, choices, input_rows, narrowed_answer
+from ttmpd.narrowing import Choice, bias_of, choices, input_rows, narrowed_answer
 from ttmpd.progress import track
 from ttmpd.records import KERNELS, Action, Samples, Score, Tap, Unit
 from ttmpd.repair import LinearMap, NormalEquations, rows
 from ttmpd.score.base import Job, Scorer
 from ttmpd.sensitivity import SENSITIVITY_SAMPLES, positions, row_weights, sensitivities
-from ttmpd.surgery import WHOLE, narrow_kind
+from ttmpd.surgery import WHOLE
 from ttmpd.tails import Replacement, distances, teacher_tails
 from ttmpd.units._members import matrix_of
 
@@ -98,12 +99,12 @@ class TTMPD(Scorer):
 
     def _of_members(self, job: Job, wholes: Sequence[Unit]) -> Iterable[Score]:
         """Repaired damage of every width: measured at three of them, on the lines through these for the others."""
-        sums = member_sums(job, job.samples.first(self.max_samples), self.sensitivity)
+        moments = member_moments(job, job.samples.first(self.max_samples), self.sensitivity)
         found: dict[str, list[Choice]] = {}
         for unit in job.units:
-            layer, widths = module_at(job.teacher, unit.path), narrow_kind(unit).widths(unit)
+            layer = module_at(job.teacher, unit.path)
             matrix, bias = matrix_of(layer).detach(), bias_of(layer)
-            found[unit.id] = choices(sums.pop(unit.id), matrix, bias, unit.members, widths, self.ridge)
+            found[unit.id] = choices(moments.pop(unit.id), matrix, bias, unit.members, unit.widths, self.ridge)
 
         def replacements(unit: Unit) -> dict[str, Replacement]:
             return {
@@ -146,7 +147,7 @@ def _in_memory(units: Sequence[Unit], teacher: nn.Module) -> Iterator[Sequence[U
         yield group
 
 
-def member_sums(job: Job, samples: Samples, sensitivity: float) -> dict[str, Sums]:
+def member_moments(job: Job, samples: Samples, sensitivity: float) -> dict[str, Moments]:
     """Moments of what each unit's layer reads, with what it answers, on the teacher, in one pass over the samples."""
     few = samples.batch(slice(0, SENSITIVITY_SAMPLES), job.device)
     pattern = sensitivities(job.teacher, job.units, few, job.seed, samples.kept(few))
@@ -155,7 +156,7 @@ def member_sums(job: Job, samples: Samples, sensitivity: float) -> dict[str, Sum
     found = {}
     for unit in job.units:
         n_outputs, n_inputs = matrix_of(module_at(job.teacher, unit.path)).shape
-        found[unit.id] = Sums(n_inputs, n_outputs, job.device)
+        found[unit.id] = Moments(n_inputs, n_outputs, job.device)
     taps = {f"x {u.id}": Tap(u.path, "input") for u in job.units}
     taps |= {f"y {u.id}": Tap(u.path, "output") for u in job.units}
     with evaluating(job.teacher):

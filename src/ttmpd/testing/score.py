@@ -19,7 +19,7 @@ from ttmpd.specimens import (
     tiny_units,
     untouched,
 )
-from ttmpd.surgery import find_units, narrow_kind
+from ttmpd.surgery import find_units
 from ttmpd.testing.common import quick, twice
 
 Case = tuple[nn.Module, tuple[Unit, ...], Samples]
@@ -64,7 +64,7 @@ def check_score_complete(scorer: Scorer) -> None:
     for _, units, samples in (cases := list(_cases(scorer))):
         del samples
         wanted = [(unit.id, action, 0) for unit in units if not unit.members for action in type(scorer).actions]
-        wanted += [(u.id, "narrow", n) for u in units if u.members for n in narrow_kind(u).widths(u)]
+        wanted += [(u.id, "narrow", n) for u in units if u.members for n in u.widths]
         scores = _scores(scorer, next(case for case in cases if case[1] is units))
         found = [(score.unit, score.action, len(score.kept)) for score in scores]
         require(sorted(found) == sorted(wanted), f"scores must be one per unit and action or width, but got {found}")

@@ -25,12 +25,12 @@ def _removals(kind: Kind, units: Sequence[Unit]) -> list[list[Removal]]:
     """Some ways to remove the units: whole ones are dropped, the others keep each number of members that is offered."""
     if not isinstance(kind, Narrow):
         return [[Removal(unit, "drop") for unit in units]]
-    widths = max(len(kind.widths(unit)) for unit in units)
+    widths = max(len(unit.widths) for unit in units)
     return [
         [
             Removal(unit, "narrow", tuple(range(unit.members))[-width:] if width else ())
             for unit in units
-            for width in kind.widths(unit)[number : number + 1]
+            for width in unit.widths[number : number + 1]
         ]
         for number in range(widths)
     ]

@@ -69,9 +69,5 @@ class Narrow(Kind):
     actions: ClassVar[tuple[Action, ...]] = ("narrow",)
 
     @abc.abstractmethod
-    def widths(self, unit: Unit) -> tuple[int, ...]:
-        """Numbers of members that are worth keeping, most first, fewer than there are."""
-
-    @abc.abstractmethod
     def narrow(self, student: nn.Module, unit: Unit, kept: Sequence[int]) -> None:
         """Take all members but ``kept`` out of ``student``, in place; they are numbered as found."""

@@ -48,14 +48,14 @@ class Head(Narrow):
                 units.append(_unit(model, path, found, shapes, macs))
             elif _is_silent(path, module, shapes):
                 refused[path] = "computes with the weights of its layers without calling them"
-        units = [unit for unit in units if unit.members > 1]
+        units = [self._sized(unit) for unit in units if unit.members > 1]
         kept, others = proven(self, model, units, batch[:2])
         return Found(tuple(kept), tuple((refused | others).items()))
 
-    def widths(self, unit: Unit) -> tuple[int, ...]:
-        """Every number of heads down to one, or equal steps where there are many."""
+    def _sized(self, unit: Unit) -> Unit:
+        """With every number of heads down to one, or equal steps where there are many."""
         counts = (round(unit.members * (self.parts - i) / self.parts) for i in range(1, self.parts))
-        return tuple(dict.fromkeys(n for n in counts if 0 < n < unit.members))
+        return dataclasses.replace(unit, widths=tuple(dict.fromkeys(n for n in counts if 0 < n < unit.members)))
 
     def narrow(self, student: nn.Module, unit: Unit, kept: Sequence[int]) -> None:
         """Rows of queries, keys and values, columns of the layer behind them, and what else there is once per head."""

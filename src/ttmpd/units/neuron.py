@@ -1,5 +1,6 @@
 """Hidden neurons of MLPs, found by what feeds a layer: nothing but element-wise functions of other layers' outputs."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -48,7 +49,7 @@ class Neuron(Narrow):
         feeders = {path: _feeders(path, calls) for path in calls if path != head}
         macs = count_macs(model, batch)
         units = [
-            _unit(model, path, found, calls[path], macs)
+            self._sized(_unit(model, path, found, calls[path], macs))
             for path, found in feeders.items()
             if found and len(matrix_of(module_at(model, path))[0]) >= self.least
         ]
@@ -57,13 +58,13 @@ class Neuron(Narrow):
         kept, refused = proven(self, model, units, batch[:2])
         return Found(tuple(kept), tuple(refused.items()))
 
-    def widths(self, unit: Unit) -> tuple[int, ...]:
-        """Equal steps down to none at all, in multiples of 8."""
+    def _sized(self, unit: Unit) -> Unit:
+        """With equal steps down to none at all, in multiples of 8."""
         step = ROUND if unit.members >= ROUND**2 else 1
         shares = (unit.members * (self.parts - i) / self.parts for i in range(1, self.parts + 1))
         least = 1 if unit.module == "Conv1D" else 0  # Hugging Face's own layer cannot read nothing
         counts = (max(least, round(share / step) * step) for share in shares)
-        return tuple(dict.fromkeys(n for n in counts if n < unit.members))
+        return dataclasses.replace(unit, widths=tuple(dict.fromkeys(n for n in counts if n < unit.members)))
 
     def narrow(self, student: nn.Module, unit: Unit, kept: Sequence[int]) -> None:
         """Rows of the feeders and columns of the layer behind them."""

@@ -1,0 +1,108 @@
+"""Least squares from running sums: what every closed-form fit of this package is solved by."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass
+class Moments:
+    """Running sums of a weighted regression of ``y`` on ``[x 1]``, in float64.
+
+    Memory is O(n_inputs^2) however many rows are added.
+
+    Args:
+        n_inputs: width of ``x``.
+        n_outputs: width of ``y``.
+        device: of the rows.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [2.0], [3.0]])
+        >>> sums = Moments(1, 1)
+        >>> sums.add(x, 3 * x + 1)
+        >>> weight, bias = sums.solve(torch.zeros(1, 1), torch.zeros(1), ridge=0.0)
+        >>> round(float(weight), 6), round(float(bias), 6)
+        (3.0, 1.0)
+    """
+
+    n_inputs: int
+    n_outputs: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        # MPS has no float64: there the small sums live on the CPU.
+        self.at = torch.device("cpu") if self.device.type == "mps" else self.device
+        self.gram = torch.zeros(self.n_inputs + 1, self.n_inputs + 1, dtype=torch.float64, device=self.at)
+        self.cross = torch.zeros(self.n_inputs + 1, self.n_outputs, dtype=torch.float64, device=self.at)
+
+    def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
+        """Add rows: ``x`` (rows, n_inputs), ``y`` (rows, n_outputs), ``weight`` (rows,); those of weight 0 are skipped.
+
+        Products of these rows are taken in the precision of ``x``: for wide layers single precision is twice as fast
+        and as good, since the sums over all calls are float64 anyway.
+        """
+        if weight is not None:
+            weight = weight.to(x.device)
+            there = weight > 0
+            x, y, weight = x[there], y[there.to(y.device)], weight[there]
+        x = F.pad(x.to(self.at, torch.promote_types(x.dtype, torch.float32)), (0, 1), value=1.0)
+        left = x if weight is None else x * weight.to(x)[:, None]
+        self.gram += left.T @ x
+        self.cross += left.T @ y.to(x)
+
+    def part(self, index: Tensor) -> "Moments":
+        """The sums of the regression on the inputs at ``index`` alone."""
+        few = Moments(len(index), self.n_outputs, self.device)
+        rows = torch.cat([index.to(self.at), torch.tensor([self.n_inputs], device=self.at)])
+        few.gram, few.cross = self.gram[rows][:, rows], self.cross[rows]
+        return few
+
+    def penalty(self, ridge: float) -> float:
+        """``ridge`` times the mean square of an input, over all rows; never quite nothing."""
+        return (ridge * float(self.gram.diagonal()[:-1].mean()) if self.n_inputs else 0.0) + 1e-12
+
+    def solve(
+        self, old: Tensor, old_bias: Tensor, ridge: float, free_bias: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias) that minimise the squared error plus ``penalty(ridge) x |weight - old|^2``.
+
+        Args:
+            old: (n_outputs, n_inputs), what the ridge draws the weight to.
+            old_bias: (n_outputs,).
+            ridge: see :meth:`penalty`; of several solutions without one, the nearest to ``old``.
+            free_bias: whether there is a bias; else it stays ``old_bias`` and None is answered.
+
+        Returns:
+            float32 on the device of the rows.
+        """
+        found = torch.cat([old.double().T, old_bias.double()[None]]).to(self.at)
+        n = self.n_inputs + free_bias
+        found[:n] += _solved(self._penalized(ridge)[:n, :n], (self.cross - self.gram @ found)[:n], ridge > 0)
+        weight, bias = found[:-1].T.to(self.device, torch.float32), found[-1].to(self.device, torch.float32)
+        return weight, bias if free_bias else None
+
+    def inverse(self, ridge: float) -> Tensor:
+        """Inverse of the penalised moments of ``[x 1]``; with a larger ridge where rounding leaves them indefinite."""
+        ridge = max(ridge, 1e-15)
+        while True:
+            factor, failed = torch.linalg.cholesky_ex(self._penalized(ridge))
+            if not int(failed) or ridge > 1e9:
+                return torch.cholesky_inverse(factor)
+            ridge *= 10
+
+    def _penalized(self, ridge: float) -> Tensor:
+        system = self.gram.clone()
+        system.diagonal()[:-1] += self.penalty(ridge)
+        system.diagonal()[-1] += 1e-12
+        return system
+
+
+def _solved(system: Tensor, right: Tensor, definite: bool) -> Tensor:
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if definite and not int(failed):
+        return torch.cholesky_solve(right, factor)
+    driver = "gelsd" if system.device.type == "cpu" else None  # singular: the shortest of all solutions
+    solution: Tensor = torch.linalg.lstsq(system, right, driver=driver)[0]
+    return solution
