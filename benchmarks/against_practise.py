@@ -23,12 +23,12 @@ import torch
 from common import CACHE, DATA, cached, cifar, require_data, write_csv
 from ttmpd.adapt.none import NoAdaptation
 from ttmpd.adapt.norm import Norm
-from ttmpd.checkpoint import load
+from ttmpd.checkpoint import Result, load
 from ttmpd.distill.mimic import Mimic
 from ttmpd.errors import BudgetUnreachableError
 from ttmpd.guard import logits_of
 from ttmpd.models import open_model
-from ttmpd.pipeline import Result, compress_many
+from ttmpd.pipeline import compress_many
 from ttmpd.plan.greedy import Greedy
 from ttmpd.samples import open_samples
 from ttmpd.savings import compare

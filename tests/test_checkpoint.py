@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import ttmpd
 from ttmpd import checkpoint
-from ttmpd.checkpoint import load, open_artifact, read_artifact, save_artifact
+from ttmpd.checkpoint import Result, load, open_artifact, read_artifact
 from ttmpd.demo import DigitNet
 from ttmpd.errors import CheckpointError, InvalidValueError, TTMPDError
 from ttmpd.folding import fold
@@ -50,7 +50,7 @@ def small(opened: OpenedModel, samples: Samples, *, folded: bool = False) -> tup
 
 def save(folder: Path, opened: OpenedModel, samples: Samples) -> tuple[Path, nn.Module]:
     student, plan = small(opened, samples)
-    save_artifact(folder, model=student, plan=plan, opened=opened, sample_ids=samples.ids, facts=FACTS)
+    Result(model=student, plan=plan, opened=opened, sample_ids=samples.ids, facts=FACTS).save(folder)
     return folder, student
 
 
@@ -146,7 +146,7 @@ def test_folded_stand_ins_come_back(tmp_path):
     opened = open_model(net.eval())
     samples = Samples(torch.randn(8, 3, 32, 32), tuple(map(str, range(8))))
     student, plan = small(opened, samples, folded=True)
-    save_artifact(tmp_path / "o", model=student, plan=plan, opened=opened, sample_ids=(), facts=FACTS)
+    Result(model=student, plan=plan, opened=opened, sample_ids=(), facts=FACTS).save(tmp_path / "o")
     assert torch.equal(answers(load(tmp_path / "o", model=net), samples), answers(student, samples))
 
 

@@ -111,6 +111,32 @@ def test_unreachable_target(data, quick_timing, tmp_path, monkeypatch, run, said
     assert not (tmp_path / "out" / "plan.json").exists()
 
 
+def test_a_share_of_the_macs(data, quick_timing, tmp_path, run, said):
+    asked = ("compress", "--model", DEMO, "--data", data, "--score", "random", "--adapt", "none", *QUICK)
+    planned = run(*asked, "--macs", "0.7x", "--dry-run")
+    assert planned.exit_code == 0, said(planned)
+    for words in ("Plan for 0.7 of the MACs", "ms now, predicted", "Dry run"):
+        assert words in said(planned)
+    assert "measured on the cut model" not in said(planned)
+    made = run(*asked, "--macs", "0.7x", "--output", tmp_path / "out")
+    assert made.exit_code == 0, said(made)
+    assert "Target 0.7 of the MACs: met" in said(made)
+    for wrong, words in (("most", 'must be like "0.7x"'), ("1.2x", "between 0 and 1")):
+        refused = run(*asked, "--macs", wrong, "--output", tmp_path / "other")
+        assert refused.exit_code == _reporting.FAILED
+        assert words in said(refused)
+
+
+def test_a_missed_share_of_the_macs_says_what_is_left(data, quick_timing, tmp_path, monkeypatch, run, said):
+    from ttmpd import pipeline
+
+    monkeypatch.setattr(pipeline, "_verdict", lambda *_: {"met": False, "within_spread": False})
+    found = run("compress", "--model", DEMO, "--data", data, "--macs", "0.7x", "--score", "random", "--adapt", "none",
+                "--output", tmp_path / "out", *QUICK)  # fmt: skip
+    assert found.exit_code == _reporting.TARGET_MISSED
+    assert "of the MACs are left" in said(found)
+
+
 def test_missed_target_keeps_the_artifact(data, quick_timing, tmp_path, monkeypatch, run):
     from ttmpd import pipeline
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ttmpd.checkpoint import save_artifact
+from ttmpd.checkpoint import Result
 from ttmpd.errors import CheckpointError, InvalidValueError, ModelError, SamplesError
 from ttmpd.evaluation import bench, evaluate, open_any
 from ttmpd.inspection import inspect, preview
@@ -56,7 +56,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     facts: dict[str, Any] = {"samples": {"input_shape": [1, 8, 8]}, "settings": {"batch_size": 4}}
     folder = tmp_path_factory.mktemp("artifact")
     plan = Plan(removals, 0.0, 2.0, 1.0, 1.0)
-    return save_artifact(folder, model=student, plan=plan, opened=opened, sample_ids=used.ids, facts=facts)
+    return Result(model=student, plan=plan, opened=opened, sample_ids=used.ids, facts=facts).save(folder)
 
 
 def test_numbers_by_hand():
@@ -173,9 +173,8 @@ def test_bench_of_a_users_model_needs_its_source(tmp_path, quick_timing):
     net = tiny_model()
     folder = tmp_path / "out"
     facts = {"samples": {"input_shape": [3, 8, 8]}, "settings": {"batch_size": 2}}
-    save_artifact(
-        folder, model=net, plan=Plan((), 0, 1, 1, 1), opened=open_model(net), sample_ids=(), facts=facts
-    )  # fmt: skip
+    Result(model=net, plan=Plan((), 0, 1, 1, 1), opened=open_model(net), sample_ids=(), facts=facts
+    ).save(folder)  # fmt: skip
     with pytest.raises(CheckpointError, match="a module that was passed in"):
         bench(folder)
     rows = bench(folder, "ttmpd.specimens:tiny_model", batch_sizes=[2])

@@ -105,7 +105,7 @@ def test_impossible_speedups_are_refused(speedup):
         Target(speedup=speedup)
 
 
-@pytest.mark.parametrize("target", [{}, {"speedup": 2.0, "latency": "5ms"}])
+@pytest.mark.parametrize("target", [{}, {"speedup": 2.0, "latency": "5ms"}, {"speedup": 2.0, "macs": 0.5}])
 def test_exactly_one_target(model, samples, target):
     with pytest.raises(InvalidValueError, match="exactly one"):
         compress(model, samples, **target, **QUICK)
@@ -459,6 +459,46 @@ def test_a_time_budget_that_is_used_up_still_gives_a_result(model, samples):
     assert result.facts["fit"]["stopped"] == "time budget"
     assert result.facts["fit"]["steps"] == 1
     assert result.met
+
+
+@pytest.mark.parametrize("share", [0.8, 0.5])
+def test_a_share_of_the_macs_is_counted(model, samples, share, tmp_path):
+    result = compress(model, samples, macs=share, output=tmp_path / "out", **QUICK)
+    batch = samples.batch(slice(0, 1))
+    left = count_macs(result.model, batch)[""] / count_macs(model, batch)[""]
+    assert share - 0.2 < left <= share * (1 + planning.TOLERANCE)
+    assert result.met
+    facts = result.facts
+    assert facts["target"] | {"harm": 0} == {
+        "asked": f"{share:g} of the MACs", "budget_ms": None, "harm": 0, "met": True, "within_spread": False,
+    }  # fmt: skip
+    assert facts["attempts"] == []  # no latency was asked for: none was measured on the way
+    assert facts["latency"]["predicted_ms"] == result.plan.predicted_ms < result.plan.original_ms
+    assert f"The target, {share:g} of the MACs, is met" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_share_of_the_macs_that_is_missed_says_so(model, samples, monkeypatch):
+    counted = planning.count_units
+    monkeypatch.setattr(planning, "MAX_PLANS", 1)
+    monkeypatch.setattr(
+        planning, "count_units", lambda units: tuple(UnitTiming(t.unit, 4 * t.ms, t.stand_ins) for t in counted(units))
+    )
+    result = compress(model, samples, macs=0.5, **QUICK)
+    assert not result.met
+    assert result.facts["target"]["met"] is False
+    assert result.facts["student"]["macs"] > 0.5 * result.facts["model"]["macs"]
+
+
+def test_a_share_of_the_macs_out_of_reach(model, samples):
+    with pytest.raises(BudgetUnreachableError, match=r"0\.01 of the MACs is not.*remain; ask for more") as caught:
+        compress(model, samples, macs=0.01, **QUICK)
+    assert 0.01 < caught.value.best_ms < 1
+
+
+@pytest.mark.parametrize("macs", [0.0, 1.0, 1.5, -0.5, math.nan])
+def test_impossible_shares_of_the_macs_are_refused(macs):
+    with pytest.raises(InvalidValueError, match="between 0 and 1"):
+        Target(macs=macs)
 
 
 def test_units_that_save_less_than_they_promise_are_made_up_for(model, samples, monkeypatch):

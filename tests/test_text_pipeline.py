@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ttmpd
-from ttmpd.checkpoint import open_artifact, read_artifact, save_artifact
+from ttmpd.checkpoint import Result, open_artifact, read_artifact
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import InvalidValueError, SamplesError, UnsupportedError
 from ttmpd.evaluation import bench, evaluate
@@ -21,7 +21,7 @@ from ttmpd.guard import logits_of
 from ttmpd.inspection import example_batch, inspect
 from ttmpd.models import open_model
 from ttmpd.modules import call
-from ttmpd.pipeline import Result, compress
+from ttmpd.pipeline import compress
 from ttmpd.ready import latency_batch
 from ttmpd.records import Plan, Removal
 from ttmpd.repair import repaired
@@ -99,7 +99,7 @@ def artifacts(text_folder: Folder, table: Path, tmp_path_factory: pytest.TempPat
         facts: dict[str, Any] = {"samples": {"input_shape": [11]}, "settings": {"batch_size": 4}}
         student = repaired(opened.module, removals, samples)
         plan, folder = Plan(removals, 0.0, 2.0, 1.0, 1.0), tmp_path_factory.mktemp("artifact") / name
-        save_artifact(folder, model=student, plan=plan, opened=opened, sample_ids=samples.ids, facts=facts)
+        Result(model=student, plan=plan, opened=opened, sample_ids=samples.ids, facts=facts).save(folder)
         found[name] = folder
     return found
 
@@ -200,7 +200,7 @@ def test_adapting_a_text_model(text_folder: Folder, table: Path, tmp_path: Path)
     found = ttmpd.adapt_to(
         f"hf:{text_folder('distilbert')}", table, output=tmp_path / "out", adapt=ttmpd.Tent(), batch_size=8
     )
-    assert "trained without labels" in found.note or "left alone" in found.note
+    assert "trained without labels" in found.facts["adapt"]["note"]
     assert evaluate(tmp_path / "out", ["a film", "a book"]).n_samples == 2
 
 

@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from ttmpd.adapt.none import NoAdaptation
     from ttmpd.adapt.norm import Norm
     from ttmpd.adapt.tent import Tent
-    from ttmpd.adapting import AdaptedModel, adapt_to
-    from ttmpd.checkpoint import load
+    from ttmpd.adapting import adapt_to
+    from ttmpd.checkpoint import Result, load
     from ttmpd.distill.mimic import Mimic
     from ttmpd.distill.one_time import OneTime
     from ttmpd.early_exit._model import EarlyExitModel
     from ttmpd.early_exit.right_tool import RightTool
     from ttmpd.evaluation import Accuracy, BenchRow, Evaluation, Quality, bench, evaluate
-    from ttmpd.exiting import ExitingModel, early_exit
+    from ttmpd.exiting import add_early_exits
     from ttmpd.inspection import Inspection, Preview, inspect, preview
     from ttmpd.memory import keep_freed_memory
     from ttmpd.models import OpenedModel, open_model
-    from ttmpd.pipeline import Result, compress, compress_many
+    from ttmpd.pipeline import compress, compress_many
     from ttmpd.plan.greedy import Greedy
     from ttmpd.plan.knapsack import Knapsack
     from ttmpd.preprocessing import Preprocessing
@@ -65,7 +65,6 @@ if TYPE_CHECKING:
 # Everything that needs torch is imported when it is first asked for: the command line starts at once.
 _HOMES = {
     "Accuracy": "evaluation",
-    "AdaptedModel": "adapting",
     "Agreement": "records",
     "BenchRow": "evaluation",
     "Block": "units.block",
@@ -75,7 +74,6 @@ _HOMES = {
     "EL2N": "select.el2n",
     "EarlyExitModel": "early_exit._model",
     "Evaluation": "evaluation",
-    "ExitingModel": "exiting",
     "Fit": "records",
     "Forgetting": "select.forgetting",
     "GraNd": "select.grand",
@@ -97,7 +95,7 @@ _HOMES = {
     "Quality": "evaluation",
     "Reliable": "select.eata",
     "Removal": "records",
-    "Result": "pipeline",
+    "Result": "checkpoint",
     "RightTool": "early_exit.right_tool",
     "Samples": "records",
     "Score": "records",
@@ -110,6 +108,7 @@ _HOMES = {
     "Timing": "records",
     "Unit": "records",
     "adapt_to": "adapting",
+    "add_early_exits": "exiting",
     "bench": "evaluation",
     "compress": "pipeline",
     "compress_many": "pipeline",
@@ -131,7 +130,6 @@ __all__ = [
     "PUMA",
     "TTMPD",
     "Accuracy",
-    "AdaptedModel",
     "Agreement",
     "BenchRow",
     "Block",
@@ -140,7 +138,6 @@ __all__ = [
     "Damage",
     "EarlyExitModel",
     "Evaluation",
-    "ExitingModel",
     "Fit",
     "Forgetting",
     "GraNd",
@@ -180,10 +177,10 @@ __all__ = [
     "UnknownMethodError",
     "UnsupportedError",
     "adapt_to",
+    "add_early_exits",
     "bench",
     "compress",
     "compress_many",
-    "early_exit",
     "evaluate",
     "from_pretrained",
     "inspect",
@@ -201,8 +198,6 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("ttmpd")
-    if name == "early_exit":  # the function, and the folder of its methods
-        return importlib.import_module("ttmpd.early_exit")
     if name not in _HOMES:
         raise AttributeError(f"module 'ttmpd' has no attribute {name!r}")
     found = getattr(importlib.import_module(f"ttmpd.{_HOMES[name]}"), "load" if name == "from_pretrained" else name)

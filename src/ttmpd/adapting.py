@@ -1,13 +1,12 @@
 """``adapt_to``: the first half of the main job alone, a teacher moved to the data with nothing removed."""
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ttmpd.checkpoint import check_output, save_artifact
+from ttmpd.checkpoint import Result, check_output
 from ttmpd.errors import InvalidValueError
 from ttmpd.facts import collect_adapted
 from ttmpd.guard import logits_of
@@ -21,41 +20,9 @@ _USED = ("adapt", "num_samples", "holdout", "batch_size", "device", "seed")
 """The settings of a run that an adaptation alone looks at."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class AdaptedModel:
-    """A model that was adapted to unlabelled samples.
-
-    Args:
-        model: a plain ``nn.Module`` in eval mode, on the CPU.
-        note: what was done, or why nothing.
-        facts: everything that was found, as plain data.
-        sample_ids: content hashes of the samples that were used.
-        opened: where the model came from.
-    """
-
-    model: nn.Module
-    note: str
-    facts: dict[str, Any]
-    sample_ids: tuple[str, ...]
-    opened: OpenedModel
-
-    def save(self, folder: str | Path) -> Path:
-        """Write an artifact, as ``compress`` does: it loads with :func:`ttmpd.load`, and ``compress`` takes it."""
-        return save_artifact(
-            Path(folder),
-            model=self.model,
-            plan=Plan((), 0.0, 0.0, 0.0, 0.0),
-            opened=self.opened,
-            sample_ids=self.sample_ids,
-            facts=self.facts,
-        )
-
-    save_pretrained = save
-
-
 def adapt_to(
     model: nn.Module | str | OpenedModel, samples: Any, *, output: str | Path | None = None, **settings: Any
-) -> AdaptedModel:
+) -> Result:
     """A copy of the model, adapted to the samples without labels; nothing is removed.
 
     Args:
@@ -91,7 +58,7 @@ def adapt_to(
     before, after = (logits_of(net, few[1], chosen.batch_size) for net in (source, adapted.model))
     facts = collect_adapted(opened, source, adapted, few, chosen, (before, after), seconds)
     net = to_plain_format(adapted.model).cpu().eval()
-    found = AdaptedModel(net, adapted.note, facts, few[0].ids + few[1].ids, opened)
+    found = Result(net, Plan((), 0.0, 0.0, 0.0, 0.0), facts, few[0].ids + few[1].ids, opened)
     if output is not None:
         found.save(output)
     return found

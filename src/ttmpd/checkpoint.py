@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,31 +43,46 @@ _KEYS = {
 # -------------------------------------------------------------------------------------------------------------- saving
 
 
-def save_artifact(
-    folder: Path,
-    *,
-    model: nn.Module,
-    plan: Plan,
-    opened: OpenedModel,
-    sample_ids: Sequence[str],
-    facts: Mapping[str, Any],
-) -> Path:
-    """Write an artifact into ``folder``, each file whole or not at all.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """A model that was made faster, adapted or given exits, with its proof.
 
     Args:
-        folder: made if missing; an artifact that is there is replaced.
-        model: the compressed model.
-        plan: what was removed.
-        opened: the model it was made from.
+        model: a plain ``nn.Module`` in eval mode, on the CPU; with exits an :class:`ttmpd.EarlyExitModel`, whose
+            ``threshold`` may be changed at any time.
+        plan: what was removed, and the milliseconds.
+        facts: everything that was measured, as plain data: the report draws it.
         sample_ids: content hashes of the unlabelled samples that were used.
-        facts: what the run measured, for the report.
-
-    Returns:
-        The folder.
-
-    Raises:
-        TTMPDError: there is no room or no permission to write.
+        opened: where the model came from.
+        met: whether what was measured meets the target; True where none was set.
     """
+
+    model: nn.Module
+    plan: Plan
+    facts: dict[str, Any]
+    sample_ids: tuple[str, ...]
+    opened: OpenedModel
+    met: bool = True
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the artifact: plan.json, model.safetensors, README.md, report.html, report.json.
+
+        Args:
+            folder: made if missing; an artifact that is there is replaced.
+
+        Returns:
+            The folder: :func:`ttmpd.load` reads it.
+
+        Raises:
+            TTMPDError: there is no room or no permission to write.
+        """
+        return _write(Path(folder), self)
+
+    save_pretrained = save
+
+
+def _write(folder: Path, result: Result) -> Path:
+    """Write the artifact, each file whole or not at all."""
     from ttmpd.report import write_report
 
     check_output(folder)
@@ -76,10 +91,10 @@ def save_artifact(
         unfinished = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
         try:
             # Tied tensors are written once each: loading copies them into one place again.
-            state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+            state = {key: value.detach().cpu().contiguous().clone() for key, value in result.model.state_dict().items()}
             save_file(state, unfinished / WEIGHTS)
-            write_report(facts, unfinished)
-            data = _described(plan, opened, sample_ids, facts) | exits_data(model)
+            write_report(result.facts, unfinished)
+            data = _described(result) | exits_data(result.model)
             data["weights"] = {"file": WEIGHTS, "sha256": _sha256(unfinished / WEIGHTS)}
             write_json(unfinished / PLAN, data)
             shutil.copymode(unfinished / PLAN, unfinished / WEIGHTS)  # safetensors makes it private
@@ -110,7 +125,8 @@ def check_output(folder: Path) -> None:
             )
 
 
-def _described(plan: Plan, opened: OpenedModel, sample_ids: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
+def _described(result: Result) -> dict[str, Any]:
+    plan, opened, facts = result.plan, result.opened, result.facts
     numbers = {key: getattr(plan, key) for key in ("harm", "original_ms", "budget_ms", "predicted_ms")}
     removals = (*opened.removed, *plan.removals)
     return {
@@ -127,7 +143,7 @@ def _described(plan: Plan, opened: OpenedModel, sample_ids: Sequence[str], facts
         "plan": {"removals": [_row(removal) for removal in removals]} | numbers,
         "methods": facts.get("methods", {}),
         "settings": facts.get("settings", {}),
-        "sample_ids": list(dict.fromkeys((*opened.used_ids, *sample_ids))),
+        "sample_ids": list(dict.fromkeys((*opened.used_ids, *result.sample_ids))),
     }
 
 

@@ -14,12 +14,10 @@ from rich.table import Table
 from ttmpd.progress import watched
 
 if TYPE_CHECKING:
-    from ttmpd.adapting import AdaptedModel
+    from ttmpd.checkpoint import Result
     from ttmpd.demo_run import DemoOutcome
     from ttmpd.evaluation import BenchRow, Evaluation
-    from ttmpd.exiting import ExitingModel
     from ttmpd.inspection import Inspection, Preview
-    from ttmpd.pipeline import Result
     from ttmpd.records import Timing
 
 SHOW_AFTER = 1.0
@@ -200,10 +198,10 @@ def show_result(result: "Result", folder: Any) -> None:
     console.print(f"Artifact: {escape(str(folder))} (report.html shows it)", soft_wrap=True)
 
 
-def show_adapted(found: "AdaptedModel", folder: object) -> None:
+def show_adapted(found: "Result", folder: object) -> None:
     """What was done to the model, how far its answers moved, and where the artifact lies."""
     console, facts = out(), found.facts
-    console.print(f"Adaptation: {escape(found.note)}")
+    console.print(f"Adaptation: {escape(facts['adapt']['note'])}")
     table = _table("", "value", title="What was found")
     for name, value in facts["adapt"]["facts"].items():
         table.add_row(escape(name.replace("_", " ")), f"{value:.4g}")
@@ -218,7 +216,7 @@ def show_adapted(found: "AdaptedModel", folder: object) -> None:
     console.print(f"Artifact: {escape(str(folder))} (evaluate it with labels, or compress it)", soft_wrap=True)
 
 
-def show_exits(found: "ExitingModel", folder: object) -> None:
+def show_exits(found: "Result", folder: object) -> None:
     """Where samples leave, how fast that is, how far the answers are the model's, and where the artifact lies."""
     console, facts = out(), found.facts
     exits = facts["early_exit"]
@@ -286,20 +284,23 @@ def show_preview(found: "Preview") -> None:
     console.print(f"Adaptation: {escape(ready.adapt_note)}")
     for planned in found.plans:
         plan = planned.plan
-        table = _table("would remove", "class", "action", title=f"Plan for {ms(plan.budget_ms)} ms")
+        table = _table("would remove", "class", "action", title=f"Plan for {planned.target}")
         for removal in plan.removals:
             action = f"keep {len(removal.kept)} of {removal.unit.members}" if removal.unit.members else removal.action
             table.add_row(escape(removal.unit.id), escape(removal.unit.module), action)
         console.print(table)
-        measured = min((a.measured_ms for a in planned.attempts), key=lambda value: abs(value - plan.budget_ms))
+        tried = [attempt.measured_ms for attempt in planned.attempts]
+        nearest = min(tried, key=lambda value: abs(value - plan.budget_ms), default=None)
         console.print(
             f"{len(plan.removals)} of {len(ready.found.units)} units; {ms(plan.original_ms)} ms now, predicted "
-            f"{ms(plan.predicted_ms)} ms, measured on the cut model {ms(measured)} ms"
+            f"{ms(plan.predicted_ms)} ms" + ("" if nearest is None else f", measured on the cut model {ms(nearest)} ms")
         )
-    table = _table("share of latency", "predicted ms", "predicted harm", "units removed", title="What could be reached")
+    columns = ("share of latency", "predicted ms", "predicted harm", "units removed")
+    table = _table(*columns, title="What could be reached")
     for row in found.plans[0].front:
         table.add_row(f"{row['target']:g}x", ms(row["predicted_ms"]), f"{row['harm']:.3g}", f"{row['n_removed']:g}")
-    console.print(table)
+    if table.row_count:
+        console.print(table)
     show_seconds(found.seconds)
     console.print("Dry run: nothing was written.")
 

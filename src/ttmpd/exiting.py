@@ -1,4 +1,4 @@
-"""``early_exit``: put exits on a model, and choose how sure a sample must be to leave for a mean latency."""
+"""``add_early_exits``: put exits on a model, and choose how sure a sample must be to leave for a mean latency."""
 
 import dataclasses
 import time
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttmpd.checkpoint import check_output, save_artifact
+from ttmpd.checkpoint import Result, check_output
 from ttmpd.early_exit._choice import Choice, choose, fitted, time_exits
-from ttmpd.early_exit._model import EarlyExitModel, check_without_exits
+from ttmpd.early_exit._model import check_without_exits
 from ttmpd.early_exit._threshold import Sure, exit_answers, sure_of
 from ttmpd.early_exit.base import EarlyExit, Equipped
 from ttmpd.early_exit.right_tool import RightTool
@@ -20,11 +20,9 @@ from ttmpd.facts import collect_exits
 from ttmpd.guard import logits_of
 from ttmpd.labels import Labels, open_labels
 from ttmpd.models import OpenedModel, open_model
-from ttmpd.ready import open_pool, source_of, split
+from ttmpd.ready import open_pool, pass_size, source_of, split
 from ttmpd.records import Plan, Samples
 from ttmpd.settings import Settings, Target, choose_device
-from ttmpd.text import trimmed
-from ttmpd.training import samples_that_fit
 
 _USED = ("num_samples", "holdout", "batch_size", "device", "seed")
 """The settings of a run that exits look at."""
@@ -32,41 +30,7 @@ _DEFAULTS = {"num_samples": 1000, "batch_size": 1}
 _PASS_SIZE = 64
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ExitingModel:
-    """A model with exits and a threshold.
-
-    Args:
-        model: an ordinary module in eval mode, on the CPU; its ``threshold`` may be changed at any time.
-        plan: nothing removed; the milliseconds.
-        facts: everything that was measured, as plain data: the report draws it.
-        sample_ids: content hashes of the samples that were used.
-        opened: where the model came from.
-        met: whether the measured mean latency meets the target.
-    """
-
-    model: EarlyExitModel
-    plan: Plan
-    facts: dict[str, Any]
-    sample_ids: tuple[str, ...]
-    opened: OpenedModel
-    met: bool
-
-    def save(self, folder: str | Path) -> Path:
-        """Write an artifact, as ``compress`` does: it loads with :func:`ttmpd.load`, exits and threshold included."""
-        return save_artifact(
-            Path(folder),
-            model=self.model,
-            plan=self.plan,
-            opened=self.opened,
-            sample_ids=self.sample_ids,
-            facts=self.facts,
-        )
-
-    save_pretrained = save
-
-
-def early_exit(
+def add_early_exits(
     model: nn.Module | str | OpenedModel,
     samples: Any,
     *,
@@ -77,7 +41,7 @@ def early_exit(
     output: str | Path | None = None,
     command: str = "",
     **settings: Any,
-) -> ExitingModel:
+) -> Result:
     """A copy of the model that answers sure samples early, with the threshold that meets a mean latency.
 
     Nothing of the model is changed or trained. Exits learn its answers, the threshold is chosen by how sure they are
@@ -101,12 +65,12 @@ def early_exit(
         SamplesError, ModelError, InvalidValueError: see their messages.
 
     Example:
-        >>> found = early_exit(net, "photos/", speedup=1.5)  # doctest: +SKIP
+        >>> found = add_early_exits(net, "photos/", speedup=1.5)  # doctest: +SKIP
         >>> found.model.threshold = 1.1  # the answers of ``net``, bit for bit  # doctest: +SKIP
 
     Cost: a few passes of the model over the samples, seconds of training, and about half a minute of measuring.
     """
-    target, chosen = target_of(speedup, latency), _settings(settings)
+    target, chosen = Target.of(speedup, latency), _settings(settings)
     if output is not None:
         check_output(Path(output))
     opened = model if isinstance(model, OpenedModel) else open_model(model)
@@ -136,7 +100,7 @@ def early_exit(
     )
     facts["target"] |= {"met": choice.met, "within_spread": choice.within_spread}
     net = equipped.model.cpu().eval()
-    result = ExitingModel(net, plan, facts | {"command": command}, few[0].ids + few[1].ids, opened, choice.met)
+    result = Result(net, plan, facts | {"command": command}, few[0].ids + few[1].ids, opened, choice.met)
     if output is not None:
         result.save(output)
     return result
@@ -146,22 +110,11 @@ def _equipped(
     source: nn.Module, few: tuple[Samples, Samples], tool: EarlyExit, classes: Tensor | None, seed: int
 ) -> tuple[Equipped, Sure, Tensor]:
     """The model with exits; how sure they are of all samples, the held-out ones behind; its own answers to these."""
-    size = _pass_size(source, few[0])
+    size = pass_size(source, few[0], _PASS_SIZE)
     equipped = tool.equip(source, few[0], labels=classes, batch_size=size, seed=seed)
     answers, own = exit_answers(equipped.model, few[1], size)
     every = torch.cat([equipped.exit_logits.cpu(), answers], 1)
     return equipped, sure_of(every, torch.cat([equipped.logits.cpu(), own])), own
-
-
-def target_of(speedup: float | None, latency: str | float | None) -> Target:
-    """The one of the two that is given.
-
-    Raises:
-        InvalidValueError: both are, or none, or it breaks a rule.
-    """
-    if (speedup is None) == (latency is None):
-        raise InvalidValueError("the target must be one of speedup and latency; give exactly one of them")
-    return Target(speedup=speedup) if latency is None else Target.parse(latency)
 
 
 def _settings(given: dict[str, Any]) -> Settings:
@@ -175,12 +128,6 @@ def _labels(labels: str | Path | Sequence[int] | None, data: Any) -> Labels | No
     if labels is None or isinstance(labels, str | Path):
         return None if labels is None else open_labels(labels, data)
     return Labels({str(i): int(value) for i, value in enumerate(labels)}, "labels")
-
-
-def _pass_size(source: nn.Module, samples: Samples) -> int:
-    """Samples per pass without gradients: twice as many as a training step may have, which keeps what they need."""
-    few = trimmed(samples.batch(slice(0, 2), next(source.parameters()).device), samples.padding)
-    return min(_PASS_SIZE, 2 * samples_that_fit(source, few, _PASS_SIZE))
 
 
 def _joined(first: Samples, second: Samples) -> Samples:

@@ -50,13 +50,14 @@ def collect(
         seconds: per stage.
     """
     plan = planned.plan
+    budget_ms = None if planned.target.macs is not None else plan.budget_ms
     teacher, start, final = logits
     few = (ready.samples, ready.held_out)
     return _known(ready.opened, ready.source, student, few, ready.settings) | {
         "adapt": {"note": ready.adapt_note, "facts": ready.adapt_facts},
         "units": _units(ready, plan),
         "refused": [list(row) for row in ready.found.refused],
-        "target": {"asked": str(planned.target), "budget_ms": plan.budget_ms, "harm": plan.harm},
+        "target": {"asked": str(planned.target), "budget_ms": budget_ms, "harm": plan.harm},
         "attempts": [{"predicted_ms": a.predicted_ms, "measured_ms": a.measured_ms} for a in planned.attempts],
         "front": [dict(row) for row in planned.front],
         "latency": _latency(rounds, plan),

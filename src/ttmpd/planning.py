@@ -50,7 +50,7 @@ class Planned:
     Args:
         target: what was asked for.
         plan: what is removed.
-        attempts: the planner's rounds.
+        attempts: the planner's rounds; none for a share of the MACs, which is counted.
         front: predicted harm over predicted latency for other targets.
     """
 
@@ -276,13 +276,13 @@ def make_plan(ready: Ready, waypoints: Sequence[Waypoint], target: Target) -> Pl
 def _plan_by_macs(ready: Ready, target: Target, share: float) -> Planned:
     """The least harmful removals that leave ``share`` of the multiply-accumulates, which are counted, not measured.
 
-    Scores are taken as independent: this is how published budgets are met. The predicted milliseconds are those of the
-    plan; there is no latency to reach.
+    Scores are taken as independent: this is how published budgets are met. No latency is to be reached, so none is
+    measured here: the plan holds the predicted milliseconds, and there are no attempts.
     """
     few = ready.batch[:2]
     total = count_macs(ready.source, few)[""] / 1e6
     counted = dataclasses.replace(ready, timings=count_units(ready.found.units), original_ms=total)
-    needed, attempts = total * (1 - share), list[Attempt]()
+    needed, chosen = total * (1 - share), tuple[Option, ...]()
     for _ in range(MAX_PLANS):
         try:
             chosen = ready.settings.plan.choose(counted.options, needed, seed=ready.settings.seed)
@@ -293,16 +293,13 @@ def _plan_by_macs(ready: Ready, target: Target, share: float) -> Planned:
                 f"{best:.3g} remain; ask for more",
                 best,
             ) from None
-        removals = ready.removals(chosen)
-        predicted = ready.original_ms - sum(option.saved_ms for option in _in_ms(ready, chosen))
-        attempts.append(Attempt(predicted, predicted, _total(chosen), removals))
-        left = count_macs(skeleton(ready.source, removals), few)[""] / 1e6
+        left = count_macs(skeleton(ready.source, ready.removals(chosen)), few)[""] / 1e6
         if left <= share * total * (1 + TOLERANCE):
             break
         needed += left - share * total
-    last = attempts[-1]
-    plan = Plan(last.removals, last.harm, ready.original_ms, last.predicted_ms, last.predicted_ms)
-    return Planned(target, plan, tuple(attempts))
+    predicted = ready.original_ms - sum(option.saved_ms for option in _in_ms(ready, chosen))
+    plan = Plan(ready.removals(chosen), _total(chosen), ready.original_ms, predicted, predicted)
+    return Planned(target, plan, ())
 
 
 def _in_ms(ready: Ready, chosen: Sequence[Option]) -> list[Option]:

@@ -109,7 +109,7 @@ def get_ready(
         adapt_facts=told["facts"],
         settings=settings,
         deadline=deadline,
-        pass_size=_pass_size(source, samples, settings.batch_size),
+        pass_size=pass_size(source, samples, settings.batch_size),
     )
     rows = stages.json("score", lambda: score_rows(ready, teacher, found.units))
     return dataclasses.replace(ready, scores=tuple(score_of(row) for row in rows))
@@ -192,10 +192,10 @@ def _time(source: nn.Module, found: Found, batch: Tensor) -> dict[str, Any]:
     }
 
 
-def _pass_size(model: nn.Module, samples: Samples, batch_size: int) -> int:
+def pass_size(model: nn.Module, samples: Samples, most: int) -> int:
     """Samples per pass without gradients: twice as many as a training step may have, which keeps what they need."""
-    few = samples.batch(slice(0, 2), next(model.parameters()).device)
-    return min(batch_size, 2 * samples_that_fit(model, few, batch_size))
+    few = trimmed(samples.batch(slice(0, 2), next(model.parameters()).device), samples.padding)
+    return min(most, 2 * samples_that_fit(model, few, most))
 
 
 def score_rows(ready: Ready, model: nn.Module, units: Sequence[Unit]) -> list[dict[str, Any]]:

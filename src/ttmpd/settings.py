@@ -37,7 +37,9 @@ class Target:
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.speedup, self.ms, self.macs)) != 1:
-            raise InvalidValueError("the target must be one of speedup, latency and macs; give exactly one of them")
+            raise InvalidValueError(
+                "give exactly one target: a speedup, a latency, or a share of the MACs where a model is compressed"
+            )
         if self.macs is not None and not 0 < self.macs < 1:
             raise InvalidValueError(f"a share of the MACs must lie between 0 and 1, but got {self.macs!r}")
         if self.speedup is not None and not (math.isfinite(self.speedup) and self.speedup > 1):
@@ -55,7 +57,9 @@ class Target:
             InvalidValueError: none was, or several, or it is out of range.
         """
         if sum(value is not None for value in (speedup, latency, macs)) != 1:
-            raise InvalidValueError("the target must be one of speedup, latency and macs; give exactly one of them")
+            raise InvalidValueError(
+                "give exactly one target: a speedup, a latency, or a share of the MACs where a model is compressed"
+            )
         return cls.parse(latency) if latency is not None else cls(speedup=speedup, macs=macs)
 
     @classmethod

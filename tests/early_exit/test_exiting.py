@@ -1,6 +1,5 @@
 """``ttmpd.early_exit``: from a model to an artifact that loads, evaluates, and says what was done."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 import ttmpd
 from ttmpd import adapt_to, bench, compress, evaluate, inspect, load
 from ttmpd.adapt.none import NoAdaptation
-from ttmpd.checkpoint import open_artifact, read_artifact, save_artifact
+from ttmpd.checkpoint import Result, open_artifact, read_artifact
 from ttmpd.early_exit import _choice, _latency
 from ttmpd.early_exit._model import EarlyExitModel
 from ttmpd.early_exit.right_tool import RightTool
@@ -59,7 +58,7 @@ def answers(net: nn.Module, batch: Tensor) -> Tensor:
 def test_from_model_to_artifact_and_back(images, tmp_path):
     net = tiny_model()
     with untouched(net):
-        found = ttmpd.early_exit(net, images, speedup=1.5, method=QUICK, output=tmp_path / "out")
+        found = ttmpd.add_early_exits(net, images, speedup=1.5, method=QUICK, output=tmp_path / "out")
     assert found.met
     assert isinstance(found.model, EarlyExitModel) and not found.model.training
     assert found.facts["target"]["budget_ms"] == pytest.approx(10 / 1.5)
@@ -74,7 +73,7 @@ def test_from_model_to_artifact_and_back(images, tmp_path):
 
 
 def test_facts_add_up(images):
-    found = ttmpd.early_exit(tiny_model(), images, latency="0.6x", method=QUICK, command="the command")
+    found = ttmpd.add_early_exits(tiny_model(), images, latency="0.6x", method=QUICK, command="the command")
     facts = found.facts
     exits = facts["early_exit"]
     shares = [row["share"] for row in exits["exits"]] + [exits["end"]["share"]]
@@ -90,14 +89,14 @@ def test_facts_add_up(images):
 
 
 def test_later_exits_must_be_surer(images, tmp_path):
-    found = ttmpd.early_exit(tiny_model(), images, speedup=1.5, method=QUICK, output=tmp_path)
+    found = ttmpd.add_early_exits(tiny_model(), images, speedup=1.5, method=QUICK, output=tmp_path)
     # Leaving at the second exit saves 4 of the 8 ms that leaving at the first does: half the doubt is allowed.
     assert found.model.spec.saves == (1.0, 0.5)
     first, second = (row["threshold"] for row in found.facts["early_exit"]["exits"])
     assert first == found.model.threshold < 1
     assert 1 - second == pytest.approx((1 - first) / 2)
     assert load(tmp_path, model=tiny_model()).spec == found.model.spec
-    plain = ttmpd.early_exit(tiny_model(), images, speedup=1.5, method=PLAIN)
+    plain = ttmpd.add_early_exits(tiny_model(), images, speedup=1.5, method=PLAIN)
     assert {row["threshold"] for row in plain.facts["early_exit"]["exits"]} == {plain.model.threshold}
 
 
@@ -110,7 +109,7 @@ def test_exits_that_cost_more_than_they_bring_are_taken_off(images, tmp_path, mo
     monkeypatch.setattr(_choice, "worth_keeping", lambda *_: (1,))
     monkeypatch.setattr(_choice, "mean_rounds", mean_rounds)
     method, net = RightTool(steps=3, views=1), tiny_model()
-    found = ttmpd.early_exit(net, images, latency="0.9x", method=method, output=tmp_path)
+    found = ttmpd.add_early_exits(net, images, latency="0.9x", method=method, output=tmp_path)
     assert [place.path for place in found.model.spec.places] == ["blocks.1"]
     exits = found.facts["early_exit"]
     assert [row["path"] for row in exits["exits"]] == ["blocks.1"]
@@ -122,7 +121,7 @@ def test_exits_that_cost_more_than_they_bring_are_taken_off(images, tmp_path, mo
 
 
 def test_the_report_draws_exits(images, tmp_path):
-    ttmpd.early_exit(tiny_model(), images, speedup=1.5, method=QUICK, output=tmp_path)
+    ttmpd.add_early_exits(tiny_model(), images, speedup=1.5, method=QUICK, output=tmp_path)
     page, card = ((tmp_path / name).read_text() for name in ("report.html", "README.md"))
     assert "with early exits</h1>" in page
     assert "Exits, in the order of the network" in page
@@ -134,12 +133,12 @@ def test_the_report_draws_exits(images, tmp_path):
 
 def test_labels_are_found_by_row_and_told(images, tmp_path):
     labels = [number % 4 for number in range(60)]
-    found = ttmpd.early_exit(tiny_model(), images, speedup=1.2, method=QUICK, labels=labels, output=tmp_path)
+    found = ttmpd.add_early_exits(tiny_model(), images, speedup=1.2, method=QUICK, labels=labels, output=tmp_path)
     assert found.facts["early_exit"]["labelled"]
     assert "Labels were learned from" in (tmp_path / "README.md").read_text()
     assert "no labels" not in (tmp_path / "report.html").read_text().split("What other thresholds")[0]
     with pytest.raises(SamplesError, match="a label for every sample"):
-        ttmpd.early_exit(tiny_model(), images, speedup=1.2, method=QUICK, labels=labels[:9])
+        ttmpd.add_early_exits(tiny_model(), images, speedup=1.2, method=QUICK, labels=labels[:9])
 
 
 def test_exits_on_top_of_a_pruned_student(images, tmp_path):
@@ -147,12 +146,12 @@ def test_exits_on_top_of_a_pruned_student(images, tmp_path):
     units = tiny_units(net)
     removals = (Removal(units[1], "drop"), Removal(units[2], "linear"))
     student, plan = repaired(net, removals, samples), Plan(removals, 0.1, 10.0, 6.0, 6.0)
-    save_artifact(tmp_path / "pruned", model=student, plan=plan, opened=open_model(net), sample_ids=("old",), facts={})
+    Result(model=student, plan=plan, opened=open_model(net), sample_ids=("old",), facts={}).save(tmp_path / "pruned")
     (tmp_path / "nets.py").write_text(
         "from ttmpd.specimens import tiny_model\ndef net(): return tiny_model(n_blocks=5)"
     )
     opened = open_artifact(tmp_path / "pruned", f"{tmp_path}/nets.py:net")
-    found = ttmpd.early_exit(opened, images, speedup=1.1, method=QUICK, output=tmp_path / "both")
+    found = ttmpd.add_early_exits(opened, images, speedup=1.1, method=QUICK, output=tmp_path / "both")
     assert [place.path for place in found.model.spec.places] == ["blocks.0", "blocks.3"]
     again = load(tmp_path / "both", model=net)
     assert torch.equal(answers(again, images), answers(found.model, images))
@@ -165,7 +164,7 @@ def test_exits_on_top_of_a_pruned_student(images, tmp_path):
 
 def test_evaluation_and_bench_take_the_artifact(images, tmp_path):
     net = tiny_model()
-    used = ttmpd.early_exit(net, images[:40], speedup=1.5, method=QUICK, output=tmp_path)
+    used = ttmpd.add_early_exits(net, images[:40], speedup=1.5, method=QUICK, output=tmp_path)
     again = open_artifact(tmp_path, _factory(tmp_path))
     found = evaluate(again, images, [0] * 60, against=net, batch_size=7)
     assert (found.n_samples, found.n_left_out) == (20, 40)
@@ -190,7 +189,7 @@ def test_a_rebuildable_model_comes_back_in_a_fresh_process(tmp_path):
     from ttmpd.demo import demo_data
 
     data = demo_data().x[:80]
-    found = ttmpd.early_exit("ttmpd.demo:demo_model", data, speedup=1.3, method=QUICK, output=tmp_path / "out")
+    found = ttmpd.add_early_exits("ttmpd.demo:demo_model", data, speedup=1.3, method=QUICK, output=tmp_path / "out")
     batch = open_samples(data[:9], found.opened.preprocessing).batch(slice(None))
     torch.save((batch, answers(found.model, batch)), tmp_path / "xy.pt")
     code = (
@@ -203,27 +202,13 @@ def test_a_rebuildable_model_comes_back_in_a_fresh_process(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_the_function_and_the_folder_bear_one_name():
-    code = (
-        "import ttmpd\n"
-        "first = ttmpd.early_exit\n"
-        "import ttmpd.early_exit.right_tool\n"
-        "assert ttmpd.early_exit is first and ttmpd.early_exit.right_tool.RightTool is ttmpd.RightTool\n"
-        "try: ttmpd.early_exit(None, None)\n"
-        "except ttmpd.InvalidValueError as error: assert 'exactly one' in str(error)\n"
-        "else: raise SystemExit(1)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-    assert importlib.import_module("ttmpd.exiting").early_exit.__module__ == "ttmpd.exiting"
-
-
 # ------------------------------------------------------------------------------------------------------ what goes wrong
 
 
 def test_exits_come_last(images):
-    exiting = ttmpd.early_exit(tiny_model(), images, speedup=1.5, method=QUICK).model
+    exiting = ttmpd.add_early_exits(tiny_model(), images, speedup=1.5, method=QUICK).model
     for run in (
-        lambda: ttmpd.early_exit(exiting, images, speedup=1.5),
+        lambda: ttmpd.add_early_exits(exiting, images, speedup=1.5),
         lambda: compress(exiting, images, speedup=1.5),
         lambda: adapt_to(exiting, images, adapt=NoAdaptation()),
         lambda: inspect(exiting, images),
@@ -235,30 +220,30 @@ def test_exits_come_last(images):
 def test_bad_input_is_refused_before_any_work(images, tmp_path):
     (tmp_path / "file").touch()
     cases = [
-        ({"speedup": 2.0, "latency": "5ms"}, "exactly one of them"),
-        ({}, "exactly one of them"),
+        ({"speedup": 2.0, "latency": "5ms"}, "exactly one target"),
+        ({}, "exactly one target"),
         ({"speedup": 0.5}, "greater than 1"),
         ({"speedup": 2.0, "output": tmp_path / "file"}, "is a file"),
         ({"speedup": 2.0, "score": 3}, "must be one of num_samples, holdout"),
     ]
     for settings, message in cases:
         with pytest.raises(InvalidValueError, match=message):
-            ttmpd.early_exit(tiny_model(), images, **settings)
+            ttmpd.add_early_exits(tiny_model(), images, **settings)
 
 
 def test_a_missed_target_is_told(images, monkeypatch):
     slow = Rounds({"original": (10.0,), "compressed": (9.0,)})
     monkeypatch.setattr(_choice, "mean_rounds", lambda *_: slow)
     with pytest.raises(ttmpd.BudgetUnreachableError):  # ever lower thresholds, and none is fast enough
-        ttmpd.early_exit(tiny_model(), images, speedup=2.0, method=QUICK)
+        ttmpd.add_early_exits(tiny_model(), images, speedup=2.0, method=QUICK)
     monkeypatch.setattr(_choice, "_ATTEMPTS", 1)
-    found = ttmpd.early_exit(tiny_model(), images, speedup=2.0, method=QUICK)
+    found = ttmpd.add_early_exits(tiny_model(), images, speedup=2.0, method=QUICK)
     assert not found.met
     assert found.facts["target"]["met"] is False
 
 
 def test_without_held_out_samples_nothing_is_said_of_agreement(images):
-    found = ttmpd.early_exit(tiny_model(), images, speedup=1.5, method=QUICK, holdout=0.0)
+    found = ttmpd.add_early_exits(tiny_model(), images, speedup=1.5, method=QUICK, holdout=0.0)
     assert found.facts["agreement"] is None
     assert found.facts["early_exit"]["n_samples"] == 60
 
@@ -280,7 +265,7 @@ def test_without_held_out_samples_nothing_is_said_of_agreement(images):
 )
 def test_a_broken_artifact_is_told(images, tmp_path, change, message):
     net = tiny_model()
-    ttmpd.early_exit(net, images, speedup=1.5, method=QUICK, output=tmp_path)
+    ttmpd.add_early_exits(net, images, speedup=1.5, method=QUICK, output=tmp_path)
     plan = json.loads((tmp_path / "plan.json").read_text())
     change(plan)
     (tmp_path / "plan.json").write_text(json.dumps(plan))
@@ -290,9 +275,8 @@ def test_a_broken_artifact_is_told(images, tmp_path, change, message):
 
 def test_artifacts_without_exits_are_as_they_were(tmp_path):
     net = tiny_model()
-    save_artifact(
-        tmp_path, model=net, plan=Plan((), 0.0, 1.0, 1.0, 1.0), opened=open_model(net), sample_ids=(), facts={}
-    )  # fmt: skip
+    Result(model=net, plan=Plan((), 0.0, 1.0, 1.0, 1.0), opened=open_model(net), sample_ids=(), facts={}
+    ).save(tmp_path)  # fmt: skip
     assert "early_exit" not in json.loads((tmp_path / "plan.json").read_text())
     assert read_artifact(tmp_path).exits is None
     assert type(load(tmp_path, model=net)) is type(net)

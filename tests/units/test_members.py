@@ -10,7 +10,7 @@ import torchvision
 from safetensors.torch import load_file
 from torch import nn
 
-from ttmpd.checkpoint import save_artifact
+from ttmpd.checkpoint import Result
 from ttmpd.errors import InvalidValueError
 from ttmpd.models import OpenedModel
 from ttmpd.modules import call, count_parameters, first_tensor
@@ -190,10 +190,9 @@ def test_artifacts_of_all_families_load_in_a_fresh_process(tmp_path):
         model, removals = narrowed_by_half(name)
         samples = Samples(example(model, name), ("a", "b"), padding=0 if name in FAMILIES_OF_TEXT else None)
         student = repaired(model, removals, samples)
-        save_artifact(
-            tmp_path / "made" / name, model=student, plan=Plan(removals, 0.0, 2.0, 1.0, 1.0),
+        Result(model=student, plan=Plan(removals, 0.0, 2.0, 1.0, 1.0),
             opened=OpenedModel(model, "", False), sample_ids=samples.ids, facts={},
-        )  # fmt: skip
+        ).save(tmp_path / "made" / name)  # fmt: skip
         with torch.no_grad():
             wanted[name] = call(student, samples.inputs)
     command = [sys.executable, "-c", FRESH, __file__, str(tmp_path / "made"), str(tmp_path / "answers.safetensors")]

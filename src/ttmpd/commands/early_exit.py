@@ -33,13 +33,14 @@ def command(
 ) -> None:
     """Let sure samples leave a model early, for a mean latency; labels may be learned from, none are needed."""
     with reporting(verbose):
-        from ttmpd.exiting import early_exit, target_of
+        from ttmpd.exiting import add_early_exits
+        from ttmpd.settings import Target
 
-        target_of(speedup, latency)  # before anything is opened
+        Target.of(speedup, latency)  # before anything is opened
         tool = choose_methods({"early_exit": method}, settings or [], None)["early_exit"]
         opened = option.open_chosen(model, source, weights, no_pretrained, max_length)
         show_machine(device)
-        found = early_exit(
+        found = add_early_exits(
             opened, data, speedup=speedup, latency=latency, labels=labels, method=tool, output=output,
             command=command_line(), num_samples=num_samples, holdout=holdout, batch_size=batch_size, device=device,
             seed=seed,
