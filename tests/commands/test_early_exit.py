@@ -34,7 +34,8 @@ def arguments(data, tmp_path):
             "--output", tmp_path / "out")  # fmt: skip
 
 
-def test_what_it_says_and_writes(arguments, data, tmp_path, run, said):
+def test_what_it_says_and_writes(arguments, data, tmp_path, monkeypatch, run, said):
+    monkeypatch.setattr("sys.argv", ["/usr/bin/ttmpd", "early-exit", "--model", "a net", "--speedup", "1.5"])
     found = run(*arguments, "--speedup", 1.5)
     assert found.exit_code == 0, said(found)
     for words in ("exit behind", "stage1.1", "5 exits behind 13 blocks", "Threshold: 0.", "Target speedup 1.5: met",
@@ -42,7 +43,7 @@ def test_what_it_says_and_writes(arguments, data, tmp_path, run, said):
         assert words in said(found), words
     facts = json.loads((tmp_path / "out" / "report.json").read_text())
     assert facts["methods"]["early_exit"]["steps"] == 5
-    assert facts["command"].startswith("ttmpd")
+    assert facts["command"] == "ttmpd early-exit --model 'a net' --speedup 1.5"
     told = run("evaluate", "--model", tmp_path / "out", "--data", data, "--labels", data, "--against", DEMO,
                "--json", tmp_path / "e.json")  # fmt: skip
     assert told.exit_code == 0, said(told)

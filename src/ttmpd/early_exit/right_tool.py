@@ -44,7 +44,7 @@ class RightTool(EarlyExit):
     mix: bool = False
     """Read a learned mix of unit length of all blocks up to the exit that are as wide, instead of the last one.
 
-    On a frozen model it answers no better and all these blocks have to be read: the benchmark holds both.
+    All these blocks have to be read then; on a frozen model the last one holds most of what the mix does.
     """
     calibrate: bool = True
     """Give each exit a temperature; without it confidences of different exits mean different things."""
