@@ -111,6 +111,15 @@ def test_unreachable_target(data, quick_timing, tmp_path, monkeypatch, run, said
     assert not (tmp_path / "out" / "plan.json").exists()
 
 
+def test_inspect_lists_the_kinds_that_are_asked_for(tmp_path, run, said):
+    found = run("inspect", "--model", DEMO, "--no-time", "--units", "channel", "--json", tmp_path / "i.json")
+    assert found.exit_code == 0, said(found)
+    units = json.loads((tmp_path / "i.json").read_text())["units"]
+    assert units
+    assert {unit["kind"] for unit in units} == {"channel"}
+    assert "units must be some of" in said(run("inspect", "--model", DEMO, "--no-time", "--units", "blocks"))
+
+
 def test_a_share_of_the_macs(data, quick_timing, tmp_path, run, said):
     asked = ("compress", "--model", DEMO, "--data", data, "--score", "random", "--adapt", "none", *QUICK)
     planned = run(*asked, "--macs", "0.7x", "--dry-run")

@@ -18,7 +18,7 @@ from ttmpd.ready import Ready
 from ttmpd.records import Timing, Unit
 from ttmpd.samples import open_samples
 from ttmpd.savings import UnitTiming, time_units
-from ttmpd.settings import Target, choose_device, settings_of
+from ttmpd.settings import DEFAULT_UNITS, Target, check_kinds, choose_device, settings_of
 from ttmpd.surgery import find_units, whole_of
 from ttmpd.text import Tokenization, random_ids, trimmed
 from ttmpd.timing import machine, time_models
@@ -82,6 +82,7 @@ def inspect(
     batch_size: int = 64,
     device: str = "auto",
     timed: bool = True,
+    units: Sequence[str] = DEFAULT_UNITS,
 ) -> Inspection:
     """What can be removed from a model, what cannot and why, and how long each part takes here.
 
@@ -91,6 +92,7 @@ def inspect(
         batch_size: on which milliseconds are measured.
         device: "auto", "cpu", "cuda", "mps".
         timed: False leaves the clock alone.
+        units: the kinds to look for, as in :class:`ttmpd.Settings`.
 
     Raises:
         InvalidValueError: there are no samples and the model does not say how large its input is.
@@ -103,13 +105,14 @@ def inspect(
         (12, 'stage1.0')
     """
     check_range("batch_size", batch_size, 1)
+    check_kinds(units)
     opened = model if isinstance(model, OpenedModel) else open_model(model)
     where = choose_device(device)
     check_without_exits(opened.module)
     net = to_plain_format(clone(opened.module).to(where)).eval()
     batch = example_batch(opened, samples, batch_size).to(where)
     few = batch[:2]
-    found = find_units(net, few)
+    found = find_units(net, few, units)
     known = Inspection(
         type(net).__name__,
         count_parameters(net),

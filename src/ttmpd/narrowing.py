@@ -1,4 +1,4 @@
-"""Closed forms for heads and neurons: which of them the others can stand in for, and how the others then answer.
+"""Closed forms for members of a layer: which of them the others can stand in for, and how the others then answer.
 
 The layer behind them computes ``y = W h + b``. Without some of the inputs ``h`` it is fitted again to the same ``y``:
 ridge least squares on what the kept inputs say. All sums are float64 and need one pass; what a choice of members costs
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ttmpd.least_squares import Moments
 from ttmpd.modules import StopForwardError, evaluating, first_tensor, hooks, module_at
 from ttmpd.records import Tap, Unit
-from ttmpd.units._members import columns, matrix_of
+from ttmpd.units._members import columns, kernel_area, matrix_of
 
 RANGE = 10.0
 """Rescaling factors beyond this are not trusted (Kwon et al., 2022)."""
@@ -136,23 +136,46 @@ def bias_of(layer: nn.Module) -> Tensor:
     return bias.detach() if isinstance(bias, Tensor) else matrix_of(layer).new_zeros(matrix_of(layer).shape[0])
 
 
-def input_rows(value: Tensor, unit: Unit, index: Tensor) -> Tensor:
-    """The chosen positions of what the layer at ``unit.path`` reads: (B x positions, inputs)."""
+def input_rows(value: Tensor, unit: Unit, index: Tensor, layer: nn.Module) -> Tensor:
+    """What the layer at ``unit.path`` reads for the chosen positions of its output: (B x positions, inputs).
+
+    The inputs of a convolution are all values under its kernel, channel by channel.
+    """
     index = index.to(value.device)
+    if isinstance(layer, nn.Conv2d) and (kernel_area(layer) > 1 or max(layer.stride) > 1):
+        return under_kernel(value, index, layer).transpose(1, 2).flatten(0, 1)
     if unit.layout == "channels_first":
         return value.flatten(2)[:, :, index].transpose(1, 2).flatten(0, 1)
     shape = (len(value), math.prod(value.shape[1:-1]), value.shape[-1])  # the width may be zero
     return value.reshape(shape)[:, index].flatten(0, 1)
 
 
+def under_kernel(value: Tensor, index: Tensor, layer: nn.Conv2d) -> Tensor:
+    """(B, channels x places under the kernel, positions) of the input at flat positions of the output.
+
+    Only what was chosen is copied: whole maps would be as many times as large as there are places under the kernel.
+    """
+    assert not isinstance(layer.padding, str)
+    (high, wide), (down, across) = layer.padding, layer.stride
+    padded = nn.functional.pad(value, (wide, wide, high, high))
+    width = padded.shape[3]
+    columns = (width - layer.dilation[1] * (layer.kernel_size[1] - 1) - 1) // across + 1
+    corner = index // columns * down * width + index % columns * across
+    rows, places = (torch.arange(n, device=index.device) for n in layer.kernel_size)
+    around = (rows[:, None] * (layer.dilation[0] * width) + places * layer.dilation[1]).flatten()
+    return padded.flatten(2)[:, :, corner[None] + around[:, None]].flatten(1, 2)
+
+
 def narrowed_answer(model: nn.Module, unit: Unit, choice: Choice) -> Callable[[Tensor], Tensor]:
     """What the layer at ``unit.path`` answers to all its inputs once only the kept members speak."""
-    index = columns(model, unit, choice.kept)
+    index, layer = columns(model, unit, choice.kept), module_at(model, unit.path)
     weight, bias = choice.weight, choice.bias
 
     def answer(h: Tensor) -> Tensor:
-        if unit.layout == "channels_first":
-            return nn.functional.conv2d(h[:, index.to(h.device)], weight[:, :, None, None], bias)
+        if isinstance(layer, nn.Conv2d):
+            kernel = weight.reshape(len(weight), -1, *layer.kernel_size)
+            given = h[:, index.to(h.device)]
+            return nn.functional.conv2d(given, kernel, bias, layer.stride, layer.padding, layer.dilation)
         return nn.functional.linear(h[..., index.to(h.device)], weight, bias)
 
     return answer

@@ -228,7 +228,7 @@ def _narrowed_outputs(fits: Sequence[Removal]) -> dict[str, Tensor]:
     return {
         by_path[feeder]: spread_out(removal.kept, 1)
         for removal in fits
-        if removal.unit.kind == "neuron"
+        if removal.unit.kind != "head"
         for feeder in removal.unit.feeders
         if feeder in by_path
     }
@@ -239,6 +239,7 @@ def _given(
 ) -> Rows:
     """Rows of one fit, along the student. A narrowed unit also makes up for what its shortcut has lost before it."""
     unit, index = removal.unit, seen.chosen[removal.unit.id]
+    layer = module_at(student, unit.path)
     taps = {"x": Tap(unit.path, "input")}
     if unit.id in seen.sums:
         taps |= {"own": Tap(unit.path, "output"), "sum": seen.sums[unit.id]}
@@ -250,7 +251,7 @@ def _given(
             y = y[:, seen.outputs[unit.id].to(y.device)]
         weight = row_weights(seen.pattern, unit, index, sensitivity, len(y) // len(index), samples.kept(batch))
         if removal.action == "narrow":
-            yield input_rows(found["x"], unit, index), y, weight
+            yield input_rows(found["x"], unit, index, layer), y, weight
         else:
             yield rows(found["x"], unit, index, KERNELS[removal.action]), y, weight
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +88,17 @@ class Target:
         return f"speedup {self.speedup:.4g}" if self.speedup is not None else f"latency {self.ms:.4g} ms"
 
 
+DEFAULT_UNITS = ("block", "head", "neuron")
+"""What is looked for where nothing else is asked for: names of files in ``ttmpd/units``."""
+
+
+def check_kinds(units: Sequence[str]) -> None:
+    """Raise :class:`InvalidValueError` unless the units are one or more of those there are."""
+    known = names("units")
+    if not units or not set(units) <= set(known):
+        raise InvalidValueError(f"units must be some of {', '.join(known)}, but got {units!r}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that defines a run beside the model, the samples and the target."""
@@ -97,7 +108,7 @@ class Settings:
     score: Scorer = TTMPD()
     plan: Planner = Knapsack()
     distill: Distiller = OneTime()
-    units: tuple[str, ...] = ("block", "head", "neuron")
+    units: tuple[str, ...] = DEFAULT_UNITS
     """What may be removed: names of files in ``ttmpd/units``; of them, what the scorer can judge."""
     actions: tuple[Action, ...] = DEFAULT_ACTIONS
     num_samples: int = 500
@@ -114,9 +125,7 @@ class Settings:
         check_fields(self, num_samples=1, pool=1, holdout=(0.0, 0.9), batch_size=1, time_budget=0.0)
         if not self.actions or not set(self.actions) <= set(ACTIONS):
             raise InvalidValueError(f"actions must be some of {', '.join(ACTIONS)}, but got {self.actions!r}")
-        known = names("units")
-        if not self.units or not set(self.units) <= set(known):
-            raise InvalidValueError(f"units must be some of {', '.join(known)}, but got {self.units!r}")
+        check_kinds(self.units)
         if not set(self.units) & set(self.score.kinds):
             raise InvalidValueError(
                 f"score {self.score.name} must know one of the units, but judges {', '.join(self.score.kinds)} and "

@@ -15,11 +15,12 @@ from ttmpd.units.block import Block
 class TinyBlock(nn.Module):
     """A residual block that ends in a ReLU."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, hidden: int = 0) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        hidden = hidden or channels
+        self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(hidden)
+        self.conv2 = nn.Conv2d(hidden, channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,10 +32,10 @@ class TinyBlock(nn.Module):
 class TinyNet(nn.Module):
     """Three residual blocks between a stem and a head: (B, 3, 8, 8) images, 4 classes."""
 
-    def __init__(self, n_blocks: int = 3, channels: int = 6, dropout: float = 0.0) -> None:
+    def __init__(self, n_blocks: int = 3, channels: int = 6, dropout: float = 0.0, hidden: int = 0) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU())
-        self.blocks = nn.Sequential(*[TinyBlock(channels) for _ in range(n_blocks)])
+        self.blocks = nn.Sequential(*[TinyBlock(channels, hidden) for _ in range(n_blocks)])
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(channels, 4)
 
@@ -44,11 +45,11 @@ class TinyNet(nn.Module):
         return logits
 
 
-def tiny_model(seed: int = 0, *, n_blocks: int = 3, dropout: float = 0.0) -> TinyNet:
+def tiny_model(seed: int = 0, *, n_blocks: int = 3, dropout: float = 0.0, hidden: int = 0) -> TinyNet:
     """A :class:`TinyNet` in eval mode whose weights and batch statistics are drawn by ``seed``."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = TinyNet(n_blocks, dropout=dropout).train()
+        model = TinyNet(n_blocks, dropout=dropout, hidden=hidden).train()
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         for norm in norms:
             norm.momentum = 1.0  # one pass makes statistics that fit the weights
@@ -130,6 +131,13 @@ def tiny_samples(n: int = 12, seed: int = 1) -> Samples:
     """Random 8 x 8 images, as pixels."""
     pixels = torch.randint(0, 256, (n, 3, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return Samples(pixels, tuple(f"{seed}-{i}" for i in range(n)), mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def specimen(kind: str, n: int = 12) -> tuple[nn.Module, Samples]:
+    """A model that holds at least two units of the kind, and samples for it."""
+    if kind in ("head", "neuron"):
+        return tiny_transformer(), tiny_token_samples(n)
+    return tiny_model(hidden=24 if kind == "channel" else 0), tiny_samples(n)
 
 
 def tiny_units(model: nn.Module) -> tuple[Unit, ...]:

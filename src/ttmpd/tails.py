@@ -1,5 +1,6 @@
 """Run what comes behind each unit, with the unit replaced: how far do features and predictions move?"""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -77,12 +78,24 @@ def _entries(
         proven = skippable(teacher, units, few)
         return {unit.id: (unit, units[:number]) for number, unit in enumerate(units) if unit.id in proven}
     proven, found = skippable(teacher, wholes, few), {}
+    following = _following(teacher, wholes, few)
     for unit in units:
         for number, whole in enumerate(wholes):
             # What comes behind the whole before depends on its output alone: that is what this one is given.
-            if number and unit.path.startswith(f"{whole.path}.") and wholes[number - 1].id in proven:
+            known = number and number in following and wholes[number - 1].id in proven
+            if known and unit.path.startswith(f"{whole.path}."):
                 found[unit.id] = (whole, wholes[:number])
     return found
+
+
+def _following(teacher: nn.Module, wholes: Sequence[Unit], few: Tensor) -> set[int]:
+    """Numbers of the units that are given the very output of the unit before: no other layer stands in between."""
+    taps = {f"x {unit.id}": Tap(unit.path, "input") for unit in wholes}
+    taps |= {f"y {unit.id}": Tap(unit.path, "output") for unit in wholes}
+    with evaluating(teacher):
+        seen = read(teacher, few, taps)
+    pairs = enumerate(itertools.pairwise(wholes), 1)
+    return {number for number, (a, b) in pairs if torch.equal(seen[f"y {a.id}"], seen[f"x {b.id}"])}
 
 
 def _stubs(

@@ -24,6 +24,7 @@ Weights = Annotated[
     Path | None, typer.Option("--weights", help="A .safetensors file to load instead of the published weights.")
 ]
 Pretrained = Annotated[bool, typer.Option("--no-pretrained", help="Random weights: nothing is downloaded.")]
+Units = Annotated[str, typer.Option("--units", help="Some of block, head, neuron, channel.")]
 NumSamples = Annotated[int, typer.Option("--num-samples", min=2, help="Unlabelled samples to use.")]
 Holdout = Annotated[float, typer.Option("--holdout", help="Share of them that is held out.")]
 Seed = Annotated[int, typer.Option("--seed")]

@@ -44,6 +44,11 @@ def parse_targets(
     return {name: Target.parse(name) for name in names}
 
 
+def parts_of(text: str) -> tuple[str, ...]:
+    """The names in "block,head"."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def parse_share(text: str) -> float:
     """0.7 from "0.7x" or "0.7"."""
     try:

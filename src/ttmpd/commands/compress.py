@@ -7,7 +7,7 @@ import typer
 
 from ttmpd import display
 from ttmpd.commands import _options as option
-from ttmpd.commands._parsing import choose_methods, parse_duration, parse_targets
+from ttmpd.commands._parsing import choose_methods, parse_duration, parse_targets, parts_of
 from ttmpd.commands._reporting import TARGET_MISSED, command_line, reporting, show_machine
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def command(
     plan: Annotated[str, typer.Option("--plan", help="A planner.")] = "knapsack",
     distill: Annotated[str, typer.Option("--distill", help="A distiller.")] = "one_time",
     settings: Annotated[list[str] | None, typer.Option("--set", help="VERB.FIELD=VALUE, as often as wanted.")] = None,
-    units: Annotated[str, typer.Option("--units", help="Some of block, head, neuron.")] = "block,head,neuron",
+    units: option.Units = "block,head,neuron",
     actions: Annotated[
         str, typer.Option("--actions", help="Some of drop, linear, conv, narrow.")
     ] = "drop,linear,narrow",
@@ -64,7 +64,7 @@ def command(
         goals = parse_targets(speedup, latency, macs, targets)
         given: dict[str, Any] = methods | {
             "num_samples": num_samples, "pool": pool, "holdout": holdout, "batch_size": batch_size, "device": device,
-            "seed": seed, "units": _parts(units), "actions": _parts(actions), "amp": amp,
+            "seed": seed, "units": parts_of(units), "actions": parts_of(actions), "amp": amp,
         }  # fmt: skip
         if time_budget is not None:
             given["time_budget"] = parse_duration(time_budget)
@@ -80,10 +80,6 @@ def _dry_run(opened: "OpenedModel", data: str, goals: "dict[str, Target]", given
 
     show_machine(given["device"])
     display.show_preview(preview(opened, data, targets=list(goals.values()), **given))
-
-
-def _parts(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _compress(

@@ -6,6 +6,7 @@ import typer
 
 from ttmpd import display
 from ttmpd.commands import _options as option
+from ttmpd.commands._parsing import parts_of
 from ttmpd.commands._reporting import reporting, write_result
 
 
@@ -16,6 +17,7 @@ def command(
     json_file: option.Json = None,
     device: option.Device = "auto",
     timed: Annotated[bool, typer.Option("--time/--no-time", help="Measure milliseconds on this device.")] = True,
+    units: option.Units = "block,head,neuron",
     max_length: option.MaxLength = None,
     source: option.Source = None,
     weights: option.Weights = None,
@@ -27,6 +29,6 @@ def command(
         from ttmpd.inspection import inspect
 
         opened = option.open_chosen(model, source, weights, no_pretrained, max_length)
-        found = inspect(opened, data, batch_size=batch_size, device=device, timed=timed)
+        found = inspect(opened, data, batch_size=batch_size, device=device, timed=timed, units=parts_of(units))
         display.show_inspection(found)
         write_result(json_file, found.to_dict())

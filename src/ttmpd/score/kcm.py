@@ -9,7 +9,6 @@ from torch import Tensor
 from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_fields
 from ttmpd.modules import evaluating, module_at, read
-from ttmpd.narrowing import input_rows
 from ttmpd.progress import track
 from ttmpd.records import Action, Score, Tap, Unit
 from ttmpd.score.base import Job, Scorer, narrowed
@@ -110,8 +109,8 @@ def activity(job: Job) -> dict[str, Tensor]:
 
 
 def _norms(given: Tensor, unit: Unit, kept: Tensor | None) -> Tensor:
-    n_positions = max(1, given[0].numel() // given.shape[1 if unit.layout == "channels_first" else -1])
-    rows = input_rows(given, unit, torch.arange(n_positions)).double()
+    given = given.flatten(2).transpose(1, 2) if unit.layout == "channels_first" else given
+    rows = given.flatten(0, -2).double()
     if kept is not None and kept.numel() == len(rows):
         rows = rows[kept.flatten()]  # padding says nothing
     return rows.square().sum(0).view(unit.members, -1).sum(1).sqrt()

@@ -16,7 +16,7 @@ class Magnitude(Scorer):
 
     source: ClassVar[str] = "L1 norm of weights (Li et al., 2017, arXiv 1608.08710), averaged over a block"
 
-    kinds: ClassVar[tuple[str, ...]] = ("block", "head", "neuron")
+    kinds: ClassVar[tuple[str, ...]] = ("block", "head", "neuron", "channel")
 
     def scores(self, job: Job) -> Iterable[Score]:
         """The mean absolute value of all weights with two or more axes; of all weights where there are none.

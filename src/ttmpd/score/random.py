@@ -15,7 +15,7 @@ class Random(Scorer):
 
     source: ClassVar[str] = "control"
 
-    kinds: ClassVar[tuple[str, ...]] = ("block", "head", "neuron")
+    kinds: ClassVar[tuple[str, ...]] = ("block", "head", "neuron", "channel")
 
     def scores(self, job: Job) -> Iterable[Score]:
         """A harm from 0 to 1 per unit, or per head or neuron, by seed."""

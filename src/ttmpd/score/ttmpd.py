@@ -41,7 +41,7 @@ class TTMPD(Scorer):
     )
     needs: ClassVar[tuple[str, ...]] = ("gradients",)
     actions: ClassVar[tuple[Action, ...]] = ("drop", "linear", "conv")
-    kinds: ClassVar[tuple[str, ...]] = ("block", "head", "neuron")
+    kinds: ClassVar[tuple[str, ...]] = ("block", "head", "neuron", "channel")
     ridge: float = 1e-3
     """Relative to the mean diagonal of the normal equations."""
     max_samples: int = 256
@@ -164,7 +164,8 @@ def member_moments(job: Job, samples: Samples, sensitivity: float) -> dict[str, 
             seen = read(job.teacher, batch, taps)
             for unit in job.units:
                 index = chosen[unit.id]
-                x, y = input_rows(seen[f"x {unit.id}"], unit, index), rows(seen[f"y {unit.id}"], unit, index)
+                layer = module_at(job.teacher, unit.path)
+                x, y = input_rows(seen[f"x {unit.id}"], unit, index, layer), rows(seen[f"y {unit.id}"], unit, index)
                 weights = row_weights(pattern, unit, index, sensitivity, len(y) // len(index), samples.kept(batch))
                 found[unit.id].add(x, y, weights)
     return found

@@ -1,7 +1,7 @@
 """Checks of scorers."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -10,12 +10,10 @@ from ttmpd.records import ACTIONS, Samples, Score, Unit
 from ttmpd.score.base import Scorer
 from ttmpd.specimens import (
     TinyNet,
-    TinyTransformer,
     require,
+    specimen,
     tiny_model,
     tiny_samples,
-    tiny_token_samples,
-    tiny_transformer,
     tiny_units,
     untouched,
 )
@@ -25,19 +23,12 @@ from ttmpd.testing.common import quick, twice
 Case = tuple[nn.Module, tuple[Unit, ...], Samples]
 
 
-def _members(model: nn.Module, kinds: Sequence[str]) -> tuple[Unit, ...]:
-    return find_units(model, tiny_token_samples(2).batch(slice(None)), kinds).units
-
-
 def _cases(scorer: Scorer, n: int = 12) -> Iterator[Case]:
-    """A network with whole units, and one with heads and neurons: what the scorer says that it can judge."""
-    if "block" in scorer.kinds:
-        net = tiny_model()
-        yield net, tiny_units(net), tiny_samples(n)
-    kinds = [kind for kind in scorer.kinds if kind != "block"]
-    if kinds:
-        transformer = tiny_transformer()
-        yield transformer, _members(transformer, kinds), tiny_token_samples(n)
+    """Networks with the units that the scorer says it can judge: whole ones, channels, heads and neurons together."""
+    for kinds in ({"block"}, {"channel"}, {"head", "neuron"}):
+        if judged := [kind for kind in scorer.kinds if kind in kinds]:
+            model, samples = specimen(judged[0], n)
+            yield model, find_units(model, samples.batch(slice(0, 2)), judged).units, samples
 
 
 def _scores(scorer: Scorer, case: Case, seed: int = 0) -> tuple[Score, ...]:
@@ -109,14 +100,14 @@ def _check_block_of_nothing(scorer: Scorer, number: int) -> None:
 
 def _check_members_of_nothing(scorer: Scorer, kind: str) -> None:
     """The first half of the members of the first unit says nothing: all others stay before any of them does."""
-    model: TinyTransformer = tiny_transformer()
-    unit = _members(model, [kind])[0]
+    model, samples = specimen(kind)
+    unit = find_units(model, samples.batch(slice(0, 2)), [kind]).units[0]
     layer = model.get_submodule(unit.path)
-    assert isinstance(layer, nn.Linear)
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
     with torch.no_grad():
-        layer.weight[:, : layer.in_features // 2] = 0
+        layer.weight[:, : layer.weight.shape[1] // 2] = 0
     silent = set(range(unit.members // 2))
-    for score in _scores(scorer, (model, (unit,), tiny_token_samples())):
+    for score in _scores(scorer, (model, (unit,), samples)):
         kept, others = silent & set(score.kept), set(range(unit.members)) - silent - set(score.kept)
         require(not (kept and others), f"members that add nothing must go first, but {sorted(others)} went before")
 

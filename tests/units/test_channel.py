@@ -1,0 +1,189 @@
+"""Hidden channels found, masked and narrowed in real convolutional architectures with random weights."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+from ttmpd.checkpoint import Result, load
+from ttmpd.models import open_model
+from ttmpd.modules import count_macs, evaluating, to_fast_format
+from ttmpd.narrowing import under_kernel
+from ttmpd.records import Plan, Removal, Samples
+from ttmpd.repair import repaired
+from ttmpd.specimens import tiny_model, tiny_samples
+from ttmpd.surgery import cut, find_units, whole_of
+from ttmpd.units._members import masked
+from ttmpd.units.channel import Channel
+from ttmpd.units.neuron import Neuron
+
+
+def settled(model: nn.Module, batch: torch.Tensor) -> nn.Module:
+    """The model with batch statistics that fit its random weights, so that answers neither vanish nor explode."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train()
+    with torch.no_grad():
+        model(batch)
+    return model.eval()
+
+
+def built(name: str) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    batch = torch.randn(4, 3, 64, 64)
+    if name == "timm efficientnet lite":
+        timm = pytest.importorskip("timm")
+        return settled(timm.create_model("efficientnet_lite0", num_classes=5), batch), batch
+    return settled(getattr(torchvision.models, name)(num_classes=5), batch), batch
+
+
+# name -> how many units there are; in these families at least one convolution cannot be narrowed
+FAMILIES = {"resnet18": 7, "resnet50": 28, "vgg11_bn": 4, "mobilenet_v2": 17, "timm efficientnet lite": 16}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_masked_equals_cut_in_real_architectures(name):
+    model, batch = built(name)
+    units = Channel().find(model, batch[:2]).units
+    assert len(units) >= FAMILIES[name] - 1
+    removals = [Removal(unit, "narrow", tuple(range(unit.members))[-unit.widths[-1] :]) for unit in units]
+    student = cut(model, removals)
+    with torch.no_grad(), masked(model, {removal.unit: removal.kept for removal in removals}):
+        wanted = model(batch)
+    with torch.no_grad():
+        found = student(batch)
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max())))
+    assert count_macs(student, batch[:1])[""] < 0.6 * count_macs(model, batch[:1])[""]
+    assert len({unit.id for unit in units}) == len(units)
+
+
+def test_what_goes_with_the_channels_is_counted():
+    model, batch = built("mobilenet_v2")
+    unit = next(u for u in Channel().find(model, batch[:2]).units if u.path == "features.2.conv.2")
+    # expansion, its norm, the depthwise convolution, its norm; projection
+    assert unit.feeders == tuple(f"features.2.conv.{name}" for name in ("0.0", "0.1", "1.0", "1.1"))
+    assert unit.members == 96
+    assert unit.widths[0] < 96
+    assert unit.widths[-1] == 16
+    assert all(width % 8 == 0 for width in unit.widths)
+    assert unit.n_params == 96 * 16 + 2 * 96 + 96 * 9 + 2 * 96 + 24 * 96
+    student = cut(model, [Removal(unit, "narrow", tuple(range(48)))])
+    gone = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in student.parameters())
+    assert gone == unit.n_params // 2
+    assert unit.macs == sum(count_macs(model, batch[:1])[f"features.2.conv.{name}"] for name in ("0.0", "1.0", "2"))
+
+
+def test_channels_behind_squeeze_and_excitation_and_of_the_residual_stream_stay():
+    model, batch = built("mobilenet_v3_small")
+    found = Channel().find(model, batch[:2])
+    paths = {unit.path for unit in found.units}
+    refused = dict(found.refused)
+    assert "features.2.block.2.0" in paths  # without squeeze and excitation
+    assert "features.4.block.3.0" in refused
+    assert "fewer" in refused["features.4.block.3.0"]
+    resnet, batch = built("resnet18")
+    readers = {unit.path for unit in Channel().find(resnet, batch[:2]).units}
+    assert not any(path.endswith("conv1") for path in readers)
+
+
+class Scaled(nn.Conv2d):
+    """A convolution whose weights are scaled before use."""
+
+    def forward(self, x):
+        return F.conv2d(x, 2 * self.weight, self.bias, self.stride, self.padding)
+
+
+@pytest.mark.parametrize(
+    ("middle", "reader", "n_units"),
+    [
+        ([nn.BatchNorm2d(24), nn.ReLU()], nn.Conv2d(24, 4, 3), 1),
+        ([nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(24, 24, 3, groups=24)], nn.Conv2d(24, 4, 1), 1),
+        ([nn.ReLU()], nn.Conv2d(24, 4, 1), 1),
+        ([nn.GroupNorm(4, 24)], nn.Conv2d(24, 4, 3), 0),  # normalises over channels
+        ([nn.Conv2d(24, 24, 3, groups=4)], nn.Conv2d(24, 4, 3), 0),  # mixes channels in groups
+        ([nn.ReLU()], Scaled(24, 4, 3), 0),  # answers otherwise than its weights say
+        ([nn.ReLU()], nn.Conv2d(24, 4, 3, padding=1, padding_mode="reflect"), 0),
+        ([nn.Softmax(1)], nn.Conv2d(24, 4, 3), 0),
+    ],
+)
+def test_what_may_stand_in_between(middle, reader, n_units):
+    net = nn.Sequential(nn.Conv2d(3, 24, 3), *middle, reader, nn.Flatten(), nn.LazyLinear(2)).eval()
+    batch = torch.randn(2, 3, 16, 16)
+    net(batch)
+    assert len(Channel().find(net, batch).units) == n_units
+
+
+def test_two_pointwise_convolutions_are_neurons_and_no_channels():
+    net = nn.Sequential(nn.Conv2d(3, 24, 1), nn.GELU(), nn.Conv2d(24, 4, 1), nn.Flatten(), nn.Linear(64, 2)).eval()
+    batch = torch.randn(2, 3, 4, 4)
+    assert not Channel().find(net, batch).units
+    assert len(Neuron().find(net, batch).units) == 1
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(5, 2, 3, padding=1),
+        nn.Conv2d(5, 2, 3, stride=2),
+        nn.Conv2d(5, 2, (3, 5), stride=(2, 1), padding=(0, 2)),
+        nn.Conv2d(5, 2, 3, padding=2, dilation=2),
+        nn.Conv2d(5, 2, 1, stride=2),
+    ],
+)
+def test_the_values_under_the_kernel(layer):
+    x = torch.randn(2, 5, 9, 11)
+    answer = layer(x)
+    index = torch.tensor([0, 3, answer[0, 0].numel() - 1])
+    under = under_kernel(x, index, layer)
+    found = torch.einsum("oi,bip->bop", layer.weight.flatten(1), under) + layer.bias[:, None]
+    assert torch.allclose(found, answer.flatten(2)[:, :, index], atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_others_speak_for_a_channel_that_repeats_them(stride):
+    """Each hidden channel is there three times: with a third of them, fitted again, the answer is the same."""
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 24, 3, padding=1)
+    with torch.no_grad():
+        first.weight[8:16], first.weight[16:] = first.weight[:8], first.weight[:8]
+        first.bias[8:16], first.bias[16:] = first.bias[:8], first.bias[:8]
+    net = nn.Sequential(
+        first, nn.ReLU(), nn.Conv2d(24, 4, 3, stride=stride, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()
+    pixels = torch.randn(64, 3, 8, 8)
+    samples = Samples(pixels, tuple(map(str, range(64))))
+    unit = Channel().find(net, pixels[:2]).units[0]
+    removal = Removal(unit, "narrow", tuple(range(8)))
+    with torch.no_grad():
+        wanted = net(pixels)
+        bare = cut(net, [removal])(pixels)
+        fitted = repaired(net, [removal], samples, ridge=1e-9)(pixels)
+    assert not torch.allclose(bare, wanted, atol=1e-2)
+    assert torch.allclose(fitted, wanted, atol=1e-3)
+
+
+def test_blocks_and_their_channels_are_one_or_the_other():
+    model = tiny_model(hidden=24)
+    units = find_units(model, tiny_samples(2).batch(slice(None)), ["block", "channel"]).units
+    channels = [unit for unit in units if unit.kind == "channel"]
+    assert len(channels) == 3
+    blocks = {unit.path: unit.id for unit in units if unit.kind == "block"}
+    assert all(whole_of(unit, units) == blocks[unit.path.rpartition(".")[0]] for unit in channels)
+
+
+def test_a_narrowed_network_keeps_its_memory_format_and_comes_back(tmp_path):
+    model = to_fast_format(tiny_model(hidden=24))
+    batch = tiny_samples(4).batch(slice(None))
+    unit = Channel().find(model, batch).units[1]
+    removals = (Removal(unit, "narrow", tuple(range(1, 17))),)
+    student = cut(model, removals)
+    conv, norm = student.blocks[1].conv1, student.blocks[1].norm1
+    assert (conv.out_channels, norm.num_features, student.blocks[1].conv2.in_channels) == (16, 16, 16)
+    assert torch.equal(norm.running_var, model.blocks[1].norm1.running_var[1:17])
+    assert student.blocks[1].conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    result = Result(student, Plan(removals, 0.0, 2.0, 1.0, 1.0), {}, (), open_model(tiny_model(hidden=24)))
+    found = load(result.save(tmp_path / "out"), model=tiny_model(hidden=24))
+    with evaluating(student), evaluating(found):
+        assert torch.allclose(found(batch), student(batch), atol=1e-5)
