@@ -33,6 +33,8 @@ from ttmpd.text import Tokenization, mask_padding
 
 FORMAT = 1
 PLAN, WEIGHTS = "plan.json", "model.safetensors"
+STOCK = "transformers"
+"""Folder with the same student as its own library writes models, where that can say what is left of it."""
 _FILES = (WEIGHTS, "report.json", "report.html", "README.md")
 UNFINISHED = ".unfinished"
 _KEYS = {
@@ -93,19 +95,40 @@ def _write(folder: Path, result: Result) -> Path:
             # Tied tensors are written once each: loading copies them into one place again.
             state = {key: value.detach().cpu().contiguous().clone() for key, value in result.model.state_dict().items()}
             save_file(state, unfinished / WEIGHTS)
-            write_report(result.facts, unfinished)
+            stock = _stock(result, unfinished / STOCK)
+            write_report({**result.facts, "stock": stock}, unfinished)
             data = _described(result) | exits_data(result.model)
             data["weights"] = {"file": WEIGHTS, "sha256": _sha256(unfinished / WEIGHTS)}
             write_json(unfinished / PLAN, data)
             shutil.copymode(unfinished / PLAN, unfinished / WEIGHTS)  # safetensors makes it private
             (folder / UNFINISHED).touch()  # from here to the last rename the folder is no artifact
             (folder / PLAN).unlink(missing_ok=True)
+            _discard(folder / STOCK)  # of another student
             for path in sorted(unfinished.iterdir(), key=lambda path: path.name == PLAN):
+                _discard(folder / path.name)
                 path.replace(folder / path.name)
             (folder / UNFINISHED).unlink()
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder of an artifact that is written anew; a file is replaced in one step."""
+    if path.is_dir():
+        shutil.rmtree(path)
+
+
+def _stock(result: Result, folder: Path) -> str:
+    """Write the student as its own library does; the name of its class, "" where that cannot say what is left."""
+    from ttmpd.stock import save_stock, stock_model
+
+    opened, shape = result.opened, result.facts.get("samples", {}).get("input_shape") or ()
+    fresh = stock_model(result.model, (*opened.removed, *result.plan.removals), opened.preprocessing, shape)
+    if fresh is None:
+        return ""
+    save_stock(fresh, opened.preprocessing, folder)
+    return type(fresh).__name__
 
 
 def check_output(folder: Path) -> None:

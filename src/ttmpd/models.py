@@ -18,7 +18,7 @@ from ttmpd.factory import call_factory, cause, is_factory
 from ttmpd.modules import clone
 from ttmpd.preprocessing import IMAGE_MODES, Preparation, Preprocessing, preprocessing_of
 from ttmpd.records import Removal
-from ttmpd.text import Task, Tokenization, make_ready, mask_of, mask_padding, tokenization_of
+from ttmpd.text import Task, Tokenization, make_ready, mask_of, mask_padding, tokenization_of, without_bars
 
 FORMS = (
     "timm:NAME, torchvision:NAME, hf:ORG/NAME, hf:/local/directory, path/to/file.py:factory or package.module:factory"
@@ -190,7 +190,7 @@ def _from_hf(name: str, pretrained: bool) -> OpenedModel:
     if local and not (Path(source) / "config.json").is_file():
         raise ModelError(f"{model_id} must be a directory with a config.json, but got none; check the path")
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
-    with _building(model_id, pretrained):
+    with _building(model_id, pretrained), without_bars():
         config = hf.AutoConfig.from_pretrained(source, **options)
         task = _task_of(hf, config, model_id)
         auto = getattr(hf, f"AutoModelFor{_HEADS[task][0]}") if task else hf.AutoModelForImageClassification

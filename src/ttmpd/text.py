@@ -5,10 +5,12 @@ stays the module that its library made, and the rest of this package hands on on
 says of which tokens the answers count where a model answers each by itself.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -140,6 +142,21 @@ def load_tokenizer(place: str) -> Any:
     if set(found.get_vocab().values()) <= set(found.all_special_ids):  # made up, where the directory holds none
         raise ModelError(f"{place} must hold a tokenizer, but it knows no words; put tokenizer.json beside config.json")
     return found
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """While active, transformers shows no progress of its own unless somebody watches a terminal."""
+    from transformers.utils import logging
+
+    hidden = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if hidden:
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if hidden:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def has_tokenizer(place: str) -> bool:
