@@ -42,7 +42,7 @@ class Unit:
         n_params: number of parameters that go when it is dropped.
         macs: multiply-accumulate operations per sample that go when it is dropped.
         form: "plain" when it maps one tensor to one tensor, "arguments" when it is called with more of them, "tuple"
-            when it answers with a tuple.
+            when it, or the attention that makes the heads, answers with a tuple.
         members: heads or neurons of a unit that is narrowed, 0 for one that goes as a whole; ``path`` then names the
             layer that reads them, and ``n_params`` and ``macs`` are what goes with all of them.
         feeders: paths of the layers that make the members.

@@ -129,8 +129,10 @@ def test_masked_equals_cut(name):
     units = [unit for some in found for unit in some]
     with torch.no_grad():
         whole = call(model, batch)
-    for choose in (lambda n: range(0, n, 2), lambda n: range(n // 2, n), lambda n: [n - 1]):
-        removals = [Removal(unit, "narrow", tuple(choose(unit.members))) for unit in units]
+    for choose in (lambda n: range(0, n, 2), lambda n: range(n // 2, n), lambda n: [n - 1], lambda _: []):
+        # Without any member where that is offered: whole attentions and whole MLPs go.
+        kept = {u: tuple(choose(u.members)) for u in units}
+        removals = [Removal(u, "narrow", kept[u] if kept[u] or 0 in u.widths else (0,)) for u in units]
         student = cut(model, removals)
         with torch.no_grad(), masked(model, {r.unit: r.kept for r in removals}):
             wanted = call(model, batch)
@@ -138,6 +140,8 @@ def test_masked_equals_cut(name):
             assert torch.allclose(call(student, batch), wanted, atol=1e-5)
         gone = sum(r.unit.n_params * (1 - len(r.kept) / r.unit.members) for r in removals)
         assert count_parameters(model) - count_parameters(student) == pytest.approx(gone)
+        silent = [u for u in units if u.kind == "head" and 0 in u.widths]
+        assert len(silent) == (0 if name == "gpt2" else FAMILIES[name][0])  # whose Conv1D cannot read nothing
         assert not torch.allclose(wanted, whole, atol=1e-5)
     with torch.no_grad():
         assert torch.equal(call(model, batch), whole)
@@ -149,6 +153,8 @@ def narrowed_by_half(name: str) -> tuple[nn.Module, tuple[Removal, ...]]:
     units = [kind.find(model, example(model, name)).units for kind in (Block(), Head(), Neuron(least=8))]
     gone = units[0][-1]
     removals = [Removal(u, "narrow", tuple(range(u.members // 2))) for some in units[1:] for u in some]
+    if units[1] and 0 in units[1][0].widths:
+        removals[0] = Removal(units[1][0], "narrow", ())  # a whole attention
     removals = [r for r in removals if not r.unit.path.startswith(f"{gone.path}.")]
     return model, (*removals, Removal(gone, "linear"))
 
@@ -282,7 +288,7 @@ def test_widths_are_multiples_of_eight_and_fall_to_none():
     assert unit.widths == (96, 88, 80, 72, 64, 56, 48, 40, 32, 24, 16, 8, 0)
     halves = Neuron(parts=2).find(Mlp(nn.GELU(), hidden=100).eval(), torch.randn(3, 4)).units[0]
     assert halves.widths == (48, 0)
-    assert Head().find(tiny_transformer(), tiny_tokens()).units[0].widths == (3, 2, 1)
+    assert Head().find(tiny_transformer(), tiny_tokens()).units[0].widths == (3, 2, 1, 0)
 
 
 def test_layers_that_cannot_read_nothing_keep_a_neuron():

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -143,24 +143,34 @@ def _hidden(args: tuple[Tensor, ...], mask: Tensor) -> tuple[Tensor, ...]:
     return (args[0] * mask.to(args[0]), *args[1:])
 
 
-def proven(kind: Narrow, model: nn.Module, units: Sequence[Unit], batch: Tensor) -> tuple[list[Unit], dict[str, str]]:
+def _half(unit: Unit) -> tuple[int, ...]:
+    return tuple(range(0, unit.members, 2))
+
+
+def proven(
+    kind: Narrow,
+    model: nn.Module,
+    units: Sequence[Unit],
+    batch: Tensor,
+    keep: Callable[[Unit], tuple[int, ...]] = _half,
+) -> tuple[list[Unit], dict[str, str]]:
     """(units that can be narrowed, path -> reason of the others): masked and cut models must answer alike.
 
-    All units are tried at once on one copy, and one by one only where that fails.
+    ``keep`` says which members stay in this trial. All units are tried at once on one copy, and one by one only where
+    that fails.
     """
-    if not units or not (reason := _differs(kind, model, units, batch)):
+    if not units or not (reason := _differs(kind, model, {unit: keep(unit) for unit in units}, batch)):
         return list(units), {}
     if len(units) == 1:
         return [], {units[0].path: reason}
     half = len(units) // 2
-    kept, refused = proven(kind, model, units[:half], batch)
-    more, others = proven(kind, model, units[half:], batch)
+    kept, refused = proven(kind, model, units[:half], batch, keep)
+    more, others = proven(kind, model, units[half:], batch, keep)
     return kept + more, refused | others
 
 
-def _differs(kind: Narrow, model: nn.Module, units: Sequence[Unit], batch: Tensor) -> str:
-    """Why the units cannot be narrowed, "" when they can."""
-    kept = {unit: tuple(range(0, unit.members, 2)) for unit in units}
+def _differs(kind: Narrow, model: nn.Module, kept: Mapping[Unit, Sequence[int]], batch: Tensor) -> str:
+    """Why the units cannot be narrowed to the members, "" when they can."""
     try:
         student = copy.deepcopy(model)
         for unit, members in kept.items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.method import check_fields
-from ttmpd.modules import call, count_macs, evaluating, hooks, module_at
+from ttmpd.modules import call, count_macs, evaluating, first_tensor, hooks, module_at, replace_module
 from ttmpd.records import Unit
 from ttmpd.units._members import is_layer, matrix_of, proven, spread_out, take_inputs, take_outputs
 from ttmpd.units.base import Found, Narrow
@@ -17,6 +17,29 @@ _COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _GROUPS = ("num_key_value_heads", "num_kv_heads")
 _SIZES = ("all_head_size", "attn_dim", "split_size", "inner_dim", "all_head_dim")
 """Attributes in which attention modules keep how many heads there are, and how wide all of them are together."""
+
+
+class Silent(nn.Module):
+    """Stands where an attention was of which no head is left: there is nothing for the layer behind it to read.
+
+    Args:
+        name: of that layer, "" where it lies outside and is called by others.
+        reader: the layer, which has no inputs left.
+        as_tuple: answer as attentions do that also hand on their weights.
+    """
+
+    def __init__(self, name: str = "", reader: nn.Module | None = None, as_tuple: bool = False) -> None:
+        super().__init__()
+        self.name, self.as_tuple = name, as_tuple
+        if reader is not None:
+            self.add_module(name, reader)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the reader makes of no inputs, for every token of the first argument; without a reader, no features."""
+        x = first_tensor(args or kwargs)
+        assert x is not None
+        answer = self.get_submodule(self.name)(x[..., :0]) if self.name else x[..., :0]
+        return (answer, None) if self.as_tuple else answer
 
 
 class Head(Narrow):
@@ -36,7 +59,7 @@ class Head(Narrow):
     def find(self, model: nn.Module, batch: Tensor) -> Found:
         """Every attention of two or more heads or groups, in the order of the network."""
         calls = _order(model, batch)
-        shapes = dict(calls)
+        shapes, tuples = dict(calls), _tuples(model, batch)
         macs = count_macs(model, batch)
         units, refused = [], {}
         for path, module in model.named_modules():
@@ -45,11 +68,15 @@ class Head(Narrow):
                 continue
             found = _layers(path, module, [name for name, _ in calls], model)
             if found is not None:
-                units.append(_unit(model, path, found, shapes, macs))
+                unit = _unit(model, path, found, shapes, macs)
+                units.append(dataclasses.replace(unit, form="tuple") if path in tuples else unit)
             elif _is_silent(path, module, shapes):
                 refused[path] = "computes with the weights of its layers without calling them"
         units = [self._sized(unit) for unit in units if unit.members > 1]
         kept, others = proven(self, model, units, batch[:2])
+        whole, _ = proven(self, model, kept, batch[:2], keep=lambda _: ())
+        silenced = {unit.path for unit in whole}
+        kept = [dataclasses.replace(u, widths=(*u.widths, 0)) if u.path in silenced else u for u in kept]
         return Found(tuple(kept), tuple((refused | others).items()))
 
     def _sized(self, unit: Unit) -> Unit:
@@ -58,7 +85,12 @@ class Head(Narrow):
         return dataclasses.replace(unit, widths=tuple(dict.fromkeys(n for n in counts if 0 < n < unit.members)))
 
     def narrow(self, student: nn.Module, unit: Unit, kept: Sequence[int]) -> None:
-        """Rows of queries, keys and values, columns of the layer behind them, and what else there is once per head."""
+        """Rows of queries, keys and values, columns of the layer behind them, and what else there is once per head.
+
+        Without any head the whole attention goes, and the layer behind it is left with its bias.
+        """
+        if not kept:
+            return _silence(student, unit)
         attention = module_at(student, unit.feeders[0].rpartition(".")[0])
         reader = module_at(student, unit.path)
         n_inputs = matrix_of(reader).shape[1]
@@ -81,6 +113,32 @@ def _order(model: nn.Module, batch: Tensor) -> list[tuple[str, tuple[int, ...]]]
     with evaluating(model), hooks(handles):
         call(model, batch)
     return calls
+
+
+def _tuples(model: nn.Module, batch: Tensor) -> set[str]:
+    """Paths of the modules with heads that answer with a tuple."""
+    found: set[str] = set()
+
+    def note(path: str, output: Any) -> None:
+        if isinstance(output, tuple):
+            found.add(path)
+
+    handles = [
+        module.register_forward_hook(lambda _m, _a, out, p=path: note(p, out))
+        for path, module in model.named_modules()
+        if _attribute(module, _COUNTS)
+    ]
+    with evaluating(model), hooks(handles):
+        call(model, batch)
+    return found
+
+
+def _silence(student: nn.Module, unit: Unit) -> None:
+    home = unit.feeders[0].rpartition(".")[0]
+    reader = module_at(student, unit.path)
+    take_inputs(reader, spread_out((), 1))
+    name = unit.path.removeprefix(f"{home}.") if unit.path.startswith(f"{home}.") else ""
+    replace_module(student, home, Silent(name, reader if name else None, unit.form == "tuple"))
 
 
 def _attribute(module: nn.Module, names: Sequence[str]) -> int:

@@ -62,7 +62,7 @@ class Neuron(Narrow):
         """With equal steps down to none at all, in multiples of 8."""
         step = ROUND if unit.members >= ROUND**2 else 1
         shares = (unit.members * (self.parts - i) / self.parts for i in range(1, self.parts + 1))
-        least = 1 if unit.module == "Conv1D" else 0  # Hugging Face's own layer cannot read nothing
+        least = 0 if unit.module == "Linear" else 1  # convolutions and Hugging Face's own layer cannot read nothing
         counts = (max(least, round(share / step) * step) for share in shares)
         return dataclasses.replace(unit, widths=tuple(dict.fromkeys(n for n in counts if n < unit.members)))
 
