@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +25,7 @@ from ttmpd.errors import CheckpointError, InvalidValueError, TTMPDError
 from ttmpd.method import names
 from ttmpd.models import OpenedModel, is_rebuildable, open_model
 from ttmpd.preprocessing import Preparation, preparation_from, preprocessing_of
-from ttmpd.records import ACTIONS, Plan, Removal, Unit
+from ttmpd.records import ACTIONS, Form, Plan, Removal, Unit
 from ttmpd.repair import replay
 from ttmpd.stages import disk_guarded, write_json
 from ttmpd.surgery import check_units
@@ -344,7 +344,7 @@ def _removal(row: Mapping[str, Any]) -> Removal:
     if set(row) != fields | {"action", "kept"}:
         different = ", ".join(sorted(set(row) ^ (fields | {"action", "kept"})))
         raise CheckpointError(f"a removal must have the keys of a unit and an action, but differs in {different}")
-    known = {"kind": names("units"), "action": ACTIONS, "form": ("plain", "arguments", "tuple"),
+    known = {"kind": names("units"), "action": ACTIONS, "form": get_args(Form),
              "layout": ("channels_first", "channels_last"), "activation": ("", "relu", "relu6")}  # fmt: skip
     for key, values in known.items():
         if row[key] not in values:

@@ -149,8 +149,8 @@ def preparation_from(data: Mapping[str, Any]) -> Preparation:
 def preprocessing_of(module: nn.Module) -> Preparation | None:
     """The preprocessing in the module's ``pretrained_cfg`` or ``default_cfg``, else None.
 
-    A dict with timm's keys for images; for text one with ``tokenizer`` (an id or a directory), and ``padding``,
-    ``max_length`` and ``limit`` where they are not what the module's config says.
+    A dict with timm's keys for images; for text one with ``tokenizer`` (an id, a directory, or "" where token ids are
+    given), and ``padding``, ``max_length`` and ``limit`` where they are not what the module's config says.
 
     Raises:
         InvalidValueError: the dict is there, but breaks a rule.
@@ -159,7 +159,7 @@ def preprocessing_of(module: nn.Module) -> Preparation | None:
         config = getattr(module, name, None)
         if isinstance(config, Mapping) and config.get("input_size"):
             return Preprocessing.from_dict(config)
-        if isinstance(config, Mapping) and config.get("tokenizer"):
+        if isinstance(config, Mapping) and "tokenizer" in config:
             known = {} if "padding" in config else tokenization_of(module, str(config["tokenizer"])).to_dict()
             return Tokenization.from_dict(known | dict(config))
     return None

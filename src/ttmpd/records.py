@@ -19,7 +19,7 @@ DEFAULT_ACTIONS: tuple[Action, ...] = ("drop", "linear", "narrow")
 KERNELS: Mapping[Action, int] = {"linear": 1, "conv": 3}
 """The side of the kernel of each stand-in; in a token model a kernel of 1 is a square matrix."""
 Layout = Literal["channels_first", "channels_last"]
-Form = Literal["plain", "arguments", "tuple"]
+Form = Literal["plain", "arguments", "tuple", "pair"]
 
 
 def _finite(name: str, value: float, low: float = -math.inf) -> None:
@@ -42,7 +42,7 @@ class Unit:
         n_params: number of parameters that go when it is dropped.
         macs: multiply-accumulate operations per sample that go when it is dropped.
         form: "plain" when it maps one tensor to one tensor, "arguments" when it is called with more of them, "tuple"
-            when it, or the attention that makes the heads, answers with a tuple.
+            when it answers with a tuple; of heads "pair" when their attention hands on its weights, too.
         members: heads or neurons of a unit that is narrowed, 0 for one that goes as a whole; ``path`` then names the
             layer that reads them, and ``n_params`` and ``macs`` are what goes with all of them.
         feeders: paths of the layers that make the members.

@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ def _variants(
     if unit.members:
         kind = narrow_kind(unit)
         for width in unit.widths:
-            smaller = copy.deepcopy(module)
+            smaller = _Held(copy.deepcopy(module))
             kind.narrow(smaller, _inside(unit), range(width))
             runs[str(width)] = functools.partial(smaller, *args, **kwargs)
         return runs
@@ -125,10 +126,22 @@ def timed_path(unit: Unit) -> str:
     return ".".join(names[0] for names in same)
 
 
+class _Held(nn.Module):
+    """Holds the module that is timed: even the whole of it may be replaced."""
+
+    def __init__(self, held: nn.Module) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.held(*args, **kwargs)
+
+
 def _inside(unit: Unit) -> Unit:
-    """The unit with its paths as seen from the module that is timed."""
+    """The unit with its paths as seen from what holds the module that is timed."""
     n = len(prefix) + 1 if (prefix := timed_path(unit)) else 0
-    return dataclasses.replace(unit, path=unit.path[n:], feeders=tuple(path[n:] for path in unit.feeders))
+    paths = [f"held.{path[n:]}" for path in (unit.path, *unit.feeders)]
+    return dataclasses.replace(unit, path=paths[0], feeders=tuple(paths[1:]))
 
 
 def _signature(unit: Unit) -> tuple[object, ...]:

@@ -25,12 +25,12 @@ class Silent(nn.Module):
     Args:
         name: of that layer, "" where it lies outside and is called by others.
         reader: the layer, which has no inputs left.
-        as_tuple: answer as attentions do that also hand on their weights.
+        as_pair: answer as attentions do that also hand on their weights.
     """
 
-    def __init__(self, name: str = "", reader: nn.Module | None = None, as_tuple: bool = False) -> None:
+    def __init__(self, name: str = "", reader: nn.Module | None = None, as_pair: bool = False) -> None:
         super().__init__()
-        self.name, self.as_tuple = name, as_tuple
+        self.name, self.as_pair = name, as_pair
         if reader is not None:
             self.add_module(name, reader)
 
@@ -39,7 +39,7 @@ class Silent(nn.Module):
         x = first_tensor(args or kwargs)
         assert x is not None
         answer = self.get_submodule(self.name)(x[..., :0]) if self.name else x[..., :0]
-        return (answer, None) if self.as_tuple else answer
+        return (answer, None) if self.as_pair else answer
 
 
 class Head(Narrow):
@@ -69,7 +69,7 @@ class Head(Narrow):
             found = _layers(path, module, [name for name, _ in calls], model)
             if found is not None:
                 unit = _unit(model, path, found, shapes, macs)
-                units.append(dataclasses.replace(unit, form="tuple") if path in tuples else unit)
+                units.append(dataclasses.replace(unit, form="pair") if path in tuples else unit)
             elif _is_silent(path, module, shapes):
                 refused[path] = "computes with the weights of its layers without calling them"
         units = [self._sized(unit) for unit in units if unit.members > 1]
@@ -138,7 +138,7 @@ def _silence(student: nn.Module, unit: Unit) -> None:
     reader = module_at(student, unit.path)
     take_inputs(reader, spread_out((), 1))
     name = unit.path.removeprefix(f"{home}.") if unit.path.startswith(f"{home}.") else ""
-    replace_module(student, home, Silent(name, reader if name else None, unit.form == "tuple"))
+    replace_module(student, home, Silent(name, reader if name else None, unit.form == "pair"))
 
 
 def _attribute(module: nn.Module, names: Sequence[str]) -> int:
