@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import OneTime
-from ttmpd.errors import InvalidValueError, ModelError
+from ttmpd.errors import InvalidValueError, ModelError, SamplesError
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.modules import call, clone, find_feature_tap, find_head, read, tapped
 from ttmpd.preprocessing import preparation_from, preprocessing_of
@@ -117,6 +117,21 @@ def test_a_model_stays_the_one_of_its_library(text_folder: Folder, tmp_path: Pat
     again = hf.BertForSequenceClassification.from_pretrained(tmp_path / "again").eval()
     ids = torch.tensor([[2, 6, 7, 3]])
     assert torch.equal(again(ids, attention_mask=torch.ones_like(ids)).logits, call(opened.module, ids))
+
+
+def test_a_module_without_a_tokenizer_takes_token_ids(text_folder: Folder) -> None:
+    hf = pytest.importorskip("transformers")
+    stock = hf.BertForSequenceClassification.from_pretrained(text_folder("bert")).eval()
+    ids = torch.tensor([[2, 6, 7, 3], [2, 5, 3, 0]])
+    with pytest.raises(SamplesError, match="int64"):  # numbers, as far as anybody knows
+        open_samples(ids, open_model(stock).preprocessing)
+    stock.pretrained_cfg = {"tokenizer": "", "padding": 0, "max_length": 8}
+    opened = open_model(stock)
+    samples = open_samples(ids, opened.preprocessing)
+    wanted = stock(ids, attention_mask=(ids != 0).long()).logits
+    torch.testing.assert_close(call(opened.module, samples.batch(slice(None))), wanted, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ModelError, match="or give token ids"):
+        open_samples(["a film"], opened.preprocessing)
 
 
 def test_half_precision_becomes_single(text_folder: Folder, tmp_path: Path) -> None:
