@@ -14,6 +14,7 @@ the original, median and quartiles) and the seconds of each stage.
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,8 @@ def main() -> None:
     for seed in args.seed:
         for model in args.model:
             for method in args.method:
-                rows = cached(f"against_practise/{model}-{method}-{seed}", lambda: run(model, method, seed))  # noqa: B023
+                compute = functools.partial(run, model, method, seed)
+                rows = cached(f"against_practise/{model}-{method}-{seed}", compute, stamped=True)
                 for line in rows:
                     print(model, method, seed, line["target"], line["accuracy"], line["speedup"], line["seconds"])
     print(write_csv("against_practise.csv", finished()))

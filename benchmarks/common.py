@@ -36,12 +36,24 @@ def cifar(name: str = "cifar10_jpeg") -> tuple[np.ndarray, np.ndarray]:
         return file["x"], file["y"]
 
 
-def cached(key: str, compute: Callable[[], Any]) -> Any:
-    """A finished row from disk, or a new one: long runs resume."""
+def stamp() -> dict[str, Any]:
+    """Machine, threads and date, to stand beside a row."""
+    here = machine("cuda" if torch.cuda.is_available() else "cpu")
+    kept = {key: here[key] for key in ("threads", "torch", "freed_memory")}
+    return kept | {"machine": here["device"], "date": datetime.date.today().isoformat()}
+
+
+def cached(key: str, compute: Callable[[], Any], *, stamped: bool = False) -> Any:
+    """A finished row from disk, or a new one: long runs resume.
+
+    ``stamped``: a row, or each of several, keeps the stamp of when it was computed, not of when the table was written.
+    """
     path = CACHE / f"{key}.json"
     if path.exists():
         return json.loads(path.read_text())
     data = compute()
+    if stamped:
+        data = [row | stamp() for row in data] if isinstance(data, list) else data | stamp()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(data))
@@ -50,15 +62,13 @@ def cached(key: str, compute: Callable[[], Any]) -> Any:
 
 
 def write_csv(name: str, rows: Sequence[dict[str, Any]]) -> Path:
-    """Write the rows with the machine and the date beside each."""
+    """Write the rows, each with its stamp."""
     RESULTS.mkdir(exist_ok=True)
-    here = machine("cuda" if torch.cuda.is_available() else "cpu")
-    stamp = {key: here[key] for key in ("threads", "torch", "freed_memory")} | {"machine": here["device"]}
-    stamp["date"] = datetime.date.today().isoformat()
+    own = stamp()
     path = RESULTS / name
-    columns = list(dict.fromkeys(key for row in rows for key in [*row, *stamp]))
+    columns = list(dict.fromkeys(key for row in rows for key in [*row, *own]))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(stamp | row for row in rows)
+        writer.writerows(own | row for row in rows)
     return path

@@ -236,7 +236,7 @@ def main() -> None:
                 for variant in args.variant:
                     known = {"model": model, "base": base, "variant": variant, "seed": seed, "n_fit": n_fit}
                     key = f"early_exit/{model}-{base}-{variant}-{seed}-{n_fit}-{n_test}"
-                    done = cached(key, lambda b=bench, v=variant, k=known, s=seed: run(b(), v, k, s))
+                    done = cached(key, lambda b=bench, v=variant, k=known, s=seed: run(b(), v, k, s), stamped=True)
                     rows, exits = rows + done["rows"], exits + done["exits"]
                     for line in done["rows"]:
                         print({name: line[name] for name in line if name not in ("shares", "n_test")}, flush=True)

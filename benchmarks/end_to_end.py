@@ -86,7 +86,9 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for number in args.case:
-            rows.append(cached(f"end_to_end/{number}", functools.partial(run, *CASES[number], Path(folder))))
+            rows.append(
+                cached(f"end_to_end/{number}", functools.partial(run, *CASES[number], Path(folder)), stamped=True)
+            )
             print(rows[-1], flush=True)
     print(write_csv("end_to_end.csv", rows))
 

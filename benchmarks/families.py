@@ -166,7 +166,7 @@ def main() -> None:
     rows = []
     for family in args.family:
         try:
-            rows.append(cached(f"families/{family.replace(' ', '_')}", lambda family=family: row(family)))
+            rows.append(cached(f"families/{family.replace(' ', '_')}", lambda family=family: row(family), stamped=True))
         except TTMPDError as error:
             rows.append({"family": family, "error": str(error)})
         print(rows[-1], flush=True)

@@ -94,7 +94,7 @@ def main() -> None:
     for seed in args.seed:
         for n in args.n:
             for name in args.select:
-                rows.append(cached(f"selection/{name}-{n}-{seed}", functools.partial(run, name, n, seed)))
+                rows.append(cached(f"selection/{name}-{n}-{seed}", functools.partial(run, name, n, seed), stamped=True))
                 print(rows[-1], flush=True)
     print(write_csv("selection.csv", rows))
 

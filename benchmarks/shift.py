@@ -148,7 +148,9 @@ def main() -> None:
             for severity in (0,) if shift in OWN_SETS else args.severity:
                 for name, compute in rows.items():
                     key = f"{folder}/{model}-{shift}-{severity}-{seed}-{name}"
-                    print(cached(key, functools.partial(compute, model, shift, severity, seed)), flush=True)
+                    print(
+                        cached(key, functools.partial(compute, model, shift, severity, seed), stamped=True), flush=True
+                    )
         print(write_csv(f"{folder}.csv", finished(folder)))
 
 

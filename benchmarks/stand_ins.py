@@ -67,7 +67,7 @@ def main() -> None:
             for steps in STEPS:
                 for actions in ACTIONS:
                     key = f"stand_ins/{model}-{'_'.join(actions)}-{steps}-{seed}"
-                    rows += cached(key, functools.partial(run, model, actions, steps, seed))
+                    rows += cached(key, functools.partial(run, model, actions, steps, seed), stamped=True)
                     print(*rows[-len(SPEEDUPS) :], sep="\n", flush=True)
     print(write_csv("stand_ins.csv", rows))
 

@@ -132,7 +132,10 @@ def main() -> None:
         for seed, share, (name, settings) in itertools.product(args.seed, args.share, methods.items()):
             if not args.only or name in args.only:
                 key = f"text_rows/{part}-{share}-{name}-{seed}"
-                print(cached(key, functools.partial(students, part, seed, share, name, settings)), flush=True)
+                print(
+                    cached(key, functools.partial(students, part, seed, share, name, settings), stamped=True),
+                    flush=True,
+                )
     rows = [json.loads(path.read_text()) for path in sorted(Path(CACHE, "text_rows").glob("*.json"))]
     print(write_csv("text.csv", rows))
     draw(rows)
