@@ -23,9 +23,10 @@ from typing import Any
 from common import DATA, cached, require_data, write_csv
 
 CASES = (
-    ("resnet56", "cifar10_jpeg/test.npz", "cifar10_jpeg/test.npz", 500, 1.8),
-    ("mobilenet_v2", "imagenet_sample/images", "imagenet_sample/labels.csv", 500, 1.3),
-    ("mobilenet_v2", "imagenet_sample/images", "", 1000, 1.3),
+    ("resnet56", "cifar10_jpeg/test.npz", "cifar10_jpeg/test.npz", 500, 1.8, ""),
+    ("mobilenet_v2", "imagenet_sample/images", "imagenet_sample/labels.csv", 500, 1.3, ""),
+    ("mobilenet_v2", "imagenet_sample/images", "", 1000, 1.3, ""),
+    ("mobilenet_v2", "imagenet_sample/images", "imagenet_sample/labels.csv", 500, 1.3, "block,channel"),
 )
 
 
@@ -37,17 +38,18 @@ def ttmpd(*arguments: str) -> tuple[int, float, float]:
     return os.waitstatus_to_exitcode(status), time.perf_counter() - start, usage.ru_maxrss / 1024
 
 
-def run(model: str, data: str, labels: str, n: int, speedup: float, folder: Path) -> dict[str, Any]:
+def run(model: str, data: str, labels: str, n: int, speedup: float, units: str, folder: Path) -> dict[str, Any]:
     """One row."""
-    source, out = f"{DATA / 'zoo.py'}:{model}", folder / f"{model}-{n}"
+    source, out = f"{DATA / 'zoo.py'}:{model}", folder / f"{model}-{n}-{units}"
     code, seconds, peak = ttmpd(
         "compress", "--model", source, "--data", str(DATA / data), "--num-samples", str(n), "--speedup", str(speedup),
-        "--output", str(out),
+        "--output", str(out), *(["--units", units] if units else []),
     )  # fmt: skip
     facts = json.loads((out / "report.json").read_text())
     latency = facts["latency"]
     row: dict[str, Any] = {
         "model": model,
+        "units": units or "default",
         "n_samples": n,
         "asked_speedup": speedup,
         "seed": facts["seed"],
@@ -80,7 +82,7 @@ def run(model: str, data: str, labels: str, n: int, speedup: float, folder: Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", type=int, nargs="+", default=range(len(CASES)), help="0, 1, 2: see the text above")
+    parser.add_argument("--case", type=int, nargs="+", default=range(len(CASES)), help="0 to 3: see the text above")
     args = parser.parse_args()
     require_data("zoo.py", "cifar10_jpeg/test.npz", "imagenet_sample/labels.csv")
     rows = []
