@@ -24,7 +24,7 @@ import torch
 from common import CACHE, DATA, cached, cifar, require_data, write_csv
 from ttmpd.adapt.none import NoAdaptation
 from ttmpd.adapt.norm import Norm
-from ttmpd.checkpoint import Result, load
+from ttmpd.checkpoint import load
 from ttmpd.distill.mimic import Mimic
 from ttmpd.errors import BudgetUnreachableError
 from ttmpd.guard import logits_of
@@ -32,6 +32,7 @@ from ttmpd.models import open_model
 from ttmpd.pipeline import compress_many
 from ttmpd.plan.greedy import Greedy
 from ttmpd.samples import open_samples
+from ttmpd.saving import Result
 from ttmpd.savings import compare
 from ttmpd.score.magnitude import Magnitude
 from ttmpd.score.practise import Practise

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ttmpd
-from ttmpd import checkpoint
-from ttmpd.checkpoint import Result, load, open_artifact, read_artifact
+from ttmpd import saving
+from ttmpd.checkpoint import load, open_artifact, read_artifact
 from ttmpd.demo import DigitNet
 from ttmpd.errors import CheckpointError, InvalidValueError, TTMPDError
 from ttmpd.folding import fold
@@ -24,6 +24,7 @@ from ttmpd.models import OpenedModel, open_model
 from ttmpd.preprocessing import Preprocessing, preprocessing_of
 from ttmpd.records import Plan, Removal, Samples
 from ttmpd.repair import repaired
+from ttmpd.saving import Result
 from ttmpd.specimens import tiny_model, tiny_samples
 from ttmpd.stages import disk_guarded
 from ttmpd.units.block import Block
@@ -373,7 +374,7 @@ def test_nothing_is_left_half_written(tmp_path, monkeypatch, error):
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(checkpoint, "write_json", fail)
+    monkeypatch.setattr(saving, "write_json", fail)
     with pytest.raises((TTMPDError, KeyboardInterrupt)):
         save(tmp_path / "out", open_model(DEMO), digits())
     assert list((tmp_path / "out").iterdir()) == []
@@ -383,7 +384,7 @@ def test_full_disk_leaves_the_old_artifact(artifact, monkeypatch):
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(saving, "save_file", full)
     before = {path.name: path.read_bytes() for path in artifact.iterdir()}
     with pytest.raises(TTMPDError, match="it is full; free some space"):
         save(artifact, open_model(DEMO), digits())

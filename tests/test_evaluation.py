@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ttmpd.checkpoint import Result
 from ttmpd.errors import CheckpointError, InvalidValueError, ModelError, SamplesError
 from ttmpd.evaluation import bench, evaluate, open_any
 from ttmpd.inspection import inspect, preview
@@ -17,6 +16,7 @@ from ttmpd.preprocessing import Preprocessing
 from ttmpd.records import Plan, Removal, agreement
 from ttmpd.repair import repaired
 from ttmpd.samples import open_samples
+from ttmpd.saving import Result
 from ttmpd.settings import Target
 from ttmpd.specimens import tiny_model
 from ttmpd.units.block import Block

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import ttmpd
-from ttmpd.checkpoint import Result
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.records import Plan, Removal
 from ttmpd.repair import repaired
 from ttmpd.samples import open_samples
+from ttmpd.saving import Result
 from ttmpd.surgery import cut, find_units
 
 hf = pytest.importorskip("transformers")

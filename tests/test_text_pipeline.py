@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ttmpd
-from ttmpd.checkpoint import Result, open_artifact, read_artifact
+from ttmpd.checkpoint import open_artifact, read_artifact
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import InvalidValueError, SamplesError, UnsupportedError
 from ttmpd.evaluation import bench, evaluate
@@ -26,6 +26,7 @@ from ttmpd.ready import latency_batch
 from ttmpd.records import Plan, Removal
 from ttmpd.repair import repaired
 from ttmpd.samples import open_samples
+from ttmpd.saving import Result
 from ttmpd.settings import Settings
 from ttmpd.text import Tokenization, mask_of
 from ttmpd.units.block import Block

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ttmpd.adapt.norm import Norm
     from ttmpd.adapt.tent import Tent
     from ttmpd.adapting import adapt_to
-    from ttmpd.checkpoint import Result, load
+    from ttmpd.checkpoint import load
     from ttmpd.distill.mimic import Mimic
     from ttmpd.distill.one_time import OneTime
     from ttmpd.early_exit._model import EarlyExitModel
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ttmpd.preprocessing import Preprocessing
     from ttmpd.records import Agreement, Fit, Plan, Removal, Samples, Score, Timing, Unit
     from ttmpd.samples import open_samples
+    from ttmpd.saving import Result
     from ttmpd.score.damage import Damage
     from ttmpd.score.magnitude import Magnitude
     from ttmpd.score.practise import Practise
@@ -95,7 +96,7 @@ _HOMES = {
     "Quality": "evaluation",
     "Reliable": "select.eata",
     "Removal": "records",
-    "Result": "checkpoint",
+    "Result": "saving",
     "RightTool": "early_exit.right_tool",
     "Samples": "records",
     "Score": "records",

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from ttmpd.checkpoint import Result, check_output
 from ttmpd.errors import InvalidValueError
 from ttmpd.facts import collect_adapted
 from ttmpd.guard import logits_of
@@ -14,6 +13,7 @@ from ttmpd.models import OpenedModel, open_model
 from ttmpd.modules import to_fast_format, to_plain_format
 from ttmpd.ready import open_pool, source_of, split
 from ttmpd.records import Plan
+from ttmpd.saving import Result, check_output
 from ttmpd.settings import Settings, choose_device
 
 _USED = ("adapt", "num_samples", "holdout", "batch_size", "device", "seed")

@@ -3,10 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from ttmpd.checkpoint import Result
 from ttmpd.demo import demo_data
 from ttmpd.evaluation import Evaluation, evaluate
 from ttmpd.pipeline import compress
+from ttmpd.saving import Result
 
 MODEL = "ttmpd.demo:demo_model"
 SPEEDUP, PROMISED = 1.8, 1.5

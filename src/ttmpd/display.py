@@ -14,11 +14,11 @@ from rich.table import Table
 from ttmpd.progress import watched
 
 if TYPE_CHECKING:
-    from ttmpd.checkpoint import Result
     from ttmpd.demo_run import DemoOutcome
     from ttmpd.evaluation import BenchRow, Evaluation
     from ttmpd.inspection import Inspection, Preview
     from ttmpd.records import Timing
+    from ttmpd.saving import Result
 
 SHOW_AFTER = 1.0
 """Seconds before a stage gets a bar."""

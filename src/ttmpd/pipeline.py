@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ttmpd.checkpoint import Result, check_output
 from ttmpd.distill.base import Work
 from ttmpd.facts import collect
 from ttmpd.folding import fold
@@ -24,6 +23,7 @@ from ttmpd.planning import TOLERANCE, Attempt, Planned, Waypoint, make_plan, nee
 from ttmpd.ready import Ready, get_ready, open_pool, selected, split
 from ttmpd.records import Fit, Plan, Removal
 from ttmpd.repair import repaired, replay
+from ttmpd.saving import Result, check_output
 from ttmpd.savings import compare
 from ttmpd.settings import Settings, Target, settings_of
 from ttmpd.stages import Stages, disk_guarded, fingerprint, locked, weights_fingerprint

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import ttmpd
 from ttmpd import adapt_to, bench, compress, evaluate, inspect, load
 from ttmpd.adapt.none import NoAdaptation
-from ttmpd.checkpoint import Result, open_artifact, read_artifact
+from ttmpd.checkpoint import open_artifact, read_artifact
 from ttmpd.early_exit import _choice, _latency
 from ttmpd.early_exit._model import EarlyExitModel
 from ttmpd.early_exit.right_tool import RightTool
@@ -21,6 +21,7 @@ from ttmpd.models import open_model
 from ttmpd.records import Plan, Removal
 from ttmpd.repair import repaired
 from ttmpd.samples import open_samples
+from ttmpd.saving import Result
 from ttmpd.specimens import tiny_model, tiny_samples, tiny_units, untouched
 from ttmpd.timing import Rounds
 

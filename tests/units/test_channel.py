@@ -6,12 +6,13 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from ttmpd.checkpoint import Result, load
+from ttmpd.checkpoint import load
 from ttmpd.models import open_model
 from ttmpd.modules import count_macs, evaluating, to_fast_format
 from ttmpd.narrowing import under_kernel
 from ttmpd.records import Plan, Removal, Samples
 from ttmpd.repair import repaired
+from ttmpd.saving import Result
 from ttmpd.specimens import tiny_model, tiny_samples
 from ttmpd.surgery import cut, find_units, whole_of
 from ttmpd.units._members import masked

@@ -11,8 +11,8 @@ from ttmpd.commands._parsing import choose_methods, parse_duration, parse_target
 from ttmpd.commands._reporting import TARGET_MISSED, command_line, reporting, show_machine
 
 if TYPE_CHECKING:
-    from ttmpd.checkpoint import Result
     from ttmpd.models import OpenedModel
+    from ttmpd.saving import Result
     from ttmpd.settings import Target
 
 

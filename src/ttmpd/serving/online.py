@@ -19,12 +19,12 @@ import torch
 from filelock import BaseFileLock, FileLock
 from torch import Tensor, nn
 
-from ttmpd.checkpoint import PLAN, UNFINISHED, check_output
 from ttmpd.errors import InvalidValueError, TTMPDError, UnsupportedError
 from ttmpd.factory import cause
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.modules import clone, first_tensor
 from ttmpd.preprocessing import Preprocessing
+from ttmpd.saving import PLAN, UNFINISHED, check_output
 from ttmpd.serving.background import Kind, start, write_copy
 from ttmpd.serving.course import Course
 from ttmpd.serving.lookout import Served

@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ttmpd.checkpoint import WEIGHTS, read_artifact
+from ttmpd.checkpoint import read_artifact
 from ttmpd.errors import ModelError
 from ttmpd.factory import cause
 from ttmpd.method import check_fields
 from ttmpd.modules import call, clone, has_nan
 from ttmpd.records import Samples
 from ttmpd.repair import replay
+from ttmpd.saving import WEIGHTS
 from ttmpd.serving.background import STUDENT, TEACHER, Kind, Outcome, Progress, Unborn, Work, Worker
 from ttmpd.timing import forward_call, interleaved
 

@@ -2,16 +2,16 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from ttmpd.method import check_fields
-from ttmpd.modules import call, count_macs, evaluating, hooks, module_at
+from ttmpd.modules import count_macs, module_at
 from ttmpd.records import Unit
+from ttmpd.units._graph import Call, calls_of, feeders_of
 from ttmpd.units._members import (
     ROUND,
-    answers_plainly,
     is_convolution,
     is_layer,
     kernel_area,
@@ -59,14 +59,14 @@ class Channel(Narrow):
 
     def find(self, model: nn.Module, batch: Tensor) -> Found:
         """The hidden channels of at least ``least``, in the order of the network."""
-        calls = _calls(model, batch)
+        calls = calls_of(model, batch, lambda module: is_convolution(module) or _is_channelwise(module))
         macs = count_macs(model, batch)
         made_by = {path: _makers(model, path, calls) for path, seen in calls.items() if seen.plain}
         shared = [maker for makers in made_by.values() for maker in makers]
         units = [
             self._sized(_unit(model, path, makers, calls, macs))
             for path, makers in made_by.items()
-            if makers and calls[path].n_in >= self.least and all(shared.count(maker) == 1 for maker in makers)
+            if makers and calls[path].inputs[0] >= self.least and all(shared.count(maker) == 1 for maker in makers)
             and matrix_of(module_at(model, path)).shape[1] <= self.most_inputs
         ]  # fmt: skip
         kept, refused = proven(self, model, units, batch[:2])
@@ -86,88 +86,37 @@ class Channel(Narrow):
         take_inputs(reader, spread_out(kept, kernel_area(reader)))
 
 
-@dataclasses.dataclass(slots=True)
-class _Call:
-    """What was seen of a module: where its input and output stand in the autograd graph, and what it does."""
-
-    mixes: bool
-    plain: bool = False
-    count: int = 0
-    given: Any = None
-    made: Any = None
-    shape: tuple[int, ...] = ()
-    n_in: int = 0
-
-
-def _calls(model: nn.Module, batch: Tensor) -> dict[str, _Call]:
-    """Convolutions, and what works on every channel alone, in calling order, with the graph of one pass."""
-    seen: dict[str, _Call] = {}
-
-    def note(path: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        record = seen.setdefault(path, _Call(is_convolution(module)))
-        record.count += 1
-        record.given, record.made, record.shape = args[0].grad_fn, output.grad_fn, tuple(output.shape[1:])
-        record.n_in = args[0].shape[1]
-        record.plain = record.mixes and answers_plainly(module, args[0], output)
-
-    watched = [(path, m) for path, m in model.named_modules() if is_convolution(m) or is_channelwise(m)]
-    handles = [m.register_forward_hook(lambda m, a, out, p=path: note(p, m, a, out)) for path, m in watched]
-    with evaluating(model, gradients=True), hooks(handles):
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-        call(model, batch)
-    return seen
-
-
-def is_channelwise(module: nn.Module) -> bool:
+def _is_channelwise(module: nn.Module) -> bool:
     """Whether the module has weights and treats every channel alone: batch norm, or a depthwise convolution."""
     if isinstance(module, nn.Conv2d):
         return 1 < module.groups == module.in_channels == module.out_channels
     return isinstance(module, nn.BatchNorm2d)
 
 
-def _makers(model: nn.Module, path: str, calls: dict[str, _Call]) -> tuple[str, ...]:
+def _makers(model: nn.Module, path: str, calls: dict[str, Call]) -> tuple[str, ...]:
     """The convolutions whose outputs, channel by channel, become the input, and all that works on these in between.
 
     () where anything else enters, or where two 1x1 convolutions have only functions in between: those are neurons.
     """
-    reader = calls[path]
-    if reader.count != 1:
-        return ()
-    ends = {other.made: name for name, other in calls.items() if other.count == 1 and name != path}
-    found: set[str] = set()
-    stack, visited = [reader.given], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        kind = str(node.name()).rpartition("::")[2].partition("Backward")[0]
-        if node in ends:
-            found.add(ends[node])
-            if not calls[ends[node]].mixes:
-                stack.append(calls[ends[node]].given)
-        elif kind in _CHANNELWISE:
-            stack += [parent for parent, _ in node.next_functions]
-        else:
-            return ()
-    right = all(calls[name].shape[:1] == (reader.n_in,) for name in found) and any(calls[n].mixes for n in found)
-    neurons = all(is_layer(module_at(model, name)) for name in (path, *found))
-    return tuple(name for name in calls if name in found) if right and not neurons else ()
+    found, _ = feeders_of(path, calls, _CHANNELWISE, through=lambda name: _is_channelwise(module_at(model, name)))
+    modules = [module_at(model, name) for name in found]
+    right = all(calls[name].outputs[:1] == calls[path].inputs[:1] for name in found)
+    neurons = all(is_layer(module) for module in (module_at(model, path), *modules))
+    return found if right and any(map(is_convolution, modules)) and not neurons else ()
 
 
-def _unit(model: nn.Module, path: str, makers: tuple[str, ...], calls: dict[str, _Call], macs: dict[str, int]) -> Unit:
+def _unit(model: nn.Module, path: str, makers: tuple[str, ...], calls: dict[str, Call], macs: dict[str, int]) -> Unit:
     layer = module_at(model, path)
     own = [parameter for name in makers for parameter in module_at(model, name).parameters()]
     return Unit(
         kind="channel",
         path=path,
         module=type(layer).__name__,
-        shape=calls[path].shape,
+        shape=calls[path].outputs,
         layout="channels_first",
         activation="",
         n_params=sum(parameter.numel() for parameter in own) + matrix_of(layer).numel(),
         macs=sum(macs.get(name, 0) for name in (path, *makers)),
-        members=calls[path].n_in,
+        members=calls[path].inputs[0],
         feeders=makers,
     )

@@ -2,14 +2,15 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ttmpd.method import check_fields
-from ttmpd.modules import call, count_macs, evaluating, find_head, hooks, module_at
+from ttmpd.modules import count_macs, find_head, module_at
 from ttmpd.records import Unit
+from ttmpd.units._graph import Call, calls_of, feeders_of
 from ttmpd.units._members import ROUND, is_layer, matrix_of, proven, spread_out, take_inputs, take_outputs
 from ttmpd.units.base import Found, Narrow
 
@@ -44,9 +45,9 @@ class Neuron(Narrow):
 
     def find(self, model: nn.Module, batch: Tensor) -> Found:
         """The hidden layers of at least ``least`` neurons, in the order of the network."""
-        calls = _calls(model, batch)
+        calls = calls_of(model, batch, is_layer)
         head = None if self.last else find_head(model, batch)  # its input is what distillation compares
-        feeders = {path: _feeders(path, calls) for path in calls if path != head}
+        feeders = {path: _feeders(model, path, calls) for path in calls if path != head}
         macs = count_macs(model, batch)
         units = [
             self._sized(_unit(model, path, found, calls[path], macs))
@@ -76,62 +77,15 @@ class Neuron(Narrow):
         take_inputs(module_at(student, unit.path), index)
 
 
-class _Call:
-    """What was seen of a layer: how often it ran, and where its input and output stand in the autograd graph."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.given: Any = None
-        self.made: Any = None
-        self.shape: tuple[int, ...] = ()
-        self.n_in = self.n_out = 0
+def _feeders(model: nn.Module, path: str, calls: dict[str, Call]) -> tuple[str, ...]:
+    """The layers that make what the layer reads, element by element; () when their sizes do not fit."""
+    found, met = feeders_of(path, calls, _ELEMENTWISE | _SHAPING | _PARTING)
+    n_in = matrix_of(module_at(model, path)).shape[1]
+    sizes = {len(matrix_of(module_at(model, name))) for name in found}
+    return found if sizes == {n_in} or (met & _PARTING and sizes == {2 * n_in}) else ()
 
 
-def _calls(model: nn.Module, batch: Tensor) -> dict[str, _Call]:
-    """Every layer that ran, in calling order, with the graph of one pass."""
-    seen: dict[str, _Call] = {}
-
-    def note(path: str, layer: nn.Module, args: Any, output: Tensor) -> None:
-        record = seen.setdefault(path, _Call())
-        record.count += 1
-        record.given, record.made, record.shape = args[0].grad_fn, output.grad_fn, tuple(output.shape[1:])
-        record.n_out, record.n_in = matrix_of(layer).shape
-
-    layers = [(path, module) for path, module in model.named_modules() if is_layer(module)]
-    handles = [m.register_forward_hook(lambda m, a, out, p=path: note(p, m, a, out)) for path, m in layers]
-    with evaluating(model, gradients=True), hooks(handles):
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-        call(model, batch)
-    return seen
-
-
-def _feeders(path: str, calls: dict[str, _Call]) -> tuple[str, ...]:
-    """The layers whose outputs, and nothing else, make the layer's input element by element; () when that fails."""
-    record = calls[path]
-    makers = {other.made: name for name, other in calls.items() if other.count == 1 and name != path}
-    found: dict[str, None] = {}
-    parted = False
-    stack, visited = [record.given], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in visited:
-            continue  # a constant, or seen
-        visited.add(node)
-        kind = str(node.name()).rpartition("::")[2].partition("Backward")[0]
-        if node in makers:
-            found[makers[node]] = None
-        elif kind in _ELEMENTWISE | _SHAPING | _PARTING:
-            parted = parted or kind in _PARTING
-            stack += [parent for parent, _ in node.next_functions]
-        else:
-            return ()
-    sizes = {calls[name].n_out for name in found}
-    right = sizes == {record.n_in} or (parted and sizes == {2 * record.n_in})
-    return tuple(name for name in calls if name in found) if right and record.count == 1 else ()
-
-
-def _unit(model: nn.Module, path: str, feeders: tuple[str, ...], record: _Call, macs: dict[str, int]) -> Unit:
+def _unit(model: nn.Module, path: str, feeders: tuple[str, ...], seen: Call, macs: dict[str, int]) -> Unit:
     layer = module_at(model, path)
     parts = [module_at(model, name) for name in feeders]
     weights = sum(matrix_of(part).numel() for part in (*parts, layer))
@@ -140,11 +94,11 @@ def _unit(model: nn.Module, path: str, feeders: tuple[str, ...], record: _Call, 
         kind="neuron",
         path=path,
         module=type(layer).__name__,
-        shape=record.shape,
+        shape=seen.outputs,
         layout="channels_first" if isinstance(layer, nn.Conv2d) else "channels_last",
         activation="",
         n_params=weights + biases,
         macs=macs.get(path, 0) + sum(macs.get(name, 0) for name in feeders),
-        members=record.n_in,
+        members=matrix_of(layer).shape[1],
         feeders=feeders,
     )
