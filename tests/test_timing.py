@@ -1,10 +1,14 @@
 """The timing protocol, with a clock that the test turns."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
+from ttmpd import savings
 from ttmpd.errors import InvalidValueError
+from ttmpd.specimens import tiny_model, tiny_units
 from ttmpd.timing import Rounds, interleaved, machine, quartiles, time_models
 
 
@@ -102,3 +106,18 @@ def test_machine_says_what_the_milliseconds_belong_to():
     facts = machine("cpu")
     assert facts["type"] == "cpu"
     assert facts["threads"] == torch.get_num_threads()
+
+
+# --- members
+
+
+def test_of_many_widths_every_second_one_is_timed_and_the_others_lie_on_the_line():
+    unit = dataclasses.replace(tiny_units(tiny_model())[0], members=64, widths=(56, 48, 40, 32, 24, 16, 8))
+    assert savings._timed_widths(unit) == (56, 40, 24, 8)
+    assert savings._timed_widths(dataclasses.replace(unit, widths=(32, 16))) == (32, 16)
+    median = {"0 unit": 10.0, "0 56": 9.0, "0 40": 9.5, "0 24": 5.0, "0 8": 4.0}  # 40 took longer than 56: noise
+    timing = savings._timing(unit, 0, median)
+    wanted = {56: 9.0, 48: 9.0, 40: 9.0, 32: 7.0, 24: 5.0, 16: 4.5, 8: 4.0}
+    saved = {n: timing.saving("narrow", n).saved_ms for n in wanted}
+    assert saved == pytest.approx({n: 10.0 - ms for n, ms in wanted.items()})
+    assert timing.ms == pytest.approx(6.0 * 64 / 56)

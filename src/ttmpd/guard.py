@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ttmpd.losses import soft_label_loss
+from ttmpd.losses import tempered_loss
 from ttmpd.modules import call, evaluating, find_head, hooks, module_at
 from ttmpd.records import Samples, Targets
 from ttmpd.text import trimmed
@@ -66,6 +66,6 @@ def held_out_check(
     def check() -> Check:
         logits = logits_of(student, held_out, batch_size)
         alike = float((logits.argmax(-1) == targets.held_out.argmax(-1)).float().mean())
-        return Check(alike, float(soft_label_loss(logits, targets.held_out)), len(held_out))
+        return Check(alike, tempered_loss(logits, targets.held_out), len(held_out))
 
     return check

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +49,7 @@ def time_units(
 
     Units alike in class, shape, weights and operations are timed as one: they differ by noise alone. Members are timed
     with everything in the smallest module that holds them and what reads them; a unit's own milliseconds are what that
-    module would save without any member.
+    module would save without any member. Of many widths every second one is timed, those between lie on the line.
 
     Args:
         model: on the device, in the memory format in which it will be used.
@@ -94,7 +95,7 @@ def _variants(
     runs: dict[str, Callable[[], object]] = {"unit": functools.partial(module, *args, **kwargs)}
     if unit.members:
         kind = narrow_kind(unit)
-        for width in unit.widths:
+        for width in _timed_widths(unit):
             smaller = _Held(copy.deepcopy(module))
             kind.narrow(smaller, _inside(unit), range(width))
             runs[str(width)] = functools.partial(smaller, *args, **kwargs)
@@ -110,13 +111,21 @@ def _timing(unit: Unit, number: int, median: Mapping[str, float]) -> UnitTiming:
     whole = median[f"{number} unit"]
     if not unit.members:
         return UnitTiming(unit.id, whole, {a: median[f"{number} {a}"] for a in WHOLE.stand_ins(unit)})
-    saved, most = {}, 0.0
-    for width in unit.widths:
+    saved, most = {unit.members: 0.0}, 0.0
+    for width in _timed_widths(unit):
         most = max(most, whole - median[f"{number} {width}"])  # fewer members never take longer
         saved[width] = most
-    fewest = min(saved)
-    ms = most * unit.members / (unit.members - fewest)
-    return UnitTiming(unit.id, ms, {}, {str(width): ms - value for width, value in saved.items()})
+    points = sorted(saved)
+    ms = most * unit.members / (unit.members - points[0])
+    between = np.interp(unit.widths, points, [saved[width] for width in points])
+    return UnitTiming(
+        unit.id, ms, {}, {str(n): ms - float(value) for n, value in zip(unit.widths, between, strict=True)}
+    )
+
+
+def _timed_widths(unit: Unit) -> tuple[int, ...]:
+    """The widths that are timed, widest first: of many every second one, the narrowest among them."""
+    return unit.widths[::-2][::-1] if len(unit.widths) > 4 else unit.widths
 
 
 def timed_path(unit: Unit) -> str:

@@ -88,7 +88,7 @@ class Target:
         return f"speedup {self.speedup:.4g}" if self.speedup is not None else f"latency {self.ms:.4g} ms"
 
 
-DEFAULT_UNITS = ("block", "head", "neuron")
+DEFAULT_UNITS = ("block", "head", "neuron", "channel")
 """What is looked for where nothing else is asked for: names of files in ``ttmpd/units``."""
 
 

@@ -12,7 +12,7 @@ from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import MIN_BATCH, OneTime
 from ttmpd.errors import InvalidValueError
 from ttmpd.guard import freeze_before, freeze_head, held_out_check, logits_of
-from ttmpd.losses import entropy, feature_loss, feature_variance, mutual_information, soft_label_loss
+from ttmpd.losses import entropy, feature_loss, feature_variance, mutual_information, soft_label_loss, tempered_loss
 from ttmpd.modules import clone
 from ttmpd.records import Samples, Tap
 from ttmpd.specimens import tiny_model, tiny_samples, tiny_units
@@ -66,7 +66,7 @@ def test_views_that_no_step_would_see_are_not_asked_for(tmp_path, case):
     assert len(method.prepare(teacher, samples, held_out, work_in(tmp_path)).logits) == 2
 
 
-@pytest.mark.parametrize(("agreement", "times"), [(1.0, 1), (0.6, 1), (0.5, 1.5), (0.4, 2), (0.0, 2)])
+@pytest.mark.parametrize(("agreement", "times"), [(1.0, 1), (0.8, 1), (0.7, 1.5), (0.6, 2), (0.0, 2)])
 def test_a_student_that_lost_much_gets_more_views_and_steps(tmp_path, case, agreement, times):
     teacher, student, samples, held_out = case
     method = OneTime(steps=4, views=2, batch=12)
@@ -256,6 +256,42 @@ def test_losses_by_hand():
     assert float(soft_label_loss(student, teacher)) == pytest.approx(kl, abs=1e-6)
     assert float(soft_label_loss(student * 2, teacher * 2, 2.0)) == pytest.approx(4 * kl, abs=1e-6)
     assert float(soft_label_loss(teacher + 7, teacher)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_tempered_loss_counts_what_is_known_not_how_sure_it_is():
+    torch.manual_seed(0)
+    teacher = 3 * torch.randn(40, 5)
+    student = teacher + torch.randn(40, 5)
+    assert tempered_loss(teacher / 2, teacher) == pytest.approx(0.0, abs=1e-6)
+    assert tempered_loss(student / 2, teacher) == pytest.approx(tempered_loss(student, teacher))
+    assert tempered_loss(student, teacher) < float(soft_label_loss(student / 2, teacher))
+    assert tempered_loss(student, teacher) < 0.6 * tempered_loss(student[torch.randperm(40)], teacher)
+    assert np.isnan(tempered_loss(torch.full((2, 3), float("nan")), torch.ones(2, 3)))
+
+
+def test_a_student_that_knows_more_is_kept_though_it_is_surer_of_its_mistakes():
+    """A closed-form repair draws logits together: by the plain loss it looks better than what training makes of it."""
+    torch.manual_seed(0)
+    held_out = Samples(torch.randn(75, 1), tuple(map(str, range(75))))
+
+    class Kept:
+        held_out = 4 * torch.randn(75, 10)
+
+    start, later = Kept.held_out * 0.5 + torch.randn(75, 10), 3 * (Kept.held_out + torch.randn(75, 10))
+    checks = [held_out_check(Answers(logits), held_out, Kept, 75)() for logits in (start, later)]
+    assert float(soft_label_loss(start, Kept.held_out)) < float(soft_label_loss(later, Kept.held_out))
+    assert checks[1].better_than(checks[0])
+
+
+class Answers(nn.Module):
+    """A model whose logits are given."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, x):
+        return self.logits[: len(x)]
 
 
 def test_information_by_hand():

@@ -11,9 +11,10 @@ from ttmpd.modules import read
 from ttmpd.records import Samples, Tap
 from ttmpd.score.ttmpd import TTMPD, fit_stand_ins
 from ttmpd.sensitivity import _energy, _pattern, positions, row_weights, sensitivities
-from ttmpd.specimens import tiny_model, tiny_samples, tiny_units
+from ttmpd.specimens import specimen, tiny_model, tiny_samples, tiny_units
 from ttmpd.tails import distances, teacher_tails
 from ttmpd.units.block import Block
+from ttmpd.units.channel import Channel
 
 
 class Res(nn.Module):
@@ -72,6 +73,14 @@ def test_harm_is_made_of_the_two_variables():
         damage, repaired = score.parts["damage"], score.parts["repaired_damage"]
         assert scores[unit, "linear"].harm == pytest.approx(repaired)
         assert scores[unit, "drop"].harm == pytest.approx(repaired + 0.25 * max(0.0, damage - repaired))
+
+
+def test_narrowed_convolutions_count_more_than_they_lose():
+    model, samples = specimen("channel")
+    units = Channel().find(model, samples.batch(slice(0, 2))).units
+    found = [TTMPD(channels=times).score(model, units, samples, actions=("narrow",)) for times in (1.0, 3.0)]
+    assert [score.harm for score in found[1]] == pytest.approx([3 * score.harm for score in found[0]])
+    assert max(score.harm for score in found[0]) > 0
 
 
 def test_a_stand_in_is_closer_to_its_unit_than_its_input_is():

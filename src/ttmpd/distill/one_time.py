@@ -45,7 +45,7 @@ class OneTime(Distiller):
     needs: ClassVar[tuple[str, ...]] = ("gradients", "training")
     one_time: ClassVar[bool] = True
     steps: int = 400
-    damaged: float = 0.6
+    damaged: float = 0.8
     """Steps and views grow where student and teacher agree on a smaller share of the held-out samples: up to twice as
     many, reached at 0.2 less.
 

@@ -52,9 +52,13 @@ class TTMPD(Scorer):
     """How much of the damage that a stand-in would repair still counts when the unit is dropped and trained."""
     sensitivity: float = 0.9
     """Weight of each position by its squared gradient: 0 counts all alike, 1 trusts the gradients alone."""
+    channels: float = 3.0
+    """How many times the harm of fewer hidden channels counts: many narrowed layers lose more than their harms add up
+    to, and training gives less of it back than of whole blocks."""
 
     def __post_init__(self) -> None:
-        check_fields(self, ridge=0.0, max_samples=1, tail_samples=1, drop_share=(0.0, 1.0), sensitivity=(0.0, 1.0))
+        check_fields(self, ridge=0.0, max_samples=1, tail_samples=1, drop_share=(0.0, 1.0), sensitivity=(0.0, 1.0),
+                     channels=0.0)  # fmt: skip
 
     def scores(self, job: Job) -> Iterable[Score]:
         """Scores for "drop" and for each stand-in of every whole unit, and for each width of those with members.
@@ -115,11 +119,12 @@ class TTMPD(Scorer):
         few = job.samples.first(self.tail_samples)
         moved = teacher_tails(job.teacher, job.units, few, replacements, batch_size=job.batch_size, wholes=wholes)
         for unit in job.units:
+            times = self.channels if unit.kind == "channel" else 1.0
             points = [(c.error, distances(moved[unit.id, str(len(c.kept))])) for c in _measured(found[unit.id])]
             errors, damages = zip(*points, strict=True)
             for choice in found[unit.id]:
                 harm = float(np.interp(choice.error, errors, np.maximum.accumulate(damages)))
-                yield Score(unit.id, "narrow", harm, {"lost": choice.error}, choice.kept)
+                yield Score(unit.id, "narrow", times * harm, {"lost": choice.error}, choice.kept)
 
 
 def _measured(found: Sequence[Choice]) -> list[Choice]:
