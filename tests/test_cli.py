@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from click.testing import Result
 import ttmpd
 from ttmpd import display
 from ttmpd.checkpoint import read_artifact
-from ttmpd.commands import _parsing, _reporting
+from ttmpd.commands import _parsing, _reporting, compress, inspect
 from ttmpd.errors import InvalidValueError, UnknownMethodError
 from ttmpd.method import VERBS, names
 from ttmpd.savings import UnitTiming
+from ttmpd.settings import Settings
 from ttmpd.stages import locked
 
 DEMO = "ttmpd.demo:demo_model"
@@ -445,3 +447,16 @@ def test_bars_are_for_long_stages_only(monkeypatch):
         now[0] += 0.6
         bars("long", done, 4)
     assert recorder.log == [("add", "long", 4), ("at", 3), "remove"]
+
+
+def test_options_left_out_mean_what_they_mean_in_python():
+    given = {name: parameter.default for name, parameter in signature(compress.command).parameters.items()}
+    plain = Settings().to_dict()
+    shared = {"num_samples", "pool", "holdout", "batch_size", "device", "seed", "amp"}
+    assert shared <= given.keys()
+    assert {name: given[name] for name in shared} == {name: plain[name] for name in shared}
+    for name in ("units", "actions"):
+        assert given[name].split(",") == plain[name]
+    for verb in ("select", "adapt", "score", "plan", "distill"):
+        assert given[verb] == getattr(Settings(), verb).name
+    assert signature(inspect.command).parameters["units"].default.split(",") == plain["units"]

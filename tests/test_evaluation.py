@@ -1,5 +1,6 @@
 """Accuracy, calibration and agreement by hand-computed truths; samples that compression used never count."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -191,12 +192,13 @@ def test_bench_refuses_a_batch_of_nothing(artifact):
 
 def test_inspect_with_times(quick_timing):
     found = inspect(DEMO, batch_size=2, device="cpu")
-    assert len(found.units) == len(found.timings) == 12
+    assert Counter(unit.kind for unit in found.units) == {"block": 12, "channel": 13}
+    assert [timing.unit for timing in found.timings] == [unit.id for unit in found.units]
     assert found.input_shape == (1, 8, 8)
     plain = found.to_dict()
     assert plain["units"][0]["id"] == "stage1.0"
     assert 0 < plain["units"][0]["ms_share"] < 1
-    assert sum(unit["macs_share"] for unit in plain["units"]) < 1
+    assert sum(unit["macs_share"] for unit in plain["units"] if unit["kind"] == "block") < 1
     assert ("down", "changes the shape from (32, 8, 8) to (64, 4, 4)") in found.refused
 
 

@@ -25,6 +25,8 @@ Weights = Annotated[
 ]
 Pretrained = Annotated[bool, typer.Option("--no-pretrained", help="Random weights: nothing is downloaded.")]
 Units = Annotated[str, typer.Option("--units", help="Some of block, head, neuron, channel.")]
+UNITS = "block,head,neuron,channel"
+"""The default of the settings, spelled here so that ``--help`` needs no torch."""
 NumSamples = Annotated[int, typer.Option("--num-samples", min=2, help="Unlabelled samples to use.")]
 Holdout = Annotated[float, typer.Option("--holdout", help="Share of them that is held out.")]
 Seed = Annotated[int, typer.Option("--seed")]

@@ -37,7 +37,7 @@ def command(
     plan: Annotated[str, typer.Option("--plan", help="A planner.")] = "knapsack",
     distill: Annotated[str, typer.Option("--distill", help="A distiller.")] = "one_time",
     settings: Annotated[list[str] | None, typer.Option("--set", help="VERB.FIELD=VALUE, as often as wanted.")] = None,
-    units: option.Units = "block,head,neuron",
+    units: option.Units = option.UNITS,
     actions: Annotated[
         str, typer.Option("--actions", help="Some of drop, linear, conv, narrow.")
     ] = "drop,linear,narrow",

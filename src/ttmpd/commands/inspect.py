@@ -17,7 +17,7 @@ def command(
     json_file: option.Json = None,
     device: option.Device = "auto",
     timed: Annotated[bool, typer.Option("--time/--no-time", help="Measure milliseconds on this device.")] = True,
-    units: option.Units = "block,head,neuron",
+    units: option.Units = option.UNITS,
     max_length: option.MaxLength = None,
     source: option.Source = None,
     weights: option.Weights = None,
