@@ -27,6 +27,7 @@ from ttmpd.repair import repaired
 from ttmpd.saving import Result
 from ttmpd.specimens import tiny_model, tiny_samples
 from ttmpd.stages import disk_guarded
+from ttmpd.surgery import find_units
 from ttmpd.units.block import Block
 
 DEMO = "ttmpd.demo:demo_model"
@@ -364,6 +365,24 @@ def test_a_library_that_no_longer_knows_the_model(artifact):
     change(artifact, lambda data: data["model"].update(id="torchvision:no_such_net"))
     with pytest.raises(CheckpointError, match="must be possible to build from 'torchvision:no_such_net'"):
         load(artifact)
+
+
+def test_a_block_that_was_narrowed_first_and_dropped_later_is_one_removal(tmp_path):
+    samples, opened = digits(), open_model(DEMO)
+    units = find_units(opened.module, samples.batch(slice(0, 2)), ["channel"]).units
+    inside = [Removal(unit, "narrow", tuple(range(unit.widths[-1]))) for unit in units if "stage1" in unit.path]
+    student = repaired(opened.module, inside, samples)
+    Result(student, Plan(tuple(inside), 0.1, 10.0, 8.0, 8.0), FACTS, samples.ids, opened).save(tmp_path / "once")
+    again = open_artifact(tmp_path / "once")
+    block = Block().find(again.module, samples.batch(slice(0, 2))).units[0]
+    assert block.n_params < Block().find(opened.module, samples.batch(slice(0, 2))).units[0].n_params
+    plan = Plan((Removal(block, "drop"),), 0.2, 8.0, 6.0, 6.0)
+    twice = repaired(again.module, plan.removals, samples)
+    Result(twice, plan, FACTS, samples.ids, again).save(tmp_path / "twice")
+    kept = read_artifact(tmp_path / "twice").removals
+    assert [r.unit.id for r in kept] == [*(r.unit.id for r in inside if block.path not in r.unit.path), block.id]
+    assert len(kept) == len(inside)
+    assert torch.equal(answers(load(tmp_path / "twice"), samples), answers(twice, samples))
 
 
 # -------------------------------------------------------------------------------------------------------------- writing

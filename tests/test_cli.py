@@ -277,9 +277,9 @@ def test_methods_are_read_from_the_files(run):
 def test_inspect_and_its_json(quick_timing, tmp_path, run):
     found = run("inspect", "--model", DEMO, "--batch-size", 2, "--json", tmp_path / "i.json")
     assert found.exit_code == 0
-    assert "12 removable units" in found.stdout
+    assert "25 removable units" in found.stdout
     data = json.loads((tmp_path / "i.json").read_text())
-    assert [unit["id"] for unit in data["units"]][:2] == ["stage1.0", "stage1.1"]
+    assert [unit["id"] for unit in data["units"]][:2] == ["stage1.0", "channel:stage1.0.conv2"]
     assert data["whole"]["median_ms"] > 0
 
 

@@ -15,6 +15,7 @@ from ttmpd.errors import InvalidValueError
 from ttmpd.models import OpenedModel, is_rebuildable
 from ttmpd.records import Plan, Removal
 from ttmpd.stages import disk_guarded, write_json
+from ttmpd.surgery import joined
 
 FORMAT = 1
 PLAN, WEIGHTS = "plan.json", "model.safetensors"
@@ -103,7 +104,7 @@ def _stock(result: Result, folder: Path) -> str:
     from ttmpd.stock import save_stock, stock_model
 
     opened, shape = result.opened, result.facts.get("samples", {}).get("input_shape") or ()
-    fresh = stock_model(result.model, (*opened.removed, *result.plan.removals), opened.preprocessing, shape)
+    fresh = stock_model(result.model, joined(opened.removed, result.plan.removals), opened.preprocessing, shape)
     if fresh is None:
         return ""
     save_stock(fresh, opened.preprocessing, folder)
@@ -130,7 +131,7 @@ def check_output(folder: Path) -> None:
 def _described(result: Result) -> dict[str, Any]:
     plan, opened, facts = result.plan, result.opened, result.facts
     numbers = {key: getattr(plan, key) for key in ("harm", "original_ms", "budget_ms", "predicted_ms")}
-    removals = (*opened.removed, *plan.removals)
+    removals = joined(opened.removed, plan.removals)
     return {
         "format": FORMAT,
         "ttmpd": str(facts.get("ttmpd", "unknown")),

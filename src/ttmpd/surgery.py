@@ -64,8 +64,21 @@ def cut(model: nn.Module, removals: Sequence[Removal]) -> nn.Module:
     return student
 
 
+def joined(earlier: Sequence[Removal], later: Sequence[Removal]) -> tuple[Removal, ...]:
+    """The removals of a model that was compressed, and those of a second run: what went with a larger unit is left out.
+
+    Example:
+        A block whose channels were narrowed first and which is dropped now is one removal: the block.
+    """
+    wholes = [removal.unit.path for removal in later if not removal.unit.members]
+    return (*(r for r in earlier if not any(r.unit.path.startswith(f"{path}.") for path in wholes)), *later)
+
+
 def check_units(model: nn.Module, units: Sequence[Unit]) -> None:
-    """Raise :class:`InvalidValueError` when a unit does not belong to ``model``."""
+    """Raise :class:`InvalidValueError` when a unit does not belong to the stock ``model``.
+
+    A unit may be smaller than the model's: it was found where something had been removed from it before.
+    """
     for unit in units:
         module = module_at(model, unit.path)
         found = count_parameters(module)
@@ -76,8 +89,8 @@ def check_units(model: nn.Module, units: Sequence[Unit]) -> None:
                     f"unit {unit.id} must have {unit.members} members, but the model's layer reads {n_inputs} inputs; "
                     "the plan belongs to another model"
                 )
-        elif found != unit.n_params:
+        elif found < unit.n_params:
             raise InvalidValueError(
-                f"unit {unit.id} must have {unit.n_params} parameters, but the model's has {found}; "
+                f"unit {unit.id} must have at least {unit.n_params} parameters, but the model's has {found}; "
                 "the plan belongs to another model"
             )

@@ -144,7 +144,7 @@ class Course:
             self._seconds["teacher"] = self._clock() - round_.began
 
     def _pick_student(self, round_: Round) -> None:
-        student = round_.student(self.source.module, len(self.opened.removed))
+        student = round_.student(self.source.module, self.opened.removed)
         sizes = sorted(self._sizes)
         n_batch = sizes[len(sizes) // 2] if sizes else 1
         teacher = (self.teacher or self.source).module

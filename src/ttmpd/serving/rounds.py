@@ -3,7 +3,7 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ttmpd.errors import ModelError
 from ttmpd.factory import cause
 from ttmpd.method import check_fields
 from ttmpd.modules import call, clone, has_nan
-from ttmpd.records import Samples
+from ttmpd.records import Removal, Samples
 from ttmpd.repair import replay
 from ttmpd.saving import WEIGHTS
 from ttmpd.serving.background import STUDENT, TEACHER, Kind, Outcome, Progress, Unborn, Work, Worker
@@ -163,11 +163,11 @@ class Round:
             raise ModelError("the adapted teacher must answer with finite scores of the same classes, but does not")
         return frozen(teacher)
 
-    def student(self, source: nn.Module, n_removed: int) -> nn.Module:
-        """The student of the artifact; the first ``n_removed`` removals were made in the source already."""
+    def student(self, source: nn.Module, removed: Sequence[Removal]) -> nn.Module:
+        """The student of the artifact; the removals in ``removed`` were made in the source already."""
         artifact = read_artifact(self.folder / STUDENT)
         state = load_file(self.folder / STUDENT / WEIGHTS)
-        return frozen(replay(source, artifact.removals[n_removed:], state))
+        return frozen(replay(source, [r for r in artifact.removals if r not in removed], state))
 
     def stop(self) -> None:
         """End the worker."""

@@ -63,14 +63,19 @@ class Channel(Narrow):
         macs = count_macs(model, batch)
         made_by = {path: _makers(model, path, calls) for path, seen in calls.items() if seen.plain}
         shared = [maker for makers in made_by.values() for maker in makers]
-        units = [
-            self._sized(_unit(model, path, makers, calls, macs))
-            for path, makers in made_by.items()
+        wide = [
+            path for path, makers in made_by.items()
             if makers and calls[path].inputs[0] >= self.least and all(shared.count(maker) == 1 for maker in makers)
-            and matrix_of(module_at(model, path)).shape[1] <= self.most_inputs
         ]  # fmt: skip
+        read = {path: matrix_of(module_at(model, path)).shape[1] for path in wide}
+        large = {
+            path: f"reads {n} values for each of its own; more than {self.most_inputs} are too many to choose among"
+            for path, n in read.items()
+            if n > self.most_inputs
+        }
+        units = [self._sized(_unit(model, path, made_by[path], calls, macs)) for path in wide if path not in large]
         kept, refused = proven(self, model, units, batch[:2])
-        return Found(tuple(kept), tuple(refused.items()))
+        return Found(tuple(kept), tuple((refused | large).items()))
 
     def _sized(self, unit: Unit) -> Unit:
         """With equal steps down to the last one, in multiples of 8: kernels run other numbers of channels no faster."""
