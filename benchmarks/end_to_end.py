@@ -3,8 +3,8 @@
     python benchmarks/end_to_end.py
 
 Runs `ttmpd compress` and `ttmpd evaluate` as a user does, each in a process of its own, for ResNet-56 on
-CIFAR-10-JPEG (500 images, speedup 1.8) and MobileNetV2 on the ImageNet sample (500 and 1,000 images, speedup 1.3; once more with
-nothing but whole blocks).
+CIFAR-10-JPEG (500 images, speedup 1.8) and MobileNetV2 on the ImageNet sample (500 and 1,000 images, speedup 1.3; once
+more with nothing but whole blocks).
 Accuracy is measured on the images that were not among the unlabelled samples; the run on all 1,000 images leaves none
 and reports memory only.
 Writes results/end_to_end.csv.
