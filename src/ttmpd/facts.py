@@ -230,7 +230,7 @@ def _units(ready: Ready, plan: Plan) -> list[dict[str, Any]]:
 def _members(
     unit: Unit, kept: Mapping[str, int], widths: Mapping[str, list[list[float]]], timing: UnitTiming
 ) -> dict[str, Any]:
-    """How many heads or neurons there are and stay; (members, harm) of every width, and milliseconds by members."""
+    """How many members there are and stay; (members, harm) of every width, and milliseconds by members."""
     return {
         "members": unit.members,
         "kept": kept.get(unit.id, unit.members),

@@ -80,7 +80,7 @@ def choices(
         moments: of the layer's inputs with its own outputs.
         matrix: (n_outputs, n_inputs), the layer's weight.
         bias: (n_outputs,).
-        members: heads or neurons, each as many inputs wide.
+        members: heads, neurons or channels, each as many inputs wide.
         widths: numbers of members, falling.
         ridge: relative to the mean diagonal.
 

@@ -43,7 +43,7 @@ class Unit:
         macs: multiply-accumulate operations per sample that go when it is dropped.
         form: "plain" when it maps one tensor to one tensor, "arguments" when it is called with more of them, "tuple"
             when it answers with a tuple; of heads "pair" when their attention hands on its weights, too.
-        members: heads or neurons of a unit that is narrowed, 0 for one that goes as a whole; ``path`` then names the
+        members: heads, neurons or channels of a narrowed unit, 0 for one that goes as a whole; ``path`` then names the
             layer that reads them, and ``n_params`` and ``macs`` are what goes with all of them.
         feeders: paths of the layers that make the members.
         widths: numbers of members that are worth keeping, most first, fewer than there are.

@@ -8,10 +8,11 @@ from torch import nn
 
 from ttmpd.errors import InvalidValueError
 from ttmpd.modules import read
-from ttmpd.records import Samples, Tap
+from ttmpd.records import Removal, Samples, Tap
 from ttmpd.score.ttmpd import TTMPD, fit_stand_ins
 from ttmpd.sensitivity import _energy, _pattern, positions, row_weights, sensitivities
 from ttmpd.specimens import specimen, tiny_model, tiny_samples, tiny_units
+from ttmpd.surgery import cut
 from ttmpd.tails import distances, teacher_tails
 from ttmpd.units.block import Block
 from ttmpd.units.channel import Channel
@@ -73,6 +74,21 @@ def test_harm_is_made_of_the_two_variables():
         damage, repaired = score.parts["damage"], score.parts["repaired_damage"]
         assert scores[unit, "linear"].harm == pytest.approx(repaired)
         assert scores[unit, "drop"].harm == pytest.approx(repaired + 0.25 * max(0.0, damage - repaired))
+
+
+def test_a_layer_whose_own_outputs_were_narrowed_is_scored_as_it_is_now():
+    """On the way through a plan: the reader of this layer was narrowed before, and it answers with fewer channels."""
+    torch.manual_seed(0)
+    chain = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU()) for a, b in ((3, 16), (16, 24), (24, 4))]
+    model = nn.Sequential(*chain, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    samples = tiny_samples(8)
+    first, second = Channel().find(model, samples.batch(slice(0, 2))).units
+    assert second.feeders == (first.path,)
+    student = cut(model, [Removal(second, "narrow", tuple(range(8, 16)))])
+    fresh = Channel().find(student, samples.batch(slice(0, 2))).units[0]
+    assert (fresh.path, fresh.shape[0], first.shape[0]) == (first.path, 8, 24)
+    found, wanted = (TTMPD().score(student, [unit], samples, actions=("narrow",)) for unit in (first, fresh))
+    assert [(s.kept, s.harm) for s in found] == [(s.kept, s.harm) for s in wanted]
 
 
 def test_narrowed_convolutions_count_more_than_they_lose():

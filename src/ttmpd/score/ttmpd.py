@@ -170,10 +170,17 @@ def member_moments(job: Job, samples: Samples, sensitivity: float) -> dict[str, 
             for unit in job.units:
                 index = chosen[unit.id]
                 layer = module_at(job.teacher, unit.path)
-                x, y = input_rows(seen[f"x {unit.id}"], unit, index, layer), rows(seen[f"y {unit.id}"], unit, index)
+                x = input_rows(seen[f"x {unit.id}"], unit, index, layer)
+                y = rows(seen[f"y {unit.id}"], _answering(unit, found[unit.id].n_outputs), index)
                 weights = row_weights(pattern, unit, index, sensitivity, len(y) // len(index), samples.kept(batch))
                 found[unit.id].add(x, y, weights)
     return found
+
+
+def _answering(unit: Unit, n_outputs: int) -> Unit:
+    """The unit with as many outputs as its layer has now: fewer on a student where what reads them was narrowed."""
+    first = unit.layout == "channels_first"
+    return dataclasses.replace(unit, shape=(n_outputs, *unit.shape[1:]) if first else (*unit.shape[:-1], n_outputs))
 
 
 def fit_stand_ins(

@@ -60,7 +60,7 @@ class Whole(Kind):
 
 
 class Narrow(Kind):
-    """A kind of unit whose members, heads or neurons, go one by one.
+    """A kind of unit whose members, heads, neurons or channels, go one by one.
 
     The layer at ``unit.path`` reads ``width`` inputs of every member; the members are made by the layers
     ``unit.feeders``.
