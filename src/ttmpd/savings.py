@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from ttmpd.modules import evaluating, first_tensor, hooks, module_at
 from ttmpd.records import KERNELS, Action, Removal, Saving, Timing, Unit
-from ttmpd.surgery import WHOLE, cut, narrow_kind
+from ttmpd.surgery import WHOLE, cut, narrow_kind, timed_path
 from ttmpd.timing import Rounds, interleaved, synchronize, time_models
 from ttmpd.units.block import put
 
@@ -126,13 +125,6 @@ def _timing(unit: Unit, number: int, median: Mapping[str, float]) -> UnitTiming:
 def _timed_widths(unit: Unit) -> tuple[int, ...]:
     """The widths that are timed, widest first: of many every second one, the narrowest among them."""
     return unit.widths[::-2][::-1] if len(unit.widths) > 4 else unit.widths
-
-
-def timed_path(unit: Unit) -> str:
-    """Path of the smallest module that holds everything of the unit."""
-    paths = [path.split(".") for path in (unit.path, *unit.feeders)]
-    same = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
-    return ".".join(names[0] for names in same)
 
 
 class _Held(nn.Module):

@@ -14,7 +14,7 @@ from ttmpd.records import Plan, Removal, Samples
 from ttmpd.repair import repaired
 from ttmpd.saving import Result
 from ttmpd.specimens import tiny_model, tiny_samples
-from ttmpd.surgery import cut, find_units, whole_of
+from ttmpd.surgery import cut, find_units, timed_path, whole_of
 from ttmpd.units._members import masked
 from ttmpd.units.channel import Channel
 from ttmpd.units.neuron import Neuron
@@ -51,6 +51,16 @@ def test_layers_that_read_too_many_values_are_left_alone_and_named():
     large = {path: reason for path, reason in found.refused if "too many" in reason}
     assert large.keys() == {f"layer{stage}.{block}.conv2" for stage in (2, 3, 4) for block in (0, 1)}
     assert large["layer2.0.conv2"].startswith("reads 1152 values")
+
+
+def test_what_lies_between_two_blocks_is_left_alone_where_there_are_blocks():
+    model, batch = built("mobilenet_v2")
+    found = find_units(model, batch[:2], ["block", "channel", "neuron"])
+    far = {name for name, reason in found.refused if "between two blocks" in reason}
+    assert {"channel:features.1.conv.1", "channel:features.2.conv.0.0"} <= far
+    assert all(timed_path(unit).startswith("features.") for unit in found.units)
+    alone = find_units(model, batch[:2], ["channel"])
+    assert "channel:features.1.conv.1" in {unit.id for unit in alone.units}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

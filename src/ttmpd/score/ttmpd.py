@@ -19,7 +19,7 @@ from ttmpd.score.base import Job, Scorer
 from ttmpd.sensitivity import SENSITIVITY_SAMPLES, positions, row_weights, sensitivities
 from ttmpd.surgery import WHOLE
 from ttmpd.tails import Replacement, distances, teacher_tails
-from ttmpd.units._members import matrix_of
+from ttmpd.units._members import is_convolution, matrix_of
 
 
 class TTMPD(Scorer):
@@ -53,8 +53,8 @@ class TTMPD(Scorer):
     sensitivity: float = 0.9
     """Weight of each position by its squared gradient: 0 counts all alike, 1 trusts the gradients alone."""
     channels: float = 3.0
-    """How many times the harm of fewer hidden channels counts: many narrowed layers lose more than their harms add up
-    to, and training gives less of it back than of whole blocks."""
+    """How many times the harm of fewer channels between convolutions counts: many narrowed layers lose more than their
+    harms add up to, and training gives less of it back than of whole blocks."""
 
     def __post_init__(self) -> None:
         check_fields(self, ridge=0.0, max_samples=1, tail_samples=1, drop_share=(0.0, 1.0), sensitivity=(0.0, 1.0),
@@ -119,7 +119,7 @@ class TTMPD(Scorer):
         few = job.samples.first(self.tail_samples)
         moved = teacher_tails(job.teacher, job.units, few, replacements, batch_size=job.batch_size, wholes=wholes)
         for unit in job.units:
-            times = self.channels if unit.kind == "channel" else 1.0
+            times = self.channels if is_convolution(module_at(job.teacher, unit.path)) else 1.0
             points = [(c.error, distances(moved[unit.id, str(len(c.kept))])) for c in _measured(found[unit.id])]
             errors, damages = zip(*points, strict=True)
             for choice in found[unit.id]:
