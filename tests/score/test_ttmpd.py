@@ -16,6 +16,7 @@ from ttmpd.surgery import cut
 from ttmpd.tails import distances, teacher_tails
 from ttmpd.units.block import Block
 from ttmpd.units.channel import Channel
+from ttmpd.units.neuron import Neuron
 
 
 class Res(nn.Module):
@@ -91,11 +92,28 @@ def test_a_layer_whose_own_outputs_were_narrowed_is_scored_as_it_is_now():
     assert [(s.kept, s.harm) for s in found] == [(s.kept, s.harm) for s in wanted]
 
 
-def test_narrowed_convolutions_count_more_than_they_lose():
-    model, samples = specimen("channel")
-    units = Channel().find(model, samples.batch(slice(0, 2))).units
-    found = [TTMPD(channels=times).score(model, units, samples, actions=("narrow",)) for times in (1.0, 3.0)]
-    assert [score.harm for score in found[1]] == pytest.approx([3 * score.harm for score in found[0]])
+def convolutions_of_neurons():
+    """Two 1x1 convolutions with a GELU between: a layer of neurons at every place."""
+    torch.manual_seed(0)
+    pair = [nn.Conv2d(6, 24, 1), nn.GELU(), nn.Conv2d(24, 6, 1)]
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), *pair, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    return model.eval(), tiny_samples(12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "times"),
+    [
+        (Channel(), lambda: specimen("channel"), 3),
+        (Neuron(), convolutions_of_neurons, 3),
+        (Neuron(), lambda: specimen("neuron"), 1),
+    ],
+    ids=["channels", "neurons of convolutions", "neurons"],
+)
+def test_narrowed_convolutions_count_more_than_they_lose(kind, given, times):
+    model, samples = given()
+    units = kind.find(model, samples.batch(slice(0, 2))).units
+    found = [TTMPD(channels=factor).score(model, units, samples, actions=("narrow",)) for factor in (1.0, 3.0)]
+    assert [score.harm for score in found[1]] == pytest.approx([times * score.harm for score in found[0]])
     assert max(score.harm for score in found[0]) > 0
 
 
