@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ttmpd.modules import evaluating, first_tensor, hooks, module_at
+from ttmpd.modules import count_macs, evaluating, first_tensor, hooks, module_at
 from ttmpd.records import KERNELS, Action, Removal, Saving, Timing, Unit
 from ttmpd.surgery import WHOLE, cut, narrow_kind, timed_path
 from ttmpd.timing import Rounds, interleaved, synchronize, time_models
 from ttmpd.units.block import put
+
+_Given = tuple[tuple[object, ...], dict[str, object]]
+"""The arguments of a call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,9 @@ def time_units(
     """Time every unit, its stand-ins and its widths on the input it really gets.
 
     Units alike in class, shape, weights and operations are timed as one: they differ by noise alone. Members are timed
-    with everything in the smallest module that holds them and what reads them; a unit's own milliseconds are what that
-    module would save without any member. Of many widths every second one is timed, those between lie on the line.
+    with everything in the smallest module that holds them and what reads them; where that is most of the network, which
+    would drown what they save, the layers that make and read them are timed alone. A unit's own milliseconds are what
+    would be saved without any member. Of many widths every second one is timed, those between lie on the line.
 
     Args:
         model: on the device, in the memory format in which it will be used.
@@ -60,16 +64,29 @@ def time_units(
     if not units:
         return ()
     representatives = {_signature(unit): unit for unit in reversed(units)}
-    rows: dict[str, Callable[[], object]] = {}
+    numbered = dict(enumerate(representatives.values()))
+    median: dict[str, float] = {}
     with evaluating(model):
-        given = _recorded_calls(model, representatives.values(), batch)
-        for number, unit in enumerate(representatives.values()):
-            for name, run in _variants(model, unit, *given[unit.id]).items():
-                rows[f"{number} {name}"] = _synchronized(run, batch.device)
-        found = interleaved(rows, rounds=rounds, warmup=2, min_seconds=min_seconds)
-    median = {name: statistics.median(values) for name, values in found.ms.items()}
+        far = _far_apart(model, numbered.values(), batch)
+        near = {number: unit for number, unit in numbered.items() if unit.id not in far}
+        # What is far apart is timed by itself: the inputs of single layers at every width take much memory.
+        groups = [group for group in (near, *({n: unit} for n, unit in numbered.items() if n not in near)) if group]
+        for group in groups:
+            runs = _runs(model, group, far, batch)
+            found = interleaved(runs, rounds=rounds, warmup=2, min_seconds=min_seconds / len(groups))
+            median |= {name: statistics.median(values) for name, values in found.ms.items()}
     numbers = {signature: number for number, signature in enumerate(representatives)}
     return tuple(_timing(unit, numbers[_signature(unit)], median) for unit in units)
+
+
+def _runs(model: nn.Module, units: Mapping[int, Unit], far: Set[str], batch: Tensor) -> dict[str, Callable[[], object]]:
+    """What is timed: number of the unit and name of what runs in its place -> the call."""
+    given = _recorded_calls(model, {timed_path(unit) for unit in units.values() if unit.id not in far}, batch)
+    return {
+        f"{number} {name}": _synchronized(run, batch.device)
+        for number, unit in units.items()
+        for name, run in (_layers(model, unit, batch) if unit.id in far else _variants(model, unit, given)).items()
+    }
 
 
 def count_units(units: Sequence[Unit]) -> tuple[UnitTiming, ...]:
@@ -85,12 +102,36 @@ def _counted(unit: Unit) -> UnitTiming:
     return UnitTiming(unit.id, millions, {a: per_weight * KERNELS[a] ** 2 for a in WHOLE.stand_ins(unit)})
 
 
-def _variants(
-    model: nn.Module, unit: Unit, args: tuple[object, ...], kwargs: dict[str, object]
-) -> dict[str, Callable[[], object]]:
+def _far_apart(model: nn.Module, units: Iterable[Unit], batch: Tensor) -> frozenset[str]:
+    """Ids of units of which no module holds all but one that does most of the work: those between two blocks, say."""
+    narrow = [unit for unit in units if unit.members]
+    if not narrow:
+        return frozenset()
+    macs = count_macs(model, batch[:2])
+    return frozenset(unit.id for unit in narrow if macs.get(timed_path(unit), 0) > macs[""] / 2)
+
+
+def _layers(model: nn.Module, unit: Unit, batch: Tensor) -> dict[str, Callable[[], object]]:
+    """What is timed of a unit far apart, at every width: the layers that make and read its members."""
+    paths = (*unit.feeders, unit.path)
+    runs = {"unit": _in_turn(model, _recorded_calls(model, paths, batch))}
+    for width in _timed_widths(unit):
+        smaller = copy.deepcopy(model)
+        narrow_kind(unit).narrow(smaller, unit, range(width))
+        runs[str(width)] = _in_turn(smaller, _recorded_calls(smaller, paths, batch))
+    return runs
+
+
+def _in_turn(model: nn.Module, given: Mapping[str, _Given]) -> Callable[[], object]:
+    """Runs the model's modules one after the other."""
+    calls = [functools.partial(module_at(model, path), *args, **kwargs) for path, (args, kwargs) in given.items()]
+    return lambda: [call() for call in calls]
+
+
+def _variants(model: nn.Module, unit: Unit, given: Mapping[str, _Given]) -> dict[str, Callable[[], object]]:
     """What is timed of a unit: itself as "unit", and what may come in its place under the action or the width."""
     # In-place activations at a block's start would change the recorded input: each call gets the same anyway.
-    module = module_at(model, timed_path(unit))
+    (args, kwargs), module = given[timed_path(unit)], module_at(model, timed_path(unit))
     runs: dict[str, Callable[[], object]] = {"unit": functools.partial(module, *args, **kwargs)}
     if unit.members:
         kind = narrow_kind(unit)
@@ -149,16 +190,14 @@ def _signature(unit: Unit) -> tuple[object, ...]:
     return (unit.kind, unit.module, unit.shape, unit.n_params, unit.macs, unit.members)
 
 
-def _recorded_calls(
-    model: nn.Module, units: Iterable[Unit], batch: Tensor
-) -> dict[str, tuple[tuple[object, ...], dict[str, object]]]:
-    """Unit id -> the arguments that the model gives the unit for ``batch``."""
-    seen: dict[str, tuple[tuple[object, ...], dict[str, object]]] = {}
+def _recorded_calls(model: nn.Module, paths: Iterable[str], batch: Tensor) -> dict[str, _Given]:
+    """Path -> the arguments that the model gives the module there for ``batch``."""
+    seen: dict[str, _Given] = {}
     handles = [
-        module_at(model, timed_path(unit)).register_forward_pre_hook(
-            lambda _m, args, kwargs, name=unit.id: seen.update({name: (args, kwargs)}), with_kwargs=True
+        module_at(model, path).register_forward_pre_hook(
+            lambda _m, args, kwargs, path=path: seen.update({path: (args, kwargs)}), with_kwargs=True
         )
-        for unit in units
+        for path in paths
     ]
     with hooks(handles):
         model(batch)

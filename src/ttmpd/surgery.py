@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ttmpd.errors import InvalidValueError
 from ttmpd.method import method_class, names
-from ttmpd.modules import call, count_macs, count_parameters, evaluating, hooks, module_at
+from ttmpd.modules import call, count_parameters, evaluating, hooks, module_at
 from ttmpd.records import Removal, Unit
 from ttmpd.units._members import matrix_of
 from ttmpd.units.base import Found, Kind, Narrow
@@ -38,21 +38,9 @@ def find_units(model: nn.Module, batch: Tensor, kinds: Sequence[str] | None = No
     """
     found = [kind_of(name).find(model, batch) for name in (names("units") if kinds is None else kinds)]
     units = [unit for some in found for unit in some.units]
-    far = _far_apart(model, batch, units)
-    units = [unit for unit in units if unit.id not in far]
     order = _calling_order(model, batch, {unit.path for unit in units})
     units.sort(key=lambda unit: order[unit.path])
-    return Found(tuple(units), (*(row for some in found for row in some.refused), *far.items()))
-
-
-def _far_apart(model: nn.Module, batch: Tensor, units: Sequence[Unit]) -> dict[str, str]:
-    """Units between two blocks: what they save can only be timed on most of the network, where it drowns in noise."""
-    if all(unit.members for unit in units):
-        return {}  # there are no blocks; nothing smaller could be timed
-    macs = count_macs(model, batch[:2])
-    holders = {unit.id: timed_path(unit) for unit in units if unit.members}
-    reason = "lies between two blocks: what it saves cannot be told apart from the rest of the network"
-    return {name: reason for name, holder in holders.items() if macs.get(holder, 0) > macs[""] / 2}
+    return Found(tuple(units), tuple(row for some in found for row in some.refused))
 
 
 def _calling_order(model: nn.Module, batch: Tensor, paths: set[str]) -> dict[str, int]:

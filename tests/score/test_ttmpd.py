@@ -92,11 +92,11 @@ def test_a_layer_whose_own_outputs_were_narrowed_is_scored_as_it_is_now():
     assert [(s.kept, s.harm) for s in found] == [(s.kept, s.harm) for s in wanted]
 
 
-def convolutions_of_neurons():
+def convolutions_of_neurons(norm=nn.BatchNorm2d):
     """Two 1x1 convolutions with a GELU between: a layer of neurons at every place."""
     torch.manual_seed(0)
     pair = [nn.Conv2d(6, 24, 1), nn.GELU(), nn.Conv2d(24, 6, 1)]
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), *pair, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), norm(6), *pair, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
     return model.eval(), tiny_samples(12)
 
 
@@ -105,11 +105,12 @@ def convolutions_of_neurons():
     [
         (Channel(), lambda: specimen("channel"), 3),
         (Neuron(), convolutions_of_neurons, 3),
+        (Neuron(), lambda: convolutions_of_neurons(nn.Identity), 1),
         (Neuron(), lambda: specimen("neuron"), 1),
     ],
-    ids=["channels", "neurons of convolutions", "neurons"],
+    ids=["channels", "neurons of convolutions", "the same without batch norm", "neurons"],
 )
-def test_narrowed_convolutions_count_more_than_they_lose(kind, given, times):
+def test_narrowed_convolutions_of_networks_that_train_well_count_more_than_they_lose(kind, given, times):
     model, samples = given()
     units = kind.find(model, samples.batch(slice(0, 2))).units
     found = [TTMPD(channels=factor).score(model, units, samples, actions=("narrow",)) for factor in (1.0, 3.0)]

@@ -6,15 +6,17 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+from ttmpd import savings
 from ttmpd.checkpoint import load
 from ttmpd.models import open_model
-from ttmpd.modules import count_macs, evaluating, to_fast_format
+from ttmpd.modules import count_macs, evaluating, hooks, module_at, to_fast_format
 from ttmpd.narrowing import under_kernel
 from ttmpd.records import Plan, Removal, Samples
 from ttmpd.repair import repaired
 from ttmpd.saving import Result
 from ttmpd.specimens import tiny_model, tiny_samples
 from ttmpd.surgery import cut, find_units, timed_path, whole_of
+from ttmpd.timing import Rounds
 from ttmpd.units._members import masked
 from ttmpd.units.channel import Channel
 from ttmpd.units.neuron import Neuron
@@ -53,14 +55,45 @@ def test_layers_that_read_too_many_values_are_left_alone_and_named():
     assert large["layer2.0.conv2"].startswith("reads 1152 values")
 
 
-def test_what_lies_between_two_blocks_is_left_alone_where_there_are_blocks():
+def test_what_lies_between_two_blocks_is_timed_by_its_own_layers():
+    """On the whole network, the smallest module that holds them, noise would drown what they save."""
     model, batch = built("mobilenet_v2")
-    found = find_units(model, batch[:2], ["block", "channel", "neuron"])
-    far = {name for name, reason in found.refused if "between two blocks" in reason}
-    assert {"channel:features.1.conv.1", "channel:features.2.conv.0.0"} <= far
-    assert all(timed_path(unit).startswith("features.") for unit in found.units)
-    alone = find_units(model, batch[:2], ["channel"])
-    assert "channel:features.1.conv.1" in {unit.id for unit in alone.units}
+    units = {unit.id: unit for unit in find_units(model, batch[:2], ["block", "channel", "neuron"]).units}
+    between = units["channel:features.1.conv.1"]
+    assert (timed_path(between), units[between.id].feeders[0]) == ("features", "features.0.0")
+    far = savings._far_apart(model, units.values(), batch)
+    assert between.id in far
+    assert all(timed_path(units[name]) in ("", "features") for name in far)
+    ran = []
+    modules = [module_at(model, path) for path in (*between.feeders, between.path)]
+    with hooks([m.register_forward_hook(lambda m, *_: ran.append(m)) for m in model.modules()]):
+        runs = savings._layers(model, between, batch)
+        assert list(runs) == ["unit", *map(str, savings._timed_widths(between))]
+        ran.clear()
+        runs["unit"]()
+        assert sorted(map(id, ran)) == sorted(map(id, modules))
+        widths = {int(name): {answer.shape[1] for answer in runs[name]()} for name in list(runs)[1:]}
+    assert widths == {width: {width, between.shape[0]} for width in savings._timed_widths(between)}
+
+
+def test_units_far_apart_are_timed_one_by_one_in_the_same_seconds(monkeypatch):
+    """All of their inputs together would take as much memory as a training step of the whole network."""
+    model, batch = built("mobilenet_v2")
+    units = find_units(model, batch[:2], ["block", "channel"]).units
+    groups = []
+
+    def still(runs, *, min_seconds, **_):
+        groups.append((runs.keys(), min_seconds))
+        return Rounds(dict.fromkeys(runs, (1.0,)))
+
+    monkeypatch.setattr(savings, "interleaved", still)
+    found = savings.time_units(model, units, batch, min_seconds=2.0)
+    assert [timing.unit for timing in found] == [unit.id for unit in units]
+    far = {savings._signature(u) for u in units if u.id in savings._far_apart(model, units, batch)}
+    numbers = [{name.split()[0] for name in names} for names, _ in groups]
+    assert [len(some) for some in numbers[1:]] == [1] * len(far)
+    assert len(numbers[0]) == len({savings._signature(u) for u in units}) - len(far)
+    assert sum(seconds for _, seconds in groups) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

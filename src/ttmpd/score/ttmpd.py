@@ -10,7 +10,7 @@ from torch import nn
 
 from ttmpd.least_squares import Moments
 from ttmpd.method import check_fields
-from ttmpd.modules import evaluating, module_at, read
+from ttmpd.modules import evaluating, has_batch_norm, module_at, read
 from ttmpd.narrowing import Choice, bias_of, choices, input_rows, narrowed_answer
 from ttmpd.progress import track
 from ttmpd.records import KERNELS, Action, Samples, Score, Tap, Unit
@@ -53,8 +53,10 @@ class TTMPD(Scorer):
     sensitivity: float = 0.9
     """Weight of each position by its squared gradient: 0 counts all alike, 1 trusts the gradients alone."""
     channels: float = 3.0
-    """How many times the harm of fewer channels between convolutions counts: many narrowed layers lose more than their
-    harms add up to, and training gives less of it back than of whole blocks."""
+    """How many times the harm of fewer channels between convolutions counts in networks with batch normalisation: many
+    narrowed layers lose more than their harms add up to, and training gives less of it back than of whole blocks.
+    Without batch normalisation training gives little back of either, and every harm counts once.
+    """
 
     def __post_init__(self) -> None:
         check_fields(self, ridge=0.0, max_samples=1, tail_samples=1, drop_share=(0.0, 1.0), sensitivity=(0.0, 1.0),
@@ -118,8 +120,10 @@ class TTMPD(Scorer):
 
         few = job.samples.first(self.tail_samples)
         moved = teacher_tails(job.teacher, job.units, few, replacements, batch_size=job.batch_size, wholes=wholes)
+        trains_well = has_batch_norm(job.teacher)
         for unit in job.units:
-            times = self.channels if is_convolution(module_at(job.teacher, unit.path)) else 1.0
+            convolution = is_convolution(module_at(job.teacher, unit.path))
+            times = self.channels if convolution and trains_well else 1.0
             points = [(c.error, distances(moved[unit.id, str(len(c.kept))])) for c in _measured(found[unit.id])]
             errors, damages = zip(*points, strict=True)
             for choice in found[unit.id]:
