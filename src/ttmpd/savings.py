@@ -1,5 +1,6 @@
 """Milliseconds that each removal saves, measured on this device."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -13,11 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ttmpd.modules import count_macs, evaluating, first_tensor, hooks, module_at
+from ttmpd.modules import StopForwardError, count_macs, evaluating, first_tensor, hooks, module_at
 from ttmpd.records import KERNELS, Action, Removal, Saving, Timing, Unit
 from ttmpd.surgery import WHOLE, cut, narrow_kind, timed_path
 from ttmpd.timing import Rounds, interleaved, synchronize, time_models
 from ttmpd.units.block import put
+
+LARGE = 64 * 2**20
+"""Bytes of a map beyond which the units around it are timed by themselves."""
 
 _Given = tuple[tuple[object, ...], dict[str, object]]
 """The arguments of a call."""
@@ -68,15 +72,43 @@ def time_units(
     median: dict[str, float] = {}
     with evaluating(model):
         far = _far_apart(model, numbered.values(), batch)
-        near = {number: unit for number, unit in numbered.items() if unit.id not in far}
-        # What is far apart is timed by itself: the inputs of single layers at every width take much memory.
-        groups = [group for group in (near, *({n: unit} for n, unit in numbered.items() if n not in near)) if group]
+        groups = _groups(model, numbered, far, batch)
         for group in groups:
             runs = _runs(model, group, far, batch)
             found = interleaved(runs, rounds=rounds, warmup=2, min_seconds=min_seconds / len(groups))
             median |= {name: statistics.median(values) for name, values in found.ms.items()}
     numbers = {signature: number for number, signature in enumerate(representatives)}
     return tuple(_timing(unit, numbers[_signature(unit)], median) for unit in units)
+
+
+def _groups(model: nn.Module, units: Mapping[int, Unit], far: Set[str], batch: Tensor) -> list[dict[int, Unit]]:
+    """Units that are timed in turn: all together, but those apart whose maps are large, or which are far apart.
+
+    Large maps of many sizes, allocated in changing order, leave freed memory in pieces that add up to gigabytes.
+    """
+    largest = _largest_maps(model, batch)
+    found: dict[str, dict[int, Unit]] = {}
+    for number, unit in units.items():
+        place = timed_path(unit)
+        key = unit.id if unit.id in far else place if largest.get(place, 0) > LARGE else ""
+        found.setdefault(key, {})[number] = unit
+    return list(found.values())
+
+
+def _largest_maps(model: nn.Module, batch: Tensor) -> dict[str, int]:
+    """Path -> bytes of the largest tensor that the module, or any in it, answers with for the batch."""
+    few, found = batch[:2], dict[str, int]()
+
+    def note(path: str, output: Any) -> None:
+        if isinstance(output, Tensor):
+            size = output.numel() * output.element_size() * len(batch) // len(few)
+            names = path.split(".")
+            for holder in (".".join(names[:n]) for n in range(1, len(names) + 1)):
+                found[holder] = max(found.get(holder, 0), size)
+
+    with hooks([m.register_forward_hook(lambda _m, _a, out, n=n: note(n, out)) for n, m in model.named_modules()]):
+        model(few)
+    return found
 
 
 def _runs(model: nn.Module, units: Mapping[int, Unit], far: Set[str], batch: Tensor) -> dict[str, Callable[[], object]]:
@@ -114,12 +146,24 @@ def _far_apart(model: nn.Module, units: Iterable[Unit], batch: Tensor) -> frozen
 def _layers(model: nn.Module, unit: Unit, batch: Tensor) -> dict[str, Callable[[], object]]:
     """What is timed of a unit far apart, at every width: the layers that make and read its members."""
     paths = (*unit.feeders, unit.path)
-    runs = {"unit": _in_turn(model, _recorded_calls(model, paths, batch))}
+    given = _recorded_calls(model, paths, batch)
+    runs = {"unit": _in_turn(model, given)}
     for width in _timed_widths(unit):
         smaller = copy.deepcopy(model)
         narrow_kind(unit).narrow(smaller, unit, range(width))
-        runs[str(width)] = _in_turn(smaller, _recorded_calls(smaller, paths, batch))
+        few = _recorded_calls(smaller, paths, batch[:2])
+        runs[str(width)] = _in_turn(smaller, {path: _sliced(given[path], few[path]) for path in given})
     return runs
+
+
+def _sliced(given: _Given, few: _Given) -> _Given:
+    """The arguments of a call with tensors as wide as in another one for fewer samples."""
+    pairs = zip((*given[0], *given[1].values()), (*few[0], *few[1].values()), strict=True)
+    values = [
+        a[:, *(slice(n) for n in b.shape[1:])].contiguous() if isinstance(a, Tensor) and isinstance(b, Tensor) else a
+        for a, b in pairs
+    ]
+    return tuple(values[: len(given[0])]), dict(zip(given[1], values[len(given[0]) :], strict=True))
 
 
 def _in_turn(model: nn.Module, given: Mapping[str, _Given]) -> Callable[[], object]:
@@ -191,15 +235,24 @@ def _signature(unit: Unit) -> tuple[object, ...]:
 
 
 def _recorded_calls(model: nn.Module, paths: Iterable[str], batch: Tensor) -> dict[str, _Given]:
-    """Path -> the arguments that the model gives the module there for ``batch``."""
+    """Path -> the arguments that the model gives the module there for ``batch``, as far as the last of them."""
     seen: dict[str, _Given] = {}
+    wanted = set(paths)
+    if not wanted:
+        return seen
+
+    def note(path: str, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        seen[path] = (args, kwargs)
+        if seen.keys() == wanted:
+            raise StopForwardError
+
     handles = [
         module_at(model, path).register_forward_pre_hook(
-            lambda _m, args, kwargs, path=path: seen.update({path: (args, kwargs)}), with_kwargs=True
+            lambda _m, args, kwargs, path=path: note(path, args, kwargs), with_kwargs=True
         )
-        for path in paths
+        for path in wanted
     ]
-    with hooks(handles):
+    with hooks(handles), contextlib.suppress(StopForwardError):
         model(batch)
     return seen
 

@@ -90,10 +90,25 @@ def test_units_far_apart_are_timed_one_by_one_in_the_same_seconds(monkeypatch):
     found = savings.time_units(model, units, batch, min_seconds=2.0)
     assert [timing.unit for timing in found] == [unit.id for unit in units]
     far = {savings._signature(u) for u in units if u.id in savings._far_apart(model, units, batch)}
-    numbers = [{name.split()[0] for name in names} for names, _ in groups]
-    assert [len(some) for some in numbers[1:]] == [1] * len(far)
-    assert len(numbers[0]) == len({savings._signature(u) for u in units}) - len(far)
+    sizes = sorted(len({name.split()[0] for name in names}) for names, _ in groups)
+    assert sizes == [1] * len(far) + [len({savings._signature(u) for u in units}) - len(far)]
     assert sum(seconds for _, seconds in groups) == pytest.approx(2.0)
+
+
+def test_units_with_large_maps_are_timed_apart_from_the_others(monkeypatch):
+    """Allocated in changing order, large maps of many sizes leave freed memory in pieces."""
+    model, batch = built("mobilenet_v2")
+    units = find_units(model, batch[:2], ["block", "channel"]).units
+    largest = savings._largest_maps(model, batch)
+    assert largest["features.2.conv.0"] == largest["features.2"] == 4 * 96 * 32 * 32 * 4
+    monkeypatch.setattr(savings, "LARGE", largest["features.3"] - 1)
+    groups = savings._groups(model, dict(enumerate(units)), frozenset(), batch)
+    places = [{timed_path(unit) for unit in group.values()} for group in groups]
+    large = {timed_path(unit) for unit in units if largest[timed_path(unit)] > savings.LARGE}
+    assert 2 < len(large) < len({timed_path(unit) for unit in units})
+    apart = [group for group in places if group & large]
+    assert sorted(map(len, apart)) == [1] * len(large)
+    assert len(places) == len(apart) + 1
 
 
 @pytest.mark.parametrize("name", FAMILIES)
