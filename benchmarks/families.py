@@ -65,8 +65,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "timm Swin": lambda: images(
         "swin_tiny_patch4_window7_224", embed_dim=64, depths=(2, 2), num_heads=(2, 4), img_size=SIDE, window_size=4
     ),
-    "timm MLP-Mixer": lambda: images("mixer_s32_224", img_size=SIDE, patch_size=8, num_blocks=4, embed_dim=128),
-    "timm ConvNeXt": lambda: images("convnext_atto", depths=(2, 2, 2), dims=(32, 64, 128)),
+    "timm MLP-Mixer": lambda: timm.models.MlpMixer(CLASSES, SIDE, patch_size=8, num_blocks=4, embed_dim=128),
+    "timm ConvNeXt": lambda: images("convnext_atto", depths=(1, 1, 2, 2), dims=(16, 32, 64, 128)),
     "torchvision ViT": lambda: torchvision.models.VisionTransformer(SIDE, 8, 4, 4, 128, 512, num_classes=CLASSES),
     "torchvision Swin": lambda: torchvision.models.SwinTransformer(
         [4, 4], 64, [2, 2], [2, 4], [4, 4], num_classes=CLASSES
