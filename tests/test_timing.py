@@ -8,8 +8,10 @@ from torch import nn
 
 from ttmpd import savings
 from ttmpd.errors import InvalidValueError
+from ttmpd.modules import evaluating
 from ttmpd.specimens import tiny_model, tiny_units
 from ttmpd.timing import Rounds, interleaved, machine, quartiles, time_models
+from ttmpd.units.channel import Channel
 
 
 class Clock:
@@ -121,3 +123,37 @@ def test_of_many_widths_every_second_one_is_timed_and_the_others_lie_on_the_line
     saved = {n: timing.saving("narrow", n).saved_ms for n in wanted}
     assert saved == pytest.approx({n: 10.0 - ms for n, ms in wanted.items()})
     assert timing.ms == pytest.approx(6.0 * 64 / 56)
+
+
+def test_a_unit_is_timed_on_the_list_that_it_was_given_even_if_the_model_goes_on_filling_it():
+    class Layer(nn.Module):
+        def __init__(self, n_inputs: int) -> None:
+            super().__init__()
+            self.squeeze, self.grow = nn.Conv2d(n_inputs, 16, 1, bias=False), nn.Conv2d(16, 4, 3, padding=1, bias=False)
+            self.norm = nn.BatchNorm2d(16)
+
+        def forward(self, features):
+            return self.grow(self.norm(self.squeeze(torch.cat(features, 1))).relu())
+
+    class Dense(nn.Module):
+        """As DenseNet does it: one list, to which every layer's answer is appended."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.head = nn.ModuleList(Layer(n) for n in (3, 7, 11, 15)), nn.Linear(19, 3)
+
+        def forward(self, x):
+            features = [x]
+            for layer in self.layers:
+                features.append(layer(features))
+            return self.head(torch.cat(features, 1).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, batch = Dense().eval(), torch.randn(4, 3, 8, 8)
+    units = Channel().find(model, batch).units
+    assert [unit.path for unit in units] == [f"layers.{n}.grow" for n in range(4)]
+    timings = savings.time_units(model, units, batch, rounds=1, min_seconds=0.0)
+    assert all(timing.ms >= 0 for timing in timings)
+    with evaluating(model):
+        given = savings._recorded_calls(model, ["layers.0", "layers.2"], batch)
+    assert [len(given[f"layers.{n}"][0][0]) for n in (0, 2)] == [1, 3]

@@ -242,7 +242,7 @@ def _recorded_calls(model: nn.Module, paths: Iterable[str], batch: Tensor) -> di
         return seen
 
     def note(path: str, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        seen[path] = (args, kwargs)
+        seen[path] = (_kept(args), _kept(kwargs))
         if seen.keys() == wanted:
             raise StopForwardError
 
@@ -255,6 +255,15 @@ def _recorded_calls(model: nn.Module, paths: Iterable[str], batch: Tensor) -> di
     with hooks(handles), contextlib.suppress(StopForwardError):
         model(batch)
     return seen
+
+
+def _kept(value: Any) -> Any:
+    """The arguments with lists and dictionaries as they are now: the model may go on filling them (DenseNet does)."""
+    if isinstance(value, dict):
+        return {name: _kept(inner) for name, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_kept(inner) for inner in value)
+    return value
 
 
 def _synchronized(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
