@@ -1,9 +1,9 @@
 """Milliseconds that each removal saves, measured on this device."""
 
-import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ttmpd.modules import StopForwardError, count_macs, evaluating, first_tensor, hooks, module_at
-from ttmpd.records import KERNELS, Action, Removal, Saving, Timing, Unit
-from ttmpd.surgery import WHOLE, cut, narrow_kind, timed_path
+from ttmpd.modules import count_macs, evaluating, first_tensor, hooks, module_at, read
+from ttmpd.records import KERNELS, Action, Removal, Saving, Tap, Timing, Unit
+from ttmpd.surgery import WHOLE, cut, narrow_kind
 from ttmpd.timing import Rounds, interleaved, synchronize, time_models
 from ttmpd.units.block import put
 
@@ -113,7 +113,8 @@ def _largest_maps(model: nn.Module, batch: Tensor) -> dict[str, int]:
 
 def _runs(model: nn.Module, units: Mapping[int, Unit], far: Set[str], batch: Tensor) -> dict[str, Callable[[], object]]:
     """What is timed: number of the unit and name of what runs in its place -> the call."""
-    given = _recorded_calls(model, {timed_path(unit) for unit in units.values() if unit.id not in far}, batch)
+    near = {timed_path(unit) for unit in units.values() if unit.id not in far}
+    given = _recorded_calls(model, near, batch) if near else {}
     return {
         f"{number} {name}": _synchronized(run, batch.device)
         for number, unit in units.items()
@@ -145,30 +146,21 @@ def _far_apart(model: nn.Module, units: Iterable[Unit], batch: Tensor) -> frozen
 
 def _layers(model: nn.Module, unit: Unit, batch: Tensor) -> dict[str, Callable[[], object]]:
     """What is timed of a unit far apart, at every width: the layers that make and read its members."""
-    paths = (*unit.feeders, unit.path)
-    given = _recorded_calls(model, paths, batch)
+    taps = {path: Tap(path, "input") for path in (*unit.feeders, unit.path)}
+    given = read(model, batch, taps)
     runs = {"unit": _in_turn(model, given)}
     for width in _timed_widths(unit):
         smaller = copy.deepcopy(model)
         narrow_kind(unit).narrow(smaller, unit, range(width))
-        few = _recorded_calls(smaller, paths, batch[:2])
-        runs[str(width)] = _in_turn(smaller, {path: _sliced(given[path], few[path]) for path in given})
+        few = read(smaller, batch[:2], taps)  # how wide the inputs are now
+        cut_inputs = {path: x[:, *map(slice, few[path].shape[1:])].contiguous() for path, x in given.items()}
+        runs[str(width)] = _in_turn(smaller, cut_inputs)
     return runs
 
 
-def _sliced(given: _Given, few: _Given) -> _Given:
-    """The arguments of a call with tensors as wide as in another one for fewer samples."""
-    pairs = zip((*given[0], *given[1].values()), (*few[0], *few[1].values()), strict=True)
-    values = [
-        a[:, *(slice(n) for n in b.shape[1:])].contiguous() if isinstance(a, Tensor) and isinstance(b, Tensor) else a
-        for a, b in pairs
-    ]
-    return tuple(values[: len(given[0])]), dict(zip(given[1], values[len(given[0]) :], strict=True))
-
-
-def _in_turn(model: nn.Module, given: Mapping[str, _Given]) -> Callable[[], object]:
-    """Runs the model's modules one after the other."""
-    calls = [functools.partial(module_at(model, path), *args, **kwargs) for path, (args, kwargs) in given.items()]
+def _in_turn(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
+    """Runs the model's layers one after the other, each on its input."""
+    calls = [functools.partial(module_at(model, path), x) for path, x in inputs.items()]
     return lambda: [call() for call in calls]
 
 
@@ -212,6 +204,13 @@ def _timed_widths(unit: Unit) -> tuple[int, ...]:
     return unit.widths[::-2][::-1] if len(unit.widths) > 4 else unit.widths
 
 
+def timed_path(unit: Unit) -> str:
+    """Path of the smallest module that holds everything of the unit."""
+    paths = [path.split(".") for path in (unit.path, *unit.feeders)]
+    same = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+    return ".".join(names[0] for names in same)
+
+
 class _Held(nn.Module):
     """Holds the module that is timed: even the whole of it may be replaced."""
 
@@ -235,24 +234,15 @@ def _signature(unit: Unit) -> tuple[object, ...]:
 
 
 def _recorded_calls(model: nn.Module, paths: Iterable[str], batch: Tensor) -> dict[str, _Given]:
-    """Path -> the arguments that the model gives the module there for ``batch``, as far as the last of them."""
+    """Path -> the arguments that the model gives the module there for ``batch``."""
     seen: dict[str, _Given] = {}
-    wanted = set(paths)
-    if not wanted:
-        return seen
-
-    def note(path: str, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        seen[path] = (_kept(args), _kept(kwargs))
-        if seen.keys() == wanted:
-            raise StopForwardError
-
     handles = [
         module_at(model, path).register_forward_pre_hook(
-            lambda _m, args, kwargs, path=path: note(path, args, kwargs), with_kwargs=True
+            lambda _m, args, kwargs, path=path: seen.update({path: (_kept(args), _kept(kwargs))}), with_kwargs=True
         )
-        for path in wanted
+        for path in paths
     ]
-    with hooks(handles), contextlib.suppress(StopForwardError):
+    with hooks(handles):
         model(batch)
     return seen
 

@@ -1,6 +1,5 @@
 """All kinds of units together: find them, and cut a model by a list of removals."""
 
-import itertools
 from collections.abc import Sequence
 from typing import cast
 
@@ -49,13 +48,6 @@ def _calling_order(model: nn.Module, batch: Tensor, paths: set[str]) -> dict[str
     with evaluating(model), hooks(handles):
         call(model, batch[:1])
     return {path: calls.index(path) for path in paths}
-
-
-def timed_path(unit: Unit) -> str:
-    """Path of the smallest module that holds everything of the unit."""
-    paths = [path.split(".") for path in (unit.path, *unit.feeders)]
-    same = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
-    return ".".join(names[0] for names in same)
 
 
 def whole_of(unit: Unit, units: Sequence[Unit]) -> str:

@@ -15,7 +15,7 @@ from ttmpd.records import Plan, Removal, Samples
 from ttmpd.repair import repaired
 from ttmpd.saving import Result
 from ttmpd.specimens import tiny_model, tiny_samples
-from ttmpd.surgery import cut, find_units, timed_path, whole_of
+from ttmpd.surgery import cut, find_units, whole_of
 from ttmpd.timing import Rounds
 from ttmpd.units._members import masked
 from ttmpd.units.channel import Channel
@@ -60,10 +60,10 @@ def test_what_lies_between_two_blocks_is_timed_by_its_own_layers():
     model, batch = built("mobilenet_v2")
     units = {unit.id: unit for unit in find_units(model, batch[:2], ["block", "channel", "neuron"]).units}
     between = units["channel:features.1.conv.1"]
-    assert (timed_path(between), units[between.id].feeders[0]) == ("features", "features.0.0")
+    assert (savings.timed_path(between), units[between.id].feeders[0]) == ("features", "features.0.0")
     far = savings._far_apart(model, units.values(), batch)
     assert between.id in far
-    assert all(timed_path(units[name]) in ("", "features") for name in far)
+    assert all(savings.timed_path(units[name]) in ("", "features") for name in far)
     ran = []
     modules = [module_at(model, path) for path in (*between.feeders, between.path)]
     with hooks([m.register_forward_hook(lambda m, *_: ran.append(m)) for m in model.modules()]):
@@ -103,9 +103,9 @@ def test_units_with_large_maps_are_timed_apart_from_the_others(monkeypatch):
     assert largest["features.2.conv.0"] == largest["features.2"] == 4 * 96 * 32 * 32 * 4
     monkeypatch.setattr(savings, "LARGE", largest["features.3"] - 1)
     groups = savings._groups(model, dict(enumerate(units)), frozenset(), batch)
-    places = [{timed_path(unit) for unit in group.values()} for group in groups]
-    large = {timed_path(unit) for unit in units if largest[timed_path(unit)] > savings.LARGE}
-    assert 2 < len(large) < len({timed_path(unit) for unit in units})
+    places = [{savings.timed_path(unit) for unit in group.values()} for group in groups]
+    large = {savings.timed_path(unit) for unit in units if largest[savings.timed_path(unit)] > savings.LARGE}
+    assert 2 < len(large) < len({savings.timed_path(unit) for unit in units})
     apart = [group for group in places if group & large]
     assert sorted(map(len, apart)) == [1] * len(large)
     assert len(places) == len(apart) + 1
