@@ -12,7 +12,7 @@ published method, R2D2 with the layers fitted again. Writes results/kcm_digits.c
 import argparse
 import itertools
 import statistics
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sklearn.datasets import load_digits
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from common import write_csv
 from ttmpd.modules import call
-from ttmpd.records import Removal, Samples
+from ttmpd.records import Removal, Repair, Samples
 from ttmpd.repair import repaired
 from ttmpd.score.base import Scorer
 from ttmpd.score.kcm import KCM
@@ -31,13 +31,13 @@ from ttmpd.units.neuron import Neuron
 
 WIDTHS, SEEDS, N = (352, 256, 192, 96), (0, 1, 2, 3, 4), 500
 NEURONS = Neuron(last=True)
-METHODS: dict[str, tuple[Scorer, str]] = {
-    "r2d2 + scaling": (KCM(), "rescale"),
+METHODS: dict[str, tuple[Scorer, Literal["none"] | Repair]] = {
+    "r2d2 + scaling": (KCM(), "rescaled"),
     "r2d2": (KCM(), "none"),
     "d2": (KCM(parts="d2"), "none"),
     "magnitude": (Magnitude(), "none"),
     "random": (Random(), "none"),
-    "r2d2 + refit": (KCM(), "refit"),
+    "r2d2 + refit": (KCM(), "removed"),
 }
 ORDER = ("r2d2 + scaling", "r2d2", "d2", "magnitude", "random")
 
@@ -80,7 +80,7 @@ def rows(seed: int) -> list[dict[str, Any]]:
             student = (
                 cut(model, removals)
                 if repair == "none"
-                else repaired(model, removals, samples, rescale=repair == "rescale", sensitivity=0.0)
+                else repaired(model, removals, samples, how=repair, sensitivity=0.0)
             )
             row = {"seed": seed, "method": name, "kept": width, "accuracy": round(accuracy(student, x, y), 2)}
             found.append(row)

@@ -3,9 +3,9 @@
     python benchmarks/rank_correlation.py --model resnet56 resnet20 mobilenet_v2     # stop and start as you like
 
 For each model 40 random plans: the even ones drop their units, the odd ones replace them by linear stand-ins. Every
-plan is cut, repaired where it says so, distilled for a few steps and measured on labelled samples that were not used.
-Spearman correlation of that accuracy with minus the predicted harm of each scorer; unit scores are summed over a plan.
-A scorer that knows only "drop" counts it for both actions.
+plan is cut, repaired, distilled for a few steps and measured on labelled samples that were not used.
+Spearman correlation of that accuracy with minus the predicted harm of each scorer. TT-MPD judges plans as a whole;
+for the others unit scores are summed over a plan, and one that knows only "drop" counts it for both actions.
 
 Writes results/rank_correlation_plans.csv (a row a plan), results/rank_correlation.csv (a row a prediction) and
 results/rank_correlation.png.
@@ -28,18 +28,18 @@ from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import OneTime
 from ttmpd.guard import logits_of
 from ttmpd.labels import open_labels
-from ttmpd.losses import feature_variance, soft_label_loss
 from ttmpd.models import open_model
-from ttmpd.modules import find_feature_tap, read, to_fast_format
-from ttmpd.records import Removal, Samples, Unit
+from ttmpd.modules import to_fast_format
+from ttmpd.records import DEFAULT_ACTIONS, Removal, Repair, Samples, Unit
 from ttmpd.repair import repaired
 from ttmpd.samples import open_samples
-from ttmpd.score.base import Scorer
+from ttmpd.score.base import Job, Scorer
 from ttmpd.score.damage import Damage
 from ttmpd.score.magnitude import Magnitude
 from ttmpd.score.practise import Practise
 from ttmpd.score.random import Random
 from ttmpd.score.ttmpd import TTMPD
+from ttmpd.tails import student_distances
 from ttmpd.units.block import Block
 
 
@@ -80,9 +80,8 @@ class Bench:
         self.held_out = everything.subset(order[ends[0] : ends[1]])
         self.test = everything.subset(order[ends[1] : ends[2]])
         self.truth = labels[torch.tensor(order[ends[1] : ends[2]])]
-        self.few = self.fit.first(128)
+        self.few = self.fit.first(256)
         self.units = Block().find(self.teacher, self.fit.batch(slice(0, 2))).units
-        self.tap = find_feature_tap(self.teacher, self.fit.batch(slice(0, 2)))
 
     def _data(self, preprocessing: Any) -> tuple[Samples, torch.Tensor]:
         if self.case.side is None:
@@ -98,26 +97,12 @@ class Bench:
         answers = logits_of(model, self.test, self.case.batch * 2).argmax(-1)
         return 100 * float((answers == self.truth).float().mean())
 
-    def whole(self, student: torch.nn.Module) -> dict[str, float]:
-        """Distances of a whole untrained plan from the teacher, and agreement."""
-        sums: dict[str, float] = {"feature": 0.0, "prediction": 0.0, "alike": 0.0}
-        kept = []
-        with torch.no_grad():
-            for batch in self.few.batches(self.case.batch):
-                taps = {"f": self.tap}
-                theirs, ours = read(self.teacher.eval(), batch, taps)["f"], read(student.eval(), batch, taps)["f"]
-                logits, answers = self.teacher(batch), student(batch)
-                kept.append(theirs.flatten(1))
-                sums["feature"] += float((theirs - ours).square().flatten(1).mean(1).sum())
-                sums["prediction"] += float(soft_label_loss(answers, logits)) * len(batch)
-                sums["alike"] += float((answers.argmax(-1) == logits.argmax(-1)).sum())
-        scale = feature_variance(torch.cat(kept)) * len(self.few)
-        n = len(self.few)
-        return {
-            "feature": sums["feature"] / scale,
-            "prediction": sums["prediction"] / n,
-            "agreement": sums["alike"] / n,
-        }
+    def whole(self, removals: list[Removal], how: Repair) -> dict[str, float]:
+        """How far a whole untrained plan, fitted to the first half of ``few``, is from the teacher on the other."""
+        half = len(self.few) // 2
+        student = repaired(self.teacher, removals, self.few.first(half), how=how, rows=TTMPD().plan_rows)
+        others = self.few.subset(range(half, len(self.few)))
+        return student_distances(self.teacher, student, others, self.case.batch)
 
 
 def plans(units: tuple[Unit, ...], sizes: tuple[int, int]) -> list[list[str]]:
@@ -133,17 +118,17 @@ def plans(units: tuple[Unit, ...], sizes: tuple[int, int]) -> list[list[str]]:
 def trained(bench: Bench, paths: list[str], action: str) -> dict[str, Any]:
     """One plan: predictions that need the whole plan, and the accuracy after distillation."""
     removals = [Removal(unit, action) for unit in bench.units if unit.path in paths]  # type: ignore[arg-type]
-    dropped = repaired(bench.teacher, [Removal(r.unit, "drop") for r in removals], bench.few)
-    linear = repaired(bench.teacher, [Removal(r.unit, "linear") for r in removals], bench.few)
-    found = {f"whole_drop_{k}": v for k, v in bench.whole(dropped).items()}
-    found |= {f"whole_linear_{k}": v for k, v in bench.whole(linear).items()}
-    student = linear if action == "linear" else dropped
+    found = {f"repaired_{key}": value for key, value in bench.whole(removals, "behind").items()}
+    found |= {f"removed_{key}": value for key, value in bench.whole(removals, "removed").items()}
+    job = Job(bench.teacher, (), bench.fit, DEFAULT_ACTIONS, bench.case.batch, SEED)
+    found["ttmpd"] = TTMPD().of_plan(job, removals)
+    student = repaired(bench.teacher, removals, bench.fit, batch_size=bench.case.batch)
+    found["untrained_accuracy"] = bench.accuracy(student)
     method = OneTime(
-        steps=bench.case.steps, batch=bench.case.batch, views=2, smallest_crop=1.0, damaged=0.0, soft_weight=0.5,
-        temperature=1.0,
+        steps=bench.case.steps, seconds=0.0, batch=bench.case.batch, views=2, smallest_crop=1.0, damaged=0.0,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        work = Work(folder=Path(folder), batch_size=bench.case.batch, seed=SEED)
+        work = Work(folder=Path(folder), batch_size=bench.case.batch, seed=SEED, first=removals[0].unit.path)
         targets = method.prepare(bench.teacher, bench.fit, bench.held_out, work)
         method.fit(student, bench.fit, bench.held_out, targets, work)
     return found | {"accuracy": bench.accuracy(student)}
@@ -157,11 +142,12 @@ def predictions(case: Case, tables: dict[str, Any], rows: list[dict[str, Any]]) 
 
     ttmpd = tables["ttmpd"]
     found = {
-        "ttmpd": total(lambda p, a: ttmpd[p][a]["harm"]),
+        "ttmpd": [row["ttmpd"] for row in rows],
         "damage": total(lambda p, _: tables["damage"][p]["drop"]["harm"]),
         f"practise, {case.practise_steps} steps a block": total(lambda p, _: tables["practise"][p]["drop"]["harm"]),
         "magnitude": total(lambda p, _: tables["magnitude"][p]["drop"]["harm"]),
         "random": total(lambda p, _: tables["random"][p]["drop"]["harm"]),
+        "form: sum of the harms of units": total(lambda p, a: ttmpd[p][a]["harm"]),
         "form: number of units": total(lambda *_: 1.0),
         "form: sum of damages": total(lambda p, _: ttmpd[p]["drop"]["parts"]["damage"]),
         "form: sum of repaired damages": total(lambda p, _: ttmpd[p]["drop"]["parts"]["repaired_damage"]),
@@ -172,10 +158,11 @@ def predictions(case: Case, tables: dict[str, Any], rows: list[dict[str, Any]]) 
         ),
         "form: the same, square roots": total(lambda p, _: ttmpd[p]["drop"]["parts"]["repaired_damage"] ** 0.5),
     }
-    for name in ("feature", "prediction"):
-        for action in ("drop", "linear"):
-            found[f"form: whole plan, {action}, {name}"] = [row[f"whole_{action}_{name}"] for row in rows]
-    found["form: whole repaired plan, disagreement"] = [-row["whole_linear_agreement"] for row in rows]
+    for part in ("repaired", "removed"):
+        for name in ("feature", "prediction"):
+            found[f"form: whole plan, {'all behind' if part == 'repaired' else 'stand-ins alone'} fitted, {name}"] = [
+                row[f"{part}_{name}"] for row in rows
+            ]
     return found
 
 

@@ -54,7 +54,7 @@ def test_the_artifact_loads_and_can_be_compressed(shifted, tmp_path):
     assert "adapted</h1>" in page
     assert "compressed</h1>" not in page
     assert "removable unit" not in page  # units were not looked for
-    assert compress(again, shifted, latency="0.99x", batch_size=8, num_samples=20).plan.removals
+    assert compress(again, shifted, latency="0.9x", lossless=False, batch_size=8, num_samples=20).plan.removals
 
 
 def test_bad_input_is_refused_before_any_work(shifted, tmp_path):

@@ -24,7 +24,8 @@ from ttmpd.settings import Settings
 from ttmpd.stages import locked
 
 DEMO = "ttmpd.demo:demo_model"
-QUICK = ("--num-samples", "60", "--batch-size", "16", "--steps", "4", "--device", "cpu", "--set", "distill.views=1")
+QUICK = ("--num-samples", "60", "--batch-size", "16", "--steps", "4", "--device", "cpu", "--set", "distill.views=1",
+         "--no-lossless")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,9 @@ def test_selected_samples(data, quick_timing, tmp_path, run, said):
 
 
 def test_unreachable_target(data, quick_timing, tmp_path, monkeypatch, run, said):
-    monkeypatch.setattr("ttmpd.ready.time_units", lambda _m, units, *_: [UnitTiming(u.id, 0.0, {}) for u in units])
+    monkeypatch.setattr(
+        "ttmpd.ready.time_units", lambda _m, units, *_, **__: [UnitTiming(u.id, 0.0, {}) for u in units]
+    )
     found = run("compress", "--model", DEMO, "--data", data, "--speedup", 500, "--score", "random", "--adapt", "none",
                 "--output", tmp_path / "out", *QUICK)  # fmt: skip
     assert found.exit_code == _reporting.TARGET_MISSED

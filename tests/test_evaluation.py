@@ -216,7 +216,7 @@ def test_preview_plans_and_keeps_nothing(quick_timing):
 
     found = preview(
         DEMO, pixels(), targets=[Target(speedup=1.1), Target(speedup=1.2)], num_samples=30, batch_size=16,
-        score=Damage(), adapt=NoAdaptation(),
+        score=Damage(), adapt=NoAdaptation(), lossless=False,
     )  # fmt: skip
     removed = [len(planned.plan.removals) for planned in found.plans]
     assert min(removed) > 0

@@ -6,9 +6,11 @@ from torch import nn
 
 from ttmpd.least_squares import Moments
 from ttmpd.modules import call
-from ttmpd.narrowing import choices, rescaled, sum_taps
-from ttmpd.records import Removal, Samples, Tap
-from ttmpd.repair import refit, repaired
+from ttmpd.narrowing import choices, rescaled
+from ttmpd.records import Removal, Samples
+from ttmpd.refitting import Given, rescale_members
+from ttmpd.repair import repaired
+from ttmpd.sites import Site
 from ttmpd.specimens import tiny_token_samples, tiny_tokens, tiny_transformer
 from ttmpd.surgery import cut, find_units
 
@@ -111,7 +113,7 @@ def test_rescaling_never_increases_the_error_of_a_layer():
     model, samples = tiny_transformer(), tiny_token_samples(24)
     for unit in find_units(model, tiny_tokens(), ["neuron", "head"]).units:
         removal = Removal(unit, "narrow", tuple(range(unit.members // 2)))
-        students = [cut(model, [removal]), repaired(model, [removal], samples, rescale=True, sensitivity=0.0)]
+        students = [cut(model, [removal]), repaired(model, [removal], samples, how="rescaled", sensitivity=0.0)]
         wanted = output_of(model, unit.path, samples)
         before, after = (float((output_of(s, unit.path, samples) - wanted).square().sum()) for s in students)
         assert after <= before * (1 + 1e-6)
@@ -132,7 +134,8 @@ def test_a_refit_brings_the_student_nearer_than_factors_and_those_nearer_than_no
     removals = [Removal(unit, "narrow", tuple(range(unit.members // 2))) for unit in units]
     batch = samples.batch(slice(None))
     students = [
-        cut(model, removals), repaired(model, removals, samples, rescale=True), repaired(model, removals, samples),
+        cut(model, removals), repaired(model, removals, samples, how="rescaled"),
+        repaired(model, removals, samples, how="removed"),
     ]  # fmt: skip
     with torch.no_grad():
         gaps = [float((call(student, batch) - call(model, batch)).square().mean()) for student in students]
@@ -142,23 +145,13 @@ def test_a_refit_brings_the_student_nearer_than_factors_and_those_nearer_than_no
 def test_factors_that_cannot_be_trusted_leave_the_layer_as_it_is():
     model = tiny_transformer()
     unit = find_units(model, tiny_tokens(), ["neuron"]).units[0]
-    removal = Removal(unit, "narrow", (0, 1))
-    student = cut(model, [removal])
+    student = cut(model, [Removal(unit, "narrow", (0, 1))])
     layer = student.get_submodule(unit.path)
-    before = layer.weight.detach().clone()
-    h = drawn(40, 2)
-    rows = [(h, h @ (50 * before).T + layer.bias.detach(), torch.ones(40))]
-    assert not refit(student, removal, rows, ridge=1e-3, rescale=True)
+    before, h = layer.weight.detach().clone(), drawn(40, 2)
+    given = Given(h, h @ (50 * before).T + layer.bias.detach(), torch.zeros(1, 1), torch.ones(40))
+    site = Site(unit.path, unit.path, unit.shape, unit.layout, members=2)
+    assert not rescale_members(student, site, given)
     assert torch.equal(layer.weight, before)
-
-
-def test_the_sum_with_the_shortcut_is_found_behind_the_layer():
-    model = tiny_transformer()
-    units = find_units(model, tiny_tokens(), ["neuron", "head"]).units
-    found = sum_taps(model, units, tiny_tokens(2))
-    assert found["head:blocks.0.attention.proj"] == Tap("blocks.0.norm2", "input")
-    assert found["neuron:blocks.0.down"] == Tap("blocks.1", "input")
-    assert found["neuron:blocks.1.down"] == Tap("norm", "input")
 
 
 def test_a_layer_that_reads_one_narrowed_layer_and_makes_another_is_fitted_to_what_is_left_of_it():
@@ -174,19 +167,3 @@ def test_a_layer_that_reads_one_narrowed_layer_and_makes_another_is_fitted_to_wh
             for student in (cut(net, removals), repaired(net, removals, samples))
         ]
     assert gaps[1] < gaps[0] / 2
-
-
-def test_a_layer_without_a_shortcut_has_no_sum():
-    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4), nn.LayerNorm(4), nn.Linear(4, 3)).eval()
-    units = find_units(net, drawn(2, 4), ["neuron"]).units
-    assert len(units) == 1
-    assert sum_taps(net, units, drawn(2, 4)) == {}
-
-
-def test_the_sums_do_not_hang_on_the_model_being_left_as_it_was():
-    model = tiny_transformer()
-    units = find_units(model, tiny_tokens(), ["neuron"]).units
-    before = call(model, tiny_tokens())
-    sum_taps(model, units, tiny_tokens(2))
-    assert torch.equal(call(model, tiny_tokens()), before)
-    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())

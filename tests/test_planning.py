@@ -26,8 +26,17 @@ def ready(harms: dict[str, tuple[float, float, float]]) -> SimpleNamespace:
     )
     settings = SimpleNamespace(plan=Knapsack(), actions=("drop", "linear"), seed=0)
     return SimpleNamespace(
-        found=SimpleNamespace(units=units), scores=tuple(scores), options=options, settings=settings, original_ms=100.0
+        found=SimpleNamespace(units=units),
+        scores=tuple(scores),
+        options=options,
+        settings=settings,
+        original_ms=100.0,
+        lossless_ms=100.0,
     )
+
+
+def chosen_for(here, waypoints, needed_ms, harm_of=None):
+    return choose(here, waypoints, needed_ms, harm_of)[0]
 
 
 def actions(chosen):
@@ -36,21 +45,37 @@ def actions(chosen):
 
 def test_a_run_ends_in_a_stand_in_where_there_is_room():
     here = ready({"a.0": (10.0, 0.5, 0.1), "a.1": (10.0, 0.5, 0.1), "b.0": (10.0, 5.0, 5.0)})
-    assert actions(choose(here, [Waypoint((), here.options)], 19.0)) == {"a.0": "drop", "a.1": "linear"}
+    assert actions(chosen_for(here, [Waypoint((), here.options)], 19.0)) == {"a.0": "drop", "a.1": "linear"}
 
 
 def test_a_stand_in_is_left_out_where_it_would_cost_another_large_unit():
     here = ready({"a.0": (10.0, 0.5, 0.4), "a.1": (10.0, 0.5, 0.4), "b.0": (10.0, 0.9, 0.8)})
-    assert actions(choose(here, [Waypoint((), here.options)], 19.5)) == {"a.0": "drop", "a.1": "drop"}
+    assert actions(chosen_for(here, [Waypoint((), here.options)], 19.5)) == {"a.0": "drop", "a.1": "drop"}
 
 
 def test_another_small_unit_goes_where_its_stand_ins_repair_more():
-    here = ready({"a.0": (10.0, 3.0, 0.4), "a.1": (10.0, 3.0, 0.4), "b.0": (5.0, 0.2, 0.1)})
-    assert actions(choose(here, [Waypoint((), here.options)], 19.5)) == {
-        "a.0": "drop",
-        "a.1": "linear",
-        "b.0": "linear",
-    }
+    here = ready({"a.0": (10.0, 3.0, 0.4), "a.1": (10.0, 3.0, 0.4), "b.0": (5.0, 0.3, 0.2)})
+
+    def whole_plan(plan):
+        return 5.0 if actions(plan) == {"a.0": "drop", "a.1": "drop"} else 1.0
+
+    start = [Waypoint((), here.options)]
+    assert actions(chosen_for(here, start, 19.5)) == {"a.0": "drop", "a.1": "drop"}  # by their harms alone
+    assert actions(chosen_for(here, start, 19.5, whole_plan)) == {"a.0": "drop", "a.1": "linear", "b.0": "linear"}
+
+
+def test_a_way_that_was_chosen_is_kept():
+    here = ready({"a.0": (10.0, 3.0, 0.4), "a.1": (10.0, 3.0, 0.4), "b.0": (5.0, 0.3, 0.2)})
+    start, judged = [Waypoint((), here.options)], []
+
+    def whole_plan(plan):
+        judged.append(plan)
+        return float(len(plan))
+
+    plan, way = choose(here, start, 19.5, whole_plan)
+    assert len(judged) == 2  # stand-ins, and none; the harm of narrowed layers makes no difference here
+    assert choose(here, start, 19.5, whole_plan, way) == (plan, way)
+    assert len(judged) == 2
 
 
 def test_on_the_way_the_least_harmful_part_of_the_whole_plan_is_committed():
@@ -67,16 +92,18 @@ def test_what_was_committed_on_the_way_is_given_up_for_a_plan_that_fits_better()
     start = Waypoint((), here.options)
     committed = tuple(o for o in here.options if (o.unit, o.action) in {("b.0", "drop"), ("a.0", "drop")})
     further = Waypoint(committed, tuple(o for o in here.options if o.unit == "c.0"))
-    found = choose(here, [start, further], 19.5)
+    found = chosen_for(here, [start, further], 19.5)
     assert actions(found) == {"a.0": "drop", "c.0": "drop"}  # and not all three
 
 
 @pytest.mark.parametrize("needed", [5.0, 12.0, 29.0])
 def test_a_plan_saves_what_is_needed(needed):
     here = ready({"a.0": (10.0, 0.5, 0.1), "a.1": (10.0, 0.5, 0.2), "b.0": (10.0, 0.4, 0.3)})
-    assert sum(option.saved_ms for option in choose(here, [Waypoint((), here.options)], needed)) >= needed
+    assert sum(option.saved_ms for option in chosen_for(here, [Waypoint((), here.options)], needed)) >= needed
 
 
 @pytest.mark.parametrize(("speedup", "expected"), [(2.0, 48.5), (1.05, 2.381), (1.01, 0.495)])
 def test_the_first_plan_may_be_a_little_slow_but_removes_something(speedup, expected):
-    assert needed_ms(SimpleNamespace(original_ms=100.0), Target(speedup=speedup)) == pytest.approx(expected, abs=1e-3)
+    assert needed_ms(SimpleNamespace(original_ms=100.0, lossless_ms=100.0), Target(speedup=speedup)) == pytest.approx(
+        expected, abs=1e-3
+    )

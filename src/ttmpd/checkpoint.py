@@ -22,7 +22,7 @@ from ttmpd.errors import CheckpointError, TTMPDError
 from ttmpd.method import names
 from ttmpd.models import OpenedModel, is_rebuildable, open_model
 from ttmpd.preprocessing import Preparation, preparation_from, preprocessing_of
-from ttmpd.records import ACTIONS, Form, Removal, Unit
+from ttmpd.records import ACTIONS, UNCHANGED, Form, Lossless, Removal, Unit
 from ttmpd.repair import replay
 from ttmpd.saving import FORMAT, PLAN, UNFINISHED, WEIGHTS, sha256
 from ttmpd.surgery import check_units
@@ -30,7 +30,7 @@ from ttmpd.text import Tokenization, mask_padding
 
 _KEYS = {
     "format", "ttmpd", "model", "preprocessing", "class_names", "input_shape", "plan", "methods", "settings",
-    "sample_ids", "weights", "early_exit",
+    "sample_ids", "weights", "early_exit", "lossless",
 }  # fmt: skip
 
 
@@ -50,6 +50,7 @@ class Artifact:
         batch_size: on which latency was measured.
         sha256: of the weights.
         exits: where they stand, and their threshold; None for a model without exits.
+        lossless: what else was done to the model.
     """
 
     folder: Path
@@ -63,6 +64,7 @@ class Artifact:
     batch_size: int
     sha256: str
     exits: tuple[Exits, float] | None = None
+    lossless: Lossless = UNCHANGED
 
     @property
     def rebuildable(self) -> bool:
@@ -104,6 +106,7 @@ def open_artifact(folder: str | Path, source: str | None = None) -> OpenedModel:
         artifact.class_names,
         artifact.removals,
         artifact.sample_ids,
+        artifact.lossless,
     )
 
 
@@ -138,6 +141,7 @@ def read_artifact(folder: str | Path) -> Artifact:
             int(data["settings"].get("batch_size", 64)),
             str(weights["sha256"]),
             _exits(data.get("early_exit")),
+            _lossless(data.get("lossless", {})),
         )
     except CheckpointError:
         raise
@@ -203,6 +207,11 @@ def _removal(row: Mapping[str, Any]) -> Removal:
     return Removal(unit, row["action"], tuple(map(int, row["kept"])))
 
 
+def _lossless(data: Mapping[str, Any]) -> Lossless:
+    pairs = tuple((str(layer), str(norm)) for layer, norm in data.get("folded", ()))
+    return Lossless(pairs, bool(data.get("channels_last", False)))
+
+
 def _exits(data: Any) -> tuple[Exits, float] | None:
     return None if data is None else (Exits.from_dict(data), float(data["threshold"]))
 
@@ -241,7 +250,7 @@ def _restored(artifact: Artifact, stock: nn.Module) -> nn.Module:
     backbone = state if artifact.exits is None else _below(state, "backbone")
     try:
         check_units(stock, [removal.unit for removal in artifact.removals])
-        model = replay(stock, artifact.removals, backbone)
+        model = replay(stock, artifact.removals, backbone, artifact.lossless)
     except (TTMPDError, RuntimeError, AttributeError, KeyError, TypeError) as error:
         detail = " ".join(str(error).split())[:300]
         raise CheckpointError(

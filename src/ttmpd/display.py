@@ -189,8 +189,9 @@ def show_result(result: "Result", folder: Any) -> None:
             ms(unit["ms"]),
             "" if harm is None else f"{harm:.3g}",
         )
-    console.print(table)
-    console.print(f"{len(removed)} of {len(facts['units'])} units removed or narrowed.")
+    if removed:
+        console.print(table)
+    console.print(f"{len(removed) or 'None'} of {len(facts['units'])} units removed or narrowed.")
     _show_latency(console, facts)
     _show_agreement(console, facts)
     _show_skipped(console, facts)
@@ -252,6 +253,9 @@ def _show_latency(console: Console, facts: Mapping[str, Any]) -> None:
     speedup = latency["speedup"]
     table = _table("", "ms per batch", title=f"Latency, batches of {size}")
     table.add_row("original, measured", spread(latency["original"]))
+    if "lossless" in latency:
+        faster = f"{latency['lossless_speedup']:.2f}x"
+        table.add_row(f"{escape(facts['lossless'])}: same answers", f"{spread(latency['lossless'])}, {faster}")
     table.add_row("compressed, predicted", f"{ms(latency['predicted_ms'])} ms")
     table.add_row("compressed, measured", spread(latency["compressed"]))
     table.add_row("speedup, measured", f"{speedup['median']:.2f}x ({speedup['low']:.2f}x to {speedup['high']:.2f}x)")

@@ -20,7 +20,7 @@ from ttmpd.inspection import example_batch
 from ttmpd.labels import Labels, open_labels
 from ttmpd.method import check_range
 from ttmpd.models import OpenedModel, open_model
-from ttmpd.modules import clone, has_nan, to_plain_format
+from ttmpd.modules import clone, has_nan
 from ttmpd.progress import tell
 from ttmpd.records import Agreement, Samples, Timing, agreement
 from ttmpd.samples import open_samples, stream_samples
@@ -152,7 +152,7 @@ def evaluate(
     check_range("batch_size", batch_size, 1)
     where = choose_device(device)
     opened = _alike([open_any(place, source) for place in (model, against) if place is not None])
-    nets = [to_plain_format(clone(one.module).to(where)).eval() for one in opened]
+    nets = [clone(one.module).to(where).eval() for one in opened]
     task = _task(opened, labels)
     known = None if labels is None else _labels(labels, data)
     used = frozenset(name for one in opened for name in one.used_ids)
@@ -315,7 +315,7 @@ def bench(
     if isinstance(artifact.preprocessing, Tokenization):
         mask_padding(stock, artifact.preprocessing)
     student = load(folder, stock)
-    original, compressed = (to_plain_format(net.to(where)).eval() for net in (stock, student))
+    original, compressed = (net.to(where).eval() for net in (stock, student))
     opened = OpenedModel(stock, artifact.model_id, artifact.rebuildable, artifact.preprocessing)
     rows = []
     for size in batch_sizes or dict.fromkeys((1, artifact.batch_size)):

@@ -60,6 +60,7 @@ def collect(
         "target": {"asked": str(planned.target), "budget_ms": budget_ms, "harm": plan.harm},
         "attempts": [{"predicted_ms": a.predicted_ms, "measured_ms": a.measured_ms} for a in planned.attempts],
         "front": [dict(row) for row in planned.front],
+        "lossless": str(ready.lossless),
         "latency": _latency(rounds, plan),
         "agreement": _agreement(teacher, final),
         "agreement_repaired": _agreement(teacher, start),
@@ -241,7 +242,11 @@ def _members(
 
 def _latency(rounds: Rounds, plan: Plan) -> dict[str, Any]:
     ratio = rounds.ratio("original", "compressed")
-    return {
+    unpruned = {}
+    if "lossless" in rounds.ms:
+        faster = rounds.ratio("original", "lossless").median_ms
+        unpruned = {"lossless": dataclasses.asdict(rounds.timing("lossless")), "lossless_speedup": faster}
+    return unpruned | {
         "original_ms": list(rounds.ms["original"]),
         "compressed_ms": list(rounds.ms["compressed"]),
         "original": dataclasses.asdict(rounds.timing("original")),

@@ -11,7 +11,7 @@ from ttmpd.early_exit._model import check_without_exits
 from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_range
 from ttmpd.models import OpenedModel, open_model
-from ttmpd.modules import clone, count_macs, count_parameters, to_plain_format
+from ttmpd.modules import clone, count_macs, count_parameters
 from ttmpd.pipeline import prepared
 from ttmpd.planning import Planned, make_plan, needed_ms, walk
 from ttmpd.ready import Ready
@@ -109,7 +109,7 @@ def inspect(
     opened = model if isinstance(model, OpenedModel) else open_model(model)
     where = choose_device(device)
     check_without_exits(opened.module)
-    net = to_plain_format(clone(opened.module).to(where)).eval()
+    net = clone(opened.module).to(where).eval()
     batch = example_batch(opened, samples, batch_size).to(where)
     few = batch[:2]
     found = find_units(net, few, units)

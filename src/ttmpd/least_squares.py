@@ -1,10 +1,14 @@
 """Least squares from running sums: what every closed-form fit of this package is solved by."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+AT_ONCE = 4096
+"""Rows whose products are summed in their own precision."""
 
 
 @dataclass
@@ -40,17 +44,30 @@ class Moments:
     def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
         """Add rows: ``x`` (rows, n_inputs), ``y`` (rows, n_outputs), ``weight`` (rows,); those of weight 0 are skipped.
 
-        Products of these rows are taken in the precision of ``x``: for wide layers single precision is twice as fast
-        and as good, since the sums over all calls are float64 anyway.
+        Products of these rows, few at a time, are taken in the precision of ``x``: for wide layers single precision is
+        twice as fast and as good, since the sums over all of them are float64 anyway.
         """
+        for left, given, wanted in self._parts(x, y, weight):
+            self.gram += left.T @ given
+            self.cross += left.T @ wanted
+
+    def want(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
+        """Want other outputs of all the rows that were added: the same ``x`` and ``weight`` with another ``y``."""
+        self.cross.zero_()
+        for left, _, wanted in self._parts(x, y, weight):
+            self.cross += left.T @ wanted
+
+    def _parts(self, x: Tensor, y: Tensor, weight: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(weighted [x 1], [x 1], y), few enough at a time for single precision."""
         if weight is not None:
             weight = weight.to(x.device)
             there = weight > 0
             x, y, weight = x[there], y[there.to(y.device)], weight[there]
-        x = F.pad(x.to(self.at, torch.promote_types(x.dtype, torch.float32)), (0, 1), value=1.0)
-        left = x if weight is None else x * weight.to(x)[:, None]
-        self.gram += left.T @ x
-        self.cross += left.T @ y.to(x)
+        precision = torch.promote_types(x.dtype, torch.float32)
+        for start in range(0, len(x), AT_ONCE):
+            few = slice(start, start + AT_ONCE)
+            part = F.pad(x[few].to(self.at, precision), (0, 1), value=1.0)
+            yield (part if weight is None else part * weight[few].to(part)[:, None]), part, y[few].to(part)
 
     def part(self, index: Tensor) -> "Moments":
         """The sums of the regression on the inputs at ``index`` alone."""
@@ -77,11 +94,23 @@ class Moments:
         Returns:
             float32 on the device of the rows.
         """
-        found = torch.cat([old.double().T, old_bias.double()[None]]).to(self.at)
-        n = self.n_inputs + free_bias
-        found[:n] += _solved(self._penalized(ridge)[:n, :n], (self.cross - self.gram @ found)[:n], ridge > 0)
-        weight, bias = found[:-1].T.to(self.device, torch.float32), found[-1].to(self.device, torch.float32)
-        return weight, bias if free_bias else None
+        return self.solver(old, old_bias, ridge, free_bias)()
+
+    def solver(
+        self, old: Tensor, old_bias: Tensor, ridge: float, free_bias: bool = True
+    ) -> Callable[[], tuple[Tensor, Tensor | None]]:
+        """:meth:`solve` for several sets of wanted outputs: the inputs are worked up once."""
+        start = torch.cat([old.double().T, old_bias.double()[None]]).to(self.at)
+        n, base = self.n_inputs + free_bias, self.gram @ start
+        invert = _inverted(self._penalized(ridge)[:n, :n], ridge > 0)
+
+        def solved() -> tuple[Tensor, Tensor | None]:
+            found = start.clone()
+            found[:n] += invert((self.cross - base)[:n])
+            weight, bias = found[:-1].T.to(self.device, torch.float32), found[-1].to(self.device, torch.float32)
+            return weight, bias if free_bias else None
+
+        return solved
 
     def inverse(self, ridge: float) -> Tensor:
         """Inverse of the penalised moments of ``[x 1]``; with a larger ridge where rounding leaves them indefinite."""
@@ -99,10 +128,10 @@ class Moments:
         return system
 
 
-def _solved(system: Tensor, right: Tensor, definite: bool) -> Tensor:
+def _inverted(system: Tensor, definite: bool) -> Callable[[Tensor], Tensor]:
+    """What multiplies by the inverse of the system; of a singular one the pseudo-inverse: the shortest solutions."""
     factor, failed = torch.linalg.cholesky_ex(system)
     if definite and not int(failed):
-        return torch.cholesky_solve(right, factor)
-    driver = "gelsd" if system.device.type == "cpu" else None  # singular: the shortest of all solutions
-    solution: Tensor = torch.linalg.lstsq(system, right, driver=driver)[0]
-    return solution
+        return lambda right: torch.cholesky_solve(right, factor)
+    driver = "gelsd" if system.device.type == "cpu" else None
+    return lambda right: torch.linalg.lstsq(system, right, driver=driver)[0]

@@ -17,7 +17,7 @@ from ttmpd.errors import InvalidValueError, MissingPackageError, ModelError, TTM
 from ttmpd.factory import call_factory, cause, is_factory
 from ttmpd.modules import clone
 from ttmpd.preprocessing import IMAGE_MODES, Preparation, Preprocessing, preprocessing_of
-from ttmpd.records import Removal
+from ttmpd.records import UNCHANGED, Lossless, Removal
 from ttmpd.text import Task, Tokenization, make_ready, mask_of, mask_padding, tokenization_of, without_bars
 
 FORMS = (
@@ -38,6 +38,7 @@ class OpenedModel:
         class_names: name of each class, when known.
         removed: what is gone already, when it was opened from an artifact; ``id`` then names the stock model.
         used_ids: content hashes of the unlabelled samples that made it what it is.
+        lossless: what else was done to it, when it was opened from an artifact.
     """
 
     module: nn.Module
@@ -47,6 +48,7 @@ class OpenedModel:
     class_names: tuple[str, ...] = ()
     removed: tuple[Removal, ...] = ()
     used_ids: tuple[str, ...] = ()
+    lossless: Lossless = UNCHANGED
 
     def reading(self, max_length: int | None) -> "OpenedModel":
         """The same model, of whose samples so many tokens are read; its module says so, too. None changes nothing.

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -61,6 +62,12 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
         return model.get_submodule(path)
     except AttributeError:
         raise InvalidValueError(f"path must name a module of {type(model).__name__}, but got {path!r}") from None
+
+
+def common_path(*paths: str) -> str:
+    """Path of the smallest module that holds those at the paths; "" is the whole model."""
+    names = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(same[0] for same in itertools.takewhile(lambda at: len(set(at)) == 1, names))
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:

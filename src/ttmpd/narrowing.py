@@ -5,24 +5,20 @@ ridge least squares on what the kept inputs say. All sums are float64 and need o
 after this repair follows from them without any further pass.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ttmpd.least_squares import Moments
-from ttmpd.modules import StopForwardError, evaluating, first_tensor, hooks, module_at
-from ttmpd.records import Tap, Unit
+from ttmpd.modules import module_at
+from ttmpd.records import Place, Unit
 from ttmpd.units._members import columns, kernel_area, matrix_of
 
 RANGE = 10.0
 """Rescaling factors beyond this are not trusted (Kwon et al., 2022)."""
-MODULES_BEHIND = 8
-"""How many modules behind a layer are looked at for the sum with its shortcut."""
 
 
 def rescaled(moments: Moments, old: Tensor, old_bias: Tensor, size: int, damp: float = 1.0) -> Tensor | None:
@@ -136,7 +132,7 @@ def bias_of(layer: nn.Module) -> Tensor:
     return bias.detach() if isinstance(bias, Tensor) else matrix_of(layer).new_zeros(matrix_of(layer).shape[0])
 
 
-def input_rows(value: Tensor, unit: Unit, index: Tensor, layer: nn.Module) -> Tensor:
+def input_rows(value: Tensor, unit: Place, index: Tensor, layer: nn.Module) -> Tensor:
     """What the layer at ``unit.path`` reads for the chosen positions of its output: (B x positions, inputs).
 
     The inputs of a convolution are all values under its kernel, channel by channel.
@@ -179,49 +175,3 @@ def narrowed_answer(model: nn.Module, unit: Unit, choice: Choice) -> Callable[[T
         return nn.functional.linear(h[..., index.to(h.device)], weight, bias)
 
     return answer
-
-
-def sum_taps(model: nn.Module, units: Sequence[Unit], batch: Tensor) -> dict[str, Tap]:
-    """Where each unit's layer has been added to the residual stream: unit id -> input of the module that reads the sum.
-
-    It is the next module whose input moves by one when the layer's output does, and is not that output itself. Units
-    without such a place (a layer scale between, a sum that no module reads) are left out.
-    """
-    found = {}
-    with evaluating(model):
-        for unit in units:
-            answer, plain = _behind(model, unit, batch, 0.0)
-            _, moved = _behind(model, unit, batch, 1.0)
-            for name, value in plain.items():
-                there = value.shape == answer.shape and not torch.equal(value, answer) and name in moved
-                if there and torch.allclose(moved[name] - value, torch.ones_like(value), atol=1e-3):
-                    found[unit.id] = Tap(name, "input")
-                    break
-    return found
-
-
-def _behind(model: nn.Module, unit: Unit, batch: Tensor, shift: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """(the layer's output plus ``shift``, inputs of the first modules that run after it by path)."""
-    seen: dict[str, Tensor] = {}
-    answers: list[Tensor] = []
-
-    def after(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        answers.append(output + shift)
-        return answers[-1]
-
-    def before(name: str, args: Any) -> None:
-        given = first_tensor(args)
-        if answers and given is not None and name not in seen:
-            seen[name] = given.clone()
-            if len(seen) >= MODULES_BEHIND:
-                raise StopForwardError
-
-    handles = [module_at(model, unit.path).register_forward_hook(after)]
-    handles += [
-        module.register_forward_pre_hook(lambda _m, args, kwargs, n=name: before(n, args or kwargs), with_kwargs=True)
-        for name, module in model.named_modules()
-        if name
-    ]
-    with hooks(handles), contextlib.suppress(StopForwardError):
-        model(batch)
-    return answers[-1], seen

@@ -18,16 +18,22 @@ from ttmpd.distill.base import Work
 from ttmpd.facts import collect
 from ttmpd.folding import fold
 from ttmpd.guard import logits_of
+from ttmpd.lossless import applied, apply, present
 from ttmpd.models import OpenedModel, open_model
+from ttmpd.modules import to_plain_format
 from ttmpd.planning import TOLERANCE, Attempt, Planned, Waypoint, make_plan, needed_ms, walk
 from ttmpd.ready import Ready, get_ready, open_pool, selected, split
-from ttmpd.records import Fit, Plan, Removal
+from ttmpd.records import UNCHANGED, Fit, Plan, Removal
 from ttmpd.repair import repaired, replay
 from ttmpd.saving import Result, check_output
 from ttmpd.savings import compare
 from ttmpd.settings import Settings, Target, settings_of
 from ttmpd.stages import Stages, disk_guarded, fingerprint, locked, weights_fingerprint
 from ttmpd.targets import load_targets, save_targets
+
+NOTHING_TO_FIT = Fit(steps=0, stopped="nothing removed", rolled_back=False, best_step=0)
+MAX_REPAIR = 512
+"""Samples to which closed forms are fitted at most."""
 
 
 def compress(
@@ -178,12 +184,17 @@ class Start:
 
 def finish(ready: Ready, planned: Planned, start: Start, stages: Stages, work: Work, command: str) -> Result:
     """Distill a repaired student and measure it; ``work`` is that of the student that lost most."""
-    key, plan, student = _key(planned.target), planned.plan, start.student
-    first = first_path(plan.removals)
-    fit, teacher_logits = _distill(ready, start, first, work, stages, key)
+    key, plan = _key(planned.target), planned.plan
+    if plan.removals:
+        fit, teacher_logits = _distill(ready, start, first_path(plan.removals), work, stages, key)
+    else:
+        fit, teacher_logits = NOTHING_TO_FIT, logits_of(ready.teacher, ready.held_out, ready.pass_size)
+    how = present(start.student, ready.lossless)
+    student = apply(to_plain_format(start.student), how)
     final = logits_of(student, ready.held_out, ready.pass_size)
     with stages.timed("measure", key):
-        rounds = compare(ready.source, student, ready.batch)
+        unpruned = applied(ready.source, ready.lossless) if ready.lossless != UNCHANGED else None
+        rounds = compare(ready.source, student, ready.batch, unpruned=unpruned)
     facts = collect(
         ready,
         planned,
@@ -196,7 +207,7 @@ def finish(ready: Ready, planned: Planned, start: Start, stages: Stages, work: W
     facts["command"] = command
     facts["target"] |= _verdict(planned, facts)
     ids = ready.samples.ids + ready.held_out.ids
-    return Result(student.cpu(), plan, facts, ids, ready.opened, facts["target"]["met"])
+    return Result(student.cpu(), plan, facts, ids, ready.opened, facts["target"]["met"], how)
 
 
 def _verdict(planned: Planned, facts: Mapping[str, Any]) -> dict[str, bool]:
@@ -255,9 +266,9 @@ def _repaired(ready: Ready, plan: Plan, stages: Stages, key: str) -> nn.Module:
     made: nn.Module | None = None
 
     def compute() -> tuple[dict[str, Tensor], Any]:
-        few = ready.samples.first(256)
-        rescale = ready.settings.score.rescales
-        student = repaired(ready.teacher, plan.removals, few, batch_size=ready.pass_size, rescale=rescale)
+        few = ready.samples.first(MAX_REPAIR)
+        how = ready.settings.score.repair
+        student = repaired(ready.teacher, plan.removals, few, batch_size=ready.pass_size, how=how)
         fold(student, plan.removals, batch)
         nonlocal made
         made = student
@@ -288,6 +299,7 @@ def _work(ready: Ready, agreement: float, stages: Stages) -> Work:
         deadline=ready.deadline,
         amp=settings.amp,
         agreement=agreement,
+        sample_ms=ready.lossless_ms / settings.batch_size,
     )
 
 

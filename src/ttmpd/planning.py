@@ -4,8 +4,9 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence, Set
-from typing import Any
+from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from ttmpd.errors import BudgetUnreachableError
 from ttmpd.modules import count_macs
@@ -14,6 +15,7 @@ from ttmpd.ready import Ready, score_of, score_rows
 from ttmpd.records import Action, Option, Plan, Removal, Unit
 from ttmpd.repair import repaired
 from ttmpd.savings import compare, count_units, skeleton
+from ttmpd.score.base import Job
 from ttmpd.settings import Target
 from ttmpd.stages import Stages
 from ttmpd.surgery import whole_of
@@ -27,10 +29,27 @@ MARGIN = 0.01
 SLACK = 0.03
 """How much slower than asked the first plan may be predicted: where units are few and large there may be none between
 one that just misses and one that is far too fast, and the cut model is measured anyway."""
-BARE = 0.35
-"""Share of what its stand-in would repair that counts where a run of removed units ends without one."""
+NARROW = (1.0, 1 / 3)
+"""Plans are made with the harm of narrowed layers as it is and with a third of it, and compared as a whole: how much
+less, or more, many of them do than their harms add up to differs from network to network."""
+RESCORED_ON = 128
+"""Samples to which the student is fitted on which units are scored anew."""
+FEW_ROWS = 4096
+"""Rows of each of these fits."""
 TOLERANCE = 0.005
 """By how much a plan may miss in its measurement: what two measurements of one model differ by."""
+
+
+Judge = Callable[[Sequence[Option]], float]
+"""Harm of a whole plan."""
+
+
+class Way(NamedTuple):
+    """How a plan is made: so many times the harm of narrowed layers, from which waypoint, with or without stand-ins."""
+
+    narrow: float
+    back: int
+    ends: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,6 +103,11 @@ class Waypoint:
             return self.chosen
         return (*self.chosen, *ready.settings.plan.choose(self.options, rest, seed=ready.settings.seed))
 
+    def with_narrow(self, factor: float) -> "Waypoint":
+        """The same with so many times the harm where layers are narrowed further."""
+        weighed = (replace(o, harm=factor * o.harm) if o.action == "narrow" else o for o in self.options)
+        return Waypoint(self.chosen, tuple(weighed))
+
     def towards(self, ready: Ready, needed_ms: float, stride_ms: float) -> tuple[Option, ...]:
         """The removals so far, and of those that :meth:`to` would add the least harmful that save ``stride_ms``."""
         more = sorted(self.to(ready, needed_ms)[len(self.chosen) :], key=lambda option: option.harm / option.saved_ms)
@@ -111,13 +135,8 @@ def walk(ready: Ready, needed_ms: float, stages: Stages) -> tuple[Waypoint, ...]
 
 
 def _rescored(ready: Ready, chosen: Sequence[Option]) -> list[dict[str, Any]]:
-    stand_in: dict[Action, Action] = {"drop": "linear"}
-    removals = [
-        dataclasses.replace(removal, action=stand_in.get(removal.action, removal.action))
-        for removal in ready.removals(chosen)
-    ]
-    few = ready.samples.first(128)
-    student = repaired(ready.teacher, removals, few, batch_size=ready.pass_size, rescale=ready.settings.score.rescales)
+    few, how = ready.samples.first(RESCORED_ON), ready.settings.score.repair
+    student = repaired(ready.teacher, ready.removals(chosen), few, batch_size=ready.pass_size, how=how, rows=FEW_ROWS)
     return score_rows(ready, student, _left(ready, chosen))
 
 
@@ -129,22 +148,42 @@ def _left(ready: Ready, chosen: Sequence[Option]) -> list[Unit]:
     return [unit for unit in units if unit.id not in gone | opened and whole_of(unit, units) not in gone]
 
 
-def choose(ready: Ready, waypoints: Sequence[Waypoint], needed_ms: float) -> tuple[Option, ...]:
-    """The plan for ``needed_ms`` that does least harm, from one of the last two waypoints before it.
+def choose(
+    ready: Ready, waypoints: Sequence[Waypoint], needed_ms: float, harm_of: Judge | None = None, way: Way | None = None
+) -> tuple[tuple[Option, ...], Way]:
+    """The plan for ``needed_ms`` that does least harm, of those that are made in several ways, and its way.
 
-    What was committed up to the last one may leave a gap that only another large unit closes. Stand-ins take
+    What was committed up to the last waypoint may leave a gap that only another large unit closes. Stand-ins take
     milliseconds, too, for which further units may have to go; where these are worth more than what the stand-ins
     repair, the plan stays without them.
+
+    Args:
+        ready: what is known.
+        waypoints: see :func:`walk`.
+        needed_ms: milliseconds that have to go.
+        harm_of: judges whole plans; without it the harms of the removals are added up.
+        way: the one way to look at, where it leads to a plan; all of them when not given.
 
     Raises:
         BudgetUnreachableError: ``best_ms`` holds what all removals together would save.
     """
     before = [point for point in waypoints if point.saved_ms < needed_ms] or list(waypoints[:1])
-    plans = []
-    for point in before[-2:]:
-        bare = tidied(ready, waypoints, _along(ready, point, needed_ms), ends=False)
-        plans += [plan for plan in (_with_stand_ins(ready, waypoints, point, needed_ms), bare) if plan]
-    return min(plans, key=functools.partial(_harm_of, ready))
+    plans: dict[frozenset[Option], tuple[tuple[Option, ...], Way]] = {}
+    for factor, back, ends in itertools.product(NARROW if harm_of else NARROW[:1], (2, 1), (True, False)):
+        if back > len(before):
+            continue
+        point = before[-back].with_narrow(factor)
+        if ends:
+            plan = _with_stand_ins(ready, waypoints, point, needed_ms)
+        else:
+            plan = tidied(ready, waypoints, _along(ready, point, needed_ms), ends=False)
+        here = Way(factor, back, ends)
+        if plan and here == way:
+            return plan, here
+        if plan:
+            plans.setdefault(frozenset(replace(option, harm=0.0) for option in plan), (plan, here))
+    judged = harm_of or _total
+    return min(plans.values(), key=lambda made: judged(made[0]))
 
 
 def _with_stand_ins(
@@ -161,18 +200,6 @@ def _with_stand_ins(
         if asked > most_saved(ready.options):
             break
     return ()
-
-
-def _harm_of(ready: Ready, chosen: Sequence[Option]) -> float:
-    """Harm of a plan: of its units, and of the stand-ins that are missing at the ends of its runs."""
-    if not {"drop", "linear"} <= set(ready.settings.actions):
-        return _total(chosen)
-    gone = {option.unit for option in chosen}
-    ends = [option.unit for option in chosen if option.action == "drop" and _ends_run(ready, option.unit, gone)]
-    parts = {score.unit: score.parts for score in ready.scores}
-    return _total(chosen) + BARE * sum(
-        max(0.0, parts[unit].get("damage", 0.0) - parts[unit].get("repaired_damage", 0.0)) for unit in ends
-    )
 
 
 def _total(chosen: Sequence[Option]) -> float:
@@ -224,11 +251,14 @@ def _adjacent(first: Unit, second: Unit) -> bool:
 
 
 def needed_ms(ready: Ready, target: Target) -> float:
-    """Milliseconds that have to go by the first plan: all but the slack, and never less than half."""
+    """Milliseconds that have to go by the first plan: all but the slack, and never less than half.
+
+    What is lossless is taken already; where that alone is enough, this is not positive.
+    """
     if target.macs is not None:
         return 0.0
     budget = target.budget_ms(ready.original_ms)
-    return max(ready.original_ms - budget * (1 + SLACK), (ready.original_ms - budget) / 2)
+    return max(ready.lossless_ms - budget * (1 + SLACK), (ready.lossless_ms - budget) / 2)
 
 
 def make_plan(ready: Ready, waypoints: Sequence[Waypoint], target: Target) -> Planned:
@@ -243,19 +273,23 @@ def make_plan(ready: Ready, waypoints: Sequence[Waypoint], target: Target) -> Pl
     limit = budget * (1 + TOLERANCE)
     too_little, enough = 0.0, math.inf
     attempts: list[Attempt] = []
-    while len(attempts) < MAX_PLANS:
+    harm_of, way = judge(ready), None
+    if needed <= 0:
+        attempts.append(_try(ready, (), 0.0))
+        needed = 0.0 if attempts[0].measured_ms <= limit else max(MARGIN * budget, attempts[0].measured_ms - budget)
+    while needed > 0 and len(attempts) < MAX_PLANS:
         try:
-            chosen = choose(ready, waypoints, needed)
+            chosen, way = choose(ready, waypoints, needed, harm_of, way if len(attempts) > 1 else None)
         except BudgetUnreachableError as error:
             if attempts:
                 break
-            best = ready.original_ms - error.best_ms
+            best = ready.lossless_ms - error.best_ms
             raise BudgetUnreachableError(_unreachable(ready, target, best), best) from None
         if any(attempt.removals == ready.removals(chosen) for attempt in attempts):
             break  # what is asked differs, the plan does not
-        attempt = _try(ready, chosen)
+        attempt = _try(ready, chosen, (harm_of or _total)(chosen))
         attempts.append(attempt)
-        promised = ready.original_ms - attempt.predicted_ms
+        promised = ready.lossless_ms - attempt.predicted_ms
         # The units saved less or more than they promised: ask for what was missing, or give back what was too much.
         if attempt.measured_ms > limit:
             too_little = max(too_little, needed, promised)
@@ -297,7 +331,7 @@ def _plan_by_macs(ready: Ready, target: Target, share: float) -> Planned:
         if left <= share * total * (1 + TOLERANCE):
             break
         needed += left - share * total
-    predicted = ready.original_ms - sum(option.saved_ms for option in _in_ms(ready, chosen))
+    predicted = ready.lossless_ms - sum(option.saved_ms for option in _in_ms(ready, chosen))
     plan = Plan(ready.removals(chosen), _total(chosen), ready.original_ms, predicted, predicted)
     return Planned(target, plan, ())
 
@@ -316,13 +350,30 @@ def _unreachable(ready: Ready, target: Target, best_ms: float) -> str:
     )
 
 
-def _try(ready: Ready, chosen: Sequence[Option]) -> Attempt:
+def judge(ready: Ready) -> Judge | None:
+    """What the scorer says of whole plans, each asked for once; None where it judges removals alone."""
+    score, settings = ready.settings.score, ready.settings
+    if not score.judges_plans:
+        return None
+    known: dict[tuple[Removal, ...], float] = {}
+
+    def harm_of(chosen: Sequence[Option]) -> float:
+        removals = ready.removals(chosen)
+        if removals not in known:
+            job = Job(ready.teacher, (), ready.samples, settings.actions, ready.pass_size, settings.seed)
+            known[removals] = score.of_plan(job, removals)
+        return known[removals]
+
+    return harm_of
+
+
+def _try(ready: Ready, chosen: Sequence[Option], harm: float) -> Attempt:
     removals = ready.removals(chosen)
-    cut = skeleton(ready.source, removals)
+    cut = skeleton(ready.source, removals, ready.lossless)
     rounds = compare(ready.source, cut, ready.batch, rounds=15, min_seconds=3.0, max_seconds=8.0)
-    predicted = ready.original_ms - sum(option.saved_ms for option in chosen)
+    predicted = ready.lossless_ms - sum(option.saved_ms for option in chosen)
     measured = ready.original_ms / rounds.ratio("original", "compressed").median_ms
-    return Attempt(predicted, measured, sum(max(0.0, option.harm) for option in chosen), removals)
+    return Attempt(predicted, measured, harm, removals)
 
 
 def front(ready: Ready, waypoints: Sequence[Waypoint]) -> tuple[dict[str, float], ...]:
@@ -330,13 +381,14 @@ def front(ready: Ready, waypoints: Sequence[Waypoint]) -> tuple[dict[str, float]
     rows = []
     for share in FRONT:
         try:
-            chosen = choose(ready, waypoints, ready.original_ms * (1 - share))
+            needed = ready.lossless_ms - ready.original_ms * share
+            chosen = choose(ready, waypoints, needed)[0] if needed > 0 else ()
         except BudgetUnreachableError:
             break
         rows.append(
             {
                 "target": share,
-                "predicted_ms": ready.original_ms - sum(o.saved_ms for o in chosen),
+                "predicted_ms": ready.lossless_ms - sum(o.saved_ms for o in chosen),
                 "harm": sum(max(0.0, o.harm) for o in chosen),
                 "n_removed": len(chosen),
             }

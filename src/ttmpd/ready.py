@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from ttmpd.early_exit._model import check_without_exits
 from ttmpd.errors import ModelError, SamplesError, UnsupportedError
 from ttmpd.guard import logits_of
+from ttmpd.lossless import find_lossless, unchanged
 from ttmpd.models import OpenedModel
-from ttmpd.modules import clone, has_nan, to_fast_format, to_plain_format
-from ttmpd.records import Option, Removal, Samples, Score, Unit
+from ttmpd.modules import clone, has_nan, to_fast_format
+from ttmpd.records import Lossless, Option, Removal, Samples, Score, Unit
 from ttmpd.samples import open_samples
 from ttmpd.savings import UnitTiming, time_units
 from ttmpd.settings import Settings, choose_device
 from ttmpd.stages import Stages
 from ttmpd.surgery import find_units, whole_of
 from ttmpd.text import trimmed
-from ttmpd.timing import time_models
 from ttmpd.training import samples_that_fit
 from ttmpd.units.base import Found
 
@@ -39,6 +39,8 @@ class Ready:
     found: Found
     timings: tuple[UnitTiming, ...]
     original_ms: float
+    lossless: Lossless
+    lossless_ms: float
     scores: tuple[Score, ...]
     adapt_note: str
     adapt_facts: dict[str, float]
@@ -94,7 +96,8 @@ def get_ready(
     state, told = stages.tensors("adapt", lambda: _adapt(teacher, samples, settings))
     teacher.load_state_dict(state)
     to_fast_format(teacher)
-    timed = stages.json("timing", lambda: _time(source, found, latency_batch(source, samples, settings)))
+    batch = latency_batch(source, samples, settings)
+    timed = stages.json("timing", lambda: _time(source, found, batch, settings.lossless))
     ready = Ready(
         opened=opened,
         source=source,
@@ -104,6 +107,8 @@ def get_ready(
         found=found,
         timings=tuple(UnitTiming(**row) for row in timed["units"]),
         original_ms=timed["original_ms"],
+        lossless=Lossless(tuple(map(tuple, timed["folded"])), timed["channels_last"]),
+        lossless_ms=timed["lossless_ms"],
         scores=(),
         adapt_note=told["note"],
         adapt_facts=told["facts"],
@@ -118,7 +123,7 @@ def get_ready(
 def source_of(opened: OpenedModel, samples: Samples, device: torch.device) -> nn.Module:
     """A copy of the model as it is, on the device; it has answered."""
     check_without_exits(opened.module)
-    source = to_plain_format(clone(opened.module).to(device)).eval()
+    source = clone(opened.module).to(device).eval()
     _check_answers(source, samples, device)
     return source
 
@@ -182,12 +187,16 @@ def _adapt(teacher: nn.Module, samples: Samples, settings: Settings) -> tuple[di
     return adapted.model.state_dict(), {"note": adapted.note, "facts": adapted.facts}
 
 
-def _time(source: nn.Module, found: Found, batch: Tensor) -> dict[str, Any]:
-    """Unit and whole-model milliseconds of the source model in the plain memory format, as users run it."""
-    units = time_units(source, found.units, batch)
-    whole = time_models({"whole": source}, batch, rounds=7, min_seconds=1.0, max_seconds=5.0)
+def _time(source: nn.Module, found: Found, batch: Tensor, may_change: bool) -> dict[str, Any]:
+    """Milliseconds of the model as it was given and after what is lossless, and of its units after that."""
+    how, rounds = find_lossless(source, batch) if may_change else unchanged(source, batch)
+    units = time_units(source, found.units, batch, how=how)
+    original_ms = rounds.timing("original").median_ms
     return {
-        "original_ms": whole.timing("whole").median_ms,
+        "original_ms": original_ms,
+        "lossless_ms": original_ms / rounds.ratio("original", "lossless").median_ms,
+        "folded": how.folded,
+        "channels_last": how.channels_last,
         "units": [dataclasses.asdict(timing) for timing in units],
     }
 

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ DEFAULT_ACTIONS: tuple[Action, ...] = ("drop", "linear", "narrow")
 KERNELS: Mapping[Action, int] = {"linear": 1, "conv": 3}
 """The side of the kernel of each stand-in; in a token model a kernel of 1 is a square matrix."""
 Layout = Literal["channels_first", "channels_last"]
+Repair = Literal["behind", "removed", "rescaled"]
+"""What is fitted again after a removal: all layers behind the first; stand-ins and what reads narrowed members alone;
+or one factor for each member that is kept."""
 Form = Literal["plain", "arguments", "tuple", "pair"]
 
 
@@ -26,6 +29,30 @@ def _finite(name: str, value: float, low: float = -math.inf) -> None:
     if not (math.isfinite(value) and value >= low):
         rule = "be finite" if low == -math.inf else f"be finite and at least {low:g}"
         raise InvalidValueError(f"{name} must {rule}, but got {value!r}")
+
+
+class Place(Protocol):
+    """A place in a model whose output is looked at position by position: a unit, or a layer that is fitted."""
+
+    @property
+    def id(self) -> str:
+        """Its name, unique within a model."""
+
+    @property
+    def path(self) -> str:
+        """Path of the module whose output it is."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the output for one sample."""
+
+    @property
+    def layout(self) -> Layout:
+        """Which axis holds the channels."""
+
+    @property
+    def channels(self) -> int:
+        """Width of the output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +208,27 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class Lossless:
+    """What makes a model faster and leaves its answers as they are.
+
+    Args:
+        folded: (path of a layer, path of the batch norm behind it) that become one layer.
+        channels_last: whether convolutions keep their weights in the channels_last memory format.
+    """
+
+    folded: tuple[tuple[str, str], ...] = ()
+    channels_last: bool = False
+
+    def __str__(self) -> str:
+        words = [f"{len(self.folded)} batch norms folded"] if self.folded else []
+        return ", ".join(words + (["channels_last"] if self.channels_last else [])) or "nothing"
+
+
+UNCHANGED = Lossless()
+"""Nothing is done."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tap:
     """A place in a model where a tensor is read: the first input or the output of a module.
 
@@ -223,7 +271,7 @@ class Fit:
 
     Args:
         steps: optimizer steps that were done.
-        stopped: why it ended: "finished", "time budget", "no progress".
+        stopped: why it ended: "finished", "time budget", "no progress"; "nothing removed" where it did not begin.
         rolled_back: true if the start was better and was restored.
         best_step: the step whose weights were kept; 0 is the start.
         losses: mean training loss between evaluations.

@@ -1,137 +1,37 @@
-"""Closed-form repair: linear stand-ins from normal equations, fitted in order along the student, folded where exact.
+"""Closed-form repair: every layer behind a removal is fitted again, along the student, to what the teacher answers.
 
-A stand-in answers ``phi(x + B [x 1])``, or ``phi(x + B [neighbourhood of x, 1])``: ridge least squares on the residual
-branch, so that an infinite ridge is the identity (the dropped block), with the block's own final activation ``phi``
-applied afterwards. All sums are float64.
+Stand-ins, layers that read the members of narrowed units and all layers behind them are fitted in the order of the
+network, each on the *student's* own inputs, so that a later one makes up for what the ones before could not repair.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ttmpd.least_squares import Moments
-from ttmpd.modules import evaluating, module_at, read
-from ttmpd.narrowing import bias_of, input_rows, rescaled, sum_taps
+from ttmpd.lossless import with_norms_gone
+from ttmpd.modules import StopForwardError, evaluating, module_at, to_fast_format
+from ttmpd.narrowing import input_rows
 from ttmpd.progress import track
-from ttmpd.records import KERNELS, Removal, Samples, Tap, Unit
-from ttmpd.sensitivity import MAX_POSITIONS, SENSITIVITY_SAMPLES, positions, row_weights, sensitivities
+from ttmpd.records import KERNELS, UNCHANGED, Lossless, Removal, Repair, Samples
+from ttmpd.refitting import Given, refit, rescale_members
+from ttmpd.running import Call, Parts
+from ttmpd.sensitivity import SENSITIVITY_SAMPLES, positions, row_weights, sensitivities
+from ttmpd.sites import Site, find_sites, reading
+from ttmpd.stand_ins import rows
 from ttmpd.surgery import WHOLE, cut
-from ttmpd.units._members import matrix_of, set_matrix, spread_out
-from ttmpd.units.block import Block, put
+from ttmpd.units.block import put
 
+ROWS = 1 << 15
+"""Rows of every fit."""
 MAX_STORED = 64 * 2**20
-"""Values of the teacher's answers that are held at once; beyond, fewer positions of each sample are fitted to."""
-
-Rows = Iterator[tuple[Tensor, Tensor, Tensor]]
-"""What a fit is given batch by batch: (inputs, wanted outputs, weight of each row)."""
-
-
-@dataclass(frozen=True, eq=False)
-class LinearMap:
-    """A fitted stand-in: ``y = weight * x + bias``, a map of the channels at every position or a small convolution.
-
-    Args:
-        weight: (channels, channels), or (channels, channels, side, side).
-        bias: (channels,).
-    """
-
-    weight: Tensor
-    bias: Tensor
-
-    def __call__(self, unit: Unit, x: Tensor) -> Tensor:
-        """The stand-in's answer for the unit's input, its activation included."""
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        if unit.layout == "channels_last":
-            y = F.linear(x, weight, bias)
-        elif x.dim() == 4:
-            kernel = weight if weight.dim() == 4 else weight[:, :, None, None]
-            y = F.conv2d(x, kernel, bias, padding=kernel.shape[-1] // 2)
-        else:
-            y = F.conv1d(x, weight[:, :, None], bias)
-        return {"": y, "relu": y.relu(), "relu6": F.relu6(y)}[unit.activation] if unit.activation else y
-
-
-@dataclass
-class NormalEquations:
-    """A stand-in as a weighted least-squares fit of ``y`` by ``[x 1]``, or by ``[neighbourhood of x, 1]``.
-
-    Args:
-        channels: of inputs and outputs.
-        device: of the rows.
-        side: of the kernel; a row holds ``side^2`` values per channel, the channel's own place in the middle.
-
-    """
-
-    channels: int
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    side: int = 1
-
-    def __post_init__(self) -> None:
-        self.moments = Moments(self.channels * self.side**2, self.channels, self.device)
-
-    @property
-    def middle(self) -> slice:
-        """The columns of a row that hold the position itself."""
-        return slice(self.side**2 // 2, self.channels * self.side**2, self.side**2)
-
-    def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
-        """Add rows: ``x`` is (rows, channels x side^2), ``y`` is (rows, channels), ``weight`` is (rows,)."""
-        self.moments.add(x.to(self.moments.at).double(), y, weight)
-
-    def pointwise(self) -> "NormalEquations":
-        """The equations of the fit by ``[x 1]`` alone: a part of these."""
-        part = NormalEquations(self.channels, self.device)
-        part.moments = self.moments.part(torch.arange(self.moments.n_inputs)[self.middle])
-        return part
-
-    def solve(self, ridge: float) -> LinearMap:
-        """The map that minimises the weighted squared error; the ridge draws it to handing on the input."""
-        identity = torch.zeros(self.channels, self.moments.n_inputs)
-        identity[:, self.middle] = torch.eye(self.channels)
-        weight, bias = self.moments.solve(identity, torch.zeros(self.channels), ridge)
-        assert bias is not None
-        if self.side > 1:
-            weight = weight.reshape(self.channels, self.channels, self.side, self.side)
-        return LinearMap(weight, bias)
-
-
-def rows(value: Tensor, unit: Unit, index: Tensor, side: int = 1) -> Tensor:
-    """The chosen positions of a batch as (B x positions, channels x side^2), zeros around the border."""
-    index = index.to(value.device)
-    if unit.layout == "channels_last":
-        return value.reshape(len(value), -1, unit.channels)[:, index].reshape(-1, unit.channels)
-    if side > 1:
-        value, index = _neighbourhoods(value, index, side)
-    return value.flatten(2)[:, :, index].transpose(1, 2).reshape(-1, unit.channels * side**2)
-
-
-def _neighbourhoods(value: Tensor, index: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """(B, channels x side^2, positions) around the positions at ``index``, and the index of all of them.
-
-    Only what was chosen is copied: whole maps would be ``side^2`` times as large as the input.
-    """
-    width, reach = value.shape[3], side // 2
-    padded = F.pad(value, (reach, reach, reach, reach))
-    corner = index // width * padded.shape[3] + index % width
-    steps = torch.arange(side, device=index.device)
-    around = (steps[:, None] * padded.shape[3] + steps).flatten()
-    found = padded.flatten(2)[:, :, corner[None] + around[:, None]]  # (B, channels, side^2, positions)
-    return found.flatten(1, 2), torch.arange(len(index), device=index.device)
-
-
-def install(student: nn.Module, kind: Block, removal: Removal, fit: LinearMap) -> None:
-    """Put a fitted stand-in in the place of the unit, in place."""
-    module = kind.stand_in(removal.unit, removal.action).to(fit.weight.device)
-    linear = module[0] if isinstance(module, nn.Sequential) else module
-    assert isinstance(linear, nn.Linear | nn.Conv1d | nn.Conv2d)
-    with torch.no_grad():
-        linear.weight.copy_(fit.weight.view_as(linear.weight))
-        assert linear.bias is not None
-        linear.bias.copy_(fit.bias)
-    put(student, removal.unit, module)
+"""Values of the teacher's answers that are held at once; for more the teacher runs again."""
+MAX_GIVEN = 128 * 2**20
+"""Values that a module may be given in all, which is run by itself to fit its layers; fewer samples enter beyond."""
 
 
 def repaired(
@@ -139,162 +39,168 @@ def repaired(
     removals: Sequence[Removal],
     samples: Samples,
     *,
-    ridge: float = 1e-3,
+    ridge: float | None = None,
     batch_size: int = 64,
     sensitivity: float = 0.9,
-    rescale: bool = False,
+    how: Repair = "behind",
+    rows: int = ROWS,
 ) -> nn.Module:
-    """The student of a plan: dropped units are gone, the others are fitted.
-
-    Stand-ins, and the layers that read the kept members of narrowed units, are fitted in the order of the network, each
-    to the teacher's output given the *student's* input, so a later one makes up for the errors before it.
+    """The student of a plan, as near to the teacher as closed forms bring it.
 
     Args:
         teacher: the model as found; not changed.
         removals: in the order of the network.
         samples: unlabelled samples; a few hundred are enough.
-        ridge: relative to the mean diagonal of the normal equations.
+        ridge: see :func:`ttmpd.refitting.refit`.
         batch_size: samples per forward pass.
         sensitivity: how far positions are weighted by what they mean to the final features; 0 counts all alike.
-        rescale: give kept members one factor each instead of fitting the layer that reads them (KCM); where a factor is
-            not to be trusted, this layer and all later ones stay as they are.
+        how: "behind" fits all layers behind the first removal, "removed" stand-ins and what reads narrowed members
+            alone; "rescaled" gives kept members one factor each (KCM), up to the first layer whose factors are not to
+            be trusted.
+        rows: of every fit: so many pixels or tokens, evenly from all samples.
 
     Returns:
         A new model in eval mode.
 
-    Cost: one teacher pass, one batch with gradients, plus one pass of the student's first part per fit.
+    Source: least-squares reconstruction on the student's own inputs (He et al., ICCV 2017, arXiv 1707.06168); here of
+    all layers behind a removal, of sums with shortcuts, and aware of the clipping behind them.
+
+    Cost: one batch with gradients, one teacher pass, about one pass of the student, and per layer one run of the module
+    that holds it; more teacher passes where its answers are too many to be held.
     """
-    fits = [removal for removal in removals if removal.action != "drop"]
     student = cut(teacher, removals).eval()
-    if not fits:
-        return student
-    seen = _observed(teacher, fits, samples, batch_size)
-    trusted = True
-    with evaluating(student):
-        for removal in track(fits, "repair", len(fits)):
-            given = _given(student, removal, seen, samples, batch_size, sensitivity)
-            if removal.action != "narrow":
-                equations = NormalEquations(removal.unit.channels, seen.device, KERNELS[removal.action])
-                for x, y, weight in given:
-                    equations.add(x, y, weight)
-                install(student, WHOLE, removal, equations.solve(ridge))
-            elif trusted:
-                trusted = refit(student, removal, given, ridge=ridge, rescale=rescale)
+    device = next(teacher.parameters()).device
+    for removal in removals:
+        if removal.action in KERNELS:
+            put(student, removal.unit, _as_identity(WHOLE.stand_in(removal.unit, removal.action)).to(device))
+    few = samples.batch(slice(0, 2), device)
+    sites = find_sites(teacher, student, removals, few, behind=how == "behind") if removals else []
+    fits = _Fits(teacher, student, samples, batch_size, sensitivity, rows)
+    with evaluating(teacher), evaluating(student):
+        for site, given in track(fits.along(sites), "repair", len(sites)):
+            if how != "rescaled":
+                refit(student, site, given, ridge)
+            elif not rescale_members(student, site, given):
+                break
     return student
 
 
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """What the teacher answers where something is fitted.
-
-    Args:
-        pattern: unit id -> (positions,) weights.
-        chosen: unit id -> positions that are fitted to.
-        sums: unit id -> where a narrowed unit's layer has been added to its shortcut.
-        outputs: unit id -> what is left of the outputs of a layer that makes the members of another narrowed unit.
-        wanted: unit id -> the teacher's rows of every batch.
-        device: of the teacher.
-    """
-
-    pattern: Mapping[str, Tensor]
-    chosen: Mapping[str, Tensor]
-    sums: Mapping[str, Tap]
-    outputs: Mapping[str, Tensor]
-    wanted: dict[str, list[Tensor]]
-    device: torch.device
-
-
-def _observed(teacher: nn.Module, fits: Sequence[Removal], samples: Samples, batch_size: int) -> _Seen:
-    device = next(teacher.parameters()).device
-    units = [removal.unit for removal in fits]
-    few = samples.batch(slice(0, SENSITIVITY_SAMPLES), device)
-    pattern = sensitivities(teacher, units, few, kept=samples.kept(few))
-    limit = MAX_STORED // max(1, len(samples) * sum(unit.channels for unit in units))
-    limit, kept = max(8, min(MAX_POSITIONS, limit)), samples.kept(samples.inputs)
-    chosen = {unit.id: positions(unit, pattern[unit.id], limit=limit, kept=kept) for unit in units}
-    sums = sum_taps(teacher, [unit for unit in units if unit.members], few[:2])
-    wanted: dict[str, list[Tensor]] = {unit.id: [] for unit in units}
-    taps = {unit.id: sums.get(unit.id, Tap(unit.path, "output")) for unit in units}
-    with evaluating(teacher):
-        for batch in samples.batches(batch_size, device):
-            found = read(teacher, batch, taps)
-            for unit in units:
-                wanted[unit.id].append(rows(found[unit.id], unit, chosen[unit.id]))
-    return _Seen(pattern, chosen, sums, _narrowed_outputs(fits), wanted, device)
-
-
-def _narrowed_outputs(fits: Sequence[Removal]) -> dict[str, Tensor]:
-    by_path = {removal.unit.path: removal.unit.id for removal in fits if removal.unit.members}
-    return {
-        by_path[feeder]: spread_out(removal.kept, 1)
-        for removal in fits
-        if removal.unit.kind != "head"
-        for feeder in removal.unit.feeders
-        if feeder in by_path
-    }
-
-
-def _given(
-    student: nn.Module, removal: Removal, seen: _Seen, samples: Samples, batch_size: int, sensitivity: float
-) -> Rows:
-    """Rows of one fit, along the student. A narrowed unit also makes up for what its shortcut has lost before it."""
-    unit, index = removal.unit, seen.chosen[removal.unit.id]
-    layer = module_at(student, unit.path)
-    taps = {"x": Tap(unit.path, "input")}
-    if unit.id in seen.sums:
-        taps |= {"own": Tap(unit.path, "output"), "sum": seen.sums[unit.id]}
-    for batch, y in zip(samples.batches(batch_size, seen.device), seen.wanted.pop(unit.id), strict=True):
-        found = read(student, batch, taps)
-        if unit.id in seen.sums:
-            y = y - rows(found["sum"], unit, index) + rows(found["own"], unit, index)
-        if unit.id in seen.outputs:
-            y = y[:, seen.outputs[unit.id].to(y.device)]
-        weight = row_weights(seen.pattern, unit, index, sensitivity, len(y) // len(index), samples.kept(batch))
-        if removal.action == "narrow":
-            yield input_rows(found["x"], unit, index, layer), y, weight
+def _as_identity(stand_in: nn.Module) -> nn.Module:
+    """The stand-in with weights that hand on its input: what its fit is drawn to."""
+    layer = stand_in[0] if isinstance(stand_in, nn.Sequential) else stand_in
+    with torch.no_grad():
+        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        if isinstance(layer, nn.Linear):
+            nn.init.eye_(layer.weight)
         else:
-            yield rows(found["x"], unit, index, KERNELS[removal.action]), y, weight
+            nn.init.dirac_(layer.weight)  # type: ignore[arg-type]
+    return stand_in
 
 
-def refit(
-    student: nn.Module, removal: Removal, given: Iterable[tuple[Tensor, Tensor, Tensor]], *, ridge: float, rescale: bool
-) -> bool:
-    """Fit the layer that reads the kept members to the wanted outputs, in place; whether that could be done.
+@dataclass(frozen=True, eq=False)
+class _Fits:
+    """Reads the rows of one site after the other, while the student before it is fitted already."""
 
-    Args:
-        student: its layer reads the kept members alone.
-        removal: of the unit.
-        given: (inputs, wanted outputs, weights) batch by batch.
-        ridge: relative to the mean diagonal; draws the weights to what they were.
-        rescale: one factor per member instead of new weights; False is answered when these are not to be trusted.
-    """
-    layer = module_at(student, removal.unit.path)
-    matrix, bias = matrix_of(layer).detach(), bias_of(layer)
-    if not removal.kept:
-        matrix = matrix.new_zeros(len(matrix), 0)
-    moments = Moments(matrix.shape[1], matrix.shape[0], matrix.device)
-    for x, y, weight in given:
-        moments.add(x, y, weight)
-    if rescale and removal.kept:
-        size = matrix.shape[1] // len(removal.kept)
-        factors = rescaled(moments, matrix, bias, size)
-        if factors is not None:
-            set_matrix(layer, matrix * factors.repeat_interleave(size), None)
-        return factors is not None
-    if not rescale:
-        set_matrix(layer, *moments.solve(matrix, bias, ridge, free_bias=layer.bias is not None))
-    return True
+    teacher: nn.Module
+    student: nn.Module
+    samples: Samples
+    batch_size: int
+    sensitivity: float
+    n_rows: int
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.teacher.parameters()).device
+
+    def along(self, sites: Sequence[Site]) -> Iterator[tuple[Site, Given]]:
+        """Every site with its rows; whoever takes them fits the layer before the next is asked for."""
+        if not sites:
+            return
+        hosts = [host for host, _ in groupby(site.host for site in sites)]
+        parts = Parts(self.student, hosts, self.samples, self.batch_size, self.device)
+        samples = self.samples.first(max(32, MAX_GIVEN // parts.most_values))
+        parts = dataclasses.replace(parts, samples=samples)
+        few, kept = samples.batch(slice(0, SENSITIVITY_SAMPLES), self.device), samples.kept(samples.inputs)
+        pattern = sensitivities(self.teacher, sites, few, kept=samples.kept(few))
+        limit = -(-self.n_rows // len(samples))
+        chosen = {site.id: positions(site, pattern[site.id], limit=limit, kept=kept) for site in sites}
+        for bunch in _bunches(sites, chosen, len(samples)):
+            wanted = self._wanted(bunch, samples, chosen)
+            for site in bunch:
+                index = chosen[site.id]
+                found = [_read(parts, site, given, index) for given in parts.calls(site.host)]
+                weights = [  # of a sample, or of each window of it
+                    row_weights(pattern, site, index, self.sensitivity, len(x) // len(index), samples.kept(batch))
+                    for (x, _), batch in zip(found, torch.split(samples.inputs, self.batch_size), strict=True)
+                ]
+                x = torch.cat([part for part, _ in found])
+                added = [part for _, part in found if part is not None]
+                shortcut = torch.cat(added) if added else x.new_zeros(1, 1)
+                yield site, Given(x, torch.cat(wanted.pop(site.id)), shortcut, torch.cat(weights).to(x.device))
+
+    def _wanted(self, sites: Sequence[Site], samples: Samples, chosen: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+        """The teacher's rows at the sites, batch by batch; what lies behind them is not run."""
+        found: dict[str, list[Tensor]] = {site.id: [] for site in sites}
+
+        def note(site: Site, what: str, value: Tensor) -> None:
+            if (what == "sum") == site.joined:
+                part = rows(value, site, chosen[site.id])
+                found[site.id].append(part[:, list(site.kept)] if site.kept else part)
+                if len({len(parts) for parts in found.values()}) == 1:
+                    raise StopForwardError
+
+        with reading(self.teacher, sites, note, inputs=False):
+            for batch in samples.batches(self.batch_size, self.device):
+                with contextlib.suppress(StopForwardError):
+                    self.teacher(batch)
+        return found
 
 
-def replay(model: nn.Module, removals: Sequence[Removal], state: Mapping[str, Tensor]) -> nn.Module:
+def _read(parts: Parts, site: Site, given: Call, index: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(what the layer reads, what is added to its answer if anything is) at the positions, for one batch."""
+    layer, seen = module_at(parts.model, site.layer), dict[str, Tensor]()
+
+    def note(_site: Site, what: str, value: Tensor) -> None:
+        seen[what] = input_rows(value, site, index, layer) if what == "input" else rows(value, site, index)
+        if what == ("sum" if site.joined else "input"):
+            raise StopForwardError
+
+    with reading(parts.model, [site], note), contextlib.suppress(StopForwardError):
+        parts.run(site.host, given)
+    return seen["input"], seen["sum"] - seen["own"] if site.joined else None
+
+
+def _bunches(sites: Sequence[Site], chosen: Mapping[str, Tensor], n_samples: int) -> Iterator[list[Site]]:
+    """The sites in groups whose wanted rows are held at once; a teacher pass each."""
+    bunch: list[Site] = []
+    total = 0
+    for site in sites:
+        size = n_samples * len(chosen[site.id]) * site.channels
+        if bunch and total + size > MAX_STORED:
+            yield bunch
+            bunch, total = [], 0
+        bunch.append(site)
+        total += size
+    yield bunch
+
+
+def replay(
+    model: nn.Module, removals: Sequence[Removal], state: Mapping[str, Tensor], how: Lossless = UNCHANGED
+) -> nn.Module:
     """A copy of the stock model with the removals made and the weights in ``state`` loaded: how artifacts come back.
 
     Which stand-ins were folded away, and which readers got a bias by that, is seen in the names of the weights.
 
+    Args:
+        model: left untouched.
+        removals: in the order in which they were made.
+        state: weights of the student.
+        how: what else was done to it.
+
     Raises:
         RuntimeError: the weights do not fit (torch's own message names the keys).
     """
-    student = cut(model, removals)
+    student = with_norms_gone(cut(model, removals), how)
     for removal in removals:
         path = removal.unit.path
         if removal.action in KERNELS and any(key.startswith(f"{path}.") for key in state):
@@ -305,7 +211,8 @@ def replay(model: nn.Module, removals: Sequence[Removal], state: Mapping[str, Te
         if name == "bias" and isinstance(module, nn.Linear | nn.Conv2d) and module.bias is None:
             module.bias = nn.Parameter(torch.zeros_like(value))
     student.load_state_dict(dict(state))
-    return student.to(next(iter(model.parameters())).device).eval()
+    student = student.to(next(iter(model.parameters())).device).eval()
+    return to_fast_format(student) if how.channels_last else student
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:

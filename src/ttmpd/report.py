@@ -173,7 +173,7 @@ def _sentences(facts: Any) -> list[str]:
     kinds += [f"{actions[a]} replaced by a {_ACTIONS[a]}" for a in KERNELS if actions[a]]
     kinds += [f"{actions['narrow']} narrowed"] if actions["narrow"] else []
     done = f"{removed}: {', '.join(kinds)}." if n_removed else "Nothing was removed."
-    done = _exits_sentence(facts) or done
+    done = _exits_sentence(facts) or _lossless_sentence(facts) + done
     asked, budget = _at(facts, "target", "asked"), _at(facts, "target", "budget_ms")
     if asked is None and budget is None:
         return [done]
@@ -187,6 +187,13 @@ def _sentences(facts: Any) -> list[str]:
     return [done, f"The target, {what}, {words[_at(facts, 'target', 'met')]}."]
 
 
+def _lossless_sentence(facts: Any) -> str:
+    """What made the model faster without changing its answers; "" when nothing did."""
+    faster = _at(facts, "latency", "lossless_speedup")
+    what = _at(facts, "lossless", default="")
+    return f"Without changing any answer {what} made it {faster:.2f} times as fast. " if faster else ""
+
+
 def _before_after(facts: Any) -> list[tuple[str, str, str, str]]:
     """Rows of the table: what, original, compressed, change."""
     original, compressed = (_at(facts, "latency", key) for key in ("original", "compressed"))
@@ -196,6 +203,9 @@ def _before_after(facts: Any) -> list[tuple[str, str, str, str]]:
     rows = [
         ("Milliseconds per batch" + (f" of {size}" if size else ""), _spread(original), _spread(compressed), faster)
     ]
+    unpruned, gained = _at(facts, "latency", "lossless"), _at(facts, "latency", "lossless_speedup")
+    if unpruned and gained:
+        rows.append((f"… after {_at(facts, 'lossless')} alone", "", _spread(unpruned), f"{gained:.2f}× as fast"))
     if size and slow and fast:
         before, after = 1000 * size / slow, 1000 * size / fast
         rows.append(("Samples per second", _number(before), _number(after), _change(before, after)))

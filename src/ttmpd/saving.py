@@ -13,7 +13,7 @@ from torch import nn
 from ttmpd.early_exit._model import exits_data
 from ttmpd.errors import InvalidValueError
 from ttmpd.models import OpenedModel, is_rebuildable
-from ttmpd.records import Plan, Removal
+from ttmpd.records import UNCHANGED, Lossless, Plan, Removal
 from ttmpd.stages import disk_guarded, write_json
 from ttmpd.surgery import joined
 
@@ -37,6 +37,7 @@ class Result:
         sample_ids: content hashes of the unlabelled samples that were used.
         opened: where the model came from.
         met: whether what was measured meets the target; True where none was set.
+        lossless: what was done to the model besides, in this run.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Result:
     sample_ids: tuple[str, ...]
     opened: OpenedModel
     met: bool = True
+    lossless: Lossless = UNCHANGED
 
     def save(self, folder: str | Path) -> Path:
         """Write the artifact: plan.json, model.safetensors, README.md, report.html, report.json.
@@ -144,6 +146,10 @@ def _described(result: Result) -> dict[str, Any]:
         "class_names": list(opened.class_names),
         "input_shape": facts.get("samples", {}).get("input_shape"),
         "plan": {"removals": [_row(removal) for removal in removals]} | numbers,
+        "lossless": {
+            "folded": [list(pair) for pair in (*opened.lossless.folded, *result.lossless.folded)],
+            "channels_last": opened.lossless.channels_last or result.lossless.channels_last,
+        },
         "methods": facts.get("methods", {}),
         "settings": facts.get("settings", {}),
         "sample_ids": list(dict.fromkeys((*opened.used_ids, *result.sample_ids))),

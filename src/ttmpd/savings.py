@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -14,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ttmpd.modules import count_macs, evaluating, first_tensor, hooks, module_at, read
-from ttmpd.records import KERNELS, Action, Removal, Saving, Tap, Timing, Unit
+from ttmpd.lossless import applied, apply, within
+from ttmpd.modules import common_path, count_macs, evaluating, first_tensor, hooks, module_at, read
+from ttmpd.records import KERNELS, UNCHANGED, Action, Lossless, Removal, Saving, Tap, Timing, Unit
 from ttmpd.surgery import WHOLE, cut, narrow_kind
 from ttmpd.timing import Rounds, interleaved, synchronize, time_models
 from ttmpd.units.block import put
@@ -49,7 +49,13 @@ class UnitTiming:
 
 
 def time_units(
-    model: nn.Module, units: Sequence[Unit], batch: Tensor, *, rounds: int = 7, min_seconds: float = 1.0
+    model: nn.Module,
+    units: Sequence[Unit],
+    batch: Tensor,
+    *,
+    how: Lossless = UNCHANGED,
+    rounds: int = 7,
+    min_seconds: float = 1.0,
 ) -> tuple[UnitTiming, ...]:
     """Time every unit, its stand-ins and its widths on the input it really gets.
 
@@ -59,9 +65,10 @@ def time_units(
     would be saved without any member. Of many widths every second one is timed, those between lie on the line.
 
     Args:
-        model: on the device, in the memory format in which it will be used.
+        model: on the device, as it was given.
         units: what to time.
         batch: a batch of the size that latency is promised for.
+        how: what else is done to the model, and therefore to everything that is timed.
         rounds: interleaved rounds over all units.
         min_seconds: see :func:`ttmpd.timing.interleaved`.
     """
@@ -70,11 +77,12 @@ def time_units(
     representatives = {_signature(unit): unit for unit in reversed(units)}
     numbered = dict(enumerate(representatives.values()))
     median: dict[str, float] = {}
-    with evaluating(model):
+    ready = applied(model, how)
+    with evaluating(model), evaluating(ready):
         far = _far_apart(model, numbered.values(), batch)
         groups = _groups(model, numbered, far, batch)
         for group in groups:
-            runs = _runs(model, group, far, batch)
+            runs = _runs(_Timed(model, ready, how), group, far, batch)
             found = interleaved(runs, rounds=rounds, warmup=2, min_seconds=min_seconds / len(groups))
             median |= {name: statistics.median(values) for name, values in found.ms.items()}
     numbers = {signature: number for number, signature in enumerate(representatives)}
@@ -111,14 +119,23 @@ def _largest_maps(model: nn.Module, batch: Tensor) -> dict[str, int]:
     return found
 
 
-def _runs(model: nn.Module, units: Mapping[int, Unit], far: Set[str], batch: Tensor) -> dict[str, Callable[[], object]]:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Timed:
+    """What is timed: the model as it was given, for what is cut from it, and as it will be used, for what stays."""
+
+    model: nn.Module
+    ready: nn.Module
+    how: Lossless
+
+
+def _runs(timed: _Timed, units: Mapping[int, Unit], far: Set[str], batch: Tensor) -> dict[str, Callable[[], object]]:
     """What is timed: number of the unit and name of what runs in its place -> the call."""
     near = {timed_path(unit) for unit in units.values() if unit.id not in far}
-    given = _recorded_calls(model, near, batch) if near else {}
+    given = _recorded_calls(timed.ready, near, batch) if near else {}
     return {
         f"{number} {name}": _synchronized(run, batch.device)
         for number, unit in units.items()
-        for name, run in (_layers(model, unit, batch) if unit.id in far else _variants(model, unit, given)).items()
+        for name, run in (_layers(timed, unit, batch) if unit.id in far else _variants(timed, unit, given)).items()
     }
 
 
@@ -144,18 +161,25 @@ def _far_apart(model: nn.Module, units: Iterable[Unit], batch: Tensor) -> frozen
     return frozenset(unit.id for unit in narrow if macs.get(timed_path(unit), 0) > macs[""] / 2)
 
 
-def _layers(model: nn.Module, unit: Unit, batch: Tensor) -> dict[str, Callable[[], object]]:
+def _layers(timed: _Timed, unit: Unit, batch: Tensor) -> dict[str, Callable[[], object]]:
     """What is timed of a unit far apart, at every width: the layers that make and read its members."""
     taps = {path: Tap(path, "input") for path in (*unit.feeders, unit.path)}
-    given = read(model, batch, taps)
-    runs = {"unit": _in_turn(model, given)}
+    given = read(timed.ready, batch, taps)
+    runs = {"unit": _in_turn(timed.ready, given)}
     for width in _timed_widths(unit):
-        smaller = copy.deepcopy(model)
+        smaller = copy.deepcopy(timed.model)
         narrow_kind(unit).narrow(smaller, unit, range(width))
+        apply(smaller, timed.how)
         few = read(smaller, batch[:2], taps)  # how wide the inputs are now
-        cut_inputs = {path: x[:, *map(slice, few[path].shape[1:])].contiguous() for path, x in given.items()}
+        cut_inputs = {path: _compact(x[:, *map(slice, few[path].shape[1:])], like=x) for path, x in given.items()}
         runs[str(width)] = _in_turn(smaller, cut_inputs)
     return runs
+
+
+def _compact(part: Tensor, like: Tensor) -> Tensor:
+    """A part of a tensor in memory of its own, in the same format."""
+    last = like.dim() == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
+    return part.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _in_turn(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
@@ -164,22 +188,25 @@ def _in_turn(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], obj
     return lambda: [call() for call in calls]
 
 
-def _variants(model: nn.Module, unit: Unit, given: Mapping[str, _Given]) -> dict[str, Callable[[], object]]:
+def _variants(timed: _Timed, unit: Unit, given: Mapping[str, _Given]) -> dict[str, Callable[[], object]]:
     """What is timed of a unit: itself as "unit", and what may come in its place under the action or the width."""
     # In-place activations at a block's start would change the recorded input: each call gets the same anyway.
-    (args, kwargs), module = given[timed_path(unit)], module_at(model, timed_path(unit))
-    runs: dict[str, Callable[[], object]] = {"unit": functools.partial(module, *args, **kwargs)}
+    place = timed_path(unit)
+    args, kwargs = given[place]
+    runs: dict[str, Callable[[], object]] = {"unit": functools.partial(module_at(timed.ready, place), *args, **kwargs)}
     if unit.members:
         kind = narrow_kind(unit)
         for width in _timed_widths(unit):
-            smaller = _Held(copy.deepcopy(module))
+            smaller = _Held(copy.deepcopy(module_at(timed.model, place)))
             kind.narrow(smaller, _inside(unit), range(width))
+            apply(smaller, within(timed.how, place, "held"))
             runs[str(width)] = functools.partial(smaller, *args, **kwargs)
         return runs
     x = first_tensor(args or kwargs)
     assert x is not None
     for action in WHOLE.stand_ins(unit):
-        runs[action] = functools.partial(WHOLE.stand_in(unit, action).to(x.device).eval(), x)
+        stand_in = apply(WHOLE.stand_in(unit, action).to(x.device).eval(), within(timed.how, place))
+        runs[action] = functools.partial(stand_in, x)
     return runs
 
 
@@ -206,9 +233,7 @@ def _timed_widths(unit: Unit) -> tuple[int, ...]:
 
 def timed_path(unit: Unit) -> str:
     """Path of the smallest module that holds everything of the unit."""
-    paths = [path.split(".") for path in (unit.path, *unit.feeders)]
-    same = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
-    return ".".join(names[0] for names in same)
+    return common_path(unit.path, *unit.feeders)
 
 
 class _Held(nn.Module):
@@ -265,14 +290,14 @@ def _synchronized(run: Callable[[], object], device: torch.device) -> Callable[[
     return timed
 
 
-def skeleton(model: nn.Module, removals: Sequence[Removal]) -> nn.Module:
+def skeleton(model: nn.Module, removals: Sequence[Removal], how: Lossless = UNCHANGED) -> nn.Module:
     """The cut model with untrained stand-ins: as fast as the student will be, before any repair."""
     student = cut(model, removals)
     device = next(model.parameters()).device
     for removal in removals:
         if removal.action in KERNELS:
             put(student, removal.unit, WHOLE.stand_in(removal.unit, removal.action).to(device))
-    return student.eval()
+    return apply(student.eval(), how)
 
 
 def compare(
@@ -280,12 +305,13 @@ def compare(
     student: nn.Module,
     batch: Tensor,
     *,
+    unpruned: nn.Module | None = None,
     rounds: int = 15,
     min_seconds: float = 2.0,
     max_seconds: float = 15.0,
 ) -> Rounds:
-    """Interleaved forward passes of both models under the names "original" and "compressed"."""
-    models = {"original": original, "compressed": student}
+    """Interleaved forward passes under the names "original" and "compressed", and "lossless" where that is given."""
+    models = {"original": original, "compressed": student} | ({} if unpruned is None else {"lossless": unpruned})
     return time_models(models, batch, rounds=rounds, min_seconds=min_seconds, max_seconds=max_seconds)
 
 

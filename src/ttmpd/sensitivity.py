@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.modules import call, evaluating, find_feature_tap, tapped
-from ttmpd.records import Tap, Unit
+from ttmpd.records import Place, Tap
 
 MAX_POSITIONS = 64
 """Pixels or tokens per sample that enter a fit; neighbors say nearly the same, and 64 x 100 samples are plenty."""
@@ -18,7 +18,7 @@ _AT_ONCE = 8  # activations of so many are stored: gradients of large images nee
 
 
 def sensitivities(
-    model: nn.Module, units: Sequence[Unit], batch: Tensor, seed: int = 0, kept: Tensor | None = None
+    model: nn.Module, units: Sequence[Place], batch: Tensor, seed: int = 0, kept: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Mean squared gradient of the final features at every position of every unit's output, with mean one.
 
@@ -58,7 +58,7 @@ def sensitivities(
     return {name: _pattern(energy, kept) for name, energy in energies.items()}
 
 
-def _energy(gradient: Tensor, unit: Unit) -> Tensor:
+def _energy(gradient: Tensor, unit: Place) -> Tensor:
     """(positions,) squared gradients, summed over samples and channels."""
     if unit.layout == "channels_first":
         return gradient.flatten(2).square().sum((0, 1)).cpu()
@@ -75,12 +75,12 @@ def _pattern(energy: Tensor, kept: Tensor | None = None) -> Tensor:
     return energy / n_there.clamp_min(1) * (n_there.sum() / energy.sum())
 
 
-def _count(unit: Unit) -> int:
+def _count(unit: Place) -> int:
     return max(1, int(torch.tensor(unit.shape).prod()) // unit.channels)
 
 
 def positions(
-    unit: Unit,
+    unit: Place,
     pattern: Tensor | None = None,
     *,
     seed: int = 0,
@@ -106,7 +106,7 @@ def positions(
 
 def row_weights(
     pattern: Mapping[str, Tensor],
-    unit: Unit,
+    unit: Place,
     index: Tensor,
     share: float,
     n_items: int,

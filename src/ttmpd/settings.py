@@ -111,6 +111,8 @@ class Settings:
     units: tuple[str, ...] = DEFAULT_UNITS
     """What may be removed: names of files in ``ttmpd/units``; of them, what the scorer can judge."""
     actions: tuple[Action, ...] = DEFAULT_ACTIONS
+    lossless: bool = True
+    """Take first what makes the model faster and leaves its answers as they are: see :mod:`ttmpd.lossless`."""
     num_samples: int = 500
     pool: int = 5000
     """How many samples are looked at to choose ``num_samples``; a random choice looks at none."""

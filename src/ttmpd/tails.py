@@ -55,19 +55,16 @@ def teacher_tails(
         for batch in track(samples.batches(batch_size, device), "score", -(-len(samples) // batch_size)):
             batch = trimmed(batch, samples.padding)
             inputs, features, logits = _observe(teacher, (*units, *before.values()), batch, tap)
-            moments.append(torch.stack([features.sum(0), features.square().sum(0)]).double().cpu())
+            moments.append(_moments(features))
             for unit in units:
                 for name, replacement in answers[unit.id].items():
                     answer = replacement(inputs[unit.id])
                     with stubbed(teacher, _stubs(entries, unit, answer, inputs)):
                         _, moved, changed = _observe(teacher, (), batch, tap)
-                    squares, apart = (moved - features).square().sum(), soft_label_loss(changed, logits) * len(logits)
-                    sums[unit.id, name] += torch.tensor([float(squares), float(apart)])
+                    sums[unit.id, name] += _apart(features, logits, moved, changed)
     n = int(answers_until(teacher, samples.inputs)[-1])
-    mean, square = torch.stack(moments).sum(0) / n
-    spread = square - mean.square() if n > 1 else square  # one answer has no variance
-    scale = max(float(spread.clamp_min(0).sum()), 1e-12) * n
-    return {key: {"feature": float(total[0]) / scale, "prediction": float(total[1]) / n} for key, total in sums.items()}
+    scale = _scale(moments, n)
+    return {key: _per_sample(total, scale, n) for key, total in sums.items()}
 
 
 def _entries(
@@ -121,6 +118,52 @@ def _observe(
         logits = call(model, batch)
     features = seen.pop("\0features", logits)
     return seen, features.flatten(1).float(), logits
+
+
+def student_distances(
+    teacher: nn.Module, student: nn.Module, samples: Samples, batch_size: int = 64
+) -> dict[str, float]:
+    """How far a whole student is from the teacher: as in :func:`teacher_tails`.
+
+    Args:
+        teacher: left untouched.
+        student: of the same structure behind the last removal; left untouched.
+        samples: on which distances are measured.
+        batch_size: samples per forward pass.
+    """
+    device = next(teacher.parameters()).device
+    tap = find_feature_tap(teacher, samples.batch(slice(0, 2), device))
+    sums, moments = torch.zeros(2, dtype=torch.float64), list[Tensor]()
+    with evaluating(teacher), evaluating(student):
+        for batch in samples.batches(batch_size, device):
+            batch = trimmed(batch, samples.padding)
+            _, features, logits = _observe(teacher, (), batch, tap)
+            _, moved, changed = _observe(student, (), batch, tap)
+            sums += _apart(features, logits, moved, changed)
+            moments.append(_moments(features))
+    n = int(answers_until(teacher, samples.inputs)[-1])
+    return _per_sample(sums, _scale(moments, n), n)
+
+
+def _apart(features: Tensor, logits: Tensor, moved: Tensor, changed: Tensor) -> Tensor:
+    """(squared change of the features, divergence of the predictions), summed over the samples."""
+    divergence = soft_label_loss(changed, logits) * len(logits)
+    return torch.tensor([float((moved - features).square().sum()), float(divergence)])
+
+
+def _moments(features: Tensor) -> Tensor:
+    return torch.stack([features.sum(0), features.square().sum(0)]).double().cpu()
+
+
+def _scale(moments: Sequence[Tensor], n: int) -> float:
+    """Variance of the features times the number of samples."""
+    mean, square = torch.stack(list(moments)).sum(0) / n
+    spread = square - mean.square() if n > 1 else square  # one answer has no variance
+    return max(float(spread.clamp_min(0).sum()), 1e-12) * n
+
+
+def _per_sample(sums: Tensor, scale: float, n: int) -> dict[str, float]:
+    return {"feature": float(sums[0]) / scale, "prediction": float(sums[1]) / n}
 
 
 def distances(parts: Mapping[str, float]) -> float:

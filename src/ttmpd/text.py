@@ -185,7 +185,7 @@ def make_ready(config: Any, place: str) -> None:
             f"the tokenizer of {place} must have a token for padding or for the end of a text, but has neither; set "
             "pad_token in its tokenizer_config.json"
         )
-    config.pad_token_id, config.use_cache = padding, False
+    config.pad_token_id = padding
 
 
 def tokenization_of(module: nn.Module, place: str, task: Task = "sequence") -> Tokenization:
@@ -214,23 +214,32 @@ class PaddingMask:
     Args:
         padding: the token id that is masked.
         n_answers: the most tokens of a sample whose answers count; 0 for a model that answers a sample once.
+        caches: whether the model keeps keys and values for a next call: not in calls with ids alone, whose parts may be
+            run again.
     """
 
     padding: int
     n_answers: int = 0
+    caches: bool = False
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What the model is called with instead; None where nothing changes."""
         names = inspect.signature(type(module).forward).parameters if len(args) > 1 else ()
         given = dict(zip(list(names)[1:], args, strict=False)) | kwargs
         ids = args[0] if args else kwargs.get("input_ids")
-        if given.get("past_key_values") is not None:
+        if given.get("past_key_values") is not None or any(map(_is_cache, given.values())):
             return None  # a decoder that generates: the ids are the last few of a text, and masks are its own affair
         if given.get("attention_mask") is not None or not isinstance(ids, Tensor) or ids.is_floating_point():
             return None
         if "attention_mask" in given and "attention_mask" not in kwargs:
             return None  # None in its place among the arguments: there is no room for another
-        return args, {**kwargs, "attention_mask": (ids != self.padding).long()}
+        kept = {"use_cache": False} if self.caches and "use_cache" not in given else {}
+        return args, {**kwargs, **kept, "attention_mask": (ids != self.padding).long()}
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether a model is handed the keys and values of earlier tokens; what the argument is called differs."""
+    return hasattr(value, "get_seq_length")
 
 
 def mask_padding(module: nn.Module, how: Tokenization) -> nn.Module:
@@ -243,7 +252,8 @@ def mask_padding(module: nn.Module, how: Tokenization) -> nn.Module:
             del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
     if "attention_mask" in takes:
         # Prepended: what else looks at the call sees the mask.
-        module.register_forward_pre_hook(PaddingMask(how.padding, n_answers), prepend=True, with_kwargs=True)
+        mask = PaddingMask(how.padding, n_answers, "use_cache" in takes)
+        module.register_forward_pre_hook(mask, prepend=True, with_kwargs=True)
     return module
 
 

@@ -23,6 +23,9 @@ from ttmpd.records import Fit
 
 Clock = Callable[[], float]
 
+SHOWN = 0.1
+"""By what share a held-out loss must be lower to count against the end of a training run: chance does less."""
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -32,8 +35,8 @@ class Check:
     loss: float
     n_samples: int = 1
 
-    def better_than(self, other: "Check") -> bool:
-        """More agreement by two standard errors, or not less by two and a lower loss; never with NaN.
+    def better_than(self, other: "Check", by: float = 0.0) -> bool:
+        """More agreement by two standard errors, or not less by two and a loss lower by that share; never with NaN.
 
         A few dozen held-out samples cannot tell agreements apart that lie closer, and the luckiest of ten checks is
         not the best student; the loss tells them apart.
@@ -44,7 +47,7 @@ class Check:
         share = (other.agreement * self.n_samples + 1) / (self.n_samples + 2)
         if abs(self.agreement - other.agreement) > 2 * math.sqrt(share * (1 - share) / self.n_samples):
             return self.agreement > other.agreement
-        return self.loss < other.loss
+        return self.loss < other.loss * (1 - by)
 
     def ruined(self, best: "Check") -> bool:
         """Whether training has gone astray: far worse than the best so far, in loss and in agreement."""
@@ -293,7 +296,9 @@ class _Run:
         """Restore the best state and tell what was done."""
         if self.loop.check is not None and self.checks[-1][0] != self.step:
             self.look()
-        if self.best_state:
+        if self._ended_well():
+            self.best_step = self.step
+        elif self.best_state:
             self.model.load_state_dict(self.best_state)
         return Fit(
             steps=self.step,
@@ -303,6 +308,17 @@ class _Run:
             losses=tuple(self.losses),
             checks=tuple(self.checks),
         )
+
+    def _ended_well(self) -> bool:
+        """Whether the last state is kept though a check before it was better.
+
+        Once the learning rate has fallen to nothing the weights are quiet; of the ten checks on the way the luckiest
+        was better by chance, unless it was so by `SHOWN`.
+        """
+        if self.best is None or self.stopped or not self.best_step:
+            return False  # a start that no check has beaten is restored
+        start, last = (Check(*self.checks[i][1:], self.best.n_samples) for i in (0, -1))
+        return math.isfinite(last.loss) and not (self.best.better_than(last, by=SHOWN) or start.better_than(last))
 
     def resume(self) -> None:
         """Go on from the saved state if there is one that fits, else look at the start."""

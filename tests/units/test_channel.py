@@ -11,7 +11,7 @@ from ttmpd.checkpoint import load
 from ttmpd.models import open_model
 from ttmpd.modules import count_macs, evaluating, hooks, module_at, to_fast_format
 from ttmpd.narrowing import under_kernel
-from ttmpd.records import Plan, Removal, Samples
+from ttmpd.records import UNCHANGED, Plan, Removal, Samples
 from ttmpd.repair import repaired
 from ttmpd.saving import Result
 from ttmpd.specimens import tiny_model, tiny_samples
@@ -67,7 +67,7 @@ def test_what_lies_between_two_blocks_is_timed_by_its_own_layers():
     ran = []
     modules = [module_at(model, path) for path in (*between.feeders, between.path)]
     with hooks([m.register_forward_hook(lambda m, *_: ran.append(m)) for m in model.modules()]):
-        runs = savings._layers(model, between, batch)
+        runs = savings._layers(savings._Timed(model, model, UNCHANGED), between, batch)
         assert list(runs) == ["unit", *map(str, savings._timed_widths(between))]
         ran.clear()
         runs["unit"]()

@@ -63,7 +63,7 @@ def choose_methods(names: dict[str, str], settings: Sequence[str], steps: int | 
     Args:
         names: file name per verb.
         settings: VERB.FIELD=VALUE each.
-        steps: of the distiller; None keeps its default.
+        steps: of the distiller, however long they take; None keeps its default.
 
     Raises:
         UnknownMethodError: no file bears a name.
@@ -80,5 +80,6 @@ def choose_methods(names: dict[str, str], settings: Sequence[str], steps: int | 
             raise InvalidValueError(f"a setting must be VERB.FIELD=VALUE with VERB one of {known}, but got {text!r}")
         given[verb][field] = value.strip()
     if steps is not None:
-        given["distill"].setdefault("steps", str(steps))
+        limit = {"seconds": "0"} if hasattr(method_class("distill", names["distill"]), "seconds") else {}
+        given["distill"] = limit | {"steps": str(steps)} | given["distill"]
     return {verb: method_class(verb, name)().with_settings(**given[verb]) for verb, name in names.items()}

@@ -38,6 +38,9 @@ def command(
     distill: Annotated[str, typer.Option("--distill", help="A distiller.")] = "one_time",
     settings: Annotated[list[str] | None, typer.Option("--set", help="VERB.FIELD=VALUE, as often as wanted.")] = None,
     units: option.Units = option.UNITS,
+    lossless: Annotated[
+        bool, typer.Option("--lossless/--no-lossless", help="First what makes it faster and changes no answer.")
+    ] = True,
     actions: Annotated[
         str, typer.Option("--actions", help="Some of drop, linear, conv, narrow.")
     ] = "drop,linear,narrow",
@@ -65,6 +68,7 @@ def command(
         given: dict[str, Any] = methods | {
             "num_samples": num_samples, "pool": pool, "holdout": holdout, "batch_size": batch_size, "device": device,
             "seed": seed, "units": parts_of(units), "actions": parts_of(actions), "amp": amp,
+            "lossless": lossless,
         }  # fmt: skip
         if time_budget is not None:
             given["time_budget"] = parse_duration(time_budget)

@@ -48,7 +48,7 @@ def command(
 
         opened = option.open_chosen(model, source, weights, no_pretrained)
         opened.module.to(choose_device(device))
-        given: dict[str, Any] = {} if steps is None else {"distill": OneTime(steps=steps)}
+        given: dict[str, Any] = {} if steps is None else {"distill": OneTime(steps=steps, seconds=0.0)}
         target: dict[str, Any] = {"speedup": speedup} if latency is None else {"latency": latency}
         given |= target | {"worker": worker, "threads": threads, "batch_size": batch_size, "seed": seed}
         show_machine(device)

@@ -31,6 +31,12 @@ from ttmpd.views import fixed_view
 MIN_BATCH = 8
 """Gradients of fewer samples are noise; twice as many where batch statistics are made of them."""
 
+FEWEST_STEPS = 50
+"""So many steps are taken however long they take."""
+
+STEP_PASSES = 4.0
+"""How many passes without gradients a training step takes as long as, loading and checks counted in."""
+
 STORE = 1 << 30
 """Bytes of features that further views may fill."""
 
@@ -51,6 +57,10 @@ class OneTime(Distiller):
 
     A student that is nearly right is only moved away from what it knows by more; one that lost much goes on getting
     better, but not on the same views, which it learns by heart.
+    """
+    seconds: float = 120.0
+    """About so long training may take: where the model is so slow that the steps would take longer, fewer are made. It
+    is counted in passes of the model, which were timed before, so that a resumed run makes as many; 0 for no limit.
     """
     lr: float = 1e-3
     """Peak learning rate of AdamW for networks with batch normalisation, whose weights have no scale of their own."""
@@ -79,7 +89,7 @@ class OneTime(Distiller):
 
     def __post_init__(self) -> None:
         check_fields(
-            self, steps=0, damaged=(0.0, 1.0), lr=0.0, lr_damaged=0.0, lr_without_norm=0.0, views=1,
+            self, steps=0, damaged=(0.0, 1.0), seconds=0.0, lr=0.0, lr_damaged=0.0, lr_without_norm=0.0, views=1,
             smallest_crop=(0.01, 1.0), batch=2, soft_weight=0.0, temperature=1e-3,
         )  # fmt: skip
 
@@ -94,7 +104,7 @@ class OneTime(Distiller):
         few = samples.batch(slice(0, 2), device)
         tap = find_feature_tap(teacher, few)
         more = self._times(work.agreement, len(samples), _n_values(teacher, few, tap))
-        n_useful = math.ceil(more * self.steps * size / len(samples)) if samples.is_image else 1
+        n_useful = math.ceil(self._n_steps(more, size, work) * size / len(samples)) if samples.is_image else 1
         n_views = max(1, min(round(more * self.views), n_useful))
         places = answers_until(teacher, samples.inputs)
         store = TargetsWriter(work.folder, n_views, int(places[-1]))
@@ -120,7 +130,11 @@ class OneTime(Distiller):
         frozen = freeze_head(student, few)
         student.train(self.train_norm)
         if work.first:
-            frozen += freeze_before(student, work.first, few)
+            before = freeze_before(student, work.first, few)
+            if not any(parameter.requires_grad for parameter in student.parameters()):
+                for parameter in before:  # behind the first removal nothing is left that could learn
+                    parameter.requires_grad_(True)
+            frozen += before
         n_views, n, places = len(targets.logits), len(samples), answers_until(student, samples.inputs)
         size = self._step_size(student, samples)
 
@@ -135,7 +149,7 @@ class OneTime(Distiller):
 
         amp = self.steps > 0 and _faster_with_amp(student, loss_with, work.amp)
         n_values = 0 if targets.features is None else targets.features[0, 0].numel()
-        steps = round(self.steps * self._times(work.agreement, n, n_values))
+        steps = self._n_steps(self._times(work.agreement, n, n_values), size, work)
         fit = train(
             student,
             lambda step: loss_with(step, amp),
@@ -159,6 +173,13 @@ class OneTime(Distiller):
         if agreement <= self.damaged - 0.1:
             return Schedule(steps=steps, lr=self.lr_damaged, optimizer="sgd", clip=self.clip)
         return Schedule(steps=steps, lr=self.lr, optimizer="adamw", clip=self.clip)
+
+    def _n_steps(self, times: float, size: int, work: Work) -> int:
+        """Steps of ``size`` samples: so many times the usual ones, or as many as there is time for."""
+        wanted, step_ms = round(times * self.steps), STEP_PASSES * size * work.sample_ms
+        if not (self.seconds and step_ms):
+            return wanted
+        return min(wanted, max(FEWEST_STEPS, round(1e3 * self.seconds / step_ms)))
 
     def _times(self, agreement: float, n_samples: int, n_values: int) -> float:
         """How many times the usual steps and views, 1 to 2; no more than the disk may hold."""

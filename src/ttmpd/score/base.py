@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.method import Method
-from ttmpd.records import DEFAULT_ACTIONS, Action, Samples, Score, Unit
+from ttmpd.records import DEFAULT_ACTIONS, Action, Removal, Repair, Samples, Score, Unit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,8 +36,10 @@ class Scorer(Method, abc.ABC):
     """The actions it tells apart. A planner offers no others."""
     kinds: ClassVar[tuple[str, ...]] = ("block",)
     """The kinds of units that it can judge; ``narrowed`` gives the scores of those that go member by member."""
-    rescales: ClassVar[bool] = False
-    """Whether kept members are repaired by one factor each (KCM) instead of new weights for what reads them."""
+    repair: ClassVar[Repair] = "behind"
+    """What is fitted again in the students of its plans, see :func:`ttmpd.repair.repaired`."""
+    judges_plans: ClassVar[bool] = False
+    """Whether :meth:`of_plan` says what a plan as a whole would do; else the harms of its removals are added up."""
 
     def score(
         self,
@@ -63,6 +65,15 @@ class Scorer(Method, abc.ABC):
             UnsupportedError: the method cannot treat this model or a unit.
         """
         return tuple(self.scores(Job(teacher, units, samples, actions, batch_size, seed))) if units else ()
+
+    def of_plan(self, job: Job, removals: Sequence[Removal]) -> float:
+        """The harm of a whole plan, in the scale of the scores, where the scorer ``judges_plans``.
+
+        Args:
+            job: as for :meth:`scores`; its units do not matter.
+            removals: in the order of the network.
+        """
+        raise NotImplementedError
 
     @abc.abstractmethod
     def scores(self, job: Job) -> Iterable[Score]:

@@ -10,7 +10,7 @@ from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_fields
 from ttmpd.modules import evaluating, module_at, read
 from ttmpd.progress import track
-from ttmpd.records import Action, Score, Tap, Unit
+from ttmpd.records import Action, Repair, Score, Tap, Unit
 from ttmpd.score.base import Job, Scorer, narrowed
 from ttmpd.units._members import matrix_of
 
@@ -31,7 +31,7 @@ class KCM(Scorer):
     )
     actions: ClassVar[tuple[Action, ...]] = ()
     kinds: ClassVar[tuple[str, ...]] = ("head", "neuron")
-    rescales: ClassVar[bool] = True
+    repair: ClassVar[Repair] = "rescaled"
     sigma: float = 1.0
     """Width of the Gaussian kernel; 0 takes the median distance of the rows over the root of two, for rows whose norms
     are far from 1."""

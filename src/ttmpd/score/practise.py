@@ -11,7 +11,7 @@ from ttmpd.errors import UnsupportedError
 from ttmpd.method import check_fields
 from ttmpd.modules import call, evaluating, find_feature_tap, hooks, module_at, read, replace_module
 from ttmpd.progress import track
-from ttmpd.records import Score, Tap, Unit
+from ttmpd.records import Repair, Score, Tap, Unit
 from ttmpd.score.base import Job, Scorer
 from ttmpd.training import Loop, Schedule, batch_order, train
 from ttmpd.units.block import Block
@@ -25,6 +25,7 @@ class Practise(Scorer):
         "Wang and Wu, CVPR 2023 (arXiv 2202.07861); adaptors, schedule and loss as in the authors' code"
     )
     needs: ClassVar[tuple[str, ...]] = ("gradients", "training")
+    repair: ClassVar[Repair] = "removed"  # the authors' students keep the weights they had
     steps: int = 1000
     """Adaptor iterations per block."""
     lr: float = 0.02

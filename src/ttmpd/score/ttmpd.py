@@ -13,12 +13,13 @@ from ttmpd.method import check_fields
 from ttmpd.modules import evaluating, has_batch_norm, module_at, read
 from ttmpd.narrowing import Choice, bias_of, choices, input_rows, narrowed_answer
 from ttmpd.progress import track
-from ttmpd.records import KERNELS, Action, Samples, Score, Tap, Unit
-from ttmpd.repair import LinearMap, NormalEquations, rows
+from ttmpd.records import KERNELS, Action, Removal, Samples, Score, Tap, Unit
+from ttmpd.repair import repaired
 from ttmpd.score.base import Job, Scorer
 from ttmpd.sensitivity import SENSITIVITY_SAMPLES, positions, row_weights, sensitivities
+from ttmpd.stand_ins import LinearMap, NormalEquations, rows
 from ttmpd.surgery import WHOLE
-from ttmpd.tails import Replacement, distances, teacher_tails
+from ttmpd.tails import Replacement, distances, student_distances, teacher_tails
 from ttmpd.units._members import is_convolution, matrix_of
 
 
@@ -41,6 +42,7 @@ class TTMPD(Scorer):
     )
     needs: ClassVar[tuple[str, ...]] = ("gradients",)
     actions: ClassVar[tuple[Action, ...]] = ("drop", "linear", "conv")
+    judges_plans: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("block", "head", "neuron", "channel")
     ridge: float = 1e-3
     """Relative to the mean diagonal of the normal equations."""
@@ -48,6 +50,10 @@ class TTMPD(Scorer):
     """Samples in the fit; of each, `sensitivity.MAX_POSITIONS` positions enter."""
     tail_samples: int = 64
     """Samples on which the distances are measured."""
+    plan_samples: int = 128
+    """Samples to which a student is fitted to judge a whole plan."""
+    plan_rows: int = 4096
+    """Rows of each of these fits."""
     drop_share: float = 0.02
     """How much of the damage that a stand-in would repair still counts when the unit is dropped and trained."""
     sensitivity: float = 0.9
@@ -59,8 +65,8 @@ class TTMPD(Scorer):
     """
 
     def __post_init__(self) -> None:
-        check_fields(self, ridge=0.0, max_samples=1, tail_samples=1, drop_share=(0.0, 1.0), sensitivity=(0.0, 1.0),
-                     channels=0.0)  # fmt: skip
+        check_fields(self, ridge=0.0, max_samples=1, tail_samples=1, plan_samples=1, plan_rows=1, drop_share=(0.0, 1.0),
+                     sensitivity=(0.0, 1.0),                     channels=0.0)  # fmt: skip
 
     def scores(self, job: Job) -> Iterable[Score]:
         """Scores for "drop" and for each stand-in of every whole unit, and for each width of those with members.
@@ -72,6 +78,17 @@ class TTMPD(Scorer):
         yield from self._of_wholes(dataclasses.replace(job, units=wholes)) if wholes else ()
         for units in _in_memory([unit for unit in job.units if unit.members], job.teacher):
             yield from self._of_members(dataclasses.replace(job, units=units), wholes)
+
+    def of_plan(self, job: Job, removals: Sequence[Removal]) -> float:
+        """Repaired damage of a whole plan, every layer behind it fitted, on samples that no layer was fitted to.
+
+        Cost: that of :func:`ttmpd.repair.repaired`, and a pass of teacher and student over ``tail_samples``.
+        """
+        n_fit = min(self.plan_samples, max(1, len(job.samples) * 2 // 3))
+        fitted, others = job.samples.first(n_fit), range(n_fit, min(len(job.samples), n_fit + 2 * self.tail_samples))
+        student = repaired(job.teacher, removals, fitted, batch_size=job.batch_size, rows=self.plan_rows)
+        unseen = job.samples.subset(others) if others else fitted
+        return distances(student_distances(job.teacher, student, unseen, job.batch_size))
 
     def _of_wholes(self, job: Job) -> Iterable[Score]:
         fits = fit_stand_ins(

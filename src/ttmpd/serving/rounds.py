@@ -167,7 +167,7 @@ class Round:
         """The student of the artifact; the removals in ``removed`` were made in the source already."""
         artifact = read_artifact(self.folder / STUDENT)
         state = load_file(self.folder / STUDENT / WEIGHTS)
-        return frozen(replay(source, [r for r in artifact.removals if r not in removed], state))
+        return frozen(replay(source, [r for r in artifact.removals if r not in removed], state, artifact.lossless))
 
     def stop(self) -> None:
         """End the worker."""

@@ -48,7 +48,7 @@ def _transposed(module: nn.Module) -> bool:
 
 
 def matrix_of(layer: nn.Module) -> Tensor:
-    """The layer's weight as (outputs, inputs); a view."""
+    """The layer's weight as (outputs, inputs), to read: in some memory formats it is a copy."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.T if _transposed(layer) else weight.flatten(1)
