@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from ttmpd import facts as found
 from ttmpd import report
+from ttmpd.records import Plan
 from ttmpd.report import render_card, render_html, write_report
+from ttmpd.timing import Rounds
 
 EVIL = "<script>alert(1)</script>"
 KINDS = ("BasicBlock", "Bottleneck")
@@ -184,6 +187,14 @@ def test_the_target_in_words(met: bool | None, words: str) -> None:
     facts = {**rich(), "target": {"asked": "speedup 1.8", "budget_ms": 59.9, "met": met}}
     assert words in render_html(facts)
     assert words in render_card(facts)
+
+
+@pytest.mark.parametrize(("slower", "noisy"), [(1.1, False), (1.5, True)])
+def test_timings_of_a_busy_machine_say_so(slower: float, noisy: bool) -> None:
+    rounds = Rounds({"original": (20.0, 20.0, 20.0 * slower, 20.0 * slower), "compressed": (10.0,) * 4})
+    latency = found._latency(rounds, Plan((), 0.0, 20.0, 10.0, 10.0))
+    assert bool(latency["noise"]) == noisy
+    assert ("The rounds differ much" in render_html({**rich(), "latency": latency})) == noisy
 
 
 def test_names_are_never_markup() -> None:

@@ -9,7 +9,8 @@ from torch import nn
 from ttmpd import savings
 from ttmpd.errors import InvalidValueError
 from ttmpd.modules import evaluating
-from ttmpd.specimens import tiny_model, tiny_units
+from ttmpd.savings import UnitTiming
+from ttmpd.specimens import specimen, tiny_model, tiny_units
 from ttmpd.timing import Rounds, interleaved, machine, quartiles, time_models
 from ttmpd.units.channel import Channel
 
@@ -157,3 +158,16 @@ def test_a_unit_is_timed_on_the_list_that_it_was_given_even_if_the_model_goes_on
     with evaluating(model):
         given = savings._recorded_calls(model, ["layers.0", "layers.2"], batch)
     assert [len(given[f"layers.{n}"][0][0]) for n in (0, 2)] == [1, 3]
+
+
+def test_members_save_no_more_than_the_block_that_holds_them() -> None:
+    model, samples = specimen("channel")
+    inside = Channel().find(model, samples.batch(slice(2))).units[0]
+    block = dataclasses.replace(tiny_units(tiny_model())[0], path=inside.path.rpartition(".")[0])
+    elsewhere = dataclasses.replace(inside, path="other.conv", feeders=("other.first",))
+    widths = {"8": 3.0, "0": 0.0}
+    made = [UnitTiming(block.id, 2.0, {}), UnitTiming("in", 6.0, {}, widths), UnitTiming("out", 6.0, {}, widths)]
+    whole, bounded, free = savings._bounded([block, inside, elsewhere], made)
+    assert (whole, free) == (made[0], made[2])
+    assert bounded.ms == 2.0
+    assert bounded.widths == {"8": 1.0, "0": 0.0}

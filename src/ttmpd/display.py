@@ -263,6 +263,8 @@ def _show_latency(console: Console, facts: Mapping[str, Any]) -> None:
     verdict = "[green]met[/green]" if target["met"] else "[red]missed[/red]"
     note = " within the spread" if target["within_spread"] else ""
     console.print(f"Target {escape(target['asked'])}: {verdict}{note}")
+    if latency.get("noise"):
+        console.print(f"[yellow]{escape(latency['noise'])}[/yellow]")
 
 
 def _show_agreement(console: Console, facts: Mapping[str, Any]) -> None:

@@ -26,6 +26,9 @@ MAX_COUNTED = 20_000
 """Classes whose answers are counted one by one; a larger vocabulary would fill the report with numbers."""
 MAX_PARTED = 12
 """Samples shown on which student and teacher part."""
+NOISY = 1.2
+"""How many times as large the upper quartile of a speedup is as the lower one where something else is running."""
+NOISE = "The rounds differ much, as on a machine that is busy with other things; time it again with: ttmpd bench"
 
 
 def collect(
@@ -252,6 +255,7 @@ def _latency(rounds: Rounds, plan: Plan) -> dict[str, Any]:
         "original": dataclasses.asdict(rounds.timing("original")),
         "compressed": dataclasses.asdict(rounds.timing("compressed")),
         "speedup": {"median": ratio.median_ms, "low": ratio.low_ms, "high": ratio.high_ms},
+        "noise": NOISE if ratio.high_ms > NOISY * ratio.low_ms else "",
         "predicted_ms": plan.predicted_ms,
     }
 

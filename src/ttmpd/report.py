@@ -184,14 +184,15 @@ def _sentences(facts: Any) -> list[str]:
     near = " within the spread" if _at(facts, "target", "within_spread") else ""
     words = {True: f"is met{near}{found}", False: f"is missed{found}", None: "was not checked"}
     what = asked or f"{_ms(budget)} ms per batch"
-    return [done, f"The target, {what}, {words[_at(facts, 'target', 'met')]}."]
+    noise = [f"{told}."] if (told := _at(facts, "latency", "noise")) else []
+    return [done, f"The target, {what}, {words[_at(facts, 'target', 'met')]}.", *noise]
 
 
 def _lossless_sentence(facts: Any) -> str:
     """What made the model faster without changing its answers; "" when nothing did."""
     faster = _at(facts, "latency", "lossless_speedup")
     what = _at(facts, "lossless", default="")
-    return f"Without changing any answer {what} made it {faster:.2f} times as fast. " if faster else ""
+    return f"Alone, {what} leaves all answers as they are and makes it {faster:.2f} times as fast. " if faster else ""
 
 
 def _before_after(facts: Any) -> list[tuple[str, str, str, str]]:

@@ -86,7 +86,21 @@ def time_units(
             found = interleaved(runs, rounds=rounds, warmup=2, min_seconds=min_seconds / len(groups))
             median |= {name: statistics.median(values) for name, values in found.ms.items()}
     numbers = {signature: number for number, signature in enumerate(representatives)}
-    return tuple(_timing(unit, numbers[_signature(unit)], median) for unit in units)
+    return _bounded(units, [_timing(unit, numbers[_signature(unit)], median) for unit in units])
+
+
+def _bounded(units: Sequence[Unit], timings: Sequence[UnitTiming]) -> tuple[UnitTiming, ...]:
+    """The timings, those of members no longer than the block that holds them: more than that is noise."""
+    blocks = {f"{unit.path}.": timing.ms for unit, timing in zip(units, timings, strict=True) if not unit.members}
+    found = []
+    for unit, timing in zip(units, timings, strict=True):
+        around = [ms for path, ms in blocks.items() if f"{timed_path(unit)}.".startswith(path)]
+        if unit.members and around and timing.ms > min(around):
+            share = min(around) / timing.ms
+            widths = {name: ms * share for name, ms in timing.widths.items()}
+            timing = dataclasses.replace(timing, ms=min(around), widths=widths)
+        found.append(timing)
+    return tuple(found)
 
 
 def _groups(model: nn.Module, units: Mapping[int, Unit], far: Set[str], batch: Tensor) -> list[dict[int, Unit]]:
