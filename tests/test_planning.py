@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from ttmpd.plan.knapsack import Knapsack
-from ttmpd.planning import Waypoint, choose, needed_ms
+from ttmpd.planning import WAYS, Waypoint, choose, needed_ms
 from ttmpd.records import Option, Score
 from ttmpd.settings import Target
 
@@ -64,7 +64,7 @@ def test_another_small_unit_goes_where_its_stand_ins_repair_more():
     assert actions(chosen_for(here, start, 19.5, whole_plan)) == {"a.0": "drop", "a.1": "linear", "b.0": "linear"}
 
 
-def test_a_way_that_was_chosen_is_kept():
+def test_ways_are_ranked_and_only_those_that_are_asked_for_looked_at():
     here = ready({"a.0": (10.0, 3.0, 0.4), "a.1": (10.0, 3.0, 0.4), "b.0": (5.0, 0.3, 0.2)})
     start, judged = [Waypoint((), here.options)], []
 
@@ -72,10 +72,19 @@ def test_a_way_that_was_chosen_is_kept():
         judged.append(plan)
         return float(len(plan))
 
-    plan, way = choose(here, start, 19.5, whole_plan)
+    plan, ways = choose(here, start, 19.5, whole_plan)
     assert len(judged) == 2  # stand-ins, and none; the harm of narrowed layers makes no difference here
-    assert choose(here, start, 19.5, whole_plan, way) == (plan, way)
-    assert len(judged) == 2
+    assert [way.ends for way in ways] == [False, False, True, True]
+    assert choose(here, start, 19.5, whole_plan, ways[:1]) == (plan, ways[:1])
+    assert len(judged) == 3
+
+
+def test_where_the_best_way_leads_nowhere_the_others_are_tried():
+    here = ready({"a.0": (10.0, 3.0, 0.4), "a.1": (10.0, 3.0, 0.4)})
+    start = [Waypoint((), here.options)]
+    stand_ins = next(way for way in WAYS if way.ends)
+    assert actions(choose(here, start, 19.0, None, [stand_ins])[0]) == {"a.0": "drop", "a.1": "linear"}
+    assert actions(choose(here, start, 19.9, None, [stand_ins])[0]) == {"a.0": "drop", "a.1": "drop"}
 
 
 def test_on_the_way_the_least_harmful_part_of_the_whole_plan_is_committed():

@@ -45,11 +45,15 @@ Judge = Callable[[Sequence[Option]], float]
 
 
 class Way(NamedTuple):
-    """How a plan is made: so many times the harm of narrowed layers, from which waypoint, with or without stand-ins."""
+    """How a plan is made: so many times the harm of narrowed layers, with or without stand-ins."""
 
     narrow: float
-    back: int
     ends: bool
+
+
+WAYS = tuple(Way(narrow, ends) for narrow in NARROW for ends in (True, False))
+BEST_WAYS = (len(WAYS), 2, 1)
+"""How many of the ways that were best are tried in the first round, in the second, and in those after."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -149,9 +153,13 @@ def _left(ready: Ready, chosen: Sequence[Option]) -> list[Unit]:
 
 
 def choose(
-    ready: Ready, waypoints: Sequence[Waypoint], needed_ms: float, harm_of: Judge | None = None, way: Way | None = None
-) -> tuple[tuple[Option, ...], Way]:
-    """The plan for ``needed_ms`` that does least harm, of those that are made in several ways, and its way.
+    ready: Ready,
+    waypoints: Sequence[Waypoint],
+    needed_ms: float,
+    harm_of: Judge | None = None,
+    ways: Sequence[Way] = WAYS,
+) -> tuple[tuple[Option, ...], tuple[Way, ...]]:
+    """The plan for ``needed_ms`` that does least harm of those made in several ways, and the ways, best first.
 
     What was committed up to the last waypoint may leave a gap that only another large unit closes. Stand-ins take
     milliseconds, too, for which further units may have to go; where these are worth more than what the stand-ins
@@ -162,28 +170,36 @@ def choose(
         waypoints: see :func:`walk`.
         needed_ms: milliseconds that have to go.
         harm_of: judges whole plans; without it the harms of the removals are added up.
-        way: the one way to look at, where it leads to a plan; all of them when not given.
+        ways: those to look at; all of them where these lead to no plan.
 
     Raises:
         BudgetUnreachableError: ``best_ms`` holds what all removals together would save.
     """
     before = [point for point in waypoints if point.saved_ms < needed_ms] or list(waypoints[:1])
-    plans: dict[frozenset[Option], tuple[tuple[Option, ...], Way]] = {}
-    for factor, back, ends in itertools.product(NARROW if harm_of else NARROW[:1], (2, 1), (True, False)):
-        if back > len(before):
+    plans: dict[Way, tuple[Option, ...]] = {}
+    for way in ways:
+        if harm_of is None and way.narrow != NARROW[0]:
             continue
-        point = before[-back].with_narrow(factor)
-        if ends:
-            plan = _with_stand_ins(ready, waypoints, point, needed_ms)
-        else:
-            plan = tidied(ready, waypoints, _along(ready, point, needed_ms), ends=False)
-        here = Way(factor, back, ends)
-        if plan and here == way:
-            return plan, here
-        if plan:
-            plans.setdefault(frozenset(replace(option, harm=0.0) for option in plan), (plan, here))
-    judged = harm_of or _total
-    return min(plans.values(), key=lambda made: judged(made[0]))
+        made = [_made(ready, waypoints, point, needed_ms, way) for point in before[-2:]]
+        if found := [plan for plan in made if plan]:
+            plans[way] = min(found, key=_total)
+    if not plans and tuple(ways) != WAYS:
+        return choose(ready, waypoints, needed_ms, harm_of)
+    same = {way: frozenset((option.unit, option.action, option.kept) for option in plans[way]) for way in plans}
+    some = {removed: way for way, removed in same.items()}
+    harms = {removed: (harm_of or _total)(plans[way]) for removed, way in some.items()}
+    best = sorted(plans, key=lambda way: harms[same[way]])
+    return plans[best[0]], tuple(best)
+
+
+def _made(
+    ready: Ready, waypoints: Sequence[Waypoint], point: Waypoint, needed_ms: float, way: Way
+) -> tuple[Option, ...]:
+    """The plan that a way leads to from a waypoint; () where its stand-ins leave too little to save."""
+    point = point.with_narrow(way.narrow)
+    if way.ends:
+        return _with_stand_ins(ready, waypoints, point, needed_ms)
+    return tidied(ready, waypoints, _along(ready, point, needed_ms), ends=False)
 
 
 def _with_stand_ins(
@@ -273,13 +289,14 @@ def make_plan(ready: Ready, waypoints: Sequence[Waypoint], target: Target) -> Pl
     limit = budget * (1 + TOLERANCE)
     too_little, enough = 0.0, math.inf
     attempts: list[Attempt] = []
-    harm_of, way = judge(ready), None
+    harm_of, ways = judge(ready), WAYS
     if needed <= 0:
         attempts.append(_try(ready, (), 0.0))
         needed = 0.0 if attempts[0].measured_ms <= limit else max(MARGIN * budget, attempts[0].measured_ms - budget)
     while needed > 0 and len(attempts) < MAX_PLANS:
         try:
-            chosen, way = choose(ready, waypoints, needed, harm_of, way if len(attempts) > 1 else None)
+            few = ways[: BEST_WAYS[min(len(attempts), len(BEST_WAYS) - 1)]]
+            chosen, ways = choose(ready, waypoints, needed, harm_of, few)
         except BudgetUnreachableError as error:
             if attempts:
                 break
