@@ -119,7 +119,8 @@ def compress_many(
         waypoints = walk(ready, max(needed_ms(ready, target) for target in targets), stages)
         plans = [_planned(ready, waypoints, target, stages) for target in targets]
         starts = _starts(ready, [_repaired(ready, planned.plan, stages, _key(planned.target)) for planned in plans])
-        work = _work(ready, min(start.agreement for start in starts), stages)
+        fastest = min(_student_ms(ready, planned) for planned in plans)
+        work = _work(ready, min(start.agreement for start in starts), fastest, stages)
         for planned, start, folder in zip(plans, starts, folders, strict=True):
             result = finish(ready, planned, start, stages, work, command)
             if folder is not None:
@@ -183,10 +184,10 @@ class Start:
 
 
 def finish(ready: Ready, planned: Planned, start: Start, stages: Stages, work: Work, command: str) -> Result:
-    """Distill a repaired student and measure it; ``work`` is that of the student that lost most."""
+    """Distill a repaired student and measure it; ``work`` is that of all students: the most lost, the fastest."""
     key, plan = _key(planned.target), planned.plan
     if plan.removals:
-        fit, teacher_logits = _distill(ready, start, first_path(plan.removals), work, stages, key)
+        fit, teacher_logits = _distill(ready, start, planned, work, stages)
     else:
         fit, teacher_logits = NOTHING_TO_FIT, logits_of(ready.teacher, ready.held_out, ready.pass_size)
     how = present(start.student, ready.lossless)
@@ -289,7 +290,14 @@ def _starts(ready: Ready, students: Sequence[nn.Module]) -> list[Start]:
     ]
 
 
-def _work(ready: Ready, agreement: float, stages: Stages) -> Work:
+def _student_ms(ready: Ready, planned: Planned) -> float:
+    """Milliseconds of a batch in the student: as measured when it was planned, or as predicted."""
+    tried = {attempt.removals: attempt.measured_ms for attempt in planned.attempts}
+    found = tried.get(planned.plan.removals, planned.plan.predicted_ms)
+    return min(max(found, 0.05 * ready.lossless_ms), ready.lossless_ms)
+
+
+def _work(ready: Ready, agreement: float, student_ms: float, stages: Stages) -> Work:
     """Where and how long to distill."""
     settings = ready.settings
     return Work(
@@ -299,13 +307,13 @@ def _work(ready: Ready, agreement: float, stages: Stages) -> Work:
         deadline=ready.deadline,
         amp=settings.amp,
         agreement=agreement,
-        sample_ms=ready.lossless_ms / settings.batch_size,
+        sample_ms=student_ms / settings.batch_size,
     )
 
 
-def _distill(ready: Ready, start: Start, first: str, work: Work, stages: Stages, key: str) -> tuple[Fit, Tensor]:
+def _distill(ready: Ready, start: Start, planned: Planned, work: Work, stages: Stages) -> tuple[Fit, Tensor]:
     """Prepare targets once for all students, then train this student; the teacher is out of reach of ``fit``."""
-    method = ready.settings.distill
+    method, key = ready.settings.distill, _key(planned.target)
     targets = load_targets(work.folder) if method.one_time else None
     if targets is None:
         with stages.timed("prepare"):
@@ -314,7 +322,13 @@ def _distill(ready: Ready, start: Start, first: str, work: Work, stages: Stages,
             save_targets(targets, work.folder)
     else:
         stages.reused.append("prepare")
-    own = dataclasses.replace(work, folder=stages.folder / f"distill-{key}", agreement=start.agreement, first=first)
+    own = dataclasses.replace(
+        work,
+        folder=stages.folder / f"distill-{key}",
+        agreement=start.agreement,
+        first=first_path(planned.plan.removals),
+        sample_ms=_student_ms(ready, planned) / ready.settings.batch_size,
+    )
     own.folder.mkdir(exist_ok=True)
 
     def compute() -> tuple[dict[str, Tensor], Any]:

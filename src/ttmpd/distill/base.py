@@ -24,7 +24,7 @@ class Work:
         amp: "auto", "on" or "off".
         agreement: share of the held-out samples on which teacher and student agree before any training; for
             ``prepare``, whose answers serve several students, that of the one that lost most.
-        sample_ms: milliseconds that the model takes for one sample here, without gradients; 0 when unknown.
+        sample_ms: milliseconds that the student takes for one sample here, without gradients; 0 when unknown.
         first: path of the first removed unit: what runs before it is still the teacher; "" when unknown.
     """
 

@@ -58,9 +58,10 @@ class OneTime(Distiller):
     A student that is nearly right is only moved away from what it knows by more; one that lost much goes on getting
     better, but not on the same views, which it learns by heart.
     """
-    seconds: float = 120.0
-    """About so long training may take: where the model is so slow that the steps would take longer, fewer are made. It
-    is counted in passes of the model, which were timed before, so that a resumed run makes as many; 0 for no limit.
+    seconds: float = 60.0
+    """About so long training may take, twice as long for a `damaged` student: where the student is so slow that the
+    steps would take longer, fewer are made. It is counted in passes of the student, which were timed before, so that a
+    resumed run makes as many; 0 for no limit.
     """
     lr: float = 1e-3
     """Peak learning rate of AdamW for networks with batch normalisation, whose weights have no scale of their own."""
@@ -179,7 +180,7 @@ class OneTime(Distiller):
         wanted, step_ms = round(times * self.steps), STEP_PASSES * size * work.sample_ms
         if not (self.seconds and step_ms):
             return wanted
-        return min(wanted, max(FEWEST_STEPS, round(1e3 * self.seconds / step_ms)))
+        return min(wanted, max(FEWEST_STEPS, round(1e3 * times * self.seconds / step_ms)))
 
     def _times(self, agreement: float, n_samples: int, n_values: int) -> float:
         """How many times the usual steps and views, 1 to 2; no more than the disk may hold."""

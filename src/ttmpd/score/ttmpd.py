@@ -50,7 +50,7 @@ class TTMPD(Scorer):
     """Samples in the fit; of each, `sensitivity.MAX_POSITIONS` positions enter."""
     tail_samples: int = 64
     """Samples on which the distances are measured."""
-    plan_samples: int = 128
+    plan_samples: int = 64
     """Samples to which a student is fitted to judge a whole plan."""
     plan_rows: int = 4096
     """Rows of each of these fits."""
@@ -85,7 +85,7 @@ class TTMPD(Scorer):
         Cost: that of :func:`ttmpd.repair.repaired`, and a pass of teacher and student over ``tail_samples``.
         """
         n_fit = min(self.plan_samples, max(1, len(job.samples) * 2 // 3))
-        fitted, others = job.samples.first(n_fit), range(n_fit, min(len(job.samples), n_fit + 2 * self.tail_samples))
+        fitted, others = job.samples.first(n_fit), range(n_fit, min(len(job.samples), n_fit + self.tail_samples))
         student = repaired(job.teacher, removals, fitted, batch_size=job.batch_size, rows=self.plan_rows)
         unseen = job.samples.subset(others) if others else fitted
         return distances(student_distances(job.teacher, student, unseen, job.batch_size))
