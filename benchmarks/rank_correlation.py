@@ -12,11 +12,12 @@ results/rank_correlation.png.
 """
 
 import argparse
+import csv
 import dataclasses
 import functools
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ CASES = {
     "mobilenet_v2": Case("mobilenet_v2", (1, 5), 12, 12, 256, 300, batch=32, side=160),
 }
 N_PLANS, N_HELD_OUT, SEED = 40, 75, 0
+SCORERS = ("ttmpd", "damage", "magnitude", "random", "practise")
 ROWS = 1 << 13
 """Rows of every fit of a student: a quarter of what the tool takes, for forty of them."""
 
@@ -144,10 +146,6 @@ def predictions(case: Case, tables: dict[str, Any], rows: list[dict[str, Any]]) 
     ttmpd = tables["ttmpd"]
     found = {
         "ttmpd": [row["ttmpd"] for row in rows],
-        "damage": total(lambda p, _: tables["damage"][p]["drop"]["harm"]),
-        f"practise, {case.practise_steps} steps a block": total(lambda p, _: tables["practise"][p]["drop"]["harm"]),
-        "magnitude": total(lambda p, _: tables["magnitude"][p]["drop"]["harm"]),
-        "random": total(lambda p, _: tables["random"][p]["drop"]["harm"]),
         "form: sum of the harms of units": total(lambda p, a: ttmpd[p][a]["harm"]),
         "form: number of units": total(lambda *_: 1.0),
         "form: sum of damages": total(lambda p, _: ttmpd[p]["drop"]["parts"]["damage"]),
@@ -159,12 +157,15 @@ def predictions(case: Case, tables: dict[str, Any], rows: list[dict[str, Any]]) 
         ),
         "form: the same, square roots": total(lambda p, _: ttmpd[p]["drop"]["parts"]["repaired_damage"] ** 0.5),
     }
+    for name in [name for name in tables if name != "ttmpd"]:
+        label = f"practise, {case.practise_steps} steps a block" if name == "practise" else name
+        found[label] = total(functools.partial(lambda t, p, _: t[p]["drop"]["harm"], tables[name]))
     for name in ("feature", "prediction"):
         found[f"form: whole plan, stand-ins alone fitted, {name}"] = [row[f"removed_{name}"] for row in rows]
     return found
 
 
-def run(case: Case) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def run(case: Case, only: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(a row a plan, a row a prediction) for one model."""
     bench = Bench(case)
     scorers: dict[str, Scorer] = {
@@ -181,6 +182,7 @@ def run(case: Case) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     tables = {
         name: cached(f"rank/{case.name}/scores-{name}", functools.partial(table, bench, scorer))
         for name, scorer in scorers.items()
+        if name in only
     }
     summary = [
         {"model": case.name, "prediction": name}
@@ -229,18 +231,30 @@ def draw(rows: list[dict[str, Any]], summary: list[dict[str, Any]]) -> None:
     figure.savefig(RESULTS / "rank_correlation.png", dpi=130)
 
 
+def others(name: str, models: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a table that is there on models that were not asked for."""
+    if not (RESULTS / name).exists():
+        return []
+    with (RESULTS / name).open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["model"] not in models]
+    return [row | ({"spearman": float(row["spearman"])} if "spearman" in row else {}) for row in rows]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(CASES), nargs="+", default=sorted(CASES))
+    parser.add_argument("--scorer", choices=SCORERS, nargs="+", default=SCORERS, help="practise takes longest")
     args = parser.parse_args()
     require_data("zoo.py", "cifar10_jpeg/test.npz", "imagenet_sample/labels.csv")
-    done = [run(CASES[name]) for name in args.model]
+    done = [run(CASES[name], args.scorer) for name in args.model]
     rows, summary = [r for d in done for r in d[0]], [r for d in done for r in d[1]]
-    write_csv("rank_correlation_plans.csv", [r | {"units": " ".join(r["units"])} for r in rows])
+    rows = [r | {"units": " ".join(r["units"])} for r in rows] + others("rank_correlation_plans.csv", args.model)
+    summary += others("rank_correlation.csv", args.model)
+    write_csv("rank_correlation_plans.csv", rows)
     write_csv("rank_correlation.csv", summary)
     draw(rows, summary)
     for line in summary:
-        figures = " ".join(f"{line[key]:6.3f}" for key in ("spearman", "spearman_drop", "spearman_linear"))
+        figures = " ".join(f"{float(line[key]):6.3f}" for key in ("spearman", "spearman_drop", "spearman_linear"))
         print(f"{line['model']:13s} {line['prediction']:48s} {figures}")
     print(f"rows are kept under {CACHE}")
 
