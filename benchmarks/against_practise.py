@@ -8,7 +8,8 @@ comes first; its students are then timed again, interleaved with the original, a
 that each of them has, less 2 % (two measurements of one student differ by as much, and few blocks leave few latencies
 to choose from). Every student is timed once more, interleaved with PRACTISE's for the same target: the column
 `latency_ratio` is its milliseconds divided by theirs. Do that part on an idle machine.
-What is faster without changing an answer (`--lossless`) would help every method alike and is left out.
+What is faster without changing an answer (`--lossless`) would help every method alike and is left out. TT-MPD makes all
+its steps, also where one thread is so slow that by default it would stop after a minute.
 500 unlabelled images of CIFAR-10-JPEG, accuracy on the other 9,500. Every row is kept on disk as it is finished.
 Where PRACTISE's students are not on this disk, the rows of the table that is there are gone by, and `latency_ratio`
 stays empty: hours are saved, but the speedups are then compared, not the milliseconds.
@@ -30,6 +31,7 @@ from ttmpd.adapt.none import NoAdaptation
 from ttmpd.adapt.norm import Norm
 from ttmpd.checkpoint import load
 from ttmpd.distill.mimic import Mimic
+from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import BudgetUnreachableError
 from ttmpd.guard import logits_of
 from ttmpd.models import open_model
@@ -54,8 +56,8 @@ def settings(method: str, model: str) -> dict[str, Any]:
     """What each competitor is made of; what is not named is the default of ``compress``."""
     plain = {"adapt": NoAdaptation(), "actions": ("drop",), "plan": Greedy()}
     return {
-        "ttmpd": {"adapt": Norm()},
-        "ttmpd, no adaptation": {"adapt": NoAdaptation()},
+        "ttmpd": {"adapt": Norm(), "distill": OneTime(seconds=0.0)},
+        "ttmpd, no adaptation": {"adapt": NoAdaptation(), "distill": OneTime(seconds=0.0)},
         "practise + mir": plain
         | {"score": Practise(steps=PRACTISE_STEPS[model]), "distill": Mimic(steps=2000), "holdout": 0.0},
         "random": plain | {"score": Random()},

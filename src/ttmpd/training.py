@@ -23,8 +23,9 @@ from ttmpd.records import Fit
 
 Clock = Callable[[], float]
 
-SHOWN = 0.1
-"""By what share a held-out loss must be lower to count against the end of a training run: chance does less."""
+SHOWN = 0.25
+"""By what share a held-out loss must be lower to count against the end of a training run: on a few dozen samples, a few
+of which make most of the loss, chance does less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +319,7 @@ class _Run:
         if self.best is None or self.stopped or not self.best_step:
             return False  # a start that no check has beaten is restored
         start, last = (Check(*self.checks[i][1:], self.best.n_samples) for i in (0, -1))
-        return math.isfinite(last.loss) and not (self.best.better_than(last, by=SHOWN) or start.better_than(last))
+        return math.isfinite(last.loss) and not any(seen.better_than(last, by=SHOWN) for seen in (self.best, start))
 
     def resume(self) -> None:
         """Go on from the saved state if there is one that fits, else look at the start."""
