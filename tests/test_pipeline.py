@@ -11,15 +11,18 @@ from ttmpd import pipeline, planning, ready
 from ttmpd.adapt.base import Adapter
 from ttmpd.adapt.none import NoAdaptation
 from ttmpd.adapt.norm import Norm
+from ttmpd.checkpoint import load
 from ttmpd.distill.base import Distiller
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import BudgetUnreachableError, InvalidValueError, ModelError, SamplesError, UnsupportedError
+from ttmpd.guard import logits_of
+from ttmpd.lossless import applied, foldable
 from ttmpd.models import OpenedModel
 from ttmpd.modules import count_macs
 from ttmpd.pipeline import compress, compress_many
 from ttmpd.plan.greedy import Greedy
 from ttmpd.plan.knapsack import Knapsack
-from ttmpd.records import KERNELS, UNCHANGED
+from ttmpd.records import KERNELS, UNCHANGED, Lossless
 from ttmpd.savings import UnitTiming
 from ttmpd.score.damage import Damage
 from ttmpd.score.ttmpd import TTMPD
@@ -70,6 +73,29 @@ def set_compare(monkeypatch, compare) -> None:
         return UNCHANGED, Rounds(dict.fromkeys(("original", "lossless"), compare(model, model, batch).ms["original"]))
 
     monkeypatch.setattr(ready, "find_lossless", nothing_lossless)
+
+
+FOLDED_IS_FASTER = 1.25
+
+
+@pytest.fixture
+def folding_pays(monkeypatch):
+    """A network without batch norms is 1.25 times as fast as one with them."""
+
+    def milliseconds(net, batch):
+        folded = not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+        return (count_macs(net, batch[:1])[""] / 1e3 / (FOLDED_IS_FASTER if folded else 1.0),) * 5
+
+    def compare(original, student, batch, *, unpruned=None, **_):
+        nets = {"original": original, "compressed": student} | ({"lossless": unpruned} if unpruned else {})
+        return Rounds({name: milliseconds(net, batch) for name, net in nets.items()})
+
+    def find_lossless(net, batch):
+        how = Lossless(foldable(net, batch[:2]), channels_last=True)
+        return how, Rounds({"original": milliseconds(net, batch), "lossless": milliseconds(applied(net, how), batch)})
+
+    set_compare(monkeypatch, compare)
+    monkeypatch.setattr(ready, "find_lossless", find_lossless)
 
 
 @pytest.fixture
@@ -525,3 +551,46 @@ def test_a_plan_that_never_fits_is_the_fastest_and_says_so(model, samples, monke
     assert not result.met
     assert result.facts["target"]["met"] is False
     assert result.facts["latency"]["speedup"]["median"] == pytest.approx(1 / 0.9)
+
+
+# --- what is lossless
+
+
+def test_where_lossless_is_enough_nothing_is_scored_or_removed(model, samples, folding_pays, tmp_path):
+    class Forbidden(Damage):
+        """Must not be asked."""
+
+        def scores(self, job):
+            raise AssertionError("scored for nothing")
+
+    result = compress(
+        model, samples, speedup=1.2, output=tmp_path / "o", **QUICK | {"score": Forbidden(), "adapt": NoAdaptation()}
+    )
+    assert not result.plan.removals
+    assert result.met
+    assert result.facts["latency"]["speedup"]["median"] == result.facts["latency"]["lossless_speedup"] == 1.25
+    assert torch.allclose(logits_of(result.model, samples, 16), logits_of(model, samples, 16), atol=1e-4)
+    assert json.loads((tmp_path / "o" / "plan.json").read_text())["lossless"]["folded"]
+
+
+def test_what_lossless_leaves_is_removed_and_loads_again(model, samples, folding_pays, tmp_path):
+    result = compress(model, samples, speedup=1.7, output=tmp_path / "o", **QUICK)
+    assert result.plan.removals
+    assert result.facts["latency"]["speedup"]["median"] >= 1.7
+    assert result.facts["latency"]["lossless_speedup"] == 1.25
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in result.model.modules())
+    again = load(tmp_path / "o", model=model)
+    assert torch.equal(logits_of(again, samples, 16), logits_of(result.model, samples, 16))
+
+
+def test_a_target_that_the_measurement_of_lossless_misses_is_met_by_removal(model, samples, folding_pays, monkeypatch):
+    true = ready.find_lossless
+
+    def hopeful(net, batch):
+        how, rounds = true(net, batch)
+        return how, Rounds({**rounds.ms, "lossless": tuple(ms / 1.2 for ms in rounds.ms["lossless"])})
+
+    monkeypatch.setattr(ready, "find_lossless", hopeful)
+    result = compress(model, samples, speedup=1.4, **QUICK)
+    assert result.plan.removals
+    assert result.facts["latency"]["speedup"]["median"] >= 1.4

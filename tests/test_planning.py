@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from ttmpd.choosing import WAYS, Waypoint, choose
 from ttmpd.plan.knapsack import Knapsack
-from ttmpd.planning import WAYS, Waypoint, choose, needed_ms
+from ttmpd.planning import needed_ms
 from ttmpd.records import Option, Score
 from ttmpd.settings import Target
 

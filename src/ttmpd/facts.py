@@ -202,11 +202,12 @@ def _model(model: nn.Module, few: Tensor) -> dict[str, Any]:
 
 def _units(ready: Ready, plan: Plan) -> list[dict[str, Any]]:
     timings = {timing.unit: timing for timing in ready.timings}
+    known = ready.scores if plan.removals else ()
     harms: dict[tuple[str, Action], Score] = {
-        (score.unit, score.action): score for score in ready.scores if score.action != "narrow"
+        (score.unit, score.action): score for score in known if score.action != "narrow"
     }
     widths: dict[str, list[list[float]]] = {}
-    for score in ready.scores:
+    for score in known:
         if score.action == "narrow":
             widths.setdefault(score.unit, []).append([len(score.kept), score.harm])
     kept = {removal.unit.id: len(removal.kept) for removal in plan.removals}

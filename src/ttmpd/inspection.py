@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttmpd.choosing import walk
 from ttmpd.early_exit._model import check_without_exits
 from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_range
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.modules import clone, count_macs, count_parameters
 from ttmpd.pipeline import prepared
-from ttmpd.planning import Planned, make_plan, needed_ms, walk
+from ttmpd.planning import Planned, make_plan, needed_ms
 from ttmpd.ready import Ready
 from ttmpd.records import Timing, Unit
 from ttmpd.samples import open_samples

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ttmpd.choosing import Waypoint, walk
 from ttmpd.distill.base import Work
 from ttmpd.facts import collect
 from ttmpd.folding import fold
@@ -21,7 +22,7 @@ from ttmpd.guard import logits_of
 from ttmpd.lossless import applied, apply, present
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.modules import to_plain_format
-from ttmpd.planning import TOLERANCE, Attempt, Planned, Waypoint, make_plan, needed_ms, walk
+from ttmpd.planning import TOLERANCE, Attempt, Planned, make_plan, needed_ms
 from ttmpd.ready import Ready, get_ready, open_pool, selected, split
 from ttmpd.records import UNCHANGED, Fit, Plan, Removal
 from ttmpd.repair import repaired, replay
@@ -30,6 +31,7 @@ from ttmpd.savings import compare
 from ttmpd.settings import Settings, Target, settings_of
 from ttmpd.stages import Stages, disk_guarded, fingerprint, locked, weights_fingerprint
 from ttmpd.targets import load_targets, save_targets
+from ttmpd.timing import Rounds
 
 NOTHING_TO_FIT = Fit(steps=0, stopped="nothing removed", rolled_back=False, best_step=0)
 MAX_REPAIR = 512
@@ -194,8 +196,10 @@ def finish(ready: Ready, planned: Planned, start: Start, stages: Stages, work: W
     student = apply(to_plain_format(start.student), how)
     final = logits_of(student, ready.held_out, ready.pass_size)
     with stages.timed("measure", key):
-        unpruned = applied(ready.source, ready.lossless) if ready.lossless != UNCHANGED else None
+        unpruned = applied(ready.source, ready.lossless) if ready.lossless != UNCHANGED and plan.removals else None
         rounds = compare(ready.source, student, ready.batch, unpruned=unpruned)
+        if ready.lossless != UNCHANGED and not plan.removals:  # then the student is all that it is
+            rounds = Rounds({**rounds.ms, "lossless": rounds.ms["compressed"]})
     facts = collect(
         ready,
         planned,

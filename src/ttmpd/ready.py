@@ -4,6 +4,7 @@ Made once, serves many targets.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,12 +42,18 @@ class Ready:
     original_ms: float
     lossless: Lossless
     lossless_ms: float
-    scores: tuple[Score, ...]
     adapt_note: str
     adapt_facts: dict[str, float]
     settings: Settings
     deadline: float
     pass_size: int
+    stages: Stages
+
+    @functools.cached_property
+    def scores(self) -> tuple[Score, ...]:
+        """Of all units of the teacher; made when first asked for, since where nothing has to go nobody does."""
+        rows = self.stages.json("score", lambda: score_rows(self, self.teacher, self.found.units))
+        return tuple(score_of(row) for row in rows)
 
     @property
     def batch(self) -> Tensor:
@@ -83,7 +90,7 @@ class Ready:
 def get_ready(
     opened: OpenedModel, few: tuple[Samples, Samples], settings: Settings, stages: Stages, deadline: float
 ) -> Ready:
-    """Adapt the teacher, find, time and score the units."""
+    """Adapt the teacher, find and time the units."""
     samples, held_out = few
     device = choose_device(settings.device)
     source = source_of(opened, samples, device)
@@ -98,7 +105,7 @@ def get_ready(
     to_fast_format(teacher)
     batch = latency_batch(source, samples, settings)
     timed = stages.json("timing", lambda: _time(source, found, batch, settings.lossless))
-    ready = Ready(
+    return Ready(
         opened=opened,
         source=source,
         teacher=teacher,
@@ -109,15 +116,13 @@ def get_ready(
         original_ms=timed["original_ms"],
         lossless=Lossless(tuple(map(tuple, timed["folded"])), timed["channels_last"]),
         lossless_ms=timed["lossless_ms"],
-        scores=(),
         adapt_note=told["note"],
         adapt_facts=told["facts"],
         settings=settings,
         deadline=deadline,
         pass_size=pass_size(source, samples, settings.batch_size),
+        stages=stages,
     )
-    rows = stages.json("score", lambda: score_rows(ready, teacher, found.units))
-    return dataclasses.replace(ready, scores=tuple(score_of(row) for row in rows))
 
 
 def source_of(opened: OpenedModel, samples: Samples, device: torch.device) -> nn.Module:
