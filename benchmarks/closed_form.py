@@ -2,9 +2,8 @@
 
     python benchmarks/closed_form.py
 
-Random plans of `rank_correlation.py`, dropped or with linear stand-ins, on CIFAR-10-JPEG:
-fitted to its 425 unlabelled images, accuracy on 1,500 others; every fourth plan. Writes results/closed_form.csv: a row a
-plan, and the means.
+Every fourth random plan of `rank_correlation.py`, dropped or with linear stand-ins, on CIFAR-10-JPEG: fitted to its 425
+unlabelled images, accuracy on 1,500 others. Writes results/closed_form.csv: a row a plan, and the means.
 """
 
 import argparse

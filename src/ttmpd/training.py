@@ -24,8 +24,8 @@ from ttmpd.records import Fit
 Clock = Callable[[], float]
 
 SHOWN = 0.25
-"""By what share a held-out loss must be lower to count against the end of a training run: on a few dozen samples, a few
-of which make most of the loss, chance does less."""
+"""By what share a held-out loss must be lower to count against the end of a training run: a choice. Of a few dozen
+samples a few make most of the loss."""
 
 
 @dataclass(frozen=True, slots=True)
