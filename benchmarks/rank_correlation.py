@@ -175,7 +175,8 @@ def run(case: Case, only: Sequence[str]) -> tuple[list[dict[str, Any]], list[dic
     rows = []
     for number, paths in enumerate(plans(bench.units, case.sizes)):
         action = ("drop", "linear")[number % 2]
-        found = cached(f"rank/{case.name}/{number}", functools.partial(trained, bench, paths, action))
+        compute = functools.partial(trained, bench, paths, action)
+        found = cached(f"rank/{case.name}/{number}", compute, stamped=True)
         about = {"model": case.name, "plan": number, "action": action, "units": paths, "n_units": len(paths)}
         rows.append(about | found)
         print(case.name, number, action, len(paths), f"{found['accuracy']:.1f} %", flush=True)
