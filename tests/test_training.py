@@ -113,12 +113,20 @@ def test_the_best_state_is_kept():
     assert float(model.weight.detach()) == float(twin.weight.detach()) != 0.0
 
 
-def test_a_start_that_nothing_beats_is_restored():
+def test_a_start_that_is_shown_to_be_better_is_restored():
     model = Point()
-    fit = train(model, model.loss, plain(3), Loop(check=scripted(0.9, 0.5, 0.8, 0.9), check_every=1))
+    fit = train(model, model.loss, plain(3), Loop(check=scripted(0.9, 0.5, 0.8, 0.7), check_every=1))
     assert fit.rolled_back
     assert fit.best_step == 0
     assert float(model.weight.detach()) == 0.0
+
+
+@pytest.mark.parametrize(("end", "kept"), [(1.3, 2), (1.4, 0)])
+def test_a_start_whose_loss_is_a_little_lower_gives_way_to_the_end(end, kept):
+    # Shown is a quarter: 1 is not less than 0.75 x 1.3, but less than 0.75 x 1.4.
+    model, checks = Point(), [Check(0.5, 1.0, 98), Check(0.5, 3.0, 98), Check(0.5, end, 98)]
+    fit = train(model, model.loss, plain(2), Loop(check=lambda: checks.pop(0), check_every=1))
+    assert (fit.best_step, fit.rolled_back) == (kept, kept == 0)
 
 
 def test_agreement_counts_beyond_a_standard_error_and_loss_within():

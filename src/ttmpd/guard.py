@@ -1,6 +1,6 @@
 """The guard of distillation: the head stays frozen, and held-out agreement with the teacher decides what is kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from ttmpd.losses import tempered_loss
 from ttmpd.modules import call, evaluating, find_head, hooks, module_at
 from ttmpd.records import Samples, Targets
 from ttmpd.text import trimmed
-from ttmpd.training import Check
+from ttmpd.training import SHOWN, Check
 
 
 def freeze_head(student: nn.Module, batch: Tensor) -> list[nn.Parameter]:
@@ -69,3 +69,27 @@ def held_out_check(
         return Check(alike, tempered_loss(logits, targets.held_out), len(held_out))
 
     return check
+
+
+def mix_with_start(student: nn.Module, start: Mapping[str, Tensor], share: float, check: Callable[[], Check]) -> bool:
+    """Move a trained student back to where it started by that share of the way, unless it is shown to be worse there.
+
+    Args:
+        student: changed in place.
+        start: its state before training.
+        share: 0 leaves it as it is, 1 would be the start.
+        check: measures it.
+
+    Returns:
+        Whether the student was moved.
+
+    Source: WiSE-FT (Wortsman et al., CVPR 2022, arXiv 2109.01903): the mean of the weights before and after
+    fine-tuning is often better than both. Here without its choice of the share on labelled samples.
+    """
+    ends, trained = {name: value.detach().clone() for name, value in student.state_dict().items()}, check()
+    mixed = {n: torch.lerp(e, start[n], share) if e.is_floating_point() else e for n, e in ends.items()}
+    student.load_state_dict(mixed)
+    if not trained.better_than(check(), by=SHOWN):
+        return True
+    student.load_state_dict(ends)
+    return False

@@ -276,6 +276,7 @@ class Fit:
         best_step: the step whose weights were kept; 0 is the start.
         losses: mean training loss between evaluations.
         checks: (step, agreement share, held-out loss) at every evaluation.
+        mixed: the share of the start in the weights that were kept.
     """
 
     steps: int
@@ -284,6 +285,7 @@ class Fit:
     best_step: int
     losses: tuple[float, ...] = ()
     checks: tuple[tuple[int, float, float], ...] = ()
+    mixed: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,12 +11,13 @@ from torch import nn
 from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import MIN_BATCH, OneTime
 from ttmpd.errors import InvalidValueError
-from ttmpd.guard import freeze_before, freeze_head, held_out_check, logits_of
+from ttmpd.guard import freeze_before, freeze_head, held_out_check, logits_of, mix_with_start
 from ttmpd.losses import entropy, feature_loss, feature_variance, mutual_information, soft_label_loss, tempered_loss
 from ttmpd.modules import clone
 from ttmpd.records import Samples, Tap
 from ttmpd.specimens import tiny_model, tiny_samples, tiny_units
 from ttmpd.targets import load_targets, save_targets
+from ttmpd.training import Check
 from ttmpd.units.block import Block
 from ttmpd.views import fixed_view
 
@@ -306,3 +307,33 @@ def test_variance_by_hand():
     assert feature_variance(torch.tensor([[0.0, 5.0], [2.0, 5.0]])) == pytest.approx(0.5)
     assert feature_variance(torch.tensor([[3.0, 1.0]])) == pytest.approx(5.0)
     assert feature_variance(torch.ones(4, 2)) > 0
+
+
+@pytest.mark.parametrize(("loss", "moved"), [(1.3, True), (1.4, False)])
+def test_a_student_moves_back_to_its_start_unless_it_is_shown_to_be_worse_there(loss, moved):
+    student, start = tiny_model(), {name: value.clone() for name, value in tiny_model(seed=1).state_dict().items()}
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    checks = [Check(0.5, 1.0, 98), Check(0.5, loss, 98)]
+    assert mix_with_start(student, start, 0.25, lambda: checks.pop(0)) is moved
+    for name, value in student.state_dict().items():
+        if value.is_floating_point():
+            wanted = 0.75 * before[name] + 0.25 * start[name] if moved else before[name]
+            torch.testing.assert_close(value, wanted)
+        else:
+            assert torch.equal(value, before[name])
+
+
+def test_what_is_kept_after_training_lies_between_its_end_and_its_start(tmp_path, case):
+    teacher, student, samples, held_out = case
+    start, ends = clone(student).state_dict(), {}
+    for share in (0.0, 0.25):
+        method, work = OneTime(steps=6, views=1, batch=6, lr=1e-4, start_share=share), work_in(tmp_path / str(share))
+        work.folder.mkdir()
+        targets = method.prepare(teacher, samples, held_out, work)
+        pupil = clone(student)
+        fit = method.fit(pupil, samples, held_out, targets, work)
+        assert (fit.best_step, fit.mixed) == (6, share)
+        ends[share] = pupil.state_dict()
+    for name, value in ends[0.25].items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, 0.75 * ends[0.0][name] + 0.25 * start[name])

@@ -1,5 +1,6 @@
 """TT-MPD's distillation: the teacher answers once, for fixed views of the samples, and is never run again."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.distill.base import Distiller, Work
-from ttmpd.guard import freeze_before, freeze_head, held_out_check, logits_of
+from ttmpd.guard import freeze_before, freeze_head, held_out_check, logits_of, mix_with_start
 from ttmpd.losses import feature_loss, feature_variance, soft_label_loss
 from ttmpd.method import check_fields
 from ttmpd.modules import call, evaluating, find_feature_tap, has_batch_norm, tapped, to_fast_format, to_plain_format
@@ -84,6 +85,8 @@ class OneTime(Distiller):
     """Weight of the soft-label loss beside the feature loss."""
     temperature: float = 4.0
     clip: float = 5.0
+    start_share: float = 0.25
+    """Share of the repaired weights in those that are kept after training: the mean of both is better than either."""
     train_norm: bool = True
     """Let batch normalisation use and update batch statistics while training."""
     patience: int = 0
@@ -91,7 +94,7 @@ class OneTime(Distiller):
     def __post_init__(self) -> None:
         check_fields(
             self, steps=0, damaged=(0.0, 1.0), seconds=0.0, lr=0.0, lr_damaged=0.0, lr_without_norm=0.0, views=1,
-            smallest_crop=(0.01, 1.0), batch=2, soft_weight=0.0, temperature=1e-3,
+            smallest_crop=(0.01, 1.0), batch=2, soft_weight=0.0, temperature=1e-3, start_share=(0.0, 1.0),
         )  # fmt: skip
 
     def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, work: Work) -> Targets:
@@ -151,18 +154,22 @@ class OneTime(Distiller):
         amp = self.steps > 0 and _faster_with_amp(student, loss_with, work.amp)
         n_values = 0 if targets.features is None else targets.features[0, 0].numel()
         steps = self._n_steps(self._times(work.agreement, n, n_values), size, work)
+        start = {name: value.detach().clone() for name, value in student.state_dict().items()}
+        check = held_out_check(student, held_out, targets, work.batch_size)
         fit = train(
             student,
             lambda step: loss_with(step, amp),
             self._schedule(student, steps, work.agreement),
             Loop(
-                check=held_out_check(student, held_out, targets, work.batch_size),
+                check=check,
                 check_every=max(1, steps // 10),
                 patience=self.patience,
                 deadline=work.deadline,
                 state=work.folder / "distill.safetensors",
             ),
         )
+        if check and 0 < fit.best_step == fit.steps and mix_with_start(student, start, self.start_share, check):
+            fit = dataclasses.replace(fit, mixed=self.start_share)
         for parameter in frozen:
             parameter.requires_grad_(True)
         to_plain_format(student).eval()
