@@ -6,6 +6,7 @@ from importlib import import_module
 import typer
 
 from ttmpd import commands
+from ttmpd.memory import restart_without_small_block_cache
 
 app = typer.Typer(
     name="ttmpd",
@@ -28,5 +29,11 @@ for _name in _commands():
     app.command(_name.replace("_", "-"))(import_module(f"ttmpd.commands.{_name}").command)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """What the program ``ttmpd`` runs."""
+    restart_without_small_block_cache()
     app()
+
+
+if __name__ == "__main__":
+    main()

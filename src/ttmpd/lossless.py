@@ -5,6 +5,7 @@ device runs faster. Both are tried and timed; what gains nothing here is left al
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from ttmpd.timing import Rounds, time_models
 
 GAIN = 1.02
 """How many times as fast a model must become for a change to be made."""
+MOST = 16
+"""Samples on which the choices are compared; the best of them is timed on the whole batch. Several models in turn leave
+the memory that they free in pieces, the more the larger the batch."""
 
 
 def find_lossless(model: nn.Module, batch: Tensor) -> tuple[Lossless, Rounds]:
@@ -27,25 +31,37 @@ def find_lossless(model: nn.Module, batch: Tensor) -> tuple[Lossless, Rounds]:
         batch: of the size that latency is promised for, on the model's device.
 
     Returns:
-        The fastest choice, and interleaved milliseconds of "original" and "lossless" among others.
+        The fastest choice, and interleaved milliseconds of "original" and "lossless".
     """
     choices = [UNCHANGED]
     if pairs := foldable(model, batch[:2]):
         choices.append(Lossless(pairs))
     if prefers_channels_last(model):
         choices += [dataclasses.replace(choice, channels_last=True) for choice in choices]
-    few = [choice for choice in choices if _same(model, applied(model, choice), batch[:2])]
-    models = {str(choice): applied(model, choice) for choice in few[1:]} | {"original": model}
-    rounds = time_models(models, batch, rounds=7, min_seconds=1.0, max_seconds=6.0)
-    gains = {choice: rounds.ratio("original", str(choice)).median_ms for choice in few[1:]}
-    best = max(gains, key=lambda choice: gains[choice], default=UNCHANGED)
-    best = best if gains.get(best, 0.0) >= GAIN else UNCHANGED
-    fastest = rounds.ms["original" if best == UNCHANGED else str(best)]
-    return best, Rounds({"original": rounds.ms["original"], "lossless": fastest})
+    changed = [choice for choice in choices[1:] if _same(model, applied(model, choice), batch[:2])]
+    best = _fastest(model, changed, batch[:MOST])
+    if best == UNCHANGED:
+        return unchanged(model, batch)
+    models = {"original": model, "lossless": applied(model, best)}
+    rounds = time_models(models, batch, rounds=7, min_seconds=1.0, max_seconds=5.0)
+    if rounds.ratio("original", "lossless").median_ms < GAIN:
+        return UNCHANGED, Rounds(dict.fromkeys(("original", "lossless"), rounds.ms["original"]))
+    return best, rounds
+
+
+def _fastest(model: nn.Module, changed: Sequence[Lossless], batch: Tensor) -> Lossless:
+    """The change under which the batch takes the least time; none where that gains too little."""
+    if not changed:
+        return UNCHANGED
+    models = {str(choice): applied(model, choice) for choice in changed} | {"original": model}
+    rounds = time_models(models, batch, rounds=7, min_seconds=1.0, max_seconds=4.0)
+    gains = {choice: rounds.ratio("original", str(choice)).median_ms for choice in changed}
+    best = max(changed, key=lambda choice: gains[choice])
+    return best if gains[best] >= GAIN else UNCHANGED
 
 
 def unchanged(model: nn.Module, batch: Tensor) -> tuple[Lossless, Rounds]:
-    """The same where nothing may be changed."""
+    """The model as it is, and its milliseconds under both names."""
     rounds = time_models({"original": model}, batch, rounds=7, min_seconds=1.0, max_seconds=5.0)
     return UNCHANGED, Rounds(dict.fromkeys(("original", "lossless"), rounds.ms["original"]))
 
