@@ -70,14 +70,17 @@ def test_compress_writes_an_artifact_and_cleans_up(made):
     assert json.loads((folder / "report.json").read_text())["command"].split()[0] == "ttmpd"
 
 
+def n_weights(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def test_compress_again_and_several_targets(made, data, quick_timing, tmp_path, run, said):
     folder, _ = made
     found = run("compress", "--model", folder, "--data", data, "--targets", "0.9x,0.8x", "--output", tmp_path / "many",
                 "--seed", 1, *QUICK)  # fmt: skip
     assert found.exit_code in (0, _reporting.TARGET_MISSED), said(found)
     for name in ("0.9x", "0.8x"):
-        assert len(read_artifact(tmp_path / "many" / name).removals) > len(read_artifact(folder).removals)
-        assert ttmpd.load(tmp_path / "many" / name) is not None
+        assert n_weights(ttmpd.load(tmp_path / "many" / name)) < n_weights(ttmpd.load(folder))
 
 
 def test_dry_run_writes_nothing(data, quick_timing, tmp_path, monkeypatch, run, said):
