@@ -86,7 +86,7 @@ class OneTime(Distiller):
     temperature: float = 4.0
     clip: float = 5.0
     start_share: float = 0.25
-    """Share of the repaired weights in those that are kept after training: the mean of both is better than either."""
+    """Share of the repaired weights in those that are kept after training: as accurate, and nearer to the teacher."""
     train_norm: bool = True
     """Let batch normalisation use and update batch statistics while training."""
     patience: int = 0
