@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import CACHE, DATA, cached, cifar, require_data, write_csv
+from common import CACHE, DATA, cached, cifar, require_data, with_earlier, write_csv
 from ttmpd.adapt.base import Adapter
 from ttmpd.adapt.eata import EATA
 from ttmpd.adapt.eata_c import EATAC
@@ -151,7 +151,8 @@ def main() -> None:
                     print(
                         cached(key, functools.partial(compute, model, shift, severity, seed), stamped=True), flush=True
                     )
-        print(write_csv(f"{folder}.csv", finished(folder)))
+        about = ("model", "shift", "severity", "seed", "student" if folder == "shift_students" else "teacher")
+        print(write_csv(f"{folder}.csv", with_earlier(f"{folder}.csv", finished(folder), about)))
 
 
 def finished(folder: str) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from common import CACHE, DATA, RESULTS, cached, require_data, write_csv
+from common import CACHE, DATA, RESULTS, cached, require_data, with_earlier, write_csv
 from ttmpd.checkpoint import load
 from ttmpd.distill.one_time import OneTime
 from ttmpd.evaluation import evaluate
@@ -137,6 +137,7 @@ def main() -> None:
                     flush=True,
                 )
     rows = [json.loads(path.read_text()) for path in sorted(Path(CACHE, "text_rows").glob("*.json"))]
+    rows = with_earlier("text.csv", rows, ("model", "part", "share", "method", "seed"))
     print(write_csv("text.csv", rows))
     draw(rows)
 
@@ -147,8 +148,8 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for name in dict.fromkeys(row["method"] for row in rows):
-        own = sorted((r for r in rows if r["method"] == name), key=lambda r: r["speedup"])
-        axes.plot([r["speedup"] for r in own], [r["accuracy"] for r in own], "o-", label=name)
+        own = sorted((float(r["speedup"]), float(r["accuracy"])) for r in rows if r["method"] == name)
+        axes.plot(*zip(*own, strict=True), "o-", label=name)
     axes.set(xlabel="times as fast as the original (batch 32)", ylabel="accuracy on the test split, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
