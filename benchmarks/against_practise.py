@@ -18,7 +18,6 @@ the original, median and quartiles) and the seconds of each stage.
 """
 
 import argparse
-import csv
 import functools
 import json
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 
-from common import CACHE, DATA, RESULTS, cached, cifar, require_data, write_csv
+from common import CACHE, DATA, cached, cifar, earlier, require_data, with_earlier, write_csv
 from ttmpd.adapt.none import NoAdaptation
 from ttmpd.adapt.norm import Norm
 from ttmpd.checkpoint import load
@@ -48,6 +47,7 @@ from ttmpd.settings import Target
 TARGETS = {"resnet20": (0.8, 0.65, 0.5, 0.35), "resnet56": (0.55,)}
 PRACTISE_STEPS = {"resnet20": 1000, "resnet56": 100}
 SEEDS = (0, 1, 2)
+TABLE = "against_practise.csv"
 EQUAL = 0.02
 """Latencies that differ by no more count as equal."""
 
@@ -114,7 +114,7 @@ def folder_of(model: str, method: str, seed: int) -> Path:
 
 def timed_again(model: str, seed: int) -> list[dict[str, float]]:
     """The measured speedup of each student of PRACTISE + MiR."""
-    known = [row for row in table() if row["method"] == METHODS[0]]
+    known = [row for row in earlier(TABLE) if row["method"] == METHODS[0]]
     known = [row for row in known if (row["model"], row["seed"]) == (model, str(seed))]
     if known and not folder_of(model, METHODS[0], seed).exists():
         return [{"speedup_again": float(row["asked_speedup"])} for row in known]
@@ -176,27 +176,17 @@ def main() -> None:
                 rows = cached(f"against_practise/{model}-{method}-{seed}", compute, stamped=True)
                 for line in rows:
                     print(model, method, seed, line["target"], line["accuracy"], line["speedup"], line["seconds"])
-    print(write_csv("against_practise.csv", finished()))
-
-
-def table() -> list[dict[str, Any]]:
-    """The rows of the table that is there."""
-    path = RESULTS / "against_practise.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    print(write_csv(TABLE, with_earlier(TABLE, finished(), ("model", "method", "seed"))))
 
 
 def finished() -> list[dict[str, Any]]:
-    """All rows on disk with the speedup that was asked for, and those of the table that are not on this disk."""
-    found, here = [], set()
+    """All rows on disk, with the speedup that was asked for."""
+    found = []
     for path in sorted(Path(CACHE, "against_practise").glob("*.json")):
         rows = json.loads(path.read_text())
-        here.add(path.stem)
         again = timed_again(rows[0]["model"], rows[0]["seed"])
         found += [line | {"asked_speedup": round(t["speedup_again"], 3)} for line, t in zip(rows, again, strict=True)]
-    return found + [row for row in table() if f"{row['model']}-{row['method']}-{row['seed']}" not in here]
+    return found
 
 
 if __name__ == "__main__":

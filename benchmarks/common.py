@@ -61,17 +61,22 @@ def cached(key: str, compute: Callable[[], Any], *, stamped: bool = False) -> An
     return data
 
 
+def earlier(name: str) -> list[dict[str, Any]]:
+    """The rows of the table that is there; everything in them is text."""
+    path = RESULTS / name
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def with_earlier(name: str, rows: Sequence[dict[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:
     """The rows, and those of the table that is there which differ from all of them in what ``by`` names.
 
     What another machine measured stays, with its stamp, until it is measured again.
     """
-    path = RESULTS / name
-    if not path.exists():
-        return list(rows)
     here = {tuple(str(row[key]) for key in by) for row in rows}
-    with path.open(newline="") as file:
-        return [*rows, *(row for row in csv.DictReader(file) if tuple(row[key] for key in by) not in here)]
+    return [*rows, *(row for row in earlier(name) if tuple(row[key] for key in by) not in here)]
 
 
 def write_csv(name: str, rows: Sequence[dict[str, Any]]) -> Path:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import DATA, cached, require_data, write_csv
+from common import DATA, cached, require_data, with_earlier, write_csv
 
 IMAGES, LABELS = "imagenet_sample/images", "imagenet_sample/labels.csv"
 JPEG = "cifar10_jpeg/test.npz"
@@ -73,6 +73,7 @@ def run(
         "measured_ms": round(latency["compressed"]["median_ms"], 2),
         "seconds_whole_process": round(seconds, 1),
         "seconds_stages": round(sum(facts["seconds"].values()), 1),
+        "stages": json.dumps({name: round(value, 1) for name, value in facts["seconds"].items()}),
         "peak_mib": round(peak),
     }
     if labels:
@@ -104,7 +105,8 @@ def main() -> None:
                 cached(f"end_to_end/{number}", functools.partial(run, *CASES[number], Path(folder)), stamped=True)
             )
             print(rows[-1], flush=True)
-    print(write_csv("end_to_end.csv", rows))
+    about = ("model", "options", "n_samples", "asked_speedup", "seed")
+    print(write_csv("end_to_end.csv", with_earlier("end_to_end.csv", rows, about)))
 
 
 if __name__ == "__main__":

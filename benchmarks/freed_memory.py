@@ -1,14 +1,17 @@
-"""What it costs when freed memory goes back to the system after every layer, as it does by default.
+"""What becomes of freed memory: what a pass takes and how far the process grows.
 
-    python benchmarks/freed_memory.py
+    python benchmarks/freed_memory.py          # about five minutes
 
-Forward passes of a batch of 64 in eager PyTorch, each setting in a process of its own, the settings taking turns:
-"returned" is glibc's default, "kept" is after `ttmpd.keep_freed_memory()`, which the commands of this package call.
-Page faults and the milliseconds, median of 7 passes; three rounds.
+Forward passes in eager PyTorch of a model and of the same model with folded batch norms and channels last, in turn, as
+latency is timed. Each setting in a process of its own, the settings taking turns: "returned" is glibc's default, "kept"
+is after `ttmpd.keep_freed_memory()`, "kept, no small blocks" with glibc's cache of small blocks off besides: so the
+commands of this package run. Milliseconds of the model as it is, median of the passes, and page faults of the last one
+of both; three rounds.
 Writes results/freed_memory.csv. Run it on an idle machine; on a CPU with glibc.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -16,50 +19,59 @@ from typing import Any
 
 from common import DATA, require_data, write_csv
 
-MODELS = {"resnet56": 32, "mobilenet_v2": 224}
+CASES = (("resnet56", 32, 64, 20), ("resnet56", 32, 1, 100), ("mobilenet_v2", 224, 64, 9), ("mobilenet_v2", 224, 1, 50))
+"""Model, side, batch, passes."""
+SETTINGS = ("returned", "kept", "kept, no small blocks")
 ROUNDS = 3
 
 PROBE = """
 import json, resource, statistics, sys, time, torch, ttmpd
-name, side, kept, source = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "kept", sys.argv[4]
+from ttmpd.lossless import applied, foldable
+from ttmpd.records import Lossless
+name, side, size, passes, kept, source = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5] != "returned", sys.argv[6]
 if kept:
     assert ttmpd.keep_freed_memory()
 model = ttmpd.open_model(f"{source}:{name}").module.eval()
-batch, ms = torch.randn(64, 3, side, side), []
+batch, ms = torch.randn(size, 3, side, side), []
+twin = applied(model, Lossless(foldable(model, batch[:2]), channels_last=True))
 with torch.no_grad():
-    for _ in range(9):
+    for _ in range(passes):
         faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
         model(batch)
         ms.append(1e3 * (time.perf_counter() - start))
+        twin(batch)
 usage = resource.getrusage(resource.RUSAGE_SELF)
 print(json.dumps([statistics.median(ms[2:]), usage.ru_minflt - faults, usage.ru_maxrss / 1024]))
 """
 
 
-def probe(name: str, setting: str) -> list[float]:
-    """[ms, page faults of the last pass, peak MiB] in a fresh process."""
-    command = [sys.executable, "-c", PROBE, name, str(MODELS[name]), setting, str(DATA / "zoo.py")]
-    found: list[float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def probe(name: str, side: int, batch: int, passes: int, setting: str) -> list[float]:
+    """[ms, page faults of the last passes, peak MiB] in a fresh process."""
+    command = [sys.executable, "-c", PROBE, name, str(side), str(batch), str(passes), setting, str(DATA / "zoo.py")]
+    off = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"} if "small" in setting else {}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | off)
+    found: list[float] = json.loads(done.stdout)
     return found
 
 
 def main() -> None:
     require_data("zoo.py")
     rows: list[dict[str, Any]] = []
-    for name in MODELS:
-        found = [(setting, *probe(name, setting)) for _ in range(ROUNDS) for setting in ("returned", "kept")]
-        for setting in ("returned", "kept"):
+    for case in CASES:
+        found = [(setting, *probe(*case, setting)) for _ in range(ROUNDS) for setting in SETTINGS]
+        for setting in SETTINGS:
             ms, faults, peak = zip(*[row[1:] for row in found if row[0] == setting], strict=True)
             rows.append(
                 {
-                    "model": name,
-                    "batch": 64,
+                    "model": case[0],
+                    "batch": case[2],
                     "freed_memory": setting,
                     "ms": round(statistics.median(ms), 1),
                     "ms_low": round(min(ms), 1),
                     "ms_high": round(max(ms), 1),
-                    "page_faults_per_pass": round(statistics.median(faults)),
+                    "page_faults": round(statistics.median(faults)),
                     "peak_mib": round(statistics.median(peak)),
+                    "peak_mib_high": round(max(peak)),
                     "rounds": ROUNDS,
                 }
             )

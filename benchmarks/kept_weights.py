@@ -22,7 +22,7 @@ from common import DATA, cached, require_data, write_csv
 from ttmpd import compress
 from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import OneTime
-from ttmpd.guard import held_out_check, logits_of
+from ttmpd.guard import held_out_check, logits_of, mixture
 from ttmpd.models import open_model
 from ttmpd.modules import clone
 from ttmpd.records import Fit, Samples, Targets
@@ -49,9 +49,7 @@ def probe(accuracy: Callable[[nn.Module], float], seen: dict[str, float]) -> One
             ends = student.state_dict()
             for share in SHARES:
                 between = clone(student)
-                between.load_state_dict(
-                    {n: torch.lerp(e, start[n], share) if e.is_floating_point() else e for n, e in ends.items()}
-                )
+                between.load_state_dict(mixture(ends, start, share))
                 check = held_out_check(between, held_out, targets, work.batch_size)
                 assert check is not None
                 said = check()

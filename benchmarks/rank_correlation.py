@@ -12,7 +12,6 @@ results/rank_correlation.png.
 """
 
 import argparse
-import csv
 import dataclasses
 import functools
 import random
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from scipy.stats import spearmanr
 
-from common import CACHE, DATA, RESULTS, cached, cifar, require_data, write_csv
+from common import CACHE, DATA, RESULTS, cached, cifar, require_data, with_earlier, write_csv
 from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import OneTime
 from ttmpd.guard import logits_of
@@ -232,15 +231,6 @@ def draw(rows: list[dict[str, Any]], summary: list[dict[str, Any]]) -> None:
     figure.savefig(RESULTS / "rank_correlation.png", dpi=130)
 
 
-def others(name: str, models: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a table that is there on models that were not asked for."""
-    if not (RESULTS / name).exists():
-        return []
-    with (RESULTS / name).open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["model"] not in models]
-    return [row | ({"spearman": float(row["spearman"])} if "spearman" in row else {}) for row in rows]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(CASES), nargs="+", default=sorted(CASES))
@@ -249,8 +239,9 @@ def main() -> None:
     require_data("zoo.py", "cifar10_jpeg/test.npz", "imagenet_sample/labels.csv")
     done = [run(CASES[name], args.scorer) for name in args.model]
     rows, summary = [r for d in done for r in d[0]], [r for d in done for r in d[1]]
-    rows = [r | {"units": " ".join(r["units"])} for r in rows] + others("rank_correlation_plans.csv", args.model)
-    summary += others("rank_correlation.csv", args.model)
+    rows = with_earlier("rank_correlation_plans.csv", [r | {"units": " ".join(r["units"])} for r in rows], ("model",))
+    summary = with_earlier("rank_correlation.csv", summary, ("model",))
+    summary = [r | {"spearman": float(r["spearman"])} for r in summary]
     write_csv("rank_correlation_plans.csv", rows)
     write_csv("rank_correlation.csv", summary)
     draw(rows, summary)

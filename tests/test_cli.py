@@ -14,7 +14,7 @@ import pytest
 from click.testing import Result
 
 import ttmpd
-from ttmpd import display
+from ttmpd import cli, display
 from ttmpd.checkpoint import read_artifact
 from ttmpd.commands import _parsing, _reporting, compress, inspect
 from ttmpd.errors import InvalidValueError, UnknownMethodError
@@ -68,6 +68,14 @@ def test_compress_writes_an_artifact_and_cleans_up(made):
     assert len(read_artifact(folder).sample_ids) == 60
     assert ttmpd.load(folder) is not None
     assert json.loads((folder / "report.json").read_text())["command"].split()[0] == "ttmpd"
+
+
+def test_the_program_settles_its_memory_before_anything_else(monkeypatch):
+    called = []
+    monkeypatch.setattr(cli, "restart_without_small_block_cache", lambda: called.append("memory"))
+    monkeypatch.setattr(cli, "app", lambda: called.append("app"))
+    cli.main()
+    assert called == ["memory", "app"]
 
 
 def n_weights(model):

@@ -12,6 +12,22 @@ from ttmpd.text import trimmed
 from ttmpd.training import SHOWN, Check
 
 
+def freeze(student: nn.Module, first: str, batch: Tensor) -> list[nn.Parameter]:
+    """Stop training the head and, where ``first`` names a module, all that runs before it; returns what was training.
+
+    Where nothing could learn then, what runs before is trained after all.
+    """
+    frozen = freeze_head(student, batch)
+    if not first:
+        return frozen
+    before = freeze_before(student, first, batch)
+    if any(parameter.requires_grad for parameter in student.parameters()):
+        return frozen + before
+    for parameter in before:
+        parameter.requires_grad_(True)
+    return frozen
+
+
 def freeze_head(student: nn.Module, batch: Tensor) -> list[nn.Parameter]:
     """Stop training the layer that gives the logits; returns the parameters that were training before."""
     head = find_head(student, batch)
@@ -71,7 +87,17 @@ def held_out_check(
     return check
 
 
-def mix_with_start(student: nn.Module, start: Mapping[str, Tensor], share: float, check: Callable[[], Check]) -> bool:
+def mixture(end: Mapping[str, Tensor], start: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """The weights that lie by ``share`` of the way from ``end`` to ``start``; what is counted stays as in ``end``."""
+    return {
+        name: torch.lerp(value, start[name], share) if value.is_floating_point() else value.clone()
+        for name, value in end.items()
+    }
+
+
+def mix_with_start(
+    student: nn.Module, start: Mapping[str, Tensor], share: float, check: Callable[[], Check], end: Check
+) -> bool:
     """Move a trained student back to where it started by that share of the way, unless it is shown to be worse there.
 
     Args:
@@ -79,6 +105,7 @@ def mix_with_start(student: nn.Module, start: Mapping[str, Tensor], share: float
         start: its state before training.
         share: 0 leaves it as it is, 1 would be the start.
         check: measures it.
+        end: what the check said of it at the end of training.
 
     Returns:
         Whether the student was moved.
@@ -86,10 +113,11 @@ def mix_with_start(student: nn.Module, start: Mapping[str, Tensor], share: float
     Source: WiSE-FT (Wortsman et al., CVPR 2022, arXiv 2109.01903): the mean of the weights before and after
     fine-tuning is often better than both. Here without its choice of the share on labelled samples.
     """
-    ends, trained = {name: value.detach().clone() for name, value in student.state_dict().items()}, check()
-    mixed = {n: torch.lerp(e, start[n], share) if e.is_floating_point() else e for n, e in ends.items()}
-    student.load_state_dict(mixed)
-    if not trained.better_than(check(), by=SHOWN):
-        return True
-    student.load_state_dict(ends)
-    return False
+    if not share:
+        return False
+    trained = {name: value.detach().clone() for name, value in student.state_dict().items()}
+    student.load_state_dict(mixture(trained, start, share))
+    if end.better_than(check(), by=SHOWN):
+        student.load_state_dict(trained)
+        return False
+    return True

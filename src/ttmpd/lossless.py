@@ -44,9 +44,7 @@ def find_lossless(model: nn.Module, batch: Tensor) -> tuple[Lossless, Rounds]:
         return unchanged(model, batch)
     models = {"original": model, "lossless": applied(model, best)}
     rounds = time_models(models, batch, rounds=7, min_seconds=1.0, max_seconds=5.0)
-    if rounds.ratio("original", "lossless").median_ms < GAIN:
-        return UNCHANGED, Rounds(dict.fromkeys(("original", "lossless"), rounds.ms["original"]))
-    return best, rounds
+    return (best, rounds) if rounds.ratio("original", "lossless").median_ms >= GAIN else _as_it_is(rounds)
 
 
 def _fastest(model: nn.Module, changed: Sequence[Lossless], batch: Tensor) -> Lossless:
@@ -62,7 +60,10 @@ def _fastest(model: nn.Module, changed: Sequence[Lossless], batch: Tensor) -> Lo
 
 def unchanged(model: nn.Module, batch: Tensor) -> tuple[Lossless, Rounds]:
     """The model as it is, and its milliseconds under both names."""
-    rounds = time_models({"original": model}, batch, rounds=7, min_seconds=1.0, max_seconds=5.0)
+    return _as_it_is(time_models({"original": model}, batch, rounds=7, min_seconds=1.0, max_seconds=5.0))
+
+
+def _as_it_is(rounds: Rounds) -> tuple[Lossless, Rounds]:
     return UNCHANGED, Rounds(dict.fromkeys(("original", "lossless"), rounds.ms["original"]))
 
 

@@ -211,7 +211,8 @@ def train(model: nn.Module, loss_at: Callable[[int], Tensor], schedule: Schedule
         loop: checks, deadline, resume.
 
     Returns:
-        What was done. ``rolled_back`` is true when the start was shown to be better than the end and is restored.
+        What was done. ``rolled_back`` is true when the start is restored: shown to be better than the end, or, where
+        training stopped early, better than all that came after it.
     """
     run = _Run(model, schedule, loop)
     run.resume()

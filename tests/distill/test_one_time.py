@@ -313,8 +313,8 @@ def test_variance_by_hand():
 def test_a_student_moves_back_to_its_start_unless_it_is_shown_to_be_worse_there(loss, moved):
     student, start = tiny_model(), {name: value.clone() for name, value in tiny_model(seed=1).state_dict().items()}
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    checks = [Check(0.5, 1.0, 98), Check(0.5, loss, 98)]
-    assert mix_with_start(student, start, 0.25, lambda: checks.pop(0)) is moved
+    end, there = Check(0.5, 1.0, 98), Check(0.5, loss, 98)
+    assert mix_with_start(student, start, 0.25, lambda: there, end) is moved
     for name, value in student.state_dict().items():
         if value.is_floating_point():
             wanted = 0.75 * before[name] + 0.25 * start[name] if moved else before[name]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.distill.base import Distiller, Work
-from ttmpd.guard import freeze_before, freeze_head, held_out_check, logits_of, mix_with_start
+from ttmpd.guard import freeze, held_out_check, logits_of, mix_with_start
 from ttmpd.losses import feature_loss, feature_variance, soft_label_loss
 from ttmpd.method import check_fields
 from ttmpd.modules import call, evaluating, find_feature_tap, has_batch_norm, tapped, to_fast_format, to_plain_format
@@ -19,6 +19,7 @@ from ttmpd.records import Fit, Samples, Tap, Targets
 from ttmpd.targets import TargetsWriter
 from ttmpd.text import answers_until, trimmed
 from ttmpd.training import (
+    Check,
     Loop,
     Schedule,
     autocast,
@@ -131,14 +132,8 @@ class OneTime(Distiller):
         device = next(student.parameters()).device
         to_fast_format(student)
         few = samples.batch(slice(0, 2), device)
-        frozen = freeze_head(student, few)
         student.train(self.train_norm)
-        if work.first:
-            before = freeze_before(student, work.first, few)
-            if not any(parameter.requires_grad for parameter in student.parameters()):
-                for parameter in before:  # behind the first removal nothing is left that could learn
-                    parameter.requires_grad_(True)
-            frozen += before
+        frozen = freeze(student, work.first, few)
         n_views, n, places = len(targets.logits), len(samples), answers_until(student, samples.inputs)
         size = self._step_size(student, samples)
 
@@ -168,8 +163,10 @@ class OneTime(Distiller):
                 state=work.folder / "distill.safetensors",
             ),
         )
-        if check and 0 < fit.best_step == fit.steps and mix_with_start(student, start, self.start_share, check):
-            fit = dataclasses.replace(fit, mixed=self.start_share)
+        if check and 0 < fit.best_step == fit.steps:
+            end = Check(*fit.checks[-1][1:], len(held_out))
+            moved = mix_with_start(student, start, self.start_share, check, end)
+            fit = dataclasses.replace(fit, mixed=self.start_share if moved else 0.0)
         for parameter in frozen:
             parameter.requires_grad_(True)
         to_plain_format(student).eval()
