@@ -1,17 +1,21 @@
 """EATA-C: joint answers, signed entropy, parts of the network."""
 
 import math
+import statistics
 
 import pytest
 import torch
 from torch import nn
 
-from ttmpd.adapt.eata_c import EATAC, drawn
+from ttmpd.adapt._learner import answers_by
+from ttmpd.adapt.eata_c import EATAC, HOTTEST, _temperature, drawn
 from ttmpd.adapt.norm import Norm
+from ttmpd.calibration import fit_temperature
 from ttmpd.errors import InvalidValueError
 from ttmpd.losses import fused, signed_entropy
 from ttmpd.records import Samples
 from ttmpd.specimens import tiny_model, tiny_samples, tiny_units, untouched
+from ttmpd.units.block import Block
 
 LN2 = math.log(2)
 
@@ -90,11 +94,70 @@ def test_it_learns_and_leaves_no_mask(unguarded):
 
 def test_backward_passes_are_those_of_the_selected(unguarded):
     facts = (
-        EATAC(e0=0.9, beta=0.0, batch=10, epochs=2, batch_statistics=False).adapt(tiny_model(), tiny_samples(40)).facts
+        EATAC(e0=0.9, beta=0.0, batch=10, epochs=2, batch_statistics=False, parts=2)
+        .adapt(tiny_model(), tiny_samples(40))
+        .facts
     )
     assert 0.0 < facts["selected_share"] < 1.0
     assert facts["backward_per_sample"] == pytest.approx(2 * facts["selected_share"])
-    assert facts["forward_per_sample"] == pytest.approx(2 * 2 * facts["selected_share"] + 1 + 2)  # whole and part
+    assert facts["forward_per_sample"] == pytest.approx(
+        2 * 2 * facts["selected_share"] + 1 + 2 + 3
+    )  # whole and part; at the end the whole and two parts
+
+
+def settings_without_steps(**more: object) -> EATAC:
+    return EATAC(e0=0.0, beta=0.0, batch=10, batch_statistics=False, **more)  # nothing is sure enough to learn from
+
+
+def sure_model(factor: float) -> nn.Module:
+    """A model whose logits are so many times what they would be."""
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter.mul_(factor)
+    return model
+
+
+def test_a_network_surer_than_its_parts_agree_is_cooled():
+    model, samples = sure_model(50.0), tiny_samples(40)
+    with untouched(model, samples):
+        cooled = settings_without_steps().adapt(model, samples)
+    plain = settings_without_steps(parts=0).adapt(model, samples)
+    temperature = cooled.facts["temperature"]
+    assert temperature > 1.0 and f"divided by {temperature:.2f}" in cooled.note and "temperature" not in plain.facts
+    batch = samples.batch(slice(None))
+    assert torch.allclose(cooled.model(batch) * temperature, plain.model(batch), rtol=1e-3, atol=1e-3)
+
+
+def test_the_temperature_is_the_median_over_parts_by_hand():
+    model, samples, units = sure_model(5.0), tiny_samples(40), tiny_units(sure_model(5.0))
+    batch, found = samples.batch(slice(None)), []
+    with torch.no_grad():
+        for unit in units:
+            with Block().mask(model, (unit,)):
+                answers = answers_by(model, samples, 64, batch_statistics=True).argmax(-1)
+            found.append(fit_temperature(model(batch), answers))
+    assert 1.0 < statistics.median(found) < HOTTEST
+    assert _temperature(model, samples, units, 64) == pytest.approx(statistics.median(found), rel=1e-4)
+
+
+def test_no_network_is_made_surer_and_none_is_cooled_without_end():
+    unsure = settings_without_steps().adapt(sure_model(1e-3), tiny_samples(40))
+    assert unsure.facts["temperature"] == 1.0 and "divided" not in unsure.note
+    assert settings_without_steps().adapt(sure_model(1e4), tiny_samples(40)).facts["temperature"] == HOTTEST
+
+
+def test_logits_that_no_layer_gives_alone_are_left():
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = sure_model(50.0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * self.inner(x)
+
+    adapted = settings_without_steps().adapt(Doubled().eval(), tiny_samples(40))
+    assert adapted.facts["temperature"] == 1.0 and "divided" not in adapted.note
 
 
 def test_a_model_without_blocks_is_handed_on():
@@ -109,7 +172,9 @@ def test_one_sample_hands_the_teacher_on():
     assert adapted.model is model and "one sample" in adapted.note
 
 
-@pytest.mark.parametrize("settings", [{"skip": 1.5}, {"share": -0.1}, {"alpha": -1.0}, {"beta": -1.0}, {"batch": 1}])
+@pytest.mark.parametrize(
+    "settings", [{"skip": 1.5}, {"parts": -1}, {"share": -0.1}, {"alpha": -1.0}, {"beta": -1.0}, {"batch": 1}]
+)
 def test_wrong_settings_are_refused(settings):
     with pytest.raises(InvalidValueError, match=rf"eata_c\.{next(iter(settings))}"):
         EATAC(**settings)

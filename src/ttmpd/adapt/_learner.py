@@ -205,10 +205,14 @@ def collapse(start: Tensor, now: Tensor) -> str:
 def _answers(adaptation: Adaptation, samples: Samples, batch_size: int) -> Tensor:
     """(N, n_classes) logits in the configuration in which steps are made, on the CPU."""
     adaptation.n_forward += len(samples)
-    model = adaptation.model
-    if not adaptation.batch_statistics:
+    return answers_by(adaptation.model, samples, batch_size, adaptation.batch_statistics)
+
+
+def answers_by(model: nn.Module, samples: Samples, batch_size: int, batch_statistics: bool) -> Tensor:
+    """(N, n_classes) logits, on the CPU, with the statistics that batch normalisation holds or those of each batch."""
+    if not batch_statistics:
         return logits_of(model, samples, batch_size)
-    device = adaptation.parameters[0].device
+    device = next(model.parameters()).device
     with evaluating(model), using_batch_statistics(model):
         answers = [call(model, samples.batch(index, device)) for index in pieces(len(samples), batch_size)]
     return torch.cat(answers).float().cpu()

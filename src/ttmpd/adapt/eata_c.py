@@ -1,19 +1,29 @@
 """Adaptation by agreement with parts of oneself: surer where the parts agree, less sure where they do not."""
 
+import dataclasses
 import random
+import statistics
 from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ttmpd.adapt._learner import SelectiveLearner
+from ttmpd.adapt._learner import SelectiveLearner, answers_by
+from ttmpd.adapt.base import Adapted
 from ttmpd.adaptation import Adaptation, Again
+from ttmpd.calibration import fit_temperature
+from ttmpd.guard import logits_of
 from ttmpd.losses import entropy, fused, signed_entropy
 from ttmpd.method import check_fields
+from ttmpd.modules import call, clone, evaluating, find_head, module_at
 from ttmpd.records import Samples, Unit
 from ttmpd.units.block import Block
+
+HOTTEST = 4.0
+"""No higher temperature: parts of a network that can do without none of its blocks agree with it too rarely."""
 
 
 class EATAC(SelectiveLearner):
@@ -21,7 +31,8 @@ class EATAC(SelectiveLearner):
 
     source: ClassVar[str] = (
         "EATA-C (Tan et al., TPAMI 2025); formulas of a re-implementation that cites equations 11 and 14; selection "
-        "and distance from the start as in `eata`; parts are made of the blocks that can be removed"
+        "and distance from the start as in `eata`; parts are made of the blocks that can be removed; a temperature by "
+        "how often parts agree with the whole is this project's own"
     )
     skip: float = 0.2
     """Each removable block is skipped with this probability, drawn anew for every step."""
@@ -33,10 +44,36 @@ class EATAC(SelectiveLearner):
     """Surer samples count more, by exp(margin - entropy). Whether the paper does so is not known here."""
     detach_fused: bool = True
     """The joint answer is a fixed target: no gradients through the part's share in it. As unknown as the above."""
+    parts: int = 8
+    """So many parts, each without one block, say how sure the answers may be; 0 leaves them as sure as they are.
+
+    Steps on a few hundred samples hardly change how sure a network is. So its logits are divided, once and in the layer
+    that gives them, by the temperature under which it is as sure as its parts agree with it.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fields(self, alpha=0.0, skip=(0.0, 1.0), share=(0.0, 1.0))
+        check_fields(self, alpha=0.0, skip=(0.0, 1.0), share=(0.0, 1.0), parts=0)
+
+    def adapt(self, teacher: nn.Module, samples: Samples, *, batch_size: int = 64, seed: int = 0) -> Adapted:
+        """A copy of the teacher that learned from the samples and is no surer than its parts agree with it.
+
+        Facts: those of `eata`, and ``temperature``, by which the logits were divided.
+
+        Cost: that of `eata`, a further forward pass per step, one for each of the `parts`, and one for the whole.
+        """
+        adapted = super().adapt(teacher, samples, batch_size=batch_size, seed=seed)
+        if not self.parts or self.hindrance(teacher, samples):
+            return adapted
+        few, units = samples.first(self.max_samples), _units(adapted.model, samples)
+        left_out = random.Random(seed).sample(units, min(self.parts, len(units)))
+        wanted = _temperature(adapted.model, few, left_out, batch_size)
+        model = _divided(clone(adapted.model), few, wanted) if wanted > 1.0 else None
+        facts = adapted.facts | {"temperature": wanted if model else 1.0}
+        facts["forward_per_sample"] += 1 + len(left_out)
+        if model is None:
+            return dataclasses.replace(adapted, facts=facts)
+        return Adapted(model, f"{adapted.note}; logits divided by {wanted:.2f}", facts)
 
     def hindrance(self, teacher: nn.Module, samples: Samples) -> str:
         """A model without removable blocks has no parts."""
@@ -72,3 +109,31 @@ def drawn(units: Sequence[Unit], skip: float, seed: int, step: int) -> tuple[Uni
 
 def _units(model: nn.Module, samples: Samples) -> tuple[Unit, ...]:
     return Block().find(model, samples.batch(slice(0, 2), next(model.parameters()).device)).units
+
+
+def _temperature(model: nn.Module, samples: Samples, left_out: Sequence[Unit], batch_size: int) -> float:
+    """The median over parts of the temperature under which the whole is as sure as the part agrees with it.
+
+    A part lacks one of the units. It takes the statistics of the batch: those that are held suit the whole alone.
+    """
+    whole, found = logits_of(model, samples, batch_size), []
+    for unit in left_out:
+        with Block().mask(model, (unit,)):
+            part = answers_by(model, samples, batch_size, batch_statistics=True)
+        found.append(fit_temperature(whole, part.argmax(-1)))
+    return min(HOTTEST, max(1.0, statistics.median(found)))
+
+
+def _divided(model: nn.Module, samples: Samples, temperature: float) -> nn.Module | None:
+    """The model, changed in place, with its logits divided; None where no layer that can be divided gives them."""
+    batch = samples.batch(slice(0, 2), next(model.parameters()).device)
+    path = find_head(model, batch)
+    if path is None:
+        return None
+    with evaluating(model), torch.no_grad():
+        before = call(model, batch)
+        for parameter in module_at(model, path).parameters():
+            parameter.div_(temperature)
+        # A weight that is shared, or a norm of weights, would make it something else.
+        same = torch.allclose(call(model, batch) * temperature, before, rtol=1e-3, atol=1e-3)
+    return model if same else None
