@@ -2,7 +2,7 @@
 
     python benchmarks/serve.py
 
-ResNet-56, eight concurrent callers with batches of 16, first clean CIFAR-10 images, then such images under a
+A network of `zoo.py`, eight concurrent callers with batches of 16, first clean CIFAR-10 images, then such images under a
 shift, until a second student serves. Callers ask at fixed times (a share of what the model can answer), and latency
 counts from that time, so that a stalled service is not asked less. Throughput is measured apart, with callers that ask
 again at once, before and after. Accuracy is that of the answers, and below "accuracy" that of each model on images
@@ -158,10 +158,11 @@ def accuracies(stage: str, answer: Callable[[Tensor], Tensor], tests: dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet20")
     parser.add_argument("--speedup", type=float, default=1.5)
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--shift", default="gaussian_noise", help="one of ttmpd.shifts.SHIFTS")
-    parser.add_argument("--severity", type=int, default=1)
+    parser.add_argument("--severity", type=int, default=3)
     parser.add_argument("--nice", type=int, default=10, help="by how much the worker's priority is lowered")
     parser.add_argument("--load", type=float, default=0.3, help="share of the throughput that is asked for")
     parser.add_argument("--seconds", type=float, default=15.0, help="of every stage that has no end of its own")
@@ -170,7 +171,7 @@ def main() -> None:
     require_data("zoo.py", "cifar10/test.npz")
     torch.set_num_threads(1)
     pixels, labels = cifar("cifar10")
-    opened = open_model(f"{DATA / 'zoo.py'}:resnet56")
+    opened = open_model(f"{DATA / 'zoo.py'}:{args.model}")
     halves = {"clean": pixels[:5000], args.shift: shifted(pixels[5000:], args.shift, args.severity)}
     streams, tests = {}, {}
     for start, (name, half) in zip((0, 5000), halves.items(), strict=True):
@@ -183,7 +184,8 @@ def main() -> None:
         rows = run(opened, streams, tests, args)
     for found in rows:
         print(found, flush=True)
-    print(write_csv("serve.csv", rows))
+    about = {"model": args.model, "shift": args.shift, "severity": args.severity, "asked": args.speedup}
+    print(write_csv("serve.csv", [about | found for found in rows]))
 
 
 def run(

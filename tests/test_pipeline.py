@@ -194,6 +194,15 @@ def test_the_same_seed_gives_the_same_model_and_what_was_passed_in_stays(model, 
     assert not shared
 
 
+def test_a_model_that_its_owner_froze_has_the_same_student(model, samples):
+    free = compress(model, samples, speedup=2.0, **QUICK)
+    frozen = compress(model.requires_grad_(False), samples, speedup=2.0, **QUICK)
+    assert free.facts["fit"]["steps"] > 0
+    assert frozen.plan == free.plan
+    assert all(torch.equal(v, frozen.model.state_dict()[k]) for k, v in free.model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_facts_are_strict_json_and_agree_with_the_result(model, samples):
     result = compress(model, samples, speedup=2.0, command="ttmpd compress", **QUICK)
     facts = json.loads(json.dumps(result.facts, allow_nan=False))

@@ -158,9 +158,17 @@ def test_latency_is_that_of_the_samples_own_lengths(text_folder: Folder, sentenc
     texts = ["good film"] * 4 + sentences(4, longest=20)
     samples = open_samples(texts, opened.preprocessing)
     assert samples.inputs.shape[1] > 4
-    assert latency_batch(opened.module, samples, Settings(batch_size=4)).shape == (4, 4)
+    assert latency_batch(opened.module, samples.subset(range(4)), Settings(batch_size=4)).shape == (4, 4)
     assert latency_batch(opened.module, samples, Settings(batch_size=16)).shape == (16, samples.inputs.shape[1])
     assert example_batch(opened, texts[:4], 6).shape == (6, 4)
+
+
+def test_latency_is_that_of_the_same_samples_in_any_order(text_folder: Folder, sentences: Sentences) -> None:
+    opened = open_model(f"hf:{text_folder('bert')}")
+    samples = open_samples(sentences(20, longest=20), opened.preprocessing)
+    settings = Settings(batch_size=8)
+    found = [latency_batch(opened.module, some, settings) for some in (samples, samples.by_length(4))]
+    assert torch.equal(*found)
 
 
 def test_passes_are_no_longer_than_they_must_be(text_folder: Folder) -> None:

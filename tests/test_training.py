@@ -162,6 +162,12 @@ def test_a_ruined_student_goes_back_to_its_best_and_on_at_a_third_of_the_rate():
     assert fit.best_step == 3
 
 
+def test_a_ruined_student_with_nothing_to_learn_goes_back_too():
+    model, checks = Point().requires_grad_(False), [Check(0.6, 0.9, 9), Check(0.1, 9.0, 9)]
+    fit = train(model, lambda step: torch.tensor(0.0), plain(1), Loop(check=lambda: checks.pop(0), check_every=1))
+    assert (fit.best_step, fit.rolled_back) == (0, True)
+
+
 def test_answers_of_nan_are_never_better_and_always_beaten():
     assert not Check(0.9, math.nan).better_than(Check(0.1, 1.0))
     assert Check(0.1, 1.0).better_than(Check(0.9, math.nan))

@@ -27,6 +27,9 @@ from ttmpd.text import trimmed
 from ttmpd.training import samples_that_fit
 from ttmpd.units.base import Found
 
+TEXTS_ALIKE = 32
+"""Most texts of like length in one pass: a pass is as long as its longest text, and the rest of it is padding."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ready:
@@ -105,6 +108,10 @@ def get_ready(
     to_fast_format(teacher)
     batch = latency_batch(source, samples, settings)
     timed = stages.json("timing", lambda: _time(source, found, batch, settings.lossless))
+    size = pass_size(source, samples, settings.batch_size)
+    if samples.is_text:
+        size = min(size, TEXTS_ALIKE)
+        samples, held_out = samples.by_length(size), held_out.by_length(size)
     return Ready(
         opened=opened,
         source=source,
@@ -120,15 +127,20 @@ def get_ready(
         adapt_facts=told["facts"],
         settings=settings,
         deadline=deadline,
-        pass_size=pass_size(source, samples, settings.batch_size),
+        pass_size=size,
         stages=stages,
     )
 
 
 def source_of(opened: OpenedModel, samples: Samples, device: torch.device) -> nn.Module:
-    """A copy of the model as it is, on the device; it has answered."""
+    """A copy of the model as it is, on the device; it has answered.
+
+    What its owner froze is frozen for another training: students of it learn in all of their layers.
+    """
     check_without_exits(opened.module)
     source = clone(opened.module).to(device).eval()
+    for parameter in source.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     _check_answers(source, samples, device)
     return source
 
@@ -163,8 +175,12 @@ def selected(opened: OpenedModel, pool: Samples, n: int, settings: Settings, sta
 
 
 def latency_batch(source: nn.Module, samples: Samples, settings: Settings) -> Tensor:
-    """The batch on which latency is measured, on the model's device; text is as long as the longest sample in it."""
-    index = torch.arange(settings.batch_size) % len(samples)
+    """The batch on which latency is measured, on the model's device; text is as long as the longest sample in it.
+
+    Which samples are in it depends on their contents, not on their order: lengths are mixed as in the data.
+    """
+    by_id = torch.tensor(sorted(range(len(samples)), key=samples.ids.__getitem__))
+    index = by_id[torch.arange(settings.batch_size) % len(samples)]
     return trimmed(samples.batch(index, next(source.parameters()).device), samples.padding)
 
 

@@ -291,7 +291,8 @@ class _Run:
     def _back_off(self) -> None:
         """Go on from the best state at a third of the learning rate, without the old momentum."""
         self.model.load_state_dict(self.best_state)
-        self.optimizer = self.schedule.build(self.parameters)
+        if self.parameters:
+            self.optimizer = self.schedule.build(self.parameters)
         self.lr_scale /= 3
 
     def finish(self) -> Fit:
