@@ -185,7 +185,7 @@ def calibration(
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    """Accuracy over mean milliseconds, a panel a model."""
+    """Accuracy over how many times faster the mean is, a panel a model: milliseconds of minutes apart do not compare."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -203,12 +203,12 @@ def draw(rows: list[dict[str, Any]]) -> None:
     for axis, panel in zip(axes[0], panels, strict=True):
         own = [row for row in rows if (row["model"], row["base"]) == panel]
         for variant, color in styles.items():
-            line = sorted((r["compressed_ms"], r["accuracy"]) for r in own if r["variant"] == variant and "asked" in r)
+            line = sorted((r["speedup"], r["accuracy"]) for r in own if r["variant"] == variant and "asked" in r)
             axis.plot(*zip(*line, strict=True), color=color, marker="o", ms=3, label=variant) if line else None
-        fixed = sorted((r["compressed_ms"], r["accuracy"]) for r in own if "always" in r)
+        fixed = sorted((r["speedup"], r["accuracy"]) for r in own if "always" in r)
         axis.plot(*zip(*fixed, strict=True), color="#8a94a0", ls="--", marker="s", ms=3, label="always one exit")
         axis.set_title(", ".join(panel), fontsize=10)
-        axis.set_xlabel("mean milliseconds, batch 1")
+        axis.set_xlabel("times as fast, mean, batch 1")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("accuracy, %")
     axes[0][0].legend(fontsize=7, frameon=False)

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -257,6 +258,72 @@ def test_other_types_paths_and_queries_are_refused(client):
     problem(client.post("/predict?top=0", json={"inputs": [[1.0]]}), 422, "top")
     problem(client.get("/nothing"), 404)
     problem(client.get("/predict"), 405)
+
+
+PARTS = (
+    b"NaN",
+    b"-Infinity",
+    b"1e999",
+    b"null",
+    b'"../../etc/passwd"',
+    b"[[[",
+    b"]",
+    b"{}",
+    b"\x00",
+    b"\xff\xfe",
+    b"9" * 400,
+)
+TYPES = ("image/png", "image/jpeg", "application/x-npy", "application/octet-stream", "application/json", "text/plain", "",
+         "application/json; charset=utf-16", "multipart/form-data", "multipart/form-data; boundary=x", "../../x")  # fmt: skip
+QUERIES = ("", "", "", "?top=2", "?top=-1", "?top=many", "?scores=false", "?scores=%00", "?path=/etc/passwd")
+
+
+def form(part: bytes) -> bytes:
+    head = (
+        b'--x\r\ncontent-disposition: form-data; name="file"; filename="/etc/passwd"\r\ncontent-type: image/png\r\n\r\n'
+    )
+    return head + part + b"\r\n--x--\r\n"
+
+
+def garbage(draw: random.Random) -> tuple[bytes, str]:
+    """A body that was right once, and a content type that often is that of another."""
+    values = np.random.default_rng(draw.randrange(99)).random((1, 3, 8, 8), np.float32)
+    right = [
+        (image(seed=draw.randrange(99)), "image/png"),
+        (image(kind="JPEG", seed=draw.randrange(99)), "image/jpeg"),
+        (npy(values), "application/x-npy"),
+        (npy((255 * values.transpose(0, 2, 3, 1)).astype(np.uint8)), "application/octet-stream"),
+        (json.dumps({"inputs": values.round(2).tolist()}).encode(), "application/json"),
+        (form(image()), "multipart/form-data; boundary=x"),
+    ]
+    (body, kind), (other, _) = draw.sample(right, 2)
+    kind = draw.choice(TYPES) if draw.random() < 0.25 else kind
+    for _ in range(draw.randint(1, 3)):
+        a, b = sorted((draw.randrange(len(body) + 1), draw.randrange(len(body) + 1)))
+        flipped = bytes([draw.randrange(256)])
+        body = draw.choice([
+            body[:a], body[a:], body[:a] + body[b:], body[:b] + body[a:], body[:a] + flipped + body[a + 1 :],
+            body[:a] + draw.choice(PARTS) + body[a:], body[:a] + other[a:], draw.randbytes(b - a), body * 60,
+        ])  # fmt: skip
+    return body, kind
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_garbage_brings_it_down(client, seed):
+    draw, statuses = random.Random(seed), set()
+    before = post(client, image(), "image/png").json()
+    for _ in range(320):
+        body, kind = garbage(draw)
+        response = post(client, body, kind, draw.choice(QUERIES))
+        statuses.add(response.status_code)
+        if response.status_code == 200:  # what is left of it may be right
+            assert all(math.isfinite(answer["probability"]) for answer in response.json()["answers"])
+        else:
+            assert response.status_code in (400, 413, 415, 422), (response.status_code, response.text, kind, body[:99])
+            problem(response, response.status_code)
+    assert {200, 413, 415, 422} <= statuses
+    assert post(client, image(), "image/png").json() == before
+    assert client.get("/health").status_code == 200
 
 
 def test_a_busy_server_turns_requests_away(service, monkeypatch):
