@@ -400,7 +400,7 @@ class Samples:
         kept = self.kept(self.inputs)
         if kept is None:
             return self
-        runs = kept.sum(1).argsort(stable=True).split(run)
+        runs = torch.split(kept.sum(1).argsort(stable=True), run)
         n_whole = len(self) // run
         places = sorted(range(n_whole), key=lambda i: _halving(i + 1))  # of the runs, shortest texts first
         order = sorted(range(n_whole), key=places.__getitem__)

@@ -40,7 +40,11 @@ class Given:
     shortcut: Tensor
     weight: Tensor
 
-    def part(self, where: slice) -> "Given":
+    def counting(self) -> "Given":
+        """The rows that weigh anything: of texts those of padding do not, and they are often most of all."""
+        return self.part(self.weight > 0)
+
+    def part(self, where: slice | Tensor) -> "Given":
         """Some of the rows."""
         shortcut = self.shortcut[where] if len(self.shortcut) > 1 else self.shortcut
         return Given(self.x[where], self.wanted[where], shortcut, self.weight[where])

@@ -128,7 +128,7 @@ class _Fits:
             wanted = self._wanted(bunch, samples, chosen)
             for site in bunch:
                 index = chosen[site.id]
-                found = [_read(parts, site, given, index) for given in parts.calls(site.host)]
+                found = [_read(parts, site, run, index) for run in parts.calls(site.host)]
                 weights = [  # of a sample, or of each window of it
                     row_weights(pattern, site, index, self.sensitivity, len(x) // len(index), samples.kept(batch))
                     for (x, _), batch in zip(found, torch.split(samples.inputs, self.batch_size), strict=True)
@@ -136,7 +136,8 @@ class _Fits:
                 x = torch.cat([part for part, _ in found])
                 added = [part for _, part in found if part is not None]
                 shortcut = torch.cat(added) if added else x.new_zeros(1, 1)
-                yield site, Given(x, torch.cat(wanted.pop(site.id)), shortcut, torch.cat(weights).to(x.device))
+                given = Given(x, torch.cat(wanted.pop(site.id)), shortcut, torch.cat(weights).to(x.device))
+                yield site, given.counting() if samples.is_text else given
 
     def _wanted(self, sites: Sequence[Site], samples: Samples, chosen: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
         """The teacher's rows at the sites, batch by batch; what lies behind them is not run."""
