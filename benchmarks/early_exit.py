@@ -185,7 +185,7 @@ def calibration(
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    """Accuracy over how many times faster the mean is, a panel a model: milliseconds of minutes apart do not compare."""
+    """Accuracy over times as fast, a panel a model: milliseconds of minutes apart do not compare."""
     import matplotlib
 
     matplotlib.use("Agg")

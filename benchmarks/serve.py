@@ -2,8 +2,8 @@
 
     python benchmarks/serve.py
 
-A network of `zoo.py`, eight concurrent callers with batches of 16, first clean CIFAR-10 images, then such images under a
-shift, until a second student serves. Callers ask at fixed times (a share of what the model can answer), and latency
+A network of `zoo.py`, eight concurrent callers with batches of 16, first clean CIFAR-10 images, then such images under
+a shift, until a second student serves. Callers ask at fixed times (a share of what the model can answer), and latency
 counts from that time, so that a stalled service is not asked less. Throughput is measured apart, with callers that ask
 again at once, before and after. Accuracy is that of the answers, and below "accuracy" that of each model on images
 that were never in the stream.
