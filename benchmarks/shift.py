@@ -44,6 +44,7 @@ from ttmpd.shifts import SHIFTS, shifted
 
 ADAPTERS: dict[str, Adapter] = {
     "source": NoAdaptation(), "norm": Norm(), "tent": Tent(), "eata": EATA(), "eata_c": EATAC(),
+    "eata_c, losses alone": EATAC(parts=0),
 }  # fmt: skip
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 N_FIT, N_TEST, TARGET = 500, 2000, "0.5x"

@@ -108,28 +108,3 @@ def test_is_image(shape, is_image):
 def test_samples_say_what_they_are_and_not_their_pixels():
     samples = Samples(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ("a", "b"), skipped=(("c", "broken"),))
     assert repr(samples) == "<2 samples of 3x8x8 uint8, 1 skipped>"
-
-
-def texts(lengths: list[int]) -> Samples:
-    """Texts of these lengths, named by them; token 0 is padding."""
-    rows = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
-    for row, n in zip(rows, lengths, strict=True):
-        row[:n] = n
-    return Samples(rows, tuple(map(str, lengths)), padding=0)
-
-
-def test_texts_of_like_length_stand_side_by_side():
-    lengths = torch.randperm(34, generator=torch.Generator().manual_seed(0)).add(1).tolist()
-    sorted_ = texts(lengths).by_length(4)
-    found = sorted_.inputs.count_nonzero(dim=1).tolist()
-    assert sorted(found) == list(range(1, 35)) and list(map(int, sorted_.ids)) == found
-    runs = [found[i : i + 4] for i in range(0, 34, 4)]
-    assert all(max(run) - min(run) == len(run) - 1 for run in runs)
-    assert [run[0] for run in runs] == [17, 9, 25, 5, 21, 13, 29, 1, 33]  # the middle, quarters, ...; the rest last
-    assert all(abs(sum(found[i : i + 12]) / 12 - 17.5) < 4 for i in (0, 12, 20))  # any three runs hold all lengths
-
-
-def test_only_texts_are_sorted():
-    samples = Samples(torch.arange(6.0)[:, None], tuple("abcdef"))
-    assert samples.by_length(2) is samples
-    assert texts([3, 1, 2]).by_length(8).ids == ("1", "2", "3")

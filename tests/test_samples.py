@@ -21,7 +21,7 @@ from ttmpd.labels import Labels, open_labels
 from ttmpd.models import open_model
 from ttmpd.preprocessing import Preprocessing
 from ttmpd.records import Samples
-from ttmpd.samples import open_samples, stream_samples
+from ttmpd.samples import by_length, open_samples, stream_samples
 
 DATA = Path(os.environ.get("TTMPD_DATA", Path(__file__).resolve().parents[1] / "../shared/data"))
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.5, 0.5)
@@ -511,3 +511,28 @@ def test_real_rows_are_normalized_exactly() -> None:
     assert torch.equal(labels, torch.from_numpy(y)[rows])
     with torch.no_grad():
         assert (opened.module(expected).argmax(1) == labels).float().mean() > 0.85
+
+
+def texts(lengths: list[int]) -> Samples:
+    """Texts of these lengths, named by them; token 0 is padding."""
+    rows = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    for row, n in zip(rows, lengths, strict=True):
+        row[:n] = n
+    return Samples(rows, tuple(map(str, lengths)), padding=0)
+
+
+def test_texts_of_like_length_stand_side_by_side():
+    lengths = torch.randperm(34, generator=torch.Generator().manual_seed(0)).add(1).tolist()
+    sorted_ = by_length(texts(lengths), 4)
+    found = sorted_.inputs.count_nonzero(dim=1).tolist()
+    assert sorted(found) == list(range(1, 35)) and list(map(int, sorted_.ids)) == found
+    runs = [found[i : i + 4] for i in range(0, 34, 4)]
+    assert all(max(run) - min(run) == len(run) - 1 for run in runs)
+    assert [run[0] for run in runs] == [17, 9, 25, 5, 21, 13, 29, 1, 33]  # the middle, quarters, ...; the rest last
+    assert all(abs(sum(found[i : i + 12]) / 12 - 17.5) < 4 for i in (0, 12, 20))  # any three runs hold all lengths
+
+
+def test_only_texts_are_sorted():
+    samples = Samples(torch.arange(6.0)[:, None], tuple("abcdef"))
+    assert by_length(samples, 2) is samples
+    assert by_length(texts([3, 1, 2]), 8).ids == ("1", "2", "3")

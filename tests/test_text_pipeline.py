@@ -26,7 +26,7 @@ from ttmpd.pipeline import compress
 from ttmpd.ready import latency_batch
 from ttmpd.records import Plan, Removal
 from ttmpd.repair import repaired
-from ttmpd.samples import open_samples
+from ttmpd.samples import by_length, open_samples
 from ttmpd.saving import Result
 from ttmpd.settings import Settings
 from ttmpd.text import Tokenization, mask_of
@@ -167,7 +167,7 @@ def test_latency_is_that_of_the_same_samples_in_any_order(text_folder: Folder, s
     opened = open_model(f"hf:{text_folder('bert')}")
     samples = open_samples(sentences(20, longest=20), opened.preprocessing)
     settings = Settings(batch_size=8)
-    found = [latency_batch(opened.module, some, settings) for some in (samples, samples.by_length(4))]
+    found = [latency_batch(opened.module, some, settings) for some in (samples, by_length(samples, 4))]
     assert torch.equal(*found)
 
 

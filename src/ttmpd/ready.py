@@ -18,7 +18,7 @@ from ttmpd.lossless import find_lossless, unchanged
 from ttmpd.models import OpenedModel
 from ttmpd.modules import clone, has_nan, to_fast_format
 from ttmpd.records import Lossless, Option, Removal, Samples, Score, Unit
-from ttmpd.samples import open_samples
+from ttmpd.samples import by_length, open_samples
 from ttmpd.savings import UnitTiming, time_units
 from ttmpd.settings import Settings, choose_device
 from ttmpd.stages import Stages
@@ -111,7 +111,7 @@ def get_ready(
     size = pass_size(source, samples, settings.batch_size)
     if samples.is_text:
         size = min(size, TEXTS_ALIKE)
-        samples, held_out = samples.by_length(size), held_out.by_length(size)
+        samples, held_out = by_length(samples, size), by_length(held_out, size)
     return Ready(
         opened=opened,
         source=source,

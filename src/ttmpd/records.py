@@ -309,14 +309,6 @@ class Targets:
     teacher: nn.Module | None = None
 
 
-def _halving(i: int) -> float:
-    """1/2, 1/4, 3/4, 1/8, 5/8, ... for i = 1, 2, 3, ...: any run of them is spread evenly (van der Corput, 1935)."""
-    found, part = 0.0, 0.5
-    while i:
-        found, part, i = found + part * (i % 2), part / 2, i // 2
-    return found
-
-
 @dataclass(frozen=True, eq=False)
 class Samples:
     """Unlabelled inputs of a model, kept compactly and prepared batch by batch.
@@ -389,23 +381,6 @@ class Samples:
     def first(self, n: int) -> "Samples":
         """The first ``n`` samples, or all of them where there are no more; the memory is shared."""
         return replace(self, inputs=self.inputs[:n], ids=self.ids[:n], names=self.names[:n])
-
-    def by_length(self, run: int) -> "Samples":
-        """Texts of like length side by side, ``run`` of them at a time: passes over them hold hardly any padding.
-
-        Runs do not come by length: any few that follow one another hold short and long texts, as the whole set does,
-        and the first one texts of medium length. A rest that fills no run, of the longest texts, stands at the end.
-        Everything that is no text stays as it is.
-        """
-        kept = self.kept(self.inputs)
-        if kept is None:
-            return self
-        runs = torch.split(kept.sum(1).argsort(stable=True), run)
-        n_whole = len(self) // run
-        places = sorted(range(n_whole), key=lambda i: _halving(i + 1))  # of the runs, shortest texts first
-        order = sorted(range(n_whole), key=places.__getitem__)
-        chosen = [runs[i] for i in order] + list(runs[n_whole:])
-        return self.subset(torch.cat(chosen).tolist())
 
     def subset(self, index: Sequence[int]) -> "Samples":
         """The samples at the given positions, in that order."""

@@ -237,7 +237,7 @@ class _Run:
     def __init__(self, model: nn.Module, schedule: Schedule, loop: Loop) -> None:
         self.model, self.schedule, self.loop = model, schedule, loop
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = schedule.build(self.parameters) if self.parameters else None
+        self.optimizer = self._fresh_optimizer()
         self.step, self.stopped, self.best_step, self.idle = 0, "", 0, 0
         self.losses: list[float] = []
         self.checks: list[tuple[int, float, float]] = []
@@ -291,9 +291,12 @@ class _Run:
     def _back_off(self) -> None:
         """Go on from the best state at a third of the learning rate, without the old momentum."""
         self.model.load_state_dict(self.best_state)
-        if self.parameters:
-            self.optimizer = self.schedule.build(self.parameters)
+        self.optimizer = self._fresh_optimizer()
         self.lr_scale /= 3
+
+    def _fresh_optimizer(self) -> torch.optim.Optimizer | None:
+        """None where nothing can learn."""
+        return self.schedule.build(self.parameters) if self.parameters else None
 
     def finish(self) -> Fit:
         """Restore the best state and tell what was done."""

@@ -1,6 +1,5 @@
 """Adaptation by agreement with parts of oneself: surer where the parts agree, less sure where they do not."""
 
-import dataclasses
 import random
 import statistics
 from collections.abc import Sequence
@@ -63,17 +62,17 @@ class EATAC(SelectiveLearner):
         Cost: that of `eata`, a further forward pass per step, one for each of the `parts`, and one for the whole.
         """
         adapted = super().adapt(teacher, samples, batch_size=batch_size, seed=seed)
-        if not self.parts or self.hindrance(teacher, samples):
+        if not self.parts or not adapted.facts:  # nothing was done
             return adapted
         few, units = samples.first(self.max_samples), _units(adapted.model, samples)
         left_out = random.Random(seed).sample(units, min(self.parts, len(units)))
-        wanted = _temperature(adapted.model, few, left_out, batch_size)
-        model = _divided(clone(adapted.model), few, wanted) if wanted > 1.0 else None
-        facts = adapted.facts | {"temperature": wanted if model else 1.0}
-        facts["forward_per_sample"] += 1 + len(left_out)
-        if model is None:
-            return dataclasses.replace(adapted, facts=facts)
-        return Adapted(model, f"{adapted.note}; logits divided by {wanted:.2f}", facts)
+        model, temperature, note = adapted.model, _temperature(adapted.model, few, left_out, batch_size), adapted.note
+        if temperature > 1.0 and (divided := _divided(clone(model), few, temperature)) is not None:
+            model, note = divided, f"{note}; logits divided by {temperature:.2f}"
+        else:
+            temperature = 1.0
+        n_forward = adapted.facts["forward_per_sample"] + 1 + len(left_out)
+        return Adapted(model, note, adapted.facts | {"temperature": temperature, "forward_per_sample": n_forward})
 
     def hindrance(self, teacher: nn.Module, samples: Samples) -> str:
         """A model without removable blocks has no parts."""
