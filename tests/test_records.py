@@ -98,6 +98,19 @@ def test_batches_cover_all_samples_in_order():
     assert [batch.flatten().tolist() for batch in samples.batches(2)] == [[0, 1], [2, 3], [4]]
 
 
+def test_batches_of_text_are_as_long_as_their_longest_sample():
+    ids = torch.tensor([[5, 6, 0, 0], [7, 0, 0, 0], [8, 0, 0, 0], [1, 2, 3, 0]])
+    samples = Samples(ids, tuple("abcd"), padding=0)
+    assert [batch.tolist() for batch in samples.batches(2)] == [[[5, 6], [7, 0]], [[8, 0, 0], [1, 2, 3]]]
+    assert samples.batch(slice(0, 2)).shape == (2, 4)
+
+
+@pytest.mark.parametrize(("n_rounds", "error"), [(25, 0.1858), (100, 0.0929)])
+def test_the_error_of_a_median_is_that_of_normal_noise(n_rounds, error):
+    # Quartiles of a normal distribution lie 1.349 deviations apart; its median varies by sqrt(pi / 2n) of them.
+    assert Timing(10.0, 9.5, 10.5, n_rounds).error_ms == pytest.approx(error, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("shape", "is_image"), [((2, 3, 4, 4), True), ((2, 1, 4, 4), True), ((2, 6, 4, 4), False), ((2, 9), False)]
 )

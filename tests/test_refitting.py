@@ -40,15 +40,6 @@ def test_a_linear_answer_is_recovered():
         assert torch.allclose(net[0].bias, bias, atol=1e-2)
 
 
-def test_only_rows_that_weigh_something_count():
-    x, wanted, shortcut = rand(6, 5), rand(6, 3), rand(6, 3)
-    weight = torch.tensor([1.0, 0.0, 2.0, 0.0, 0.0, 0.5])
-    found = Given(x, wanted, shortcut, weight).counting()
-    for all_of, some in ((x, found.x), (wanted, found.wanted), (shortcut, found.shortcut), (weight, found.weight)):
-        assert torch.equal(some, all_of[[0, 2, 5]])
-    assert Given(x, wanted, NO_SHORTCUT, weight).counting().shortcut is NO_SHORTCUT
-
-
 def test_an_infinite_ridge_leaves_the_weights_and_moves_the_bias():
     net, x = student(nn.Linear(5, 3)), rand(200, 5)
     before = net[0].weight.detach().clone()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,42 @@ def test_fits_do_not_depend_on_padding(text_folder: Folder, sentences: Sentences
     for unit, fits in maps[0].items():
         torch.testing.assert_close(maps[1][unit]["linear"].weight, fits["linear"].weight, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(answers[1], answers[0], atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_passes_are_as_long_as_the_texts_in_them(text_folder: Folder, sentences: Sentences, name: str) -> None:
+    opened = _opened(text_folder, name)
+    few = open_samples(sentences(12), opened.preprocessing)
+    assert few.padding is not None
+    inputs = few.inputs.clone()
+    inputs[4:, 6:] = few.padding  # one batch of long texts and two of short ones
+    samples, seen = dataclasses.replace(few, inputs=inputs), list[tuple[int, ...]]()
+    units = Block().find(opened.module, samples.batch(slice(0, 2))).units
+    opened.module.get_submodule(units[0].path).register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape))
+    list(TTMPD(max_samples=12, tail_samples=12).score(opened.module, units, samples, batch_size=4))
+    repaired(opened.module, [Removal(units[1], "linear")], samples, batch_size=4)
+    longest = trimmed(inputs[:4], few.padding).shape[1]
+    assert {shape[1] for shape in seen if shape[0] == 4} == {longest, 6} and longest > 6
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_batch_without_any_of_the_chosen_tokens_takes_no_part(
+    text_folder: Folder, sentences: Sentences, name: str
+) -> None:
+    opened = _opened(text_folder, name)
+    samples = open_samples(sentences(12), opened.preprocessing)
+    units = Block().find(opened.module, samples.batch(slice(0, 2))).units
+    seen = list[int]()
+
+    def the_last(site: Any, *_args: Any, **_kwargs: Any) -> Tensor:
+        return torch.tensor([math.prod(site.shape[:-1]) - 1])  # a token that only the longest text has
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("ttmpd.repair.positions", the_last)
+        patched.setattr("ttmpd.repair.refit", lambda _s, site, given, _r: seen.append(len(given.x)) or None)
+        repaired(opened.module, [Removal(units[1], "linear")], samples, batch_size=1)
+    longest = int((samples.inputs[:, -1] != samples.padding).sum())
+    assert seen and set(seen) <= {longest, len(samples)}
 
 
 def test_a_fit_is_that_of_the_tokens_that_are_there(text_folder: Folder, sentences: Sentences) -> None:

@@ -150,6 +150,8 @@ def choose(
         return choose(ready, waypoints, needed_ms, harm_of)
     same = {way: frozenset((option.unit, option.action, option.kept) for option in plans[way]) for way in plans}
     some = {removed: way for way, removed in same.items()}
+    if len(some) == 1:  # nothing to compare
+        return plans[next(iter(plans))], tuple(plans)
     harms = {removed: (harm_of or total_harm)(plans[way]) for removed, way in some.items()}
     best = sorted(plans, key=lambda way: harms[same[way]])
     return plans[best[0]], tuple(best)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from ttmpd.losses import tempered_loss
 from ttmpd.modules import call, evaluating, find_head, hooks, module_at
 from ttmpd.records import Samples, Targets
-from ttmpd.text import trimmed
 from ttmpd.training import SHOWN, Check
 
 
@@ -67,7 +66,7 @@ def logits_of(model: nn.Module, samples: Samples, batch_size: int) -> Tensor:
     """(N, n_classes) logits of all samples, in eval mode, on the CPU."""
     device = next(model.parameters()).device
     with evaluating(model):
-        batches = (trimmed(batch, samples.padding) for batch in samples.batches(batch_size, device))
+        batches = samples.batches(batch_size, device)
         answers = [call(model, batch).float().cpu() for batch in batches]
     return torch.cat(answers) if answers else torch.empty(0)
 

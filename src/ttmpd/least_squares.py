@@ -10,6 +10,9 @@ from torch.nn import functional as F
 AT_ONCE = 4096
 """Rows whose products are summed in their own precision."""
 
+Solve = Callable[[], tuple[Tensor, Tensor | None]]
+"""Answers (weight, bias) for the outputs that are wanted when it is called; see :meth:`Moments.solve`."""
+
 
 @dataclass
 class Moments:
@@ -94,23 +97,28 @@ class Moments:
         Returns:
             float32 on the device of the rows.
         """
-        return self.solver(old, old_bias, ridge, free_bias)()
+        return self.solver(old, old_bias, free_bias)(ridge)()
 
-    def solver(
-        self, old: Tensor, old_bias: Tensor, ridge: float, free_bias: bool = True
-    ) -> Callable[[], tuple[Tensor, Tensor | None]]:
-        """:meth:`solve` for several sets of wanted outputs: the inputs are worked up once."""
+    def solver(self, old: Tensor, old_bias: Tensor, free_bias: bool = True) -> Callable[[float], Solve]:
+        """:meth:`solve` for several ridges, and for each of them several sets of wanted outputs.
+
+        What they share is worked up once: nothing may be added meanwhile.
+        """
         start = torch.cat([old.double().T, old_bias.double()[None]]).to(self.at)
         n, base = self.n_inputs + free_bias, self.gram @ start
-        invert = _inverted(self._penalized(ridge)[:n, :n], ridge > 0)
 
-        def solved() -> tuple[Tensor, Tensor | None]:
-            found = start.clone()
-            found[:n] += invert((self.cross - base)[:n])
-            weight, bias = found[:-1].T.to(self.device, torch.float32), found[-1].to(self.device, torch.float32)
-            return weight, bias if free_bias else None
+        def with_ridge(ridge: float) -> Solve:
+            invert = _inverted(self._penalized(ridge)[:n, :n], ridge > 0)
 
-        return solved
+            def solved() -> tuple[Tensor, Tensor | None]:
+                found = start.clone()
+                found[:n] += invert((self.cross - base)[:n])
+                weight, bias = found[:-1].T.to(self.device, torch.float32), found[-1].to(self.device, torch.float32)
+                return weight, bias if free_bias else None
+
+            return solved
+
+        return with_ridge
 
     def inverse(self, ridge: float) -> Tensor:
         """Inverse of the penalised moments of ``[x 1]``; with a larger ridge where rounding leaves them indefinite."""

@@ -244,15 +244,15 @@ def _planned(ready: Ready, waypoints: Sequence[Waypoint], target: Target, stages
         return {
             "removals": _plain(made.plan.removals),
             "numbers": [made.plan.harm, made.plan.original_ms, made.plan.budget_ms, made.plan.predicted_ms],
-            "attempts": [[a.predicted_ms, a.measured_ms, a.harm, _plain(a.removals)] for a in made.attempts],
+            "attempts": [[a.predicted_ms, a.measured_ms, a.error_ms, _plain(a.removals)] for a in made.attempts],
             "front": made.front,
         }
 
     stored = stages.json("plan", compute, _key(target))
     plan = Plan(_removals(ready, stored["removals"]), *stored["numbers"])
     attempts = tuple(
-        Attempt(predicted, measured, harm, _removals(ready, rows))
-        for predicted, measured, harm, rows in stored["attempts"]
+        Attempt(predicted, measured, error, _removals(ready, rows))
+        for predicted, measured, error, rows in stored["attempts"]
     )
     return Planned(target, plan, attempts, tuple(stored["front"]))
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from ttmpd.choosing import WAYS, Waypoint, choose, judge, total_harm
+from ttmpd.choosing import WAYS, Judge, Waypoint, choose, judge, total_harm
 from ttmpd.errors import BudgetUnreachableError
 from ttmpd.modules import count_macs
 from ttmpd.ready import Ready
@@ -29,11 +29,11 @@ TOLERANCE = 0.005
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Attempt:
-    """One round of the planner: what was predicted, what the cut model measured."""
+    """One round of the planner: what was predicted, what the cut model measured, and how sure that is."""
 
     predicted_ms: float
     measured_ms: float
-    harm: float
+    error_ms: float
     removals: tuple[Removal, ...]
 
 
@@ -77,9 +77,11 @@ def make_plan(ready: Ready, waypoints: Sequence[Waypoint], target: Target) -> Pl
     limit = budget * (1 + TOLERANCE)
     too_little, enough = 0.0, math.inf
     attempts: list[Attempt] = []
+    plans: list[tuple[Option, ...]] = []
     harm_of, ways = judge(ready), WAYS
     if needed <= 0:
-        attempts.append(_try(ready, (), 0.0))
+        attempts.append(_try(ready, ()))
+        plans.append(())
         needed = 0.0 if attempts[0].measured_ms <= limit else max(MARGIN * budget, attempts[0].measured_ms - budget)
     if needed > 0 and not waypoints:
         waypoints = (Waypoint((), ready.options),)
@@ -94,8 +96,9 @@ def make_plan(ready: Ready, waypoints: Sequence[Waypoint], target: Target) -> Pl
             raise BudgetUnreachableError(_unreachable(ready, target, best), best) from None
         if any(attempt.removals == ready.removals(chosen) for attempt in attempts):
             break  # what is asked differs, the plan does not
-        attempt = _try(ready, chosen, (harm_of or total_harm)(chosen))
+        attempt = _try(ready, chosen)
         attempts.append(attempt)
+        plans.append(chosen)
         promised = ready.lossless_ms - attempt.predicted_ms
         # The units saved less or more than they promised: ask for what was missing, or give back what was too much.
         if attempt.measured_ms > limit:
@@ -103,15 +106,21 @@ def make_plan(ready: Ready, waypoints: Sequence[Waypoint], target: Target) -> Pl
             needed = too_little + max((attempt.measured_ms - budget) * 1.1, MARGIN * budget / 2)
         else:
             enough = min(enough, needed)
-            if attempt.measured_ms > budget * (1 - 2 * MARGIN):
-                break
+            if attempt.measured_ms + 2 * attempt.error_ms > budget * (1 - 2 * MARGIN):
+                break  # not known to be faster than it has to be
             needed -= budget * (1 - MARGIN) - attempt.measured_ms
         if not too_little < needed < enough:
             needed = (too_little + enough) / 2
-    met = [attempt for attempt in attempts if attempt.measured_ms <= limit]
-    best_attempt = min(met, key=lambda a: a.harm) if met else min(attempts, key=lambda a: a.measured_ms)
-    plan = Plan(best_attempt.removals, best_attempt.harm, ready.original_ms, budget, best_attempt.predicted_ms)
+    met = [number for number, attempt in enumerate(attempts) if attempt.measured_ms <= limit]
+    harms = {number: _harm(plans[number], harm_of) for number in met}  # judged only now, and of these alone
+    best = min(met, key=harms.__getitem__) if met else min(range(len(plans)), key=lambda n: attempts[n].measured_ms)
+    harm = harms[best] if met else _harm(plans[best], harm_of)
+    plan = Plan(attempts[best].removals, harm, ready.original_ms, budget, attempts[best].predicted_ms)
     return Planned(target, plan, tuple(attempts), front(ready, waypoints) if plan.removals else ())
+
+
+def _harm(chosen: Sequence[Option], harm_of: Judge | None) -> float:
+    return (harm_of or total_harm)(chosen) if chosen else 0.0
 
 
 def _plan_by_macs(ready: Ready, target: Target, share: float) -> Planned:
@@ -158,13 +167,15 @@ def _unreachable(ready: Ready, target: Target, best_ms: float) -> str:
     )
 
 
-def _try(ready: Ready, chosen: Sequence[Option], harm: float) -> Attempt:
+def _try(ready: Ready, chosen: Sequence[Option]) -> Attempt:
     removals = ready.removals(chosen)
     cut = skeleton(ready.source, removals, ready.lossless)
-    rounds = compare(ready.source, cut, ready.batch, rounds=15, min_seconds=3.0, max_seconds=8.0)
+    ratio = compare(ready.source, cut, ready.batch, rounds=15, min_seconds=3.0, max_seconds=8.0).ratio(
+        "original", "compressed"
+    )
     predicted = ready.lossless_ms - sum(option.saved_ms for option in chosen)
-    measured = ready.original_ms / rounds.ratio("original", "compressed").median_ms
-    return Attempt(predicted, measured, harm, removals)
+    measured = ready.original_ms / ratio.median_ms
+    return Attempt(predicted, measured, measured * ratio.error_ms / ratio.median_ms, removals)
 
 
 def front(ready: Ready, waypoints: Sequence[Waypoint]) -> tuple[dict[str, float], ...]:

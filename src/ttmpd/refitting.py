@@ -40,11 +40,7 @@ class Given:
     shortcut: Tensor
     weight: Tensor
 
-    def counting(self) -> "Given":
-        """The rows that weigh anything: of texts those of padding do not, and they are often most of all."""
-        return self.part(self.weight > 0)
-
-    def part(self, where: slice | Tensor) -> "Given":
+    def part(self, where: slice) -> "Given":
         """Some of the rows."""
         shortcut = self.shortcut[where] if len(self.shortcut) > 1 else self.shortcut
         return Given(self.x[where], self.wanted[where], shortcut, self.weight[where])
@@ -62,15 +58,13 @@ class _Layer:
     free_bias: bool
     activation: str
 
-    def fitted(self, moments: Moments, ridge: float, given: Given | None = None) -> "_Layer":
-        """The layer that a ridge leads to; given the rows, what is wanted behind a clipping is set anew a few times."""
-        solver = moments.solver(self.matrix, self.bias, ridge, self.free_bias)
-        new = self.changed(*solver())
+    def fitted(self, moments: Moments, ridge: float, given: Given) -> "_Layer":
+        """The layer that a ridge leads to; what is wanted behind a clipping is set anew a few times."""
+        solve = moments.solver(self.matrix, self.bias, self.free_bias)(ridge)
+        new = self.changed(*solve())
         for _ in range(CLIPPED_ROUNDS if self.activation else 0):
-            if given is None:
-                break
             moments.want(*new.rows(given))
-            new = self.changed(*solver())
+            new = self.changed(*solve())
         return new
 
     def changed(self, matrix: Tensor, bias: Tensor | None) -> "_Layer":
@@ -79,19 +73,24 @@ class _Layer:
 
     def rows(self, given: Given) -> tuple[Tensor, Tensor, Tensor]:
         """(inputs, what is wanted of the layer alone and unclipped, weights)."""
-        return given.x, self.unclipped(given) - given.shortcut, given.weight
-
-    def unclipped(self, given: Given) -> Tensor:
-        """What is wanted of the sum of the layer and its shortcut before it is clipped."""
-        own, wanted = given.x @ self.matrix.T + self.bias + given.shortcut, given.wanted
-        if self.activation == "relu6":
-            wanted = torch.where(wanted >= 6, own.clamp_min(6), wanted)
-        return torch.where(given.wanted <= 0, own.clamp_max(0), wanted) if self.activation else wanted
+        wanted = self._unclipped(given, self._sum(given)) if self.activation else given.wanted
+        return given.x, wanted - given.shortcut, given.weight
 
     def error(self, given: Given) -> float:
         """Weighted squared error on the rows, of what is not clipped alike."""
-        own = given.x @ self.matrix.T + self.bias + given.shortcut
-        return float(((own - self.unclipped(given)).square().sum(1) * given.weight).sum())
+        own = self._sum(given)
+        return float(((own - self._unclipped(given, own)).square().sum(1) * given.weight).sum())
+
+    def _sum(self, given: Given) -> Tensor:
+        """What the layer answers, with its shortcut."""
+        return given.x @ self.matrix.T + self.bias + given.shortcut
+
+    def _unclipped(self, given: Given, own: Tensor) -> Tensor:
+        """What is wanted of ``own``, the sum of the layer and its shortcut, before it is clipped."""
+        wanted = given.wanted
+        if self.activation == "relu6":
+            wanted = torch.where(wanted >= 6, own.clamp_min(6), wanted)
+        return torch.where(given.wanted <= 0, own.clamp_max(0), wanted) if self.activation else wanted
 
 
 def refit(student: nn.Module, site: Site, given: Given, ridge: float | None = None) -> None:
@@ -129,7 +128,8 @@ def refit(student: nn.Module, site: Site, given: Given, ridge: float | None = No
 
 def _best_ridge(old: _Layer, seen: Moments, unseen: Given) -> float | None:
     """The ridge whose fit to the seen rows is best on the others; None when the old layer is better still."""
-    errors = {ridge: old.fitted(seen, ridge).error(unseen) for ridge in RIDGES}
+    solver = seen.solver(old.matrix, old.bias, old.free_bias)
+    errors = {ridge: old.changed(*solver(ridge)()).error(unseen) for ridge in RIDGES}
     best = min(RIDGES, key=lambda ridge: errors[ridge])
     return best if errors[best] < old.error(unseen) else None
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.modules import call, evaluating, find_feature_tap, tapped
-from ttmpd.records import Place, Tap
+from ttmpd.records import Place, Samples, Tap
+from ttmpd.text import used_width
 
 MAX_POSITIONS = 64
 """Pixels or tokens per sample that enter a fit; neighbors say nearly the same, and 64 x 100 samples are plenty."""
@@ -45,7 +46,9 @@ def sensitivities(
             parameter.requires_grad_(parameter.is_floating_point())
         generator = torch.Generator().manual_seed(seed)
         energies = {unit.id: torch.zeros(_count(unit)) for unit in units}
-        for part in torch.split(batch, _AT_ONCE):
+        for part, there in zip(torch.split(batch, _AT_ONCE), _split(kept, len(batch)), strict=True):
+            if there is not None:  # columns of padding alone are left away
+                part = part[:, : used_width(there)]
             logits = call(model, part)
             final = seen.get("\0features", logits)
             signs = torch.randint(0, 2, final.shape, generator=generator).to(final) * 2 - 1
@@ -53,7 +56,8 @@ def sensitivities(
             gradients = torch.autograd.grad((final * signs).sum(), answers, allow_unused=True)
             for unit, gradient in zip(units, gradients, strict=True):
                 if gradient is not None:
-                    energies[unit.id] += _energy(gradient, unit)
+                    energy = _energy(gradient, unit)
+                    energies[unit.id][: len(energy)] += energy
             seen.clear()
     return {name: _pattern(energy, kept) for name, energy in energies.items()}
 
@@ -75,8 +79,27 @@ def _pattern(energy: Tensor, kept: Tensor | None = None) -> Tensor:
     return energy / n_there.clamp_min(1) * (n_there.sum() / energy.sum())
 
 
+def _split(kept: Tensor | None, n: int) -> Sequence[Tensor | None]:
+    """What belongs to each part of a batch of ``n``."""
+    return [None] * -(-n // _AT_ONCE) if kept is None else torch.split(kept, _AT_ONCE)
+
+
 def _count(unit: Place) -> int:
     return max(1, int(torch.tensor(unit.shape).prod()) // unit.channels)
+
+
+def tokens_at(unit: Place, samples: Samples, batch: Tensor) -> Tensor | None:
+    """(B, T) which positions of the unit's output hold tokens of the batch and no padding.
+
+    None where its positions are no tokens. A batch of text may be shorter than all samples are.
+    """
+    per_token = samples.is_text and samples.inputs.shape[1] == _count(unit)
+    return samples.kept(batch) if per_token else None
+
+
+def within(index: Tensor, tokens: Tensor | None) -> Tensor:
+    """Those of the positions that a batch holds, see :func:`tokens_at`."""
+    return index if tokens is None else index[index < tokens.shape[1]]
 
 
 def positions(
@@ -110,14 +133,12 @@ def row_weights(
     index: Tensor,
     share: float,
     n_items: int,
-    kept: Tensor | None = None,
+    tokens: Tensor | None = None,
 ) -> Tensor:
     """Weights of the rows at the chosen positions, as many times as there are items: samples, or windows of them.
 
-    ``share`` 0 counts all positions alike, 1 trusts the gradients alone. With ``kept``, (n_items, S) which tokens of
-    the batch are no padding, the rows of padding weigh nothing.
+    ``share`` 0 counts all positions alike, 1 trusts the gradients alone. With ``tokens``, see :func:`tokens_at`, the
+    rows of padding weigh nothing.
     """
     weights = (1 - share + share * pattern[unit.id][index]).repeat(n_items)
-    if kept is None or kept.shape[1] != _count(unit):
-        return weights
-    return weights * kept[:, index.to(kept.device)].flatten().to(weights)
+    return weights if tokens is None else weights * tokens[:, index.to(tokens.device)].flatten().to(weights)

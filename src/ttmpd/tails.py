@@ -11,7 +11,7 @@ from ttmpd.losses import soft_label_loss
 from ttmpd.modules import call, evaluating, find_feature_tap, read, stubbed, tapped
 from ttmpd.progress import track
 from ttmpd.records import Samples, Tap, Unit
-from ttmpd.text import answers_until, trimmed
+from ttmpd.text import answers_until
 from ttmpd.units.block import answering
 
 Replacement = Callable[[Tensor], Tensor]
@@ -53,7 +53,6 @@ def teacher_tails(
     moments: list[Tensor] = []
     with evaluating(teacher):
         for batch in track(samples.batches(batch_size, device), "score", -(-len(samples) // batch_size)):
-            batch = trimmed(batch, samples.padding)
             inputs, features, logits = _observe(teacher, (*units, *before.values()), batch, tap)
             moments.append(_moments(features))
             for unit in units:
@@ -136,7 +135,6 @@ def student_distances(
     sums, moments = torch.zeros(2, dtype=torch.float64), list[Tensor]()
     with evaluating(teacher), evaluating(student):
         for batch in samples.batches(batch_size, device):
-            batch = trimmed(batch, samples.padding)
             _, features, logits = _observe(teacher, (), batch, tap)
             _, moved, changed = _observe(student, (), batch, tap)
             sums += _apart(features, logits, moved, changed)

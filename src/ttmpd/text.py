@@ -333,10 +333,18 @@ def trimmed(batch: Tensor, padding: int | None) -> Tensor:
         [[5, 6], [7, 0]]
     """
     kept = kept_tokens(batch, padding)
-    if kept is None:
-        return batch
+    return batch if kept is None else batch[:, : used_width(kept)]
+
+
+def used_width(kept: Tensor) -> int:
+    """Columns up to the last that holds a token, at least one; ``kept`` as :func:`kept_tokens` answers.
+
+    Example:
+        >>> used_width(torch.tensor([[True, True, False], [True, False, False]]))
+        2
+    """
     used = kept.any(0).nonzero()
-    return batch[:, : int(used[-1]) + 1] if len(used) else batch[:, :1]
+    return int(used[-1]) + 1 if len(used) else 1
 
 
 def random_ids(module: nn.Module, tokenization: Tokenization, shape: Sequence[int]) -> Tensor:

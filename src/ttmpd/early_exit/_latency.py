@@ -93,8 +93,7 @@ def own_rounds(original: nn.Module, model: EarlyExitModel, samples: Samples, bat
     """
     device = next(model.parameters()).device
     with evaluating(model):
-        batches = (trimmed(batch, samples.padding) for batch in samples.batches(64, device))
-        depths = torch.cat([model.depths(batch).cpu() for batch in batches])
+        depths = torch.cat([model.depths(batch).cpu() for batch in samples.batches(64, device)])
     first = trimmed(samples.batch(torch.arange(batch_size) % len(samples), device), samples.padding)
     about = time_models({"original": original}, first, rounds=3, min_seconds=0.2).timing("original").median_ms
     return mean_rounds(original, model, samples, depths, batch_size, 2 * about)

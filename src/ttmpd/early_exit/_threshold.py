@@ -14,7 +14,6 @@ from ttmpd.early_exit._spec import NEVER
 from ttmpd.errors import BudgetUnreachableError
 from ttmpd.modules import evaluating
 from ttmpd.records import Samples
-from ttmpd.text import trimmed
 
 _COST = 0.04
 """Share of the whole model that an exit can cost; what seems more is the noise of two measurements."""
@@ -67,7 +66,7 @@ def exit_answers(model: EarlyExitModel, samples: Samples, batch_size: int) -> tu
     device, found = next(model.parameters()).device, []
     with evaluating(model):
         for batch in samples.batches(batch_size, device):
-            read, logits = model.features(trimmed(batch, samples.padding))
+            read, logits = model.features(batch)
             found.append((model.exit_logits(read).cpu(), logits.float().cpu()))
     if not found:
         return torch.empty(len(model.heads), 0, model.spec.n_classes), torch.empty(0, model.spec.n_classes)

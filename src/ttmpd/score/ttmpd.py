@@ -16,7 +16,7 @@ from ttmpd.progress import track
 from ttmpd.records import KERNELS, Action, Removal, Samples, Score, Tap, Unit
 from ttmpd.repair import repaired
 from ttmpd.score.base import Job, Scorer
-from ttmpd.sensitivity import SENSITIVITY_SAMPLES, positions, row_weights, sensitivities
+from ttmpd.sensitivity import SENSITIVITY_SAMPLES, positions, row_weights, sensitivities, tokens_at, within
 from ttmpd.stand_ins import LinearMap, NormalEquations, rows
 from ttmpd.surgery import WHOLE
 from ttmpd.tails import Replacement, distances, student_distances, teacher_tails
@@ -189,11 +189,11 @@ def member_moments(job: Job, samples: Samples, sensitivity: float) -> dict[str, 
         for batch in track(samples.batches(job.batch_size, job.device), "fit", -(-len(samples) // job.batch_size)):
             seen = read(job.teacher, batch, taps)
             for unit in job.units:
-                index = chosen[unit.id]
-                layer = module_at(job.teacher, unit.path)
+                tokens = tokens_at(unit, samples, batch)
+                index, layer = within(chosen[unit.id], tokens), module_at(job.teacher, unit.path)
                 x = input_rows(seen[f"x {unit.id}"], unit, index, layer)
                 y = rows(seen[f"y {unit.id}"], _answering(unit, found[unit.id].n_outputs), index)
-                weights = row_weights(pattern, unit, index, sensitivity, len(y) // len(index), samples.kept(batch))
+                weights = row_weights(pattern, unit, index, sensitivity, len(y) // max(1, len(index)), tokens)
                 found[unit.id].add(x, y, weights)
     return found
 
@@ -231,9 +231,10 @@ def fit_stand_ins(
         for batch in track(samples.batches(batch_size, device), "fit", -(-len(samples) // batch_size)):
             seen = read(teacher, batch, taps)
             for unit in units:
-                index = chosen[unit.id]
+                tokens = tokens_at(unit, samples, batch)
+                index = within(chosen[unit.id], tokens)
                 x, y = rows(seen[f"x {unit.id}"], unit, index, sides[unit.id]), rows(seen[f"y {unit.id}"], unit, index)
-                weights = row_weights(pattern, unit, index, sensitivity, len(y) // len(index), samples.kept(batch))
+                weights = row_weights(pattern, unit, index, sensitivity, len(y) // max(1, len(index)), tokens)
                 equations[unit.id].add(x, y, weights)
     return {
         unit.id: {

@@ -13,7 +13,7 @@ from ttmpd.method import Method, check_range
 from ttmpd.modules import call, evaluating, find_feature_tap, tapped
 from ttmpd.progress import track
 from ttmpd.records import Samples, Tap
-from ttmpd.text import answered, trimmed
+from ttmpd.text import answered
 
 
 class Selector(Method, abc.ABC):
@@ -110,6 +110,6 @@ def answers(teacher: nn.Module, pool: Samples, tap: Tap | None, batch_size: int)
     n_batches = math.ceil(len(pool) / batch_size)
     with evaluating(teacher), tapped(teacher, taps) as seen:
         for batch in track(pool.batches(batch_size, device), "select", n_batches):
-            logits.append(call(teacher, trimmed(batch, pool.padding)).float().cpu())
+            logits.append(call(teacher, batch).float().cpu())
             features.append(seen["features"].flatten(1).float().cpu() if tap else logits[-1])
     return torch.cat(logits), torch.cat(features)
