@@ -83,6 +83,24 @@ def test_rounds_end_even_when_the_seconds_are_never_reached():
     assert len(found.ms["a"]) == 40
 
 
+def timed_until(precision, *seconds):
+    """How many rounds it takes a steady candidate and one of the given seconds in turn."""
+    clock = Clock()
+    candidates = {"a": clock.call("a", 1.0), "b": clock.call("b", *seconds)}
+    found = interleaved(candidates, rounds=5, warmup=0, max_seconds=20.0, precision=precision, clock=clock)
+    return len(found.ms["a"])
+
+
+def test_rounds_go_on_until_the_ratio_is_known():
+    assert timed_until(0.01, 1.0) == 5
+    assert timed_until(0.01, *[0.9, 1.1] * 2, 1.0) > 5
+    assert timed_until(0.5, *[0.9, 1.1] * 2, 1.0) == 5
+
+
+def test_a_ratio_that_is_never_known_takes_twice_as_long_at_most():
+    assert timed_until(0.0, *[0.5, 1.5] * 50) == 20  # 40 seconds
+
+
 @pytest.mark.parametrize(("n", "rounds", "warmup"), [(0, 1, 0), (1, 0, 0), (1, 1, -1)])
 def test_nothing_to_time_is_refused(n, rounds, warmup):
     candidates = {str(i): lambda: None for i in range(n)}

@@ -119,7 +119,7 @@ def anchor(model: nn.Module, samples: Samples, batch: int, batch_statistics: boo
     total = [torch.zeros_like(p) for p in parameters]
     with learning(model, batch_statistics):
         for index in pieces(len(samples), batch):
-            logits = call(model, samples.batch(index, parameters[0].device))
+            logits = call(model, samples.trimmed(index, parameters[0].device))
             loss = F.cross_entropy(logits, logits.detach().argmax(-1))
             for summed, gradient in zip(total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
                 summed += 0 if gradient is None else gradient.square()

@@ -21,7 +21,7 @@ from ttmpd.samples import open_samples
 from ttmpd.savings import UnitTiming, time_units
 from ttmpd.settings import DEFAULT_UNITS, Target, check_kinds, choose_device, settings_of
 from ttmpd.surgery import find_units, whole_of
-from ttmpd.text import Tokenization, random_ids, trimmed
+from ttmpd.text import Tokenization, random_ids
 from ttmpd.timing import machine, time_models
 
 
@@ -145,7 +145,7 @@ def example_batch(opened: OpenedModel, samples: Any = None, batch_size: int = 64
     """
     if samples is not None:
         found = open_samples(samples, opened.preprocessing, n_samples=batch_size)
-        return trimmed(found.batch(torch.arange(batch_size) % len(found)), found.padding)
+        return found.trimmed(torch.arange(batch_size) % len(found))
     if isinstance(opened.preprocessing, Tokenization):
         longest = opened.preprocessing.max_length
         return random_ids(opened.module, opened.preprocessing, (batch_size, *(shape or (longest,))))

@@ -170,7 +170,7 @@ def _unreachable(ready: Ready, target: Target, best_ms: float) -> str:
 def _try(ready: Ready, chosen: Sequence[Option]) -> Attempt:
     removals = ready.removals(chosen)
     cut = skeleton(ready.source, removals, ready.lossless)
-    ratio = compare(ready.source, cut, ready.batch, rounds=15, min_seconds=3.0, max_seconds=8.0).ratio(
+    ratio = compare(ready.source, cut, ready.batch, rounds=15, min_seconds=3.0, max_seconds=6.0).ratio(
         "original", "compressed"
     )
     predicted = ready.lossless_ms - sum(option.saved_ms for option in chosen)

@@ -23,7 +23,6 @@ from ttmpd.savings import UnitTiming, time_units
 from ttmpd.settings import Settings, choose_device
 from ttmpd.stages import Stages
 from ttmpd.surgery import find_units, whole_of
-from ttmpd.text import trimmed
 from ttmpd.training import samples_that_fit
 from ttmpd.units.base import Found
 
@@ -181,7 +180,7 @@ def latency_batch(source: nn.Module, samples: Samples, settings: Settings) -> Te
     """
     by_id = torch.tensor(sorted(range(len(samples)), key=samples.ids.__getitem__))
     index = by_id[torch.arange(settings.batch_size) % len(samples)]
-    return trimmed(samples.batch(index, next(source.parameters()).device), samples.padding)
+    return samples.trimmed(index, next(source.parameters()).device)
 
 
 def _check_answers(model: nn.Module, samples: Samples, device: torch.device) -> None:
@@ -224,7 +223,7 @@ def _time(source: nn.Module, found: Found, batch: Tensor, may_change: bool) -> d
 
 def pass_size(model: nn.Module, samples: Samples, most: int) -> int:
     """Samples per pass without gradients: twice as many as a training step may have, which keeps what they need."""
-    few = trimmed(samples.batch(slice(0, 2), next(model.parameters()).device), samples.padding)
+    few = samples.trimmed(slice(0, 2), next(model.parameters()).device)
     return min(most, 2 * samples_that_fit(model, few, most))
 
 

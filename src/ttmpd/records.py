@@ -380,6 +380,10 @@ class Samples:
         std = torch.tensor(self.std or (1.0,), device=device).view(shape)
         return (chosen.float() / 255 - mean) / std
 
+    def trimmed(self, index: slice | Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """The chosen samples for one pass: as :meth:`batch`, but text only as long as the longest of them."""
+        return trimmed(self.batch(index, device), self.padding)
+
     def kept(self, batch: Tensor) -> Tensor | None:
         """(B, S) which tokens of a batch of text are no padding; None for everything that is no text."""
         return kept_tokens(batch, self.padding)
@@ -387,7 +391,7 @@ class Samples:
     def batches(self, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
         """All samples in order, ``batch_size`` at a time; text as long as the longest sample of the batch."""
         for start in range(0, len(self), batch_size):
-            yield trimmed(self.batch(slice(start, start + batch_size), device), self.padding)
+            yield self.trimmed(slice(start, start + batch_size), device)
 
     def first(self, n: int) -> "Samples":
         """The first ``n`` samples, or all of them where there are no more; the memory is shared."""

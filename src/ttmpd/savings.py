@@ -20,6 +20,8 @@ from ttmpd.surgery import WHOLE, cut, narrow_kind
 from ttmpd.timing import Rounds, interleaved, synchronize, time_models
 from ttmpd.units.block import put
 
+PRECISION = 0.015
+"""How well a speedup is to be known: its standard error over it. On an idle machine a few rounds say more than this."""
 LARGE = 64 * 2**20
 """Bytes of a map beyond which the units around it are timed by themselves."""
 
@@ -322,11 +324,16 @@ def compare(
     unpruned: nn.Module | None = None,
     rounds: int = 15,
     min_seconds: float = 2.0,
-    max_seconds: float = 15.0,
+    max_seconds: float = 10.0,
 ) -> Rounds:
-    """Interleaved forward passes under the names "original" and "compressed", and "lossless" where that is given."""
+    """Interleaved forward passes under the names "original" and "compressed", and "lossless" where that is given.
+
+    It takes longer, up to twice ``max_seconds``, until the speedup is known to ``PRECISION``.
+    """
     models = {"original": original, "compressed": student} | ({} if unpruned is None else {"lossless": unpruned})
-    return time_models(models, batch, rounds=rounds, min_seconds=min_seconds, max_seconds=max_seconds)
+    return time_models(
+        models, batch, rounds=rounds, min_seconds=min_seconds, max_seconds=max_seconds, precision=PRECISION
+    )
 
 
 def spread(timing: Timing) -> str:

@@ -62,6 +62,7 @@ def interleaved(
     warmup: int = 2,
     min_seconds: float = 0.0,
     max_seconds: float = math.inf,
+    precision: float = math.inf,
     clock: Clock = time.perf_counter,
     seed: int = 0,
 ) -> Rounds:
@@ -74,6 +75,8 @@ def interleaved(
         min_seconds: go on (up to 20 times ``rounds``) until the counted rounds have taken this long: fast calls need
             more of them.
         max_seconds: stop after this long with fewer rounds, but not before the fifth: slow calls need fewer.
+        precision: go on, for twice ``max_seconds`` at most, until the ratios to the first candidate are known to this
+            (their standard errors over them): busy machines need more rounds.
         clock: returns seconds; injected by tests.
         seed: of the order within a round.
 
@@ -96,9 +99,20 @@ def interleaved(
         if done > 0:
             expected = math.ceil(done * min_seconds / spent) if spent > 0 else rounds
             tell("timing", done, min(20 * rounds, max(rounds, expected)))
-        if (done >= rounds and spent >= min_seconds) or (done >= _FEWEST and spent >= max_seconds):
+        enough = (done >= rounds and spent >= min_seconds) or (done >= _FEWEST and spent >= max_seconds)
+        if enough and (spent >= 2 * max_seconds or _known(ms, precision)):
             break
     return Rounds({name: tuple(values) for name, values in ms.items()})
+
+
+def _known(ms: Mapping[str, Sequence[float]], precision: float) -> bool:
+    """Whether the ratio of every candidate to the first is known to this."""
+    if precision == math.inf:
+        return True
+    rounds = Rounds({name: tuple(values) for name, values in ms.items()})
+    first, *others = ms
+    ratios = [rounds.ratio(first, other) for other in others]
+    return all(ratio.error_ms <= precision * ratio.median_ms for ratio in ratios)
 
 
 def forward_call(model: nn.Module, batch: Tensor) -> Callable[[], object]:
@@ -127,6 +141,7 @@ def time_models(
     rounds: int = 15,
     min_seconds: float = 2.0,
     max_seconds: float = 10.0,
+    precision: float = math.inf,
     clock: Clock = time.perf_counter,
 ) -> Rounds:
     """Interleaved forward passes of several models (or modules) on the same batch, in eval mode."""
@@ -135,7 +150,14 @@ def time_models(
         manager.__enter__()
     try:
         calls = {name: forward_call(model, batch) for name, model in models.items()}
-        return interleaved(calls, rounds=rounds, min_seconds=min_seconds, max_seconds=max_seconds, clock=clock)
+        return interleaved(
+            calls,
+            rounds=rounds,
+            min_seconds=min_seconds,
+            max_seconds=max_seconds,
+            precision=precision,
+            clock=clock,
+        )
     finally:
         for manager in reversed(stack):
             manager.__exit__(None, None, None)

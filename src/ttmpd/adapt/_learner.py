@@ -118,7 +118,7 @@ class Learner(Adapter):
         answers = start
         for epoch in track(range(self.epochs), "adapt", self.epochs):
             for index in self._batches(adaptation, answers, seed * 100_003 + epoch):
-                adaptation.learn(samples.batch(index, device))
+                adaptation.learn(samples.trimmed(index, device))
             answers = _answers(adaptation, samples, batch_size)
             reason = collapse(start, answers)
             if reason:
@@ -214,7 +214,7 @@ def answers_by(model: nn.Module, samples: Samples, batch_size: int, batch_statis
         return logits_of(model, samples, batch_size)
     device = next(model.parameters()).device
     with evaluating(model), using_batch_statistics(model):
-        answers = [call(model, samples.batch(index, device)) for index in pieces(len(samples), batch_size)]
+        answers = [call(model, samples.trimmed(index, device)) for index in pieces(len(samples), batch_size)]
     return torch.cat(answers).float().cpu()
 
 

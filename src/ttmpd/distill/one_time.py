@@ -17,7 +17,7 @@ from ttmpd.modules import call, evaluating, find_feature_tap, has_batch_norm, ta
 from ttmpd.progress import track
 from ttmpd.records import Fit, Samples, Tap, Targets
 from ttmpd.targets import TargetsWriter
-from ttmpd.text import answers_until, trimmed
+from ttmpd.text import answers_until
 from ttmpd.training import (
     Check,
     Loop,
@@ -192,7 +192,7 @@ class OneTime(Distiller):
         return max(1.0, min(2.0, room, 1 + (self.damaged - agreement) / 0.2))
 
     def _view(self, samples: Samples, index: Tensor, device: torch.device, view: int, seed: int) -> Tensor:
-        batch = trimmed(samples.batch(index, device), samples.padding)
+        batch = samples.trimmed(index, device)
         return fixed_view(batch, index, view, seed, len(samples), self.smallest_crop)
 
     def _step_size(self, model: nn.Module, samples: Samples) -> int:

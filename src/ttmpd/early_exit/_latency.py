@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from ttmpd.early_exit._model import EarlyExitModel
 from ttmpd.modules import evaluating
 from ttmpd.records import Samples
-from ttmpd.text import trimmed
 from ttmpd.timing import Rounds, interleaved, quartiles, synchronize, time_models
 
 MAX_BYTES = 1 << 26
@@ -94,7 +93,7 @@ def own_rounds(original: nn.Module, model: EarlyExitModel, samples: Samples, bat
     device = next(model.parameters()).device
     with evaluating(model):
         depths = torch.cat([model.depths(batch).cpu() for batch in samples.batches(64, device)])
-    first = trimmed(samples.batch(torch.arange(batch_size) % len(samples), device), samples.padding)
+    first = samples.trimmed(torch.arange(batch_size) % len(samples), device)
     about = time_models({"original": original}, first, rounds=3, min_seconds=0.2).timing("original").median_ms
     return mean_rounds(original, model, samples, depths, batch_size, 2 * about)
 
@@ -113,7 +112,7 @@ def _prepared(model: nn.Module, samples: Samples, chosen: Tensor, depths: Tensor
     found = []
     for number in range(most):
         part = slice(number * batch_size, (number + 1) * batch_size)
-        inputs = trimmed(samples.batch(chosen[part], device), samples.padding)
+        inputs = samples.trimmed(chosen[part], device)
         found.append((inputs, depths[part].to(device)))
     return found
 

@@ -16,7 +16,6 @@ from ttmpd.method import check_fields, check_range
 from ttmpd.modules import call, clone, evaluating
 from ttmpd.progress import track
 from ttmpd.records import Samples
-from ttmpd.text import trimmed
 from ttmpd.views import fixed_view
 
 
@@ -77,7 +76,7 @@ class RightTool(EarlyExit):
         Cost: a pass of the model per view, then convex fits on what was read.
         """
         device = next(model.parameters()).device
-        few = trimmed(samples.batch(slice(0, 5), device), samples.padding)
+        few = samples.trimmed(slice(0, 5), device)
         places, fixed = find_places(model, few)
         with evaluating(model):
             n_classes = call(model, few).shape[-1]
@@ -133,7 +132,7 @@ class RightTool(EarlyExit):
         with evaluating(model):
             for view, start in track(passes, "read", len(passes)):
                 index = torch.arange(start, min(start + batch_size, len(samples)))
-                batch = trimmed(samples.batch(index, device), samples.padding)
+                batch = samples.trimmed(index, device)
                 shown = fixed_view(batch, index, view, seed, len(samples), self.smallest_crop)
                 found, answers = model.features(shown)
                 logits[view].append(answers.float())

@@ -130,7 +130,7 @@ def _answers(teacher: nn.Module, samples: Samples, n_views: int, recipe: Recipe,
         for view in range(n_views):
             for start in track(starts, f"teacher view {view + 1}/{n_views}", len(starts)):
                 index = torch.arange(start, min(start + recipe.batch, n))
-                batch = fixed_view(samples.batch(index, device), index, view, recipe.seed, n)
+                batch = fixed_view(samples.trimmed(index, device), index, view, recipe.seed, n)
                 store.write(view, start, None, call(teacher, batch))
     logits = store.finish()[1]
     save_targets(Targets(tap=None, features=None, logits=logits, feature_variance=1.0, held_out=torch.empty(0)), folder)

@@ -190,7 +190,7 @@ def _fit(student: nn.Module, lesson: Lesson, recipe: Recipe, state: Path) -> Fit
 
     def loss_at(step: int) -> Tensor:
         index, view = batch_order(n, recipe.batch, step, recipe.seed), step // per_epoch % lesson.n_views
-        return loss_of(fixed_view(lesson.samples.batch(index, device), index, view, recipe.seed, n), index, view)
+        return loss_of(fixed_view(lesson.samples.trimmed(index, device), index, view, recipe.seed, n), index, view)
 
     to_fast_format(student).train()
     fit = train(student, loss_at, recipe.schedule, Loop(state=state, stage="train"))
