@@ -6,7 +6,7 @@ import pytest
 
 from ttmpd.choosing import WAYS, Waypoint, choose
 from ttmpd.plan.knapsack import Knapsack
-from ttmpd.planning import needed_ms
+from ttmpd.planning import Attempt, _Ask, _best, needed_ms
 from ttmpd.records import Option, Score
 from ttmpd.settings import Target
 
@@ -117,3 +117,48 @@ def test_the_first_plan_may_be_a_little_slow_but_removes_something(speedup, expe
     assert needed_ms(SimpleNamespace(original_ms=100.0, lossless_ms=100.0), Target(speedup=speedup)) == pytest.approx(
         expected, abs=1e-3
     )
+
+
+# --- what is asked for after a measurement
+
+
+def attempt(measured_ms, error_ms=0.0, predicted_ms=50.0):
+    return Attempt(predicted_ms, measured_ms, error_ms, ())
+
+
+def test_what_was_missing_is_asked_for_with_a_little_more():
+    ask = _Ask(budget_ms=50.0, needed_ms=50.0)
+    assert ask.learn(attempt(54.0), promised_ms=50.0)
+    assert ask.needed_ms == pytest.approx(50.0 + 1.1 * 4.0)
+
+
+def test_what_was_too_much_is_given_back():
+    ask = _Ask(budget_ms=50.0, needed_ms=60.0)
+    assert ask.learn(attempt(40.0), promised_ms=60.0)
+    assert ask.needed_ms == pytest.approx(60.0 - (49.5 - 40.0))
+
+
+@pytest.mark.parametrize(("measured", "error", "goes_on"), [(49.5, 0.0, False), (47.0, 0.5, True), (47.0, 1.1, False)])
+def test_a_plan_that_is_not_known_to_be_too_fast_is_kept(measured, error, goes_on):
+    assert _Ask(budget_ms=50.0, needed_ms=50.0).learn(attempt(measured, error), promised_ms=50.0) == goes_on
+
+
+def test_between_too_little_and_enough_the_middle_is_asked_for():
+    ask = _Ask(budget_ms=50.0, needed_ms=50.0)
+    ask.learn(attempt(51.0), promised_ms=50.0)
+    ask.needed_ms = 56.0
+    assert ask.learn(attempt(30.0), promised_ms=56.0)  # giving back 19.5 would be less than what was too little
+    assert ask.needed_ms == pytest.approx(53.0)
+
+
+def test_of_plans_that_are_fast_enough_the_least_harmful_is_taken_and_no_other_judged():
+    judged = []
+
+    def harm_of(chosen):
+        judged.append(chosen)
+        return {"a": 3.0, "b": 1.0, "c": 0.0}[chosen[0]]
+
+    attempts, plans = [attempt(49.0), attempt(48.0), attempt(52.0)], [["a"], ["b"], ["c"]]
+    assert _best(attempts, plans, 50.0, harm_of) == (1, 1.0)
+    assert judged == [["a"], ["b"]]
+    assert _best(attempts, plans, 40.0, harm_of) == (1, 1.0)  # none is: the fastest

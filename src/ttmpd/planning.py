@@ -73,50 +73,85 @@ def make_plan(ready: Ready, waypoints: Sequence[Waypoint], target: Target) -> Pl
     """
     if target.macs is not None:
         return _plan_by_macs(ready, target, target.macs)
-    budget, needed = target.budget_ms(ready.original_ms), needed_ms(ready, target)
-    limit = budget * (1 + TOLERANCE)
-    too_little, enough = 0.0, math.inf
+    ask = _Ask(target.budget_ms(ready.original_ms), needed_ms(ready, target))
     attempts: list[Attempt] = []
     plans: list[tuple[Option, ...]] = []
     harm_of, ways = judge(ready), WAYS
-    if needed <= 0:
+    if ask.needed_ms <= 0:
         attempts.append(_try(ready, ()))
         plans.append(())
-        needed = 0.0 if attempts[0].measured_ms <= limit else max(MARGIN * budget, attempts[0].measured_ms - budget)
-    if needed > 0 and not waypoints:
+        missing = attempts[0].measured_ms - ask.budget_ms
+        ask.needed_ms = 0.0 if attempts[0].measured_ms <= ask.limit_ms else max(MARGIN * ask.budget_ms, missing)
+    if ask.needed_ms > 0 and not waypoints:
         waypoints = (Waypoint((), ready.options),)
-    while needed > 0 and len(attempts) < MAX_PLANS:
+    while ask.needed_ms > 0 and len(attempts) < MAX_PLANS:
         try:
             few = ways[: BEST_WAYS[min(len(attempts), len(BEST_WAYS) - 1)]]
-            chosen, ways = choose(ready, waypoints, needed, harm_of, few)
+            chosen, ways = choose(ready, waypoints, ask.needed_ms, harm_of, few)
         except BudgetUnreachableError as error:
             if attempts:
                 break
-            best = ready.lossless_ms - error.best_ms
-            raise BudgetUnreachableError(_unreachable(ready, target, best), best) from None
+            best_ms = ready.lossless_ms - error.best_ms
+            raise BudgetUnreachableError(_unreachable(ready, target, best_ms), best_ms) from None
         if any(attempt.removals == ready.removals(chosen) for attempt in attempts):
             break  # what is asked differs, the plan does not
-        attempt = _try(ready, chosen)
-        attempts.append(attempt)
+        attempts.append(_try(ready, chosen))
         plans.append(chosen)
-        promised = ready.lossless_ms - attempt.predicted_ms
-        # The units saved less or more than they promised: ask for what was missing, or give back what was too much.
-        if attempt.measured_ms > limit:
-            too_little = max(too_little, needed, promised)
-            needed = too_little + max((attempt.measured_ms - budget) * 1.1, MARGIN * budget / 2)
-        else:
-            enough = min(enough, needed)
-            if attempt.measured_ms + 2 * attempt.error_ms > budget * (1 - 2 * MARGIN):
-                break  # not known to be faster than it has to be
-            needed -= budget * (1 - MARGIN) - attempt.measured_ms
-        if not too_little < needed < enough:
-            needed = (too_little + enough) / 2
-    met = [number for number, attempt in enumerate(attempts) if attempt.measured_ms <= limit]
-    harms = {number: _harm(plans[number], harm_of) for number in met}  # judged only now, and of these alone
-    best = min(met, key=harms.__getitem__) if met else min(range(len(plans)), key=lambda n: attempts[n].measured_ms)
-    harm = harms[best] if met else _harm(plans[best], harm_of)
-    plan = Plan(attempts[best].removals, harm, ready.original_ms, budget, attempts[best].predicted_ms)
+        if not ask.learn(attempts[-1], ready.lossless_ms - attempts[-1].predicted_ms):
+            break
+    best, harm = _best(attempts, plans, ask.limit_ms, harm_of)
+    plan = Plan(attempts[best].removals, harm, ready.original_ms, ask.budget_ms, attempts[best].predicted_ms)
     return Planned(target, plan, tuple(attempts), front(ready, waypoints) if plan.removals else ())
+
+
+@dataclasses.dataclass(slots=True)
+class _Ask:
+    """What is asked of the planner, between what was too little and what was enough.
+
+    Args:
+        budget_ms: of the student.
+        needed_ms: that the next plan is to save.
+    """
+
+    budget_ms: float
+    needed_ms: float
+    too_little: float = 0.0
+    enough: float = math.inf
+
+    @property
+    def limit_ms(self) -> float:
+        """Milliseconds with which the budget is met."""
+        return self.budget_ms * (1 + TOLERANCE)
+
+    def learn(self, attempt: Attempt, promised_ms: float) -> bool:
+        """Units save less or more than they promise: ask for what was missing, or give back what was too much.
+
+        Returns:
+            Whether there is reason to go on.
+        """
+        if attempt.measured_ms > self.limit_ms:
+            self.too_little = max(self.too_little, self.needed_ms, promised_ms)
+            missing = (attempt.measured_ms - self.budget_ms) * 1.1
+            self.needed_ms = self.too_little + max(missing, MARGIN * self.budget_ms / 2)
+        else:
+            self.enough = min(self.enough, self.needed_ms)
+            if attempt.measured_ms + 2 * attempt.error_ms > self.budget_ms * (1 - 2 * MARGIN):
+                return False  # not known to be faster than it has to be
+            self.needed_ms -= self.budget_ms * (1 - MARGIN) - attempt.measured_ms
+        if not self.too_little < self.needed_ms < self.enough:
+            self.needed_ms = (self.too_little + self.enough) / 2
+        return True
+
+
+def _best(
+    attempts: Sequence[Attempt], plans: Sequence[Sequence[Option]], limit_ms: float, harm_of: Judge | None
+) -> tuple[int, float]:
+    """(number, harm) of the least harmful plan that is fast enough, else of the fastest; no others are judged here."""
+    met = [number for number, attempt in enumerate(attempts) if attempt.measured_ms <= limit_ms]
+    few = met or [min(range(len(attempts)), key=lambda number: attempts[number].measured_ms)]
+    harms = {number: _harm(plans[number], harm_of) for number in few}
+    best = min(few, key=harms.__getitem__)
+    return best, harms[best]
 
 
 def _harm(chosen: Sequence[Option], harm_of: Judge | None) -> float:
