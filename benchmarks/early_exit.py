@@ -20,6 +20,7 @@ with other numbers of samples than these it writes nothing.
 import argparse
 import dataclasses
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import CACHE, DATA, RESULTS, cached, cifar, require_data, write_csv
+from common import CACHE, DATA, RESULTS, cached, cifar, require_data, with_earlier, write_csv
 from ttmpd.calibration import calibration_error
 from ttmpd.checkpoint import is_artifact, open_artifact
 from ttmpd.early_exit._choice import fitted, time_exits
@@ -203,9 +204,9 @@ def draw(rows: list[dict[str, Any]]) -> None:
     for axis, panel in zip(axes[0], panels, strict=True):
         own = [row for row in rows if (row["model"], row["base"]) == panel]
         for variant, color in styles.items():
-            line = sorted((r["speedup"], r["accuracy"]) for r in own if r["variant"] == variant and "asked" in r)
+            line = points(row for row in own if row["variant"] == variant and row.get("asked", "") != "")
             axis.plot(*zip(*line, strict=True), color=color, marker="o", ms=3, label=variant) if line else None
-        fixed = sorted((r["speedup"], r["accuracy"]) for r in own if "always" in r)
+        fixed = points(row for row in own if row.get("always", "") != "")
         axis.plot(*zip(*fixed, strict=True), color="#8a94a0", ls="--", marker="s", ms=3, label="always one exit")
         axis.set_title(", ".join(panel), fontsize=10)
         axis.set_xlabel("times as fast, mean, batch 1")
@@ -215,6 +216,11 @@ def draw(rows: list[dict[str, Any]]) -> None:
     figure.tight_layout()
     RESULTS.mkdir(exist_ok=True)
     figure.savefig(RESULTS / "early_exit.png", dpi=130)
+
+
+def points(rows: Iterable[dict[str, Any]]) -> list[tuple[float, float]]:
+    """(speedup, accuracy) of rows, some of them read from a table."""
+    return sorted((float(row["speedup"]), float(row["accuracy"])) for row in rows)
 
 
 def main() -> None:
@@ -242,6 +248,9 @@ def main() -> None:
                         print({name: line[name] for name in line if name not in ("shares", "n_test")}, flush=True)
     if args.n_fit or args.n_test:
         return
+    about = ("model", "base", "variant", "seed")
+    rows = with_earlier("early_exit.csv", rows, about)
+    exits = with_earlier("early_exit_calibration.csv", exits, about)
     names = [write_csv("early_exit.csv", rows), write_csv("early_exit_calibration.csv", exits)]
     draw(rows)
     print(*names, Path(RESULTS / "early_exit.png"))
