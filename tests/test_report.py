@@ -198,6 +198,14 @@ def test_timings_of_a_busy_machine_say_so(slower: float, noisy: bool) -> None:
     assert ("The rounds differ much" in render_html({**rich(), "latency": latency})) == noisy
 
 
+@pytest.mark.parametrize(("before_ms", "moved"), [((), False), ((9.2,), False), ((8.0,), True), ((12.0,), True)])
+def test_a_speedup_that_is_not_the_one_of_the_plan_says_so(before_ms: tuple[float, ...], moved: bool) -> None:
+    rounds = Rounds({"original": (20.0,) * 4, "compressed": (10.0,) * 4})
+    latency = found._latency(rounds, Plan((), 0.0, 20.0, 10.0, 10.0), before_ms)
+    assert ("not the one that the plan was chosen for" in latency["noise"]) == moved
+    assert ("not the one that the plan was chosen for" in render_html({**rich(), "latency": latency})) == moved
+
+
 def test_names_are_never_markup() -> None:
     facts = rich()
     facts["parted"][0]["name"] = facts["units"][0]["id"] = facts["command"] = facts["model"]["id"] = EVIL

@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import datetime
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,13 @@ MAX_PARTED = 12
 NOISY = 1.2
 """How many times as large the upper quartile of a speedup is as the lower one where something else is running."""
 NOISE = "The rounds differ much, as on a machine that is busy with other things; time it again with: ttmpd bench"
+MOVED = 0.1
+"""By what share a student's milliseconds differ from those of the same plan, measured minutes before, where that is
+more than noise."""
+MOVED_SINCE = (
+    "The speedup is not the one that the plan was chosen for, as on a machine that is busy with other things; "
+    "time it again with: ttmpd bench"
+)
 
 
 def collect(
@@ -64,7 +71,7 @@ def collect(
         "attempts": [{"predicted_ms": a.predicted_ms, "measured_ms": a.measured_ms} for a in planned.attempts],
         "front": [dict(row) for row in planned.front],
         "lossless": str(ready.lossless),
-        "latency": _latency(rounds, plan),
+        "latency": _latency(rounds, plan, [a.measured_ms for a in planned.attempts if a.removals == plan.removals]),
         "agreement": _agreement(teacher, final),
         "agreement_repaired": _agreement(teacher, start),
         "held_out": _held_out(ready.held_out, teacher, final),
@@ -244,8 +251,11 @@ def _members(
     }
 
 
-def _latency(rounds: Rounds, plan: Plan) -> dict[str, Any]:
+def _latency(rounds: Rounds, plan: Plan, before_ms: Sequence[float] = ()) -> dict[str, Any]:
+    """Measured milliseconds; ``before_ms`` are those of the same plan when it was chosen."""
     ratio = rounds.ratio("original", "compressed")
+    ms = plan.original_ms / ratio.median_ms
+    moved = any(abs(before / ms - 1) > MOVED for before in before_ms)
     unpruned = {}
     if "lossless" in rounds.ms:
         faster = rounds.ratio("original", "lossless").median_ms
@@ -256,7 +266,7 @@ def _latency(rounds: Rounds, plan: Plan) -> dict[str, Any]:
         "original": dataclasses.asdict(rounds.timing("original")),
         "compressed": dataclasses.asdict(rounds.timing("compressed")),
         "speedup": {"median": ratio.median_ms, "low": ratio.low_ms, "high": ratio.high_ms},
-        "noise": NOISE if ratio.high_ms > NOISY * ratio.low_ms else "",
+        "noise": NOISE if ratio.high_ms > NOISY * ratio.low_ms else MOVED_SINCE if moved else "",
         "predicted_ms": plan.predicted_ms,
     }
 
