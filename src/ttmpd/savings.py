@@ -230,16 +230,33 @@ def _timing(unit: Unit, number: int, median: Mapping[str, float]) -> UnitTiming:
     whole = median[f"{number} unit"]
     if not unit.members:
         return UnitTiming(unit.id, whole, {a: median[f"{number} {a}"] for a in WHOLE.stand_ins(unit)})
-    saved, most = {unit.members: 0.0}, 0.0
-    for width in _timed_widths(unit):
-        most = max(most, whole - median[f"{number} {width}"])  # fewer members never take longer
-        saved[width] = most
-    points = sorted(saved)
-    ms = most * unit.members / (unit.members - points[0])
-    between = np.interp(unit.widths, points, [saved[width] for width in points])
+    timed = _timed_widths(unit)
+    left = _falling([whole, *(median[f"{number} {width}"] for width in timed)])
+    ms = (left[0] - left[-1]) * unit.members / (unit.members - timed[-1])
+    saved = [left[0] - value for value in reversed(left)]
+    between = np.interp(unit.widths, [*reversed(timed), unit.members], saved)
     return UnitTiming(
         unit.id, ms, {}, {str(n): ms - float(value) for n, value in zip(unit.widths, between, strict=True)}
     )
+
+
+def _falling(values: Sequence[float]) -> list[float]:
+    """The nearest values that never rise: fewer members never take longer, what says so is noise.
+
+    Isotonic regression by pooling what rises (Ayer et al., 1955). A running minimum would follow the noise downwards.
+
+    Example:
+        >>> _falling([5.0, 3.0, 4.0, 1.0])
+        [5.0, 3.5, 3.5, 1.0]
+    """
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        mean, n = value, 1
+        while pools and pools[-1][0] < mean:
+            before, n_before = pools.pop()
+            mean, n = (before * n_before + mean * n) / (n_before + n), n_before + n
+        pools.append((mean, n))
+    return [mean for mean, n in pools for _ in range(n)]
 
 
 def _timed_widths(unit: Unit) -> tuple[int, ...]:
