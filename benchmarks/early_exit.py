@@ -212,7 +212,8 @@ def draw(rows: list[dict[str, Any]]) -> None:
         axis.set_xlabel("times as fast, mean, batch 1")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("accuracy, %")
-    axes[0][0].legend(fontsize=7, frameon=False)
+    drawn = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}  # not every panel has all
+    axes[0][-1].legend(drawn.values(), drawn.keys(), fontsize=7, frameon=False)
     figure.tight_layout()
     RESULTS.mkdir(exist_ok=True)
     figure.savefig(RESULTS / "early_exit.png", dpi=130)
