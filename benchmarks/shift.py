@@ -9,7 +9,7 @@ CIFAR-10 test images, clean, under 15 shifts (`ttmpd.shifts`, severities 3 and 5
 its own). 500 unlabelled images for everything, by seed; accuracy on 2,000 of the others. PRACTISE + MiR from the source
 teacher has 20 adaptor steps a block and 200 of MiR, as many as the others' distillation: at its defaults one student
 takes hours. Every cell is kept on disk as it is finished; a part reads what is there.
-Writes results/shift_teachers.csv, shift_weights.csv and shift_students.csv.
+Writes results/shift_teachers.csv, shift_weights.csv, shift_students.csv and shift_students.png.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import CACHE, DATA, cached, cifar, require_data, with_earlier, write_csv
+from common import CACHE, DATA, RESULTS, cached, cifar, earlier, require_data, with_earlier, write_csv
 from ttmpd.adapt.base import Adapter
 from ttmpd.adapt.eata import EATA
 from ttmpd.adapt.eata_c import EATAC
@@ -154,6 +154,34 @@ def main() -> None:
                     )
         about = ("model", "shift", "severity", "seed", "student" if folder == "shift_students" else "teacher")
         print(write_csv(f"{folder}.csv", with_earlier(f"{folder}.csv", finished(folder), about)))
+    draw()
+
+
+def draw(model: str = "resnet56", severity: str = "5") -> None:
+    """Accuracy under each shift: the model as it is, PRACTISE's student, TT-MPD's."""
+    import matplotlib.pyplot as plt
+
+    def found(name: str, column: str, wanted: str) -> dict[str, float]:
+        rows = [
+            row for row in earlier(name) if (row["model"], row["severity"], row[column]) == (model, severity, wanted)
+        ]
+        return {row["shift"]: float(row["accuracy"]) for row in rows}
+
+    bars = {
+        "the model as it is": (found("shift_teachers.csv", "teacher", "source"), "#8a94a0"),
+        "PRACTISE + MiR, half the latency": (found("shift_students.csv", "student", "practise + mir"), "#d99a1c"),
+        "TT-MPD, half the latency": (found("shift_students.csv", "student", "ttmpd from norm"), "#2a6f97"),
+    }
+    figure, axes = plt.subplots(figsize=(10, 3.6))
+    for number, (label, (accuracies, color)) in enumerate(bars.items()):
+        places = [SHIFTS.index(shift) + 0.27 * (number - 1) for shift in accuracies]
+        axes.bar(places, list(accuracies.values()), 0.25, color=color, label=label)
+    axes.set_xticks(range(len(SHIFTS)), [shift.replace("_", "\n") for shift in SHIFTS], fontsize=7)
+    axes.set_ylabel("accuracy, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+    figure.tight_layout()
+    figure.savefig(RESULTS / "shift_students.png", dpi=120)
 
 
 def finished(folder: str) -> list[dict[str, Any]]:
