@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import DATA, cached, cifar, require_data, write_csv
+from ttmpd.batches import Samples
 from ttmpd.demo import DigitNet, digits
 from ttmpd.guard import logits_of
 from ttmpd.margins import Search, margins
 from ttmpd.models import open_model
 from ttmpd.preprocessing import Preprocessing
-from ttmpd.records import Samples
 from ttmpd.samples import open_samples
 from ttmpd.select.base import Selector
 from ttmpd.select.el2n import EL2N

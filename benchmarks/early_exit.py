@@ -20,6 +20,7 @@ with other numbers of samples than these it writes nothing.
 import argparse
 import dataclasses
 import functools
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from common import CACHE, DATA, RESULTS, cached, cifar, require_data, with_earlier, write_csv
+from ttmpd.batches import Samples
 from ttmpd.calibration import calibration_error
 from ttmpd.checkpoint import is_artifact, open_artifact
 from ttmpd.early_exit._choice import fitted, time_exits
@@ -42,7 +44,6 @@ from ttmpd.errors import BudgetUnreachableError
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.modules import clone, to_plain_format
 from ttmpd.pipeline import compress
-from ttmpd.records import Samples
 from ttmpd.samples import open_samples
 
 IDS = {"resnet56": f"{DATA / 'zoo.py'}:resnet56", "minilm": f"hf:{DATA / 'minilm_sst2'}"}
@@ -97,10 +98,22 @@ def opened_for(model: str, base: str, data: Any, key: str, seed: int) -> OpenedM
     opened = open_model(IDS[model])
     if base == "alone":
         return opened
-    folder = CACHE / "early_exit" / f"pruned-{key}"
+    folder = folder_of_pruned(key)
     if not (is_artifact(folder) and (folder / "plan.json").exists()):
         compress(opened, data, speedup=PRUNED, batch_size=1, num_samples=len(data), seed=seed, output=folder)
     return open_artifact(folder, IDS[model])
+
+
+def folder_of_pruned(key: str) -> Path:
+    return CACHE / "early_exit" / f"pruned-{key}"
+
+
+def base_speedup(base: str, key: str) -> float:
+    """How many times as fast as the model the network is that the exits are put on, as its own report says."""
+    if base == "alone":
+        return 1.0
+    report = json.loads((folder_of_pruned(key) / "report.json").read_text())
+    return round(report["latency"]["speedup"]["median"], 3)
 
 
 def prepared(model: str, base: str, seed: int, n_fit: int, n_test: int) -> Bench:
@@ -244,7 +257,9 @@ def main() -> None:
                     known = {"model": model, "base": base, "variant": variant, "seed": seed, "n_fit": n_fit}
                     key = f"early_exit/{model}-{base}-{variant}-{seed}-{n_fit}-{n_test}"
                     done = cached(key, lambda b=bench, v=variant, k=known, s=seed: run(b(), v, k, s), stamped=True)
-                    rows, exits = rows + done["rows"], exits + done["exits"]
+                    times = base_speedup(base, f"{model}-{seed}-{n_fit}")
+                    rows += [row | {"base_speedup": times} for row in done["rows"]]
+                    exits += done["exits"]
                     for line in done["rows"]:
                         print({name: line[name] for name in line if name not in ("shares", "n_test")}, flush=True)
     if args.n_fit or args.n_test:

@@ -28,7 +28,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common import cached, write_csv
+from common import cached, with_earlier, write_csv
 from ttmpd.checkpoint import load
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import TTMPDError
@@ -170,7 +170,7 @@ def main() -> None:
         except TTMPDError as error:
             rows.append({"family": family, "error": str(error)})
         print(rows[-1], flush=True)
-    print(write_csv("families.csv", rows))
+    print(write_csv("families.csv", with_earlier("families.csv", rows, ("family",))))
 
 
 if __name__ == "__main__":

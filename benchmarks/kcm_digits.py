@@ -19,8 +19,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from common import write_csv
+from ttmpd.batches import Samples
 from ttmpd.modules import call
-from ttmpd.records import Removal, Repair, Samples
+from ttmpd.records import Removal, Repair
 from ttmpd.repair import repaired
 from ttmpd.score.base import Scorer
 from ttmpd.score.kcm import KCM

@@ -20,14 +20,16 @@ from torch import nn
 
 from common import DATA, cached, require_data, write_csv
 from ttmpd import compress
+from ttmpd.batches import Samples
 from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import OneTime
 from ttmpd.guard import held_out_check, logits_of, mixture
 from ttmpd.models import open_model
 from ttmpd.modules import clone
-from ttmpd.records import Fit, Samples, Targets
+from ttmpd.records import Fit
 from ttmpd.samples import open_samples
 from ttmpd.shifts import shifted
+from ttmpd.targets import Targets
 
 CASES = (
     ("resnet56", "pixelate", 3, 0.55, 11),

@@ -24,13 +24,14 @@ import torch
 from scipy.stats import spearmanr
 
 from common import CACHE, DATA, RESULTS, cached, cifar, require_data, with_earlier, write_csv
+from ttmpd.batches import Samples
 from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import OneTime
 from ttmpd.guard import logits_of
 from ttmpd.labels import open_labels
 from ttmpd.models import open_model
 from ttmpd.modules import to_fast_format
-from ttmpd.records import DEFAULT_ACTIONS, Removal, Samples, Unit
+from ttmpd.records import DEFAULT_ACTIONS, Removal, Unit
 from ttmpd.repair import repaired
 from ttmpd.samples import open_samples
 from ttmpd.score.base import Job, Scorer

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from common import DATA, cached, cifar, require_data, write_csv
+from common import DATA, cached, cifar, require_data, with_earlier, write_csv
 from ttmpd.adapt.norm import Norm
 from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import OneTime
@@ -96,7 +96,7 @@ def main() -> None:
             for name in args.select:
                 rows.append(cached(f"selection/{name}-{n}-{seed}", functools.partial(run, name, n, seed), stamped=True))
                 print(rows[-1], flush=True)
-    print(write_csv("selection.csv", rows))
+    print(write_csv("selection.csv", with_earlier("selection.csv", rows, ("select", "n", "seed"))))
 
 
 if __name__ == "__main__":

@@ -154,7 +154,8 @@ def main() -> None:
                     )
         about = ("model", "shift", "severity", "seed", "student" if folder == "shift_students" else "teacher")
         print(write_csv(f"{folder}.csv", with_earlier(f"{folder}.csv", finished(folder), about)))
-    draw()
+        if folder == "shift_students":
+            draw()
 
 
 def draw(model: str = "resnet56", severity: str = "5") -> None:

@@ -90,6 +90,8 @@ def students(part: str, seed: int, share: float, name: str, settings: dict[str, 
         "macs": round(count_macs(result.model, batch)[""] / count_macs(opened().module, batch)[""], 3),
         "accuracy": round(100 * found.accuracy.share, 2), "seconds": round(seconds, 1),
     }  # fmt: skip
+    stages = {f"{name}_seconds": round(spent, 1) for name, spent in result.facts["seconds"].items()}
+    row |= {"attempts": len(result.facts["attempts"])} | stages
     return row | timed(result.model, load(folder_of_kcm(seed, share)), batch)
 
 

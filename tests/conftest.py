@@ -12,8 +12,9 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from ttmpd import cli, savings, timing
+from ttmpd.batches import Samples
 from ttmpd.demo import demo_data
-from ttmpd.records import Samples, Unit
+from ttmpd.records import Unit
 from ttmpd.specimens import tiny_model, tiny_samples, tiny_units
 
 

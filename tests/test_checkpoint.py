@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 import ttmpd
 from ttmpd import saving
+from ttmpd.batches import Samples
 from ttmpd.checkpoint import load, open_artifact, read_artifact
 from ttmpd.demo import DigitNet
 from ttmpd.errors import CheckpointError, InvalidValueError, TTMPDError
 from ttmpd.folding import fold
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.preprocessing import Preprocessing, preprocessing_of
-from ttmpd.records import Plan, Removal, Samples
+from ttmpd.records import Plan, Removal
 from ttmpd.repair import repaired
 from ttmpd.saving import Result
 from ttmpd.specimens import tiny_model, tiny_samples

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from ttmpd.batches import Samples
 from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.margins import NORMS, Search, deepfool, margins, radii
-from ttmpd.records import Samples
 from ttmpd.specimens import tiny_model, tiny_samples, untouched
 
 DUAL = {"l2": 2.0, "linf": 1.0}

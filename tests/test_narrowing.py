@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from ttmpd.batches import Samples
 from ttmpd.least_squares import Moments
 from ttmpd.modules import call
 from ttmpd.narrowing import choices, rescaled
-from ttmpd.records import Removal, Samples
+from ttmpd.records import Removal
 from ttmpd.refitting import Given, rescale_members
 from ttmpd.repair import repaired
 from ttmpd.sites import Site

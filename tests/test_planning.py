@@ -158,7 +158,8 @@ def test_of_plans_that_are_fast_enough_the_least_harmful_is_taken_and_no_other_j
         judged.append(chosen)
         return {"a": 3.0, "b": 1.0, "c": 0.0}[chosen[0]]
 
-    attempts, plans = [attempt(49.0), attempt(48.0), attempt(52.0)], [["a"], ["b"], ["c"]]
-    assert _best(attempts, plans, 50.0, harm_of) == (1, 1.0)
+    slow, fast, late = attempt(49.0), attempt(48.0), attempt(52.0)
+    tried = {slow: ["a"], fast: ["b"], late: ["c"]}
+    assert _best(tried, 50.0, harm_of) == (fast, 1.0)
     assert judged == [["a"], ["b"]]
-    assert _best(attempts, plans, 40.0, harm_of) == (1, 1.0)  # none is: the fastest
+    assert _best(tried, 40.0, harm_of) == (fast, 1.0)  # none is: the fastest

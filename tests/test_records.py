@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from ttmpd.batches import Samples
 from ttmpd.errors import InvalidValueError
-from ttmpd.records import Plan, Removal, Samples, Saving, Score, Timing, Unit, agreement
+from ttmpd.records import Plan, Removal, Saving, Score, Timing, Unit, agreement
 
 
 def unit(path: str = "blocks.0", **changes) -> Unit:

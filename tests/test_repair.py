@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from ttmpd.batches import Samples
 from ttmpd.folding import fold
 from ttmpd.modules import clone
-from ttmpd.records import Removal, Samples, Unit
+from ttmpd.records import Removal, Unit
 from ttmpd.repair import repaired, replay
 from ttmpd.sensitivity import positions
 from ttmpd.specimens import tiny_model, tiny_samples, tiny_units

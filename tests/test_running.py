@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from ttmpd.batches import Samples
 from ttmpd.modules import first_tensor
-from ttmpd.records import Samples
 from ttmpd.running import Parts, tensors_in
 
 

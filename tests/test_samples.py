@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from ttmpd.batches import Samples
 from ttmpd.errors import InvalidValueError, SamplesError
 from ttmpd.files import image_files
 from ttmpd.labels import Labels, open_labels
 from ttmpd.models import open_model
 from ttmpd.preprocessing import Preprocessing
-from ttmpd.records import Samples
 from ttmpd.samples import by_length, open_samples, stream_samples
 
 DATA = Path(os.environ.get("TTMPD_DATA", Path(__file__).resolve().parents[1] / "../shared/data"))

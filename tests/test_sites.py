@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
+from ttmpd.batches import Samples
 from ttmpd.modules import clone
-from ttmpd.records import Removal, Samples
+from ttmpd.records import Removal
 from ttmpd.repair import repaired
 from ttmpd.sites import find_sites, reading
 from ttmpd.specimens import tiny_model, tiny_samples, tiny_tokens, tiny_transformer, tiny_units

@@ -12,17 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ttmpd.batches import Samples
 from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import InvalidValueError, ModelError, SamplesError
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.modules import call, clone, find_feature_tap, find_head, read, tapped
 from ttmpd.preprocessing import preparation_from, preprocessing_of
-from ttmpd.records import Removal, Samples, Tap
+from ttmpd.records import Removal, Tap
 from ttmpd.repair import repaired
 from ttmpd.samples import open_samples
 from ttmpd.score.ttmpd import TTMPD, fit_stand_ins
-from ttmpd.sensitivity import positions, row_weights, sensitivities
+from ttmpd.sensitivity import rows_at
 from ttmpd.stand_ins import NormalEquations
 from ttmpd.text import (
     PaddingMask,
@@ -296,22 +297,24 @@ def test_sensitivities_do_not_depend_on_padding(text_folder: Folder, sentences: 
     samples = open_samples(sentences(8), opened.preprocessing)
     found = []
     for one in (samples, _widened(samples)):
-        batch = one.batch(slice(None))
-        units = Block().find(opened.module, batch[:2]).units
-        pattern = sensitivities(opened.module, units, batch, kept=one.kept(batch))
-        kept = one.kept(one.inputs)
-        chosen = [positions(unit, pattern[unit.id], limit=5, kept=kept) for unit in units]
-        weights = [row_weights(pattern, u, i, 0.9, len(batch), kept) for u, i in zip(units, chosen, strict=True)]
-        found.append((units, pattern, chosen, weights, kept))
-    (units, pattern, chosen, weights, kept), (_, wide_pattern, wide_chosen, wide_weights, _) = found
+        units = Block().find(opened.module, one.batch(slice(0, 2))).units
+        entering = rows_at(opened.module, units, one, 0.9, limit=5)
+        n_rows = [len(one) * len(entering.index(unit, one.inputs)) for unit in units]
+        weights = [entering.weights(unit, one.inputs, n) for unit, n in zip(units, n_rows, strict=True)]
+        found.append((units, entering, weights))
+    (units, entering, weights), (wide_units, wide, wide_weights) = found
+    kept = samples.kept(samples.inputs)
+    assert kept is not None
     width = samples.inputs.shape[1]
     for number, unit in enumerate(units):
-        torch.testing.assert_close(wide_pattern[unit.id][:width], pattern[unit.id], rtol=1e-3, atol=1e-5)
-        assert not wide_pattern[unit.id][width:].any()
-        assert torch.equal(wide_chosen[number], chosen[number])
+        torch.testing.assert_close(wide.pattern[unit.id][:width], entering.pattern[unit.id], rtol=1e-3, atol=1e-5)
+        assert not wide.pattern[unit.id][width:].any()
+        assert torch.equal(wide.chosen[unit.id], entering.chosen[unit.id])
+        assert entering.n_rows(unit) == wide.n_rows(wide_units[number]) == int((weights[number] > 0).sum())
         torch.testing.assert_close(wide_weights[number], weights[number], rtol=1e-3, atol=1e-5)
         # Over the tokens that are there the weights of a whole pass have mean one.
-        everywhere = row_weights(pattern, unit, torch.arange(width), 0.9, len(samples), kept)
+        whole = dataclasses.replace(entering, chosen={unit.id: torch.arange(width)})
+        everywhere = whole.weights(unit, samples.inputs, len(samples) * width)
         assert float(everywhere.sum() / kept.sum()) == pytest.approx(1.0, rel=1e-4)
         assert not everywhere.view(len(samples), width)[~kept].any()
 
@@ -361,11 +364,12 @@ def test_a_batch_without_any_of_the_chosen_tokens_takes_no_part(
         return torch.tensor([math.prod(site.shape[:-1]) - 1])  # a token that only the longest text has
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("ttmpd.repair.positions", the_last)
+        patched.setattr("ttmpd.sensitivity.positions", the_last)
         patched.setattr("ttmpd.repair.refit", lambda _s, site, given, _r: seen.append(len(given.x)) or None)
         repaired(opened.module, [Removal(units[1], "linear")], samples, batch_size=1)
     longest = int((samples.inputs[:, -1] != samples.padding).sum())
-    assert seen and set(seen) <= {longest, len(samples)}
+    assert longest < len(samples)
+    assert longest in seen and set(seen) <= {longest, len(samples)}  # the layers that read pooled tokens have all
 
 
 def test_a_fit_is_that_of_the_tokens_that_are_there(text_folder: Folder, sentences: Sentences) -> None:

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from ttmpd.batches import Samples
 from ttmpd.errors import SamplesError
 from ttmpd.labels import open_labels
 from ttmpd.models import open_model
 from ttmpd.preprocessing import Preprocessing
-from ttmpd.records import Samples
 from ttmpd.samples import open_samples, stream_samples
 from ttmpd.tables import kind_of, read_table
 from ttmpd.text import Tokenization

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ttmpd.adapt.norm import Norm
     from ttmpd.adapt.tent import Tent
     from ttmpd.adapting import adapt_to
+    from ttmpd.batches import Samples
     from ttmpd.checkpoint import load
     from ttmpd.distill.mimic import Mimic
     from ttmpd.distill.one_time import OneTime
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from ttmpd.plan.greedy import Greedy
     from ttmpd.plan.knapsack import Knapsack
     from ttmpd.preprocessing import Preprocessing
-    from ttmpd.records import Agreement, Fit, Plan, Removal, Samples, Score, Timing, Unit
+    from ttmpd.records import Agreement, Fit, Plan, Removal, Score, Timing, Unit
     from ttmpd.samples import open_samples
     from ttmpd.saving import Result
     from ttmpd.score.damage import Damage
@@ -98,7 +99,7 @@ _HOMES = {
     "Removal": "records",
     "Result": "saving",
     "RightTool": "early_exit.right_tool",
-    "Samples": "records",
+    "Samples": "batches",
     "Score": "records",
     "Settings": "settings",
     "TTMPD": "score.ttmpd",

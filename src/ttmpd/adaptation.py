@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ttmpd.batches import Samples
 from ttmpd.errors import InvalidValueError
 from ttmpd.guard import logits_of
 from ttmpd.losses import entropy_of
 from ttmpd.modules import call
 from ttmpd.norms import learning, norm_parameters
-from ttmpd.records import Samples
 
 OPTIMIZERS = ("adam", "sgd")
 Again = Callable[[], Tensor]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ttmpd.batches import Samples
 from ttmpd.calibration import N_BINS, calibration_sums, error_of
 from ttmpd.checkpoint import Artifact, is_artifact, load, open_artifact, read_artifact, stock_model
 from ttmpd.early_exit._latency import own_rounds
@@ -22,7 +23,7 @@ from ttmpd.method import check_range
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.modules import clone, has_nan
 from ttmpd.progress import tell
-from ttmpd.records import Agreement, Samples, Timing, agreement
+from ttmpd.records import Agreement, Timing, agreement
 from ttmpd.samples import open_samples, stream_samples
 from ttmpd.savings import compare
 from ttmpd.settings import choose_device

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.early_exit._choice import Choice, choose, fitted, time_exits
 from ttmpd.early_exit._model import check_without_exits
 from ttmpd.early_exit._threshold import Sure, exit_answers, sure_of
@@ -20,7 +21,7 @@ from ttmpd.guard import logits_of
 from ttmpd.labels import Labels, open_labels
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.ready import open_pool, pass_size, source_of, split
-from ttmpd.records import Plan, Samples
+from ttmpd.records import Plan
 from ttmpd.saving import Result, check_output
 from ttmpd.settings import Settings, Target, choose_device
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.adapt.base import Adapted
+from ttmpd.batches import Samples
 from ttmpd.models import OpenedModel
 from ttmpd.modules import count_macs, count_parameters
 from ttmpd.planning import Planned
 from ttmpd.ready import Ready, latency_batch
-from ttmpd.records import ACTIONS, Action, Fit, Plan, Samples, Score, Unit, agreement
+from ttmpd.records import ACTIONS, Action, Fit, Plan, Score, Unit, agreement
 from ttmpd.savings import UnitTiming
 from ttmpd.settings import Settings
 from ttmpd.text import Tokenization, is_tokens

@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.losses import tempered_loss
 from ttmpd.modules import call, evaluating, find_head, hooks, module_at
-from ttmpd.records import Samples, Targets
+from ttmpd.targets import Targets
 from ttmpd.training import SHOWN, Check
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ttmpd.batches import Samples
 from ttmpd.errors import SamplesError
 from ttmpd.files import image_files, is_labelled, npz_member, place_of, read_array
-from ttmpd.records import Samples
 from ttmpd.tables import kind_of, read_table, text_files
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.method import check_fields, check_range
 from ttmpd.modules import call, evaluating
 from ttmpd.progress import track
-from ttmpd.records import Samples
 
 NORMS = ("l2", "linf")
 RULES = ("clip", "quantile")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ttmpd.choosing import WAYS, Judge, Waypoint, choose, judge, total_harm
 from ttmpd.errors import BudgetUnreachableError
@@ -74,34 +74,33 @@ def make_plan(ready: Ready, waypoints: Sequence[Waypoint], target: Target) -> Pl
     if target.macs is not None:
         return _plan_by_macs(ready, target, target.macs)
     ask = _Ask(target.budget_ms(ready.original_ms), needed_ms(ready, target))
-    attempts: list[Attempt] = []
-    plans: list[tuple[Option, ...]] = []
+    tried: dict[Attempt, tuple[Option, ...]] = {}
     harm_of, ways = judge(ready), WAYS
     if ask.needed_ms <= 0:
-        attempts.append(_try(ready, ()))
-        plans.append(())
-        missing = attempts[0].measured_ms - ask.budget_ms
-        ask.needed_ms = 0.0 if attempts[0].measured_ms <= ask.limit_ms else max(MARGIN * ask.budget_ms, missing)
+        attempt = _try(ready, ())
+        tried[attempt] = ()
+        missing = attempt.measured_ms - ask.budget_ms
+        ask.needed_ms = 0.0 if attempt.measured_ms <= ask.limit_ms else max(MARGIN * ask.budget_ms, missing)
     if ask.needed_ms > 0 and not waypoints:
         waypoints = (Waypoint((), ready.options),)
-    while ask.needed_ms > 0 and len(attempts) < MAX_PLANS:
+    while ask.needed_ms > 0 and len(tried) < MAX_PLANS:
         try:
-            few = ways[: BEST_WAYS[min(len(attempts), len(BEST_WAYS) - 1)]]
+            few = ways[: BEST_WAYS[min(len(tried), len(BEST_WAYS) - 1)]]
             chosen, ways = choose(ready, waypoints, ask.needed_ms, harm_of, few)
         except BudgetUnreachableError as error:
-            if attempts:
+            if tried:
                 break
             best_ms = ready.lossless_ms - error.best_ms
             raise BudgetUnreachableError(_unreachable(ready, target, best_ms), best_ms) from None
-        if any(attempt.removals == ready.removals(chosen) for attempt in attempts):
+        if any(attempt.removals == ready.removals(chosen) for attempt in tried):
             break  # what is asked differs, the plan does not
-        attempts.append(_try(ready, chosen))
-        plans.append(chosen)
-        if not ask.learn(attempts[-1], ready.lossless_ms - attempts[-1].predicted_ms):
+        attempt = _try(ready, chosen)
+        tried[attempt] = chosen
+        if not ask.learn(attempt, ready.lossless_ms - attempt.predicted_ms):
             break
-    best, harm = _best(attempts, plans, ask.limit_ms, harm_of)
-    plan = Plan(attempts[best].removals, harm, ready.original_ms, ask.budget_ms, attempts[best].predicted_ms)
-    return Planned(target, plan, tuple(attempts), front(ready, waypoints) if plan.removals else ())
+    best, harm = _best(tried, ask.limit_ms, harm_of)
+    plan = Plan(best.removals, harm, ready.original_ms, ask.budget_ms, best.predicted_ms)
+    return Planned(target, plan, tuple(tried), front(ready, waypoints) if plan.removals else ())
 
 
 @dataclasses.dataclass(slots=True)
@@ -143,19 +142,13 @@ class _Ask:
         return True
 
 
-def _best(
-    attempts: Sequence[Attempt], plans: Sequence[Sequence[Option]], limit_ms: float, harm_of: Judge | None
-) -> tuple[int, float]:
-    """(number, harm) of the least harmful plan that is fast enough, else of the fastest; no others are judged here."""
-    met = [number for number, attempt in enumerate(attempts) if attempt.measured_ms <= limit_ms]
-    few = met or [min(range(len(attempts)), key=lambda number: attempts[number].measured_ms)]
-    harms = {number: _harm(plans[number], harm_of) for number in few}
-    best = min(few, key=harms.__getitem__)
+def _best(tried: Mapping[Attempt, Sequence[Option]], limit_ms: float, harm_of: Judge | None) -> tuple[Attempt, float]:
+    """The least harmful plan that is fast enough, else the fastest, with its harm; no others are judged here."""
+    met = [attempt for attempt in tried if attempt.measured_ms <= limit_ms]
+    few = met or [min(tried, key=lambda attempt: attempt.measured_ms)]
+    harms = {attempt: (harm_of or total_harm)(tried[attempt]) if tried[attempt] else 0.0 for attempt in few}
+    best = min(harms, key=harms.__getitem__)
     return best, harms[best]
-
-
-def _harm(chosen: Sequence[Option], harm_of: Judge | None) -> float:
-    return (harm_of or total_harm)(chosen) if chosen else 0.0
 
 
 def _plan_by_macs(ready: Ready, target: Target, share: float) -> Planned:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.early_exit._model import check_without_exits
 from ttmpd.errors import ModelError, SamplesError, UnsupportedError
 from ttmpd.guard import logits_of
 from ttmpd.lossless import find_lossless, unchanged
 from ttmpd.models import OpenedModel
 from ttmpd.modules import clone, has_nan, to_fast_format
-from ttmpd.records import Lossless, Option, Removal, Samples, Score, Unit
+from ttmpd.records import Lossless, Option, Removal, Score, Unit
 from ttmpd.samples import by_length, open_samples
 from ttmpd.savings import UnitTiming, time_units
 from ttmpd.settings import Settings, choose_device

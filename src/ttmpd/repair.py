@@ -13,14 +13,15 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.lossless import with_norms_gone
 from ttmpd.modules import StopForwardError, evaluating, module_at, to_fast_format
 from ttmpd.narrowing import input_rows
 from ttmpd.progress import track
-from ttmpd.records import KERNELS, UNCHANGED, Lossless, Removal, Repair, Samples
+from ttmpd.records import KERNELS, UNCHANGED, Lossless, Removal, Repair
 from ttmpd.refitting import Given, refit, rescale_members
 from ttmpd.running import Call, Parts
-from ttmpd.sensitivity import SENSITIVITY_SAMPLES, positions, row_weights, sensitivities, tokens_at, within
+from ttmpd.sensitivity import RowsAt, rows_at
 from ttmpd.sites import Site, find_sites, reading
 from ttmpd.stand_ins import rows
 from ttmpd.surgery import WHOLE, cut
@@ -120,89 +121,42 @@ class _Fits:
         parts = Parts(self.student, hosts, self.samples, self.batch_size, self.device)
         samples = self.samples.first(max(32, MAX_GIVEN // parts.most_values))
         parts = dataclasses.replace(parts, samples=samples)
-        rows_at = _rows_at(self.teacher, sites, samples, self.batch_size, self.n_rows, self.sensitivity)
-        for bunch in _bunches(sites, rows_at):
-            wanted = self._wanted(bunch, rows_at)
+        limit = -(-self.n_rows // len(samples))
+        entering = rows_at(self.teacher, sites, samples, self.sensitivity, limit=limit)
+        for bunch in _bunches(sites, entering):
+            wanted = self._wanted(bunch, entering)
             for site in bunch:
-                found = []
-                for number, (run, y) in enumerate(zip(parts.calls(site.host), wanted.pop(site.id), strict=True)):
-                    x, added = _read(parts, site, run, rows_at.index(site, number))
-                    weight, counts = rows_at.weights(site, number, x)
-                    found.append((x[counts], y, x[:0] if added is None else added[counts], weight))
-                x, y, shortcut, weight = (torch.cat(column) for column in zip(*found, strict=True))
-                yield site, Given(x, y, shortcut if len(shortcut) else x.new_zeros(1, 1), weight)
+                yield site, self._given(parts, site, entering, wanted.pop(site.id))
 
-    def _wanted(self, sites: Sequence[Site], rows_at: "_RowsAt") -> dict[str, list[Tensor]]:
+    def _given(self, parts: Parts, site: Site, entering: RowsAt, wanted: Sequence[Tensor]) -> Given:
+        """The rows of a site; those of padding, in text often the most of all, are left out."""
+        found = []
+        batches = torch.split(parts.samples.inputs, self.batch_size)
+        for run, batch, y in zip(parts.calls(site.host), batches, wanted, strict=True):
+            x, added = _read(parts, site, run, entering.index(site, batch))
+            weight = entering.weights(site, batch, len(x)).to(x.device)
+            counts = _counting(weight)
+            found.append((x[counts], y, x[:0] if added is None else added[counts], weight[counts]))
+        x, y, shortcut, weight = (torch.cat(column) for column in zip(*found, strict=True))
+        return Given(x, y, shortcut if len(shortcut) else x.new_zeros(1, 1), weight)
+
+    def _wanted(self, sites: Sequence[Site], entering: RowsAt) -> dict[str, list[Tensor]]:
         """The teacher's rows at the sites, batch by batch; what lies behind them is not run."""
         found: dict[str, list[Tensor]] = {site.id: [] for site in sites}
 
         def note(site: Site, what: str, value: Tensor) -> None:
             if (what == "sum") == site.joined:
-                number = len(found[site.id])
-                part = rows(value, site, rows_at.index(site, number))
-                part = part[rows_at.weights(site, number, part)[1]]
+                part = rows(value, site, entering.index(site, batch))
+                part = part[_counting(entering.weights(site, batch, len(part)).to(part.device))]
                 found[site.id].append(part[:, list(site.kept)] if site.kept else part)
                 if len({len(parts) for parts in found.values()}) == 1:
                     raise StopForwardError
 
         with reading(self.teacher, sites, note, inputs=False):
-            for batch in rows_at.samples.batches(self.batch_size, self.device):
+            for batch in entering.samples.batches(self.batch_size, self.device):
                 with contextlib.suppress(StopForwardError):
                     self.teacher(batch)
         return found
-
-
-@dataclass(frozen=True, eq=False)
-class _RowsAt:
-    """Which rows of each site enter its fit, and how much they weigh, batch by batch.
-
-    Args:
-        samples: all of them.
-        batches: token ids of each batch; empty for everything else.
-        pattern: what each position of a site means to the final features.
-        chosen: positions of each site.
-        sensitivity: see :func:`ttmpd.sensitivity.row_weights`.
-    """
-
-    samples: Samples
-    batches: Sequence[Tensor]
-    pattern: Mapping[str, Tensor]
-    chosen: Mapping[str, Tensor]
-    sensitivity: float
-
-    def _tokens(self, site: Site, number: int) -> Tensor | None:
-        return tokens_at(site, self.samples, self.batches[number]) if self.batches else None
-
-    def index(self, site: Site, number: int) -> Tensor:
-        """The positions in a batch."""
-        return within(self.chosen[site.id], self._tokens(site, number))
-
-    def weights(self, site: Site, number: int, found: Tensor) -> tuple[Tensor, Tensor | slice]:
-        """(weight of each row that counts, which those are) of what was found at the positions of a batch.
-
-        Rows of padding, often the most of all, do not count.
-        """
-        index, tokens = self.index(site, number), self._tokens(site, number)
-        weights = row_weights(self.pattern, site, index, self.sensitivity, len(found) // max(1, len(index)), tokens)
-        weights = weights.to(found.device)
-        return (weights, slice(None)) if tokens is None else (weights[weights > 0], weights > 0)
-
-    def n_rows(self, site: Site) -> int:
-        """Rows of the fit, over all batches."""
-        tokens = tokens_at(site, self.samples, self.samples.inputs)
-        chosen = self.chosen[site.id]
-        return len(self.samples) * len(chosen) if tokens is None else int(tokens[:, chosen].sum())
-
-
-def _rows_at(
-    teacher: nn.Module, sites: Sequence[Site], samples: Samples, batch_size: int, n_rows: int, sensitivity: float
-) -> _RowsAt:
-    """At most ``n_rows`` rows for every site, evenly from all samples."""
-    few = samples.batch(slice(0, SENSITIVITY_SAMPLES), next(teacher.parameters()).device)
-    pattern, kept = sensitivities(teacher, sites, few, kept=samples.kept(few)), samples.kept(samples.inputs)
-    limit = -(-n_rows // len(samples))
-    chosen = {site.id: positions(site, pattern[site.id], limit=limit, kept=kept) for site in sites}
-    return _RowsAt(samples, list(samples.batches(batch_size)) if samples.is_text else (), pattern, chosen, sensitivity)
 
 
 def _read(parts: Parts, site: Site, given: Call, index: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -219,12 +173,18 @@ def _read(parts: Parts, site: Site, given: Call, index: Tensor) -> tuple[Tensor,
     return seen["input"], seen["sum"] - seen["own"] if site.joined else None
 
 
-def _bunches(sites: Sequence[Site], rows_at: _RowsAt) -> Iterator[list[Site]]:
+def _counting(weight: Tensor) -> Tensor | slice:
+    """Rows that weigh anything; nothing is copied where all do."""
+    there = weight > 0
+    return slice(None) if bool(there.all()) else there
+
+
+def _bunches(sites: Sequence[Site], entering: RowsAt) -> Iterator[list[Site]]:
     """The sites in groups whose wanted rows are held at once; a teacher pass each."""
     bunch: list[Site] = []
     total = 0
     for site in sites:
-        size = rows_at.n_rows(site) * site.channels
+        size = entering.n_rows(site) * site.channels
         if bunch and total + size > MAX_STORED:
             yield bunch
             bunch, total = [], 0

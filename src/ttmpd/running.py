@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from ttmpd.batches import Samples
 from ttmpd.modules import StopForwardError, hooks, module_at
-from ttmpd.records import Samples
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments."""
+_Seen = tuple[Tensor, int]
+"""A tensor, and how often it had been written into."""
+_SAME = (bool, str, type(None))
+"""Types of arguments that are the same for every batch."""
 
 
 @dataclass(eq=False)
@@ -162,11 +166,6 @@ def _following(model: nn.Module, paths: Sequence[str], batch: Tensor, plain: tup
                 sources = tuple(None if number == len(known) - 1 else number for number in numbers)
                 found[second] = _Before(first, _form(calls[first][0]), sources)
     return found
-
-
-_Seen = tuple[Tensor, int]
-"""A tensor, and how often it had been written into."""
-_SAME = (bool, str, type(None))
 
 
 def _number(seen: _Seen, known: Sequence[_Seen]) -> int | None:

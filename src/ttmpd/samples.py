@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ttmpd import tables
+from ttmpd.batches import Samples
 from ttmpd.errors import InvalidValueError, SamplesError
 from ttmpd.files import FORMS, place_of
 from ttmpd.preprocessing import Preparation, Preprocessing
-from ttmpd.records import Samples
 from ttmpd.rows import Indexed, Row, described, rows_of
 from ttmpd.text import Tokenization
 from ttmpd.text_rows import text_rows_of

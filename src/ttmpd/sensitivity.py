@@ -1,13 +1,15 @@
 """Which positions of a unit's output matter to the final features: one backward pass for all units."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.modules import call, evaluating, find_feature_tap, tapped
-from ttmpd.records import Place, Samples, Tap
-from ttmpd.text import used_width
+from ttmpd.records import Place, Tap
+from ttmpd.text import trimmed
 
 MAX_POSITIONS = 64
 """Pixels or tokens per sample that enter a fit; neighbors say nearly the same, and 64 x 100 samples are plenty."""
@@ -18,9 +20,7 @@ SENSITIVITY_SAMPLES = 32
 _AT_ONCE = 8  # activations of so many are stored: gradients of large images need much memory
 
 
-def sensitivities(
-    model: nn.Module, units: Sequence[Place], batch: Tensor, seed: int = 0, kept: Tensor | None = None
-) -> dict[str, Tensor]:
+def sensitivities(model: nn.Module, units: Sequence[Place], samples: Samples, seed: int = 0) -> dict[str, Tensor]:
     """Mean squared gradient of the final features at every position of every unit's output, with mean one.
 
     Where only [CLS] reaches the output, only its position counts in the last layer. The features are projected on
@@ -29,15 +29,15 @@ def sensitivities(
     Args:
         model: left untouched.
         units: in any order.
-        batch: a few dozen samples, (B, ...).
+        samples: the first few dozen are looked at.
         seed: of the signs.
-        kept: (B, S) which tokens of a batch of text are no padding; None for everything else.
 
     Returns:
         unit id -> (positions,) weights; all ones where nothing reaches the final features. Of text, means are over the
         tokens that are there: they do not depend on how much padding follows.
     """
-    tap = find_feature_tap(model, batch[:2], pooled=True)
+    few, device = samples.first(SENSITIVITY_SAMPLES), next(model.parameters()).device
+    tap = find_feature_tap(model, few.batch(slice(0, 2), device), pooled=True)
     taps = {unit.id: Tap(unit.path, "output") for unit in units}
     if tap is not None:
         taps["\0features"] = tap
@@ -46,9 +46,7 @@ def sensitivities(
             parameter.requires_grad_(parameter.is_floating_point())
         generator = torch.Generator().manual_seed(seed)
         energies = {unit.id: torch.zeros(_count(unit)) for unit in units}
-        for part, there in zip(torch.split(batch, _AT_ONCE), _split(kept, len(batch)), strict=True):
-            if there is not None:  # columns of padding alone are left away
-                part = part[:, : used_width(there)]
+        for part in few.batches(_AT_ONCE, device):
             logits = call(model, part)
             final = seen.get("\0features", logits)
             signs = torch.randint(0, 2, final.shape, generator=generator).to(final) * 2 - 1
@@ -57,9 +55,9 @@ def sensitivities(
             for unit, gradient in zip(units, gradients, strict=True):
                 if gradient is not None:
                     energy = _energy(gradient, unit)
-                    energies[unit.id][: len(energy)] += energy
+                    energies[unit.id][: len(energy)] += energy  # a batch of text may be shorter than all samples are
             seen.clear()
-    return {name: _pattern(energy, kept) for name, energy in energies.items()}
+    return {unit.id: _pattern(energies[unit.id], tokens_at(unit, few, few.inputs)) for unit in units}
 
 
 def _energy(gradient: Tensor, unit: Place) -> Tensor:
@@ -69,19 +67,14 @@ def _energy(gradient: Tensor, unit: Place) -> Tensor:
     return gradient.reshape(len(gradient), -1, unit.channels).square().sum((0, 2)).cpu()
 
 
-def _pattern(energy: Tensor, kept: Tensor | None = None) -> Tensor:
+def _pattern(energy: Tensor, tokens: Tensor | None = None) -> Tensor:
     """Scaled to mean one; all ones where nothing reaches the final features."""
     if not float(energy.sum()) > 0:
         return torch.ones_like(energy)
-    if kept is None or kept.shape[1] != len(energy):
+    if tokens is None:
         return energy / energy.mean()
-    n_there = kept.sum(0).cpu().to(energy)  # samples that have a token at this position
+    n_there = tokens.sum(0).cpu().to(energy)  # samples that have a token at this position
     return energy / n_there.clamp_min(1) * (n_there.sum() / energy.sum())
-
-
-def _split(kept: Tensor | None, n: int) -> Sequence[Tensor | None]:
-    """What belongs to each part of a batch of ``n``."""
-    return [None] * -(-n // _AT_ONCE) if kept is None else torch.split(kept, _AT_ONCE)
 
 
 def _count(unit: Place) -> int:
@@ -89,17 +82,9 @@ def _count(unit: Place) -> int:
 
 
 def tokens_at(unit: Place, samples: Samples, batch: Tensor) -> Tensor | None:
-    """(B, T) which positions of the unit's output hold tokens of the batch and no padding.
-
-    None where its positions are no tokens. A batch of text may be shorter than all samples are.
-    """
+    """(B, T) which positions of the unit's output hold tokens of the batch and no padding; None where they are none."""
     per_token = samples.is_text and samples.inputs.shape[1] == _count(unit)
     return samples.kept(batch) if per_token else None
-
-
-def within(index: Tensor, tokens: Tensor | None) -> Tensor:
-    """Those of the positions that a batch holds, see :func:`tokens_at`."""
-    return index if tokens is None else index[index < tokens.shape[1]]
 
 
 def positions(
@@ -108,18 +93,18 @@ def positions(
     *,
     seed: int = 0,
     limit: int = MAX_POSITIONS,
-    kept: Tensor | None = None,
+    tokens: Tensor | None = None,
 ) -> Tensor:
     """Up to ``limit`` flat positions of the unit's output; the most sensitive one is always among them.
 
-    With ``kept``, (N, S) which tokens of the samples are no padding, positions with more tokens are likelier.
+    With ``tokens`` of all samples, see :func:`tokens_at`, positions with more tokens are likelier.
     """
     generator = torch.Generator().manual_seed(seed)
-    if kept is None or kept.shape[1] != _count(unit):
+    if tokens is None:
         order = torch.randperm(_count(unit), generator=generator)
     else:
-        there = kept.any(0).nonzero().flatten().cpu()
-        shares = kept.double().mean(0).cpu()[there]
+        there = tokens.any(0).nonzero().flatten().cpu()
+        shares = tokens.double().mean(0).cpu()[there]
         order = there[torch.multinomial(shares, len(there), generator=generator)]
     if pattern is not None:
         top = int(pattern.argmax())
@@ -127,18 +112,61 @@ def positions(
     return order[:limit].sort().values
 
 
-def row_weights(
-    pattern: Mapping[str, Tensor],
-    unit: Place,
-    index: Tensor,
-    share: float,
-    n_items: int,
-    tokens: Tensor | None = None,
-) -> Tensor:
-    """Weights of the rows at the chosen positions, as many times as there are items: samples, or windows of them.
+@dataclass(frozen=True, eq=False)
+class RowsAt:
+    """Which rows of each unit's output enter a fit, and how much each weighs.
 
-    ``share`` 0 counts all positions alike, 1 trusts the gradients alone. With ``tokens``, see :func:`tokens_at`, the
-    rows of padding weigh nothing.
+    Args:
+        samples: all of them.
+        pattern: what each position of a unit means to the final features, see :func:`sensitivities`.
+        chosen: (positions,) of each unit, see :func:`positions`.
+        share: 0 counts all positions alike, 1 trusts the gradients alone.
     """
-    weights = (1 - share + share * pattern[unit.id][index]).repeat(n_items)
-    return weights if tokens is None else weights * tokens[:, index.to(tokens.device)].flatten().to(weights)
+
+    samples: Samples
+    pattern: Mapping[str, Tensor]
+    chosen: Mapping[str, Tensor]
+    share: float
+
+    def index(self, unit: Place, batch: Tensor) -> Tensor:
+        """The positions that a pass over the batch holds: of text, those within its longest sample."""
+        tokens, chosen = self._tokens(unit, batch), self.chosen[unit.id]
+        return chosen if tokens is None else chosen[chosen < tokens.shape[1]]
+
+    def weights(self, unit: Place, batch: Tensor, n_rows: int) -> Tensor:
+        """(n_rows,) weights of the rows at these positions: of samples, or of each window of them; 0 of padding."""
+        index, tokens = self.index(unit, batch), self._tokens(unit, batch)
+        weights = 1 - self.share + self.share * self.pattern[unit.id][index]
+        weights = weights.repeat(n_rows // max(1, len(index)))
+        return weights if tokens is None else weights * tokens[:, index.to(tokens.device)].flatten().to(weights)
+
+    def _tokens(self, unit: Place, batch: Tensor) -> Tensor | None:
+        return tokens_at(unit, self.samples, trimmed(batch, self.samples.padding))
+
+    def n_rows(self, unit: Place) -> int:
+        """Rows that weigh anything, over all samples."""
+        tokens, chosen = tokens_at(unit, self.samples, self.samples.inputs), self.chosen[unit.id]
+        return len(self.samples) * len(chosen) if tokens is None else int(tokens[:, chosen].sum())
+
+
+def rows_at(
+    model: nn.Module,
+    units: Sequence[Place],
+    samples: Samples,
+    share: float,
+    *,
+    seed: int = 0,
+    limit: int = MAX_POSITIONS,
+) -> RowsAt:
+    """Rows at up to ``limit`` positions of every sample; arguments as in :class:`RowsAt`.
+
+    Cost: one pass with gradients over a few dozen samples.
+    """
+    pattern = sensitivities(model, units, samples, seed)
+    chosen = {
+        unit.id: positions(
+            unit, pattern[unit.id], seed=seed, limit=limit, tokens=tokens_at(unit, samples, samples.inputs)
+        )
+        for unit in units
+    }
+    return RowsAt(samples, pattern, chosen, share)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttmpd.records import Samples, Unit
+from ttmpd.batches import Samples
+from ttmpd.records import Unit
 from ttmpd.units.block import Block
 
 

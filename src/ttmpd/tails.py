@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.losses import soft_label_loss
 from ttmpd.modules import call, evaluating, find_feature_tap, read, stubbed, tapped
 from ttmpd.progress import track
-from ttmpd.records import Samples, Tap, Unit
+from ttmpd.records import Tap, Unit
 from ttmpd.text import answers_until
 from ttmpd.units.block import answering
 

@@ -1,18 +1,40 @@
-"""The teacher's answers on disk: written once, memory-mapped ever after."""
+"""The teacher's answers: written to disk once, memory-mapped ever after."""
 
 import errno
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ttmpd.records import Tap, Targets
+from ttmpd.records import Tap
 
 WIDE = 4096
 """Answers with more values than this are as large as features."""
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """The teacher's answers for fixed views of the samples: all that ``fit`` may know of it.
+
+    Args:
+        tap: where the features are read, in teacher and student; None when only logits are mimicked.
+        features: (n_views, n_samples, ...) teacher features, memory-mapped, half precision where safe.
+        logits: (n_views, n_samples, n_classes) teacher logits.
+        feature_variance: mean variance of the features over samples: the scale of the feature loss.
+        held_out: (n_held_out, n_classes) logits on the held-out samples, for the guard.
+        teacher: the teacher itself, only for methods that keep asking it (``one_time = False``).
+    """
+
+    tap: Tap | None
+    features: Tensor | None
+    logits: Tensor
+    feature_variance: float
+    held_out: Tensor
+    teacher: nn.Module | None = None
 
 
 class TargetsWriter:

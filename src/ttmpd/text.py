@@ -316,7 +316,7 @@ def kept_tokens(batch: Tensor, padding: int | None) -> Tensor | None:
 
     Args:
         batch: (B, S) token ids.
-        padding: of the samples, see :class:`ttmpd.records.Samples`.
+        padding: of the samples, see :class:`ttmpd.batches.Samples`.
 
     Example:
         >>> kept_tokens(torch.tensor([[5, 6, 0], [7, 0, 0]]), 0).tolist()
@@ -333,18 +333,10 @@ def trimmed(batch: Tensor, padding: int | None) -> Tensor:
         [[5, 6], [7, 0]]
     """
     kept = kept_tokens(batch, padding)
-    return batch if kept is None else batch[:, : used_width(kept)]
-
-
-def used_width(kept: Tensor) -> int:
-    """Columns up to the last that holds a token, at least one; ``kept`` as :func:`kept_tokens` answers.
-
-    Example:
-        >>> used_width(torch.tensor([[True, True, False], [True, False, False]]))
-        2
-    """
+    if kept is None:
+        return batch
     used = kept.any(0).nonzero()
-    return int(used[-1]) + 1 if len(used) else 1
+    return batch[:, : int(used[-1]) + 1] if len(used) else batch[:, :1]
 
 
 def random_ids(module: nn.Module, tokenization: Tokenization, shape: Sequence[int]) -> Tensor:

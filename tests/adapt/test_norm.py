@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from ttmpd.adapt.norm import Norm
+from ttmpd.batches import Samples
 from ttmpd.errors import InvalidValueError
-from ttmpd.records import Samples
 from ttmpd.specimens import tiny_model, tiny_samples
 
 

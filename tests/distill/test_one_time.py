@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from ttmpd.batches import Samples
 from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import MIN_BATCH, OneTime
 from ttmpd.errors import InvalidValueError
 from ttmpd.guard import freeze_before, freeze_head, held_out_check, logits_of, mix_with_start
 from ttmpd.losses import entropy, feature_loss, feature_variance, mutual_information, soft_label_loss, tempered_loss
 from ttmpd.modules import clone
-from ttmpd.records import Samples, Tap
+from ttmpd.records import Tap
 from ttmpd.specimens import tiny_model, tiny_samples, tiny_units
 from ttmpd.targets import load_targets, save_targets
 from ttmpd.training import Check

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.early_exit._model import EarlyExitModel, with_only
 from ttmpd.early_exit._places import exits_at, find_places, proven, spread
 from ttmpd.early_exit._pool import pooled
@@ -14,7 +15,7 @@ from ttmpd.early_exit._spec import NEVER, Exit, Exits
 from ttmpd.early_exit.right_tool import RightTool
 from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.modules import clone, read
-from ttmpd.records import Samples, Tap
+from ttmpd.records import Tap
 from ttmpd.samples import open_samples
 from ttmpd.specimens import TinyBlock, tiny_samples
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.calibration import calibration_error
 from ttmpd.early_exit._heads import Features, train_heads, wanted_of
 from ttmpd.early_exit.right_tool import RightTool
 from ttmpd.errors import InvalidValueError
 from ttmpd.guard import logits_of
 from ttmpd.modules import evaluating
-from ttmpd.records import Samples
 from ttmpd.specimens import tiny_model, tiny_samples
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from ttmpd.batches import Samples
 from ttmpd.errors import InvalidValueError
-from ttmpd.records import Samples
 from ttmpd.score.base import Job
 from ttmpd.score.kcm import KCM, activity, representative, scaled
 from ttmpd.specimens import tiny_token_samples, tiny_tokens, tiny_transformer

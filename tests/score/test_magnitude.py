@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from ttmpd.records import Samples, Unit
+from ttmpd.batches import Samples
+from ttmpd.records import Unit
 from ttmpd.score.magnitude import Magnitude
 
 

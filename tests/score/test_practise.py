@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from ttmpd.batches import Samples
 from ttmpd.errors import UnsupportedError
 from ttmpd.modules import clone
-from ttmpd.records import Samples
 from ttmpd.score.practise import Practise, _blocks, _insert_adaptors
 from ttmpd.specimens import TinyBlock, tiny_model, tiny_samples, tiny_units
 from ttmpd.units.block import Block

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from ttmpd.batches import Samples
 from ttmpd.errors import InvalidValueError
 from ttmpd.modules import read
-from ttmpd.records import Removal, Samples, Tap
+from ttmpd.records import Removal, Tap
 from ttmpd.score.ttmpd import TTMPD, fit_stand_ins
-from ttmpd.sensitivity import _energy, _pattern, positions, row_weights, sensitivities
+from ttmpd.sensitivity import RowsAt, _energy, _pattern, positions, sensitivities
 from ttmpd.specimens import specimen, tiny_model, tiny_samples, tiny_units
 from ttmpd.surgery import cut
 from ttmpd.tails import distances, teacher_tails
@@ -182,7 +183,7 @@ def test_the_share_of_samples_in_a_batch_does_not_matter():
 
 def test_only_the_position_that_reaches_the_output_has_weight(tokens):
     model, samples, units = tokens
-    pattern = sensitivities(model, units, samples.batch(slice(0, 8)))
+    pattern = sensitivities(model, units, samples.first(8))
     for unit in units:
         assert pattern[unit.id].tolist() == pytest.approx([4.0, 0.0, 0.0, 0.0])
 
@@ -196,10 +197,11 @@ def test_the_most_sensitive_position_is_always_drawn(tokens):
 
 def test_weights_blend_with_equal_ones_and_follow_the_rows(tokens):
     model, samples, units = tokens
-    pattern = sensitivities(model, units, samples.batch(slice(0, 8)))
-    weights = row_weights(pattern, units[0], torch.tensor([0, 2]), 0.9, 2)
+    pattern = sensitivities(model, units, samples.first(8))
+    chosen, batch = {units[0].id: torch.tensor([0, 2])}, samples.batch(slice(0, 2))
+    weights = RowsAt(samples, pattern, chosen, 0.9).weights(units[0], batch, 4)
     assert weights.tolist() == pytest.approx([0.1 + 0.9 * 4, 0.1, 0.1 + 0.9 * 4, 0.1])
-    assert row_weights(pattern, units[0], torch.tensor([0, 2]), 0.0, 2).tolist() == [1.0] * 4
+    assert RowsAt(samples, pattern, chosen, 0.0).weights(units[0], batch, 4).tolist() == [1.0] * 4
 
 
 def test_weighting_improves_the_fit_where_it_counts(tokens):
@@ -230,7 +232,7 @@ def test_inputs_that_are_no_numbers_to_differentiate_by():
     model = Tokens(ids=True).eval()
     samples = samples_of(torch.randint(0, 9, (12, 4)).float())
     units = Block().find(model, samples.batch(slice(0, 2))).units
-    pattern = sensitivities(model, units, samples.batch(slice(0, 4)))
+    pattern = sensitivities(model, units, samples.first(4))
     assert pattern[units[0].id].tolist() == pytest.approx([4.0, 0.0, 0.0, 0.0])
     assert len(TTMPD().score(model, units, samples)) == 4
 

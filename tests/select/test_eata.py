@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+from ttmpd.batches import Samples
 from ttmpd.errors import InvalidValueError
-from ttmpd.records import Samples
 from ttmpd.select.eata import Reliable
 
 

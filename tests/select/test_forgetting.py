@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from ttmpd.batches import Samples
 from ttmpd.errors import InvalidValueError
-from ttmpd.records import Samples
 from ttmpd.select.forgetting import Forgetting, forgotten, shake
 from ttmpd.specimens import tiny_model, tiny_samples, untouched
 

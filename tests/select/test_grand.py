@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ttmpd.batches import Samples
 from ttmpd.errors import UnsupportedError
-from ttmpd.records import Samples
 from ttmpd.select.grand import GraNd
 from ttmpd.specimens import tiny_model, tiny_samples
 

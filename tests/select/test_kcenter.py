@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from ttmpd.records import Samples
+from ttmpd.batches import Samples
 from ttmpd.select.kcenter import KCenter, farthest_first
 
 

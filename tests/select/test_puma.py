@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from ttmpd.batches import Samples
 from ttmpd.errors import InvalidValueError
 from ttmpd.margins import Search, margins
-from ttmpd.records import Samples
 from ttmpd.select.puma import PUMA
 from ttmpd.specimens import tiny_model, tiny_samples
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ttmpd.batches import Samples
 from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.losses import soft_label_loss
-from ttmpd.records import Samples
 from ttmpd.specimens import tiny_model, tiny_samples, untouched
 from ttmpd.students.robust import Attack, Pixels, attacked, pgd_loss, pixels_of, trades_loss
 

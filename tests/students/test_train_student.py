@@ -7,10 +7,10 @@ from torch.nn import functional as F
 
 import ttmpd
 from ttmpd.adapt.norm import Norm
+from ttmpd.batches import Samples
 from ttmpd.errors import InvalidValueError, ModelError
 from ttmpd.margins import Search, margins, radii
 from ttmpd.modules import clone
-from ttmpd.records import Samples
 from ttmpd.select.el2n import EL2N
 from ttmpd.select.forgetting import Forgetting
 from ttmpd.select.puma import PUMA

@@ -7,11 +7,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from ttmpd import savings
+from ttmpd.batches import Samples
 from ttmpd.checkpoint import load
 from ttmpd.models import open_model
 from ttmpd.modules import count_macs, evaluating, hooks, module_at, to_fast_format
 from ttmpd.narrowing import under_kernel
-from ttmpd.records import UNCHANGED, Plan, Removal, Samples
+from ttmpd.records import UNCHANGED, Plan, Removal
 from ttmpd.repair import repaired
 from ttmpd.saving import Result
 from ttmpd.specimens import tiny_model, tiny_samples

@@ -10,10 +10,11 @@ import torchvision
 from safetensors.torch import load_file
 from torch import nn
 
+from ttmpd.batches import Samples
 from ttmpd.errors import InvalidValueError
 from ttmpd.models import OpenedModel
 from ttmpd.modules import call, count_parameters, first_tensor
-from ttmpd.records import Plan, Removal, Samples
+from ttmpd.records import Plan, Removal
 from ttmpd.repair import repaired
 from ttmpd.saving import Result
 from ttmpd.specimens import tiny_tokens, tiny_transformer

@@ -21,6 +21,7 @@ from ttmpd.adaptation import (
     pieces,
     redundancy_for,
 )
+from ttmpd.batches import Samples
 from ttmpd.errors import UnsupportedError
 from ttmpd.guard import logits_of
 from ttmpd.losses import entropy_of, mutual_information
@@ -28,7 +29,6 @@ from ttmpd.method import check_fields
 from ttmpd.modules import call, clone, evaluating, has_nan
 from ttmpd.norms import norm_parameters, using_batch_statistics
 from ttmpd.progress import track
-from ttmpd.records import Samples
 from ttmpd.text import answered
 
 MIN_SPREAD = 0.9

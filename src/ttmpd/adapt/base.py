@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from ttmpd.batches import Samples
 from ttmpd.method import Method
-from ttmpd.records import Samples
 
 
 @dataclass(frozen=True, eq=False)

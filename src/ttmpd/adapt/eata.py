@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ttmpd.adapt._learner import SelectiveLearner
 from ttmpd.adaptation import Adaptation, Again
+from ttmpd.batches import Samples
 from ttmpd.losses import entropy
-from ttmpd.records import Samples
 
 
 class EATA(SelectiveLearner):

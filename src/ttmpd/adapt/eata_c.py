@@ -13,12 +13,13 @@ from torch.nn import functional as F
 from ttmpd.adapt._learner import SelectiveLearner, answers_by
 from ttmpd.adapt.base import Adapted
 from ttmpd.adaptation import Adaptation, Again
+from ttmpd.batches import Samples
 from ttmpd.calibration import fit_temperature
 from ttmpd.guard import logits_of
 from ttmpd.losses import entropy, fused, signed_entropy
 from ttmpd.method import check_fields
 from ttmpd.modules import call, clone, evaluating, find_head, module_at
-from ttmpd.records import Samples, Unit
+from ttmpd.records import Unit
 from ttmpd.units.block import Block
 
 HOTTEST = 4.0

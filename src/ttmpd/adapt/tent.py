@@ -6,8 +6,8 @@ from torch import nn
 
 from ttmpd.adapt._learner import Learner
 from ttmpd.adaptation import Adaptation
+from ttmpd.batches import Samples
 from ttmpd.losses import entropy
-from ttmpd.records import Samples
 
 
 class Tent(Learner):

@@ -8,8 +8,10 @@ from typing import ClassVar
 
 from torch import nn
 
+from ttmpd.batches import Samples
 from ttmpd.method import Method
-from ttmpd.records import Fit, Samples, Targets
+from ttmpd.records import Fit
+from ttmpd.targets import Targets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ttmpd.batches import Samples
 from ttmpd.distill.base import Distiller, Work
 from ttmpd.errors import UnsupportedError
 from ttmpd.guard import freeze_head, logits_of
 from ttmpd.method import check_fields
 from ttmpd.modules import evaluating, find_feature_tap, read, to_fast_format, to_plain_format
-from ttmpd.records import Fit, Samples, Targets
+from ttmpd.records import Fit
+from ttmpd.targets import Targets
 from ttmpd.training import Loop, Schedule, batch_order, train
 from ttmpd.views import random_view
 

@@ -9,14 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.distill.base import Distiller, Work
 from ttmpd.guard import freeze, held_out_check, logits_of, mix_with_start
 from ttmpd.losses import feature_loss, feature_variance, soft_label_loss
 from ttmpd.method import check_fields
 from ttmpd.modules import call, evaluating, find_feature_tap, has_batch_norm, tapped, to_fast_format, to_plain_format
 from ttmpd.progress import track
-from ttmpd.records import Fit, Samples, Tap, Targets
-from ttmpd.targets import TargetsWriter
+from ttmpd.records import Fit, Tap
+from ttmpd.targets import Targets, TargetsWriter
 from ttmpd.text import answers_until
 from ttmpd.training import (
     Check,

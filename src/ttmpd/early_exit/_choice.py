@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.early_exit._latency import exit_ms, mean_rounds, speedup_of
 from ttmpd.early_exit._model import EarlyExitModel
 from ttmpd.early_exit._threshold import (
@@ -18,7 +19,6 @@ from ttmpd.early_exit._threshold import (
     worth_keeping,
 )
 from ttmpd.early_exit.base import EarlyExit, Equipped
-from ttmpd.records import Samples
 from ttmpd.timing import Rounds
 
 _ATTEMPTS = 5

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.early_exit._model import EarlyExitModel
 from ttmpd.modules import evaluating
-from ttmpd.records import Samples
 from ttmpd.timing import Rounds, interleaved, quartiles, synchronize, time_models
 
 MAX_BYTES = 1 << 26

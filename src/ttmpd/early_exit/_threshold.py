@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttmpd.batches import Samples
 from ttmpd.early_exit._model import EarlyExitModel
 from ttmpd.early_exit._spec import NEVER
 from ttmpd.errors import BudgetUnreachableError
 from ttmpd.modules import evaluating
-from ttmpd.records import Samples
 
 _COST = 0.04
 """Share of the whole model that an exit can cost; what seems more is the noise of two measurements."""

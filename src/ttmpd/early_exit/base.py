@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.early_exit._model import EarlyExitModel, with_only
 from ttmpd.method import Method
-from ttmpd.records import Samples
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.calibration import calibration_error, fit_temperature
 from ttmpd.early_exit._heads import Features, Trained, train_heads, wanted_of
 from ttmpd.early_exit._model import EarlyExitModel, ExitHead
@@ -15,7 +16,6 @@ from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_fields, check_range
 from ttmpd.modules import call, clone, evaluating
 from ttmpd.progress import track
-from ttmpd.records import Samples
 from ttmpd.views import fixed_view
 
 

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.method import Method
-from ttmpd.records import DEFAULT_ACTIONS, Action, Removal, Repair, Samples, Score, Unit
+from ttmpd.records import DEFAULT_ACTIONS, Action, Removal, Repair, Score, Unit
 
 
 @dataclass(frozen=True, slots=True, eq=False)

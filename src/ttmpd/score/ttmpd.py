@@ -8,15 +8,16 @@ from typing import ClassVar
 import numpy as np
 from torch import nn
 
+from ttmpd.batches import Samples
 from ttmpd.least_squares import Moments
 from ttmpd.method import check_fields
 from ttmpd.modules import evaluating, has_batch_norm, module_at, read
 from ttmpd.narrowing import Choice, bias_of, choices, input_rows, narrowed_answer
 from ttmpd.progress import track
-from ttmpd.records import KERNELS, Action, Removal, Samples, Score, Tap, Unit
+from ttmpd.records import KERNELS, Action, Removal, Score, Tap, Unit
 from ttmpd.repair import repaired
 from ttmpd.score.base import Job, Scorer
-from ttmpd.sensitivity import SENSITIVITY_SAMPLES, positions, row_weights, sensitivities, tokens_at, within
+from ttmpd.sensitivity import rows_at
 from ttmpd.stand_ins import LinearMap, NormalEquations, rows
 from ttmpd.surgery import WHOLE
 from ttmpd.tails import Replacement, distances, student_distances, teacher_tails
@@ -175,10 +176,7 @@ def _in_memory(units: Sequence[Unit], teacher: nn.Module) -> Iterator[Sequence[U
 
 def member_moments(job: Job, samples: Samples, sensitivity: float) -> dict[str, Moments]:
     """Moments of what each unit's layer reads, with what it answers, on the teacher, in one pass over the samples."""
-    few = samples.batch(slice(0, SENSITIVITY_SAMPLES), job.device)
-    pattern = sensitivities(job.teacher, job.units, few, job.seed, samples.kept(few))
-    kept = samples.kept(samples.inputs)
-    chosen = {unit.id: positions(unit, pattern[unit.id], seed=job.seed, kept=kept) for unit in job.units}
+    entering = rows_at(job.teacher, job.units, samples, sensitivity, seed=job.seed)
     found = {}
     for unit in job.units:
         n_outputs, n_inputs = matrix_of(module_at(job.teacher, unit.path)).shape
@@ -189,12 +187,10 @@ def member_moments(job: Job, samples: Samples, sensitivity: float) -> dict[str, 
         for batch in track(samples.batches(job.batch_size, job.device), "fit", -(-len(samples) // job.batch_size)):
             seen = read(job.teacher, batch, taps)
             for unit in job.units:
-                tokens = tokens_at(unit, samples, batch)
-                index, layer = within(chosen[unit.id], tokens), module_at(job.teacher, unit.path)
+                index, layer = entering.index(unit, batch), module_at(job.teacher, unit.path)
                 x = input_rows(seen[f"x {unit.id}"], unit, index, layer)
                 y = rows(seen[f"y {unit.id}"], _answering(unit, found[unit.id].n_outputs), index)
-                weights = row_weights(pattern, unit, index, sensitivity, len(y) // max(1, len(index)), tokens)
-                found[unit.id].add(x, y, weights)
+                found[unit.id].add(x, y, entering.weights(unit, batch, len(y)))
     return found
 
 
@@ -220,22 +216,18 @@ def fit_stand_ins(
     position, mean one. 3x3 stand-ins, whose equations are 81 times as large, are fitted when ``conv`` says so.
     """
     device = next(teacher.parameters()).device
-    few = samples.batch(slice(0, SENSITIVITY_SAMPLES), device)
-    pattern, kept = sensitivities(teacher, units, few, seed, samples.kept(few)), samples.kept(samples.inputs)
+    entering = rows_at(teacher, units, samples, sensitivity, seed=seed)
     actions = {unit.id: [a for a in WHOLE.stand_ins(unit) if conv or a != "conv"] for unit in units}
     sides = {unit.id: max(KERNELS[action] for action in actions[unit.id]) for unit in units}
     equations = {unit.id: NormalEquations(unit.channels, device, sides[unit.id]) for unit in units}
-    chosen = {unit.id: positions(unit, pattern[unit.id], seed=seed, kept=kept) for unit in units}
     taps = {f"x {u.id}": Tap(u.path, "input") for u in units} | {f"y {u.id}": Tap(u.path, "output") for u in units}
     with evaluating(teacher):
         for batch in track(samples.batches(batch_size, device), "fit", -(-len(samples) // batch_size)):
             seen = read(teacher, batch, taps)
             for unit in units:
-                tokens = tokens_at(unit, samples, batch)
-                index = within(chosen[unit.id], tokens)
+                index = entering.index(unit, batch)
                 x, y = rows(seen[f"x {unit.id}"], unit, index, sides[unit.id]), rows(seen[f"y {unit.id}"], unit, index)
-                weights = row_weights(pattern, unit, index, sensitivity, len(y) // max(1, len(index)), tokens)
-                equations[unit.id].add(x, y, weights)
+                equations[unit.id].add(x, y, entering.weights(unit, batch, len(y)))
     return {
         unit.id: {
             action: (equations[unit.id] if KERNELS[action] == sides[unit.id] else equations[unit.id].pointwise()).solve(

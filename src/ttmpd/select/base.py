@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.method import Method, check_range
 from ttmpd.modules import call, evaluating, find_feature_tap, tapped
 from ttmpd.progress import track
-from ttmpd.records import Samples, Tap
+from ttmpd.records import Tap
 from ttmpd.text import answered
 
 

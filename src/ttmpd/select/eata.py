@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.adaptation import Selection, redundancy_for
+from ttmpd.batches import Samples
 from ttmpd.guard import logits_of
 from ttmpd.losses import entropy
 from ttmpd.method import check_fields
-from ttmpd.records import Samples
 from ttmpd.select.base import Selector, highest
 
 

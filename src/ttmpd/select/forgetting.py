@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ttmpd.batches import Samples
 from ttmpd.guard import logits_of
 from ttmpd.method import check_fields
 from ttmpd.modules import call, clone, evaluating
 from ttmpd.progress import track
-from ttmpd.records import Samples
 from ttmpd.select.base import Selector, classes_of, highest
 
 
@@ -69,7 +69,7 @@ class Forgetting(Selector):
                 order = known[torch.randperm(len(known), generator=draw)]
                 for start in range(0, len(order), self.train_batch):
                     index = order[start : start + self.train_batch]
-                    logits = _step(copy, optimizer, pool.batch(index, device), classes[index].to(device))
+                    logits = _step(copy, optimizer, pool.trimmed(index, device), classes[index].to(device))
                     right = torch.nan_to_num(logits.softmax(-1).gather(1, classes[index, None]).squeeze(1))
                     agreed[-1][index] = (logits.argmax(-1) == classes[index]) & (right > 0)
                     sure[index] += right / self.epochs

@@ -23,6 +23,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from ttmpd.batches import Samples
 from ttmpd.errors import TTMPDError
 from ttmpd.factory import call_factory, cause, is_factory
 from ttmpd.memory import freed_memory, keep_freed_memory
@@ -30,7 +31,6 @@ from ttmpd.models import OpenedModel
 from ttmpd.modules import clone
 from ttmpd.pipeline import compress
 from ttmpd.progress import Watcher, watched
-from ttmpd.records import Samples
 from ttmpd.stages import write_json
 
 TEACHER, STUDENT, NEWS, LOG = "teacher.safetensors", "student", "news.json", "worker.log"

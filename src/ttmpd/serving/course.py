@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.factory import cause
 from ttmpd.models import OpenedModel
-from ttmpd.records import Samples
 from ttmpd.samples import open_samples
 from ttmpd.serving.background import STUDENT, Kind, Work
 from ttmpd.serving.lookout import Lookout, Served

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.losses import mutual_information
-from ttmpd.records import Agreement, Samples, agreement
+from ttmpd.records import Agreement, agreement
 from ttmpd.serving.drift import Drift, DriftTest
 from ttmpd.serving.reservoir import Recent
 from ttmpd.serving.rounds import Policy, alike, logits_on

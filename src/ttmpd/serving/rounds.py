@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.checkpoint import read_artifact
 from ttmpd.errors import ModelError
 from ttmpd.factory import cause
 from ttmpd.method import check_fields
 from ttmpd.modules import call, clone, has_nan
-from ttmpd.records import Removal, Samples
+from ttmpd.records import Removal
 from ttmpd.repair import replay
 from ttmpd.saving import WEIGHTS
 from ttmpd.serving.background import STUDENT, TEACHER, Kind, Outcome, Progress, Unborn, Work, Worker

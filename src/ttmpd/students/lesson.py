@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.margins import Search, margins, radii
 from ttmpd.modules import call, evaluating
 from ttmpd.progress import track
-from ttmpd.records import Samples, Targets
 from ttmpd.stages import Stages
 from ttmpd.students.recipe import Recipe
 from ttmpd.students.robust import Attack
-from ttmpd.targets import TargetsWriter, load_targets, save_targets
+from ttmpd.targets import Targets, TargetsWriter, load_targets, save_targets
 from ttmpd.views import fixed_view
 
 

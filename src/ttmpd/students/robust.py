@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ttmpd.batches import Samples
 from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.losses import soft_label_loss
 from ttmpd.margins import NORMS, RULES
 from ttmpd.method import check_range
 from ttmpd.modules import call, evaluating
-from ttmpd.records import Samples
 
 LOSSES = ("trades", "pgd")
 

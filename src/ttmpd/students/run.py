@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.errors import InvalidValueError, SamplesError, UnsupportedError
 from ttmpd.evaluation import Accuracy
 from ttmpd.guard import logits_of
@@ -17,7 +18,7 @@ from ttmpd.labels import open_labels
 from ttmpd.method import check_range
 from ttmpd.models import OpenedModel
 from ttmpd.modules import clone
-from ttmpd.records import Samples, agreement
+from ttmpd.records import agreement
 from ttmpd.samples import open_samples
 from ttmpd.settings import choose_device
 from ttmpd.stages import disk_guarded, locked, write_json

@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ttmpd.batches import Samples
 from ttmpd.errors import InvalidValueError, ModelError
 from ttmpd.guard import logits_of
 from ttmpd.losses import soft_label_loss
 from ttmpd.modules import call, clone, has_nan, to_fast_format, to_plain_format
-from ttmpd.records import Fit, Samples
+from ttmpd.records import Fit
 from ttmpd.stages import Stages, fingerprint, weights_fingerprint
 from ttmpd.students.lesson import Lesson, choose, prepare, steps_per_epoch
 from ttmpd.students.recipe import Recipe, recipe_of

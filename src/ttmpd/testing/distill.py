@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttmpd.batches import Samples
 from ttmpd.distill.base import Distiller, Work
 from ttmpd.guard import held_out_check
 from ttmpd.modules import clone, find_head
-from ttmpd.records import Samples, Targets
 from ttmpd.specimens import require, tiny_model, tiny_samples, tiny_units, untouched
+from ttmpd.targets import Targets
 from ttmpd.testing.common import equal, quick, twice
 from ttmpd.units.block import Block
 

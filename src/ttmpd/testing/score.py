@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ttmpd.records import ACTIONS, Samples, Score, Unit
+from ttmpd.batches import Samples
+from ttmpd.records import ACTIONS, Score, Unit
 from ttmpd.score.base import Scorer
 from ttmpd.specimens import (
     TinyNet,

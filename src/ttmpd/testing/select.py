@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ttmpd.records import Samples
+from ttmpd.batches import Samples
 from ttmpd.select.base import Selector
 from ttmpd.specimens import require, tiny_model, tiny_samples, untouched
 from ttmpd.testing.common import twice
