@@ -258,8 +258,9 @@ def main() -> None:
                     key = f"early_exit/{model}-{base}-{variant}-{seed}-{n_fit}-{n_test}"
                     done = cached(key, lambda b=bench, v=variant, k=known, s=seed: run(b(), v, k, s), stamped=True)
                     times = base_speedup(base, f"{model}-{seed}-{n_fit}")
-                    rows += [row | {"base_speedup": times} for row in done["rows"]]
-                    exits += done["exits"]
+                    own = {name: value for name, value in done.items() if name not in ("rows", "exits")}  # the stamp
+                    rows += [row | {"base_speedup": times} | own for row in done["rows"]]
+                    exits += [row | own for row in done["exits"]]
                     for line in done["rows"]:
                         print({name: line[name] for name in line if name not in ("shares", "n_test")}, flush=True)
     if args.n_fit or args.n_test:
