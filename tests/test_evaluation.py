@@ -152,7 +152,7 @@ class Mean(nn.Module):
         self.pretrained_cfg = Preprocessing((3, size, size), (0.5,) * 3, (0.5,) * 3).to_dict()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.mean((1, 2, 3))[:, None] * self.weight * torch.tensor([1.0, -1.0])
+        return x.mean((1, 2, 3))[:, None] * self.weight * torch.tensor([1.0, -1.0]).to(x)
 
 
 def test_models_with_different_preprocessing_see_the_same_samples():

@@ -260,7 +260,7 @@ def test_the_chosen_samples_are_fitted_on_and_held_out_ones_are_drawn_at_random(
     many = tiny_samples(200)
     result = compress(model, many, speedup=2.0, **(QUICK | {"select": Marked(), "pool": 150}))
     pool, n, labels, batch_size, seed, training = Marked.seen
-    assert (len(pool), n, labels, batch_size, seed, training) == (140, 30, None, 8, 0, False)
+    assert (len(pool), n, labels, batch_size, seed, training) == (140, 30, None, 64, 0, False)
     odd = {many.ids[i] for i in range(200) if many.inputs[i, 0, 0, 0] % 2}
     fitted, held_out = result.sample_ids[:30], result.sample_ids[30:]
     assert len(set(fitted)) == 30

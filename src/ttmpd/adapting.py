@@ -11,10 +11,10 @@ from ttmpd.facts import collect_adapted
 from ttmpd.guard import logits_of
 from ttmpd.models import OpenedModel, open_model
 from ttmpd.modules import to_fast_format, to_plain_format
-from ttmpd.ready import open_pool, source_of, split
+from ttmpd.ready import open_pool, source_of, split, step_size
 from ttmpd.records import Plan
 from ttmpd.saving import Result, check_output
-from ttmpd.settings import Settings, choose_device
+from ttmpd.settings import choose_device, settings_of
 
 _USED = ("adapt", "num_samples", "holdout", "batch_size", "device", "seed")
 """The settings of a run that an adaptation alone looks at."""
@@ -29,9 +29,9 @@ def adapt_to(
         model: any classifier, or the id of one.
         samples: unlabelled, whatever :func:`ttmpd.compress` takes.
         output: folder for an artifact.
-        **settings: of :class:`ttmpd.Settings`: ``adapt`` (the method), ``num_samples``, ``holdout`` (their share on
-            which the result is compared with the original and to which it is not adapted), ``batch_size``, ``device``
-            and ``seed``.
+        **settings: of :class:`ttmpd.Settings`: ``adapt`` (a method or its name), ``num_samples``, ``holdout`` (their
+            share on which the result is compared with the original and to which it is not adapted), ``batch_size``,
+            ``device`` and ``seed``.
 
     Raises:
         SamplesError, ModelError, InvalidValueError: see their messages.
@@ -46,14 +46,14 @@ def adapt_to(
     for name in settings:
         if name not in _USED:
             raise InvalidValueError(f"a setting of an adaptation must be one of {', '.join(_USED)}, but got {name!r}")
-    chosen = Settings(**settings)
+    chosen = settings_of(settings)
     if output is not None:
         check_output(Path(output))
     opened = model if isinstance(model, OpenedModel) else open_model(model)
     few = split(open_pool(samples, opened, chosen), chosen)
     source = to_fast_format(source_of(opened, few[0], choose_device(chosen.device)))
     start = time.perf_counter()
-    adapted = chosen.adapt.adapt(source, few[0], batch_size=chosen.batch_size, seed=chosen.seed)
+    adapted = chosen.adapt.adapt(source, few[0], batch_size=step_size(source, few[0], chosen), seed=chosen.seed)
     seconds = time.perf_counter() - start
     before, after = (logits_of(net, few[1], chosen.batch_size) for net in (source, adapted.model))
     facts = collect_adapted(opened, source, adapted, few, chosen, (before, after), seconds)

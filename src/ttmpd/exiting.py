@@ -20,15 +20,14 @@ from ttmpd.facts import collect_exits
 from ttmpd.guard import logits_of
 from ttmpd.labels import Labels, open_labels
 from ttmpd.models import OpenedModel, open_model
-from ttmpd.ready import open_pool, pass_size, source_of, split
+from ttmpd.ready import PASS_SIZE, open_pool, pass_size, source_of, split
 from ttmpd.records import Plan
 from ttmpd.saving import Result, check_output
-from ttmpd.settings import Settings, Target, choose_device
+from ttmpd.settings import Settings, Target, choose_device, settings_of
 
 _USED = ("num_samples", "holdout", "batch_size", "device", "seed")
 """The settings of a run that exits look at."""
 _DEFAULTS = {"num_samples": 1000, "batch_size": 1}
-_PASS_SIZE = 64
 
 
 def add_early_exits(
@@ -95,7 +94,7 @@ def add_early_exits(
         "target": str(target),
         "seconds": {"exits": trained - start, "measure": time.perf_counter() - trained},
     }
-    logits = (before, logits_of(equipped.model, few[1], _PASS_SIZE))
+    logits = (before, logits_of(equipped.model, few[1], PASS_SIZE))
     facts = collect_exits(
         opened, source, equipped.model, few, chosen, found=found, rounds=choice.rounds, plan=plan, logits=logits
     )
@@ -111,7 +110,7 @@ def _equipped(
     source: nn.Module, few: tuple[Samples, Samples], tool: EarlyExit, classes: Tensor | None, seed: int
 ) -> tuple[Equipped, Sure, Tensor]:
     """The model with exits; how sure they are of all samples, the held-out ones behind; its own answers to these."""
-    size = pass_size(source, few[0], _PASS_SIZE)
+    size = pass_size(source, few[0], PASS_SIZE)
     equipped = tool.equip(source, few[0], labels=classes, batch_size=size, seed=seed)
     answers, own = exit_answers(equipped.model, few[1], size)
     every = torch.cat([equipped.exit_logits.cpu(), answers], 1)
@@ -122,7 +121,7 @@ def _settings(given: dict[str, Any]) -> Settings:
     for name in given:
         if name not in _USED:
             raise InvalidValueError(f"a setting of exits must be one of {', '.join(_USED)}, but got {name!r}")
-    return Settings(**(_DEFAULTS | given))
+    return settings_of(_DEFAULTS | given)
 
 
 def _labels(labels: str | Path | Sequence[int] | None, data: Any) -> Labels | None:

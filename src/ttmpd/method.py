@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self, dataclass_transform
 
 from ttmpd.errors import InvalidValueError, UnknownMethodError
@@ -114,6 +115,19 @@ def method_class(verb: str, name: str) -> type[Method]:
     if len(found) != 1:
         raise UnknownMethodError(f"ttmpd/{verb}/{name}.py must hold one method, but holds {len(found)}", known)
     return found[0]
+
+
+def named(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings, with the method in place of its name: ``adapt="tent"`` is ``adapt=Tent()``.
+
+    Raises:
+        UnknownMethodError: no file bears a name.
+    """
+    verbs = set(VERBS) - {"units"}
+    return {
+        key: method_class(key, value)() if key in verbs and isinstance(value, str) else value
+        for key, value in given.items()
+    }
 
 
 def from_dict(verb: str, data: dict[str, Any]) -> Method:

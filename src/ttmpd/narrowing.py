@@ -95,7 +95,8 @@ def choices(
         saliency = _saliency(inverse, weight, size)
         order = saliency.argsort()
         going = _rows(order[:n_gone], size)
-        staying = torch.cat([_rows(order[n_gone:].sort().values, size), torch.tensor([len(weight) - 1])])
+        constant = torch.tensor([len(weight) - 1], device=order.device)
+        staying = torch.cat([_rows(order[n_gone:].sort().values, size), constant])
         # Eliminate the inputs that go: weights and inverse of those that stay follow by block elimination.
         corner = inverse[going][:, going]
         step = torch.linalg.solve(corner, weight[going])

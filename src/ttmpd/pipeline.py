@@ -44,7 +44,7 @@ def compress(
     *,
     speedup: float | None = None,
     latency: str | float | None = None,
-    macs: float | None = None,
+    macs: str | float | None = None,
     output: str | Path | None = None,
     resume: bool = False,
     command: str = "",
@@ -63,9 +63,9 @@ def compress(
         output: folder for the artifact; finished stages are kept there while the run lasts.
         resume: go on with what an interrupted run left in ``output``.
         command: recorded in the report.
-        **settings: the fields of :class:`Settings`: ``select``, ``adapt``, ``score``, ``plan``, ``distill`` (method
-            instances), ``actions``, ``num_samples``, ``pool``, ``holdout``, ``batch_size``, ``device``, ``seed``,
-            ``amp``, ``time_budget`` (seconds).
+        **settings: the fields of :class:`Settings`: ``select``, ``adapt``, ``score``, ``plan``, ``distill`` (methods or
+            their names), ``units``, ``actions``, ``num_samples``, ``pool``, ``holdout``, ``batch_size``, ``device``,
+            ``seed``, ``amp``, ``time_budget`` (seconds).
 
     Returns:
         The result; it is saved already when ``output`` is given.

@@ -27,6 +27,8 @@ from ttmpd.surgery import find_units, whole_of
 from ttmpd.training import samples_that_fit
 from ttmpd.units.base import Found
 
+PASS_SIZE = 64
+"""Samples per pass, if memory has room, where latency is measured on fewer."""
 TEXTS_ALIKE = 32
 """Most texts of like length in one pass: a pass is as long as its longest text, and the rest of it is padding."""
 
@@ -108,7 +110,7 @@ def get_ready(
     to_fast_format(teacher)
     batch = latency_batch(source, samples, settings)
     timed = stages.json("timing", lambda: _time(source, found, batch, settings.lossless))
-    size = pass_size(source, samples, settings.batch_size)
+    size = pass_size(source, samples, max(settings.batch_size, PASS_SIZE))
     if samples.is_text:
         size = min(size, TEXTS_ALIKE)
         samples, held_out = by_length(samples, size), by_length(held_out, size)
@@ -169,7 +171,9 @@ def selected(opened: OpenedModel, pool: Samples, n: int, settings: Settings, sta
 
     def compute() -> list[int]:
         source = to_fast_format(source_of(opened, pool, choose_device(settings.device)))
-        return list(settings.select.select(source, pool, n, batch_size=settings.batch_size, seed=settings.seed))
+        return list(
+            settings.select.select(source, pool, n, batch_size=step_size(source, pool, settings), seed=settings.seed)
+        )
 
     return pool.subset(stages.json("select", compute))
 
@@ -204,7 +208,8 @@ def _nothing_to_remove(model: nn.Module, found: Found) -> str:
 
 def _adapt(teacher: nn.Module, samples: Samples, settings: Settings) -> tuple[dict[str, Tensor], dict[str, Any]]:
     to_fast_format(teacher)
-    adapted = settings.adapt.adapt(teacher, samples, batch_size=settings.batch_size, seed=settings.seed)
+    size = step_size(teacher, samples, settings)
+    adapted = settings.adapt.adapt(teacher, samples, batch_size=size, seed=settings.seed)
     return adapted.model.state_dict(), {"note": adapted.note, "facts": adapted.facts}
 
 
@@ -220,6 +225,14 @@ def _time(source: nn.Module, found: Found, batch: Tensor, may_change: bool) -> d
         "channels_last": how.channels_last,
         "units": [dataclasses.asdict(timing) for timing in units],
     }
+
+
+def step_size(model: nn.Module, samples: Samples, settings: Settings) -> int:
+    """Samples per pass with gradients: as many as latency is measured on, and no fewer than do well."""
+    if settings.batch_size >= PASS_SIZE:
+        return settings.batch_size
+    few = samples.trimmed(slice(0, 2), next(model.parameters()).device)
+    return max(settings.batch_size, samples_that_fit(model, few, PASS_SIZE))
 
 
 def pass_size(model: nn.Module, samples: Samples, most: int) -> int:

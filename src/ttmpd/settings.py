@@ -12,7 +12,7 @@ from ttmpd.adapt.norm import Norm
 from ttmpd.distill.base import Distiller
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import InvalidValueError
-from ttmpd.method import check_fields, names
+from ttmpd.method import check_fields, named, names
 from ttmpd.plan.base import Planner
 from ttmpd.plan.knapsack import Knapsack
 from ttmpd.records import ACTIONS, DEFAULT_ACTIONS, Action
@@ -40,6 +40,9 @@ class Target:
             raise InvalidValueError(
                 "give exactly one target: a speedup, a latency, or a share of the MACs where a model is compressed"
             )
+        for name, value in (("speedup", self.speedup), ("latency", self.ms), ("macs", self.macs)):
+            if value is not None and not isinstance(value, int | float):
+                raise InvalidValueError(f"{name} must be a number, but got {value!r}")
         if self.macs is not None and not 0 < self.macs < 1:
             raise InvalidValueError(f"a share of the MACs must lie between 0 and 1, but got {self.macs!r}")
         if self.speedup is not None and not (math.isfinite(self.speedup) and self.speedup > 1):
@@ -49,7 +52,7 @@ class Target:
 
     @classmethod
     def of(
-        cls, speedup: float | None = None, latency: str | float | None = None, macs: float | None = None
+        cls, speedup: float | None = None, latency: str | float | None = None, macs: str | float | None = None
     ) -> "Target":
         """The one target that was given.
 
@@ -60,7 +63,9 @@ class Target:
             raise InvalidValueError(
                 "give exactly one target: a speedup, a latency, or a share of the MACs where a model is compressed"
             )
-        return cls.parse(latency) if latency is not None else cls(speedup=speedup, macs=macs)
+        if latency is not None:
+            return cls.parse(latency)
+        return cls(speedup=speedup) if macs is None else cls(macs=_share(macs))
 
     @classmethod
     def parse(cls, text: str | float) -> "Target":
@@ -86,6 +91,14 @@ class Target:
         if self.macs is not None:
             return f"{self.macs:.4g} of the MACs"
         return f"speedup {self.speedup:.4g}" if self.speedup is not None else f"latency {self.ms:.4g} ms"
+
+
+def _share(text: str | float) -> float:
+    """0.7 from "0.7x", "0.7" or 0.7."""
+    try:
+        return float(str(text).strip().lower().removesuffix("x"))
+    except ValueError:
+        raise InvalidValueError(f'macs must be like "0.7x", but got {text!r}') from None
 
 
 DEFAULT_UNITS = ("block", "head", "neuron", "channel")
@@ -149,12 +162,15 @@ class Settings:
 
 
 def settings_of(given: Mapping[str, Any]) -> Settings:
-    """Settings from keyword arguments, with a clear error for unknown ones."""
+    """Settings from keyword arguments, with a clear error for unknown ones; methods, and one kind of unit, by name."""
     known = {item.name for item in dataclasses.fields(Settings)}
     for name in given:
         if name not in known:
             raise InvalidValueError(f"a setting must be one of {', '.join(sorted(known))}, but got {name!r}")
-    return Settings(**given)
+    found = named(given)
+    if isinstance(found.get("units"), str):
+        found["units"] = (found["units"],)
+    return Settings(**found)
 
 
 def choose_device(device: str) -> torch.device:

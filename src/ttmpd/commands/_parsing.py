@@ -34,10 +34,8 @@ def parse_targets(
     """Targets by name; the name is the sub-folder when there are several."""
     from ttmpd.settings import Target
 
-    if macs is not None:
-        return {"": Target(macs=parse_share(macs))}
     if targets is None:
-        return {"": Target.of(speedup, latency)}
+        return {"": Target.of(speedup, latency, macs)}
     names = [name.strip() for name in (targets or "").split(",") if name.strip()]
     if not names or len(set(names)) != len(names):
         raise InvalidValueError(f"targets must be different latencies like 0.8x,0.5x, but got {targets!r}")
@@ -47,14 +45,6 @@ def parse_targets(
 def parts_of(text: str) -> tuple[str, ...]:
     """The names in "block,head"."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def parse_share(text: str) -> float:
-    """0.7 from "0.7x" or "0.7"."""
-    try:
-        return float(text.strip().lower().removesuffix("x"))
-    except ValueError:
-        raise InvalidValueError(f'macs must be like "0.7x", but got {text!r}') from None
 
 
 def choose_methods(names: dict[str, str], settings: Sequence[str], steps: int | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import nn
 from ttmpd.adapt.base import Adapter
 from ttmpd.adapt.none import NoAdaptation
 from ttmpd.errors import InvalidValueError
-from ttmpd.method import check_fields, check_range
+from ttmpd.method import check_fields, check_range, named
 from ttmpd.select.base import Selector
 from ttmpd.select.random import Random
 from ttmpd.students.robust import Attack
@@ -122,4 +122,4 @@ def recipe_of(given: Mapping[str, Any]) -> Recipe:
     for name in given:
         if name not in known:
             raise InvalidValueError(f"a setting must be one of {', '.join(sorted(known))}, but got {name!r}")
-    return Recipe(**given)
+    return Recipe(**named(given))
