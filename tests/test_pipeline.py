@@ -11,10 +11,19 @@ from ttmpd import pipeline, planning, ready
 from ttmpd.adapt.base import Adapter
 from ttmpd.adapt.none import NoAdaptation
 from ttmpd.adapt.norm import Norm
+from ttmpd.adapt.tent import Tent
 from ttmpd.checkpoint import load
 from ttmpd.distill.base import Distiller
+from ttmpd.distill.mimic import Mimic
 from ttmpd.distill.one_time import OneTime
-from ttmpd.errors import BudgetUnreachableError, InvalidValueError, ModelError, SamplesError, UnsupportedError
+from ttmpd.errors import (
+    BudgetUnreachableError,
+    InvalidValueError,
+    ModelError,
+    SamplesError,
+    UnknownMethodError,
+    UnsupportedError,
+)
 from ttmpd.guard import logits_of
 from ttmpd.lossless import applied, foldable
 from ttmpd.models import OpenedModel
@@ -25,11 +34,13 @@ from ttmpd.plan.knapsack import Knapsack
 from ttmpd.records import KERNELS, UNCHANGED, Lossless
 from ttmpd.savings import UnitTiming
 from ttmpd.score.damage import Damage
+from ttmpd.score.magnitude import Magnitude
 from ttmpd.score.ttmpd import TTMPD
 from ttmpd.select.base import Selector
 from ttmpd.select.el2n import EL2N
+from ttmpd.select.puma import PUMA
 from ttmpd.select.random import Random
-from ttmpd.settings import Settings, Target
+from ttmpd.settings import Settings, Target, settings_of
 from ttmpd.specimens import tiny_model, tiny_samples, untouched
 from ttmpd.timing import Rounds
 from ttmpd.units.block import Block
@@ -528,6 +539,23 @@ def test_a_share_of_the_macs_out_of_reach(model, samples):
     with pytest.raises(BudgetUnreachableError, match=r"0\.01 of the MACs is not.*remain; ask for more") as caught:
         compress(model, samples, macs=0.01, **QUICK)
     assert 0.01 < caught.value.best_ms < 1
+
+
+def test_a_share_of_the_macs_may_be_written_as_on_the_command_line():
+    assert Target.of(macs="0.7x") == Target.of(macs="0.7") == Target.of(macs=0.7) == Target(macs=0.7)
+    with pytest.raises(InvalidValueError, match=r'macs must be like "0\.7x", but got \'half\''):
+        Target.of(macs="half")
+    with pytest.raises(InvalidValueError, match="speedup must be a number, but got '2x'"):
+        Target.of(speedup="2x")
+
+
+def test_methods_may_be_given_by_name(model, samples):
+    found = settings_of({"adapt": "tent", "score": "magnitude", "plan": "greedy", "distill": "mimic", "select": "puma",
+                         "units": "block"})  # fmt: skip
+    assert (found.adapt, found.score, found.plan) == (Tent(), Magnitude(), Greedy())
+    assert (found.distill, found.select, found.units) == (Mimic(), PUMA(), ("block",))
+    with pytest.raises(UnknownMethodError, match=r"adapt must be one of .*tent, but got 'tend'"):
+        compress(model, samples, speedup=1.2, adapt="tend")
 
 
 @pytest.mark.parametrize("macs", [0.0, 1.0, 1.5, -0.5, math.nan])

@@ -21,7 +21,7 @@ from ttmpd.evaluation import bench, evaluate
 from ttmpd.guard import logits_of
 from ttmpd.inspection import example_batch, inspect
 from ttmpd.models import open_model
-from ttmpd.modules import call
+from ttmpd.modules import call, count_macs
 from ttmpd.pipeline import compress
 from ttmpd.ready import latency_batch
 from ttmpd.records import Plan, Removal
@@ -82,6 +82,19 @@ def test_from_text_to_an_artifact_and_back(text_folder: Folder, table: Path, tmp
     found = evaluate(tmp_path / "out", table, table, against=f"hf:{text_folder(name)}")
     assert (found.n_samples, found.n_left_out) == (20, 40)
     assert found.model.accuracy is not None and found.agreement is not None
+
+
+@pytest.mark.usefixtures("quick_timing")
+def test_operations_are_counted_on_what_is_timed(text_folder: Folder, sentences: Sentences) -> None:
+    # One sample is far longer than the four on which latency is measured: attention would have another share there.
+    texts = [*sentences(20, longest=4), " ".join(sentences(30, longest=4))]
+    opened = open_model(f"hf:{text_folder('bert')}").reading(40)
+    given: dict[str, Any] = {"num_samples": 21, "holdout": 0.1, "batch_size": 1, "distill": OneTime(steps=1, batch=8)}
+    found = compress(opened, texts, macs="0.8x", units="neuron", score="magnitude", **given)
+    batch = torch.randint(5, 20, (1, *found.facts["samples"]["input_shape"]))
+    left = count_macs(found.model, batch)[""] / count_macs(opened.module, batch)[""]
+    assert left == pytest.approx(found.facts["student"]["macs"] / found.facts["model"]["macs"], rel=1e-3)
+    assert found.met
 
 
 def _logits(net: nn.Module) -> Tensor:

@@ -161,7 +161,8 @@ def _known(
     opened: OpenedModel, source: nn.Module, student: nn.Module, few: tuple[Samples, Samples], settings: Settings
 ) -> dict[str, Any]:
     """Facts of every run: which model, which machine, which settings, which samples."""
-    plain, batch = settings.to_dict(), few[0].batch(slice(0, 2), next(source.parameters()).device)
+    plain, timed = settings.to_dict(), latency_batch(source, few[0], settings)
+    batch = timed[:2]  # operations are counted on what is timed: of text, as long as there
     return {
         "format": FORMAT,
         "ttmpd": _version(),
@@ -176,7 +177,7 @@ def _known(
         "samples": {
             "n_fit": len(few[0]),
             "n_held_out": len(few[1]),
-            "input_shape": list(latency_batch(source, few[0], settings).shape[1:]),
+            "input_shape": list(timed.shape[1:]),
             "skipped": [list(row) for row in few[0].skipped],
             "notes": [list(row) for row in few[0].notes],
             "tokens": _lengths(few[0]),

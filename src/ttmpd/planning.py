@@ -4,13 +4,16 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from ttmpd.choosing import WAYS, Judge, Waypoint, choose, judge, total_harm
 from ttmpd.errors import BudgetUnreachableError
 from ttmpd.modules import count_macs
 from ttmpd.ready import Ready
-from ttmpd.records import Option, Plan, Removal
+from ttmpd.records import Option, Plan, Removal, Unit
 from ttmpd.savings import compare, count_units, skeleton
 from ttmpd.settings import Target
+from ttmpd.surgery import find_units
 
 MAX_PLANS = 5
 """Rounds of planning, cutting and measuring before the best reachable is taken."""
@@ -159,7 +162,7 @@ def _plan_by_macs(ready: Ready, target: Target, share: float) -> Planned:
     """
     few = ready.batch[:2]
     total = count_macs(ready.source, few)[""] / 1e6
-    counted = dataclasses.replace(ready, timings=count_units(ready.found.units), original_ms=total)
+    counted = dataclasses.replace(ready, timings=count_units(_units_on(ready, few)), original_ms=total)
     options = counted.options_of(ready.scores)
     needed, chosen = total * (1 - share), tuple[Option, ...]()
     for _ in range(MAX_PLANS):
@@ -179,6 +182,15 @@ def _plan_by_macs(ready: Ready, target: Target, share: float) -> Planned:
     predicted = ready.lossless_ms - sum(option.saved_ms for option in _in_ms(ready, chosen))
     plan = Plan(ready.removals(chosen), total_harm(chosen), ready.original_ms, predicted, predicted)
     return Planned(target, plan, ())
+
+
+def _units_on(ready: Ready, few: Tensor) -> list[Unit]:
+    """The units with their operations on these samples: texts may be shorter than those they were found on."""
+    if not ready.samples.is_text:
+        return list(ready.found.units)
+    kinds = list(dict.fromkeys(unit.kind for unit in ready.found.units))
+    here = {unit.id: unit for unit in find_units(ready.source, few, kinds).units}
+    return [here.get(unit.id, unit) for unit in ready.found.units]
 
 
 def _in_ms(ready: Ready, chosen: Sequence[Option]) -> list[Option]:
