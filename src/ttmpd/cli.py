@@ -10,7 +10,7 @@ from ttmpd.memory import restart_without_small_block_cache
 
 app = typer.Typer(
     name="ttmpd",
-    help="Make a pretrained vision model faster on this device, adapted to your images, without labels.",
+    help="Make a pretrained model faster on this device, adapted to your samples, without labels.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
