@@ -66,3 +66,8 @@ class ModelError(TTMPDError):
 
 class CheckpointError(TTMPDError):
     """An artifact is broken, has another format, or belongs to another model."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line; its name where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ttmpd.errors import InvalidValueError, ModelError
@@ -283,7 +284,7 @@ def count_parameters(module: nn.Module) -> int:
 
 def count_macs(model: nn.Module, batch: Tensor) -> dict[str, int]:
     """Multiply-accumulates per sample of every module by path; the whole model under ""."""
-    with evaluating(model), FlopCounterMode(display=False) as counter:
+    with evaluating(model), _in_parts(), FlopCounterMode(display=False) as counter:
         for parameter in model.parameters():
             parameter.requires_grad_(False)  # the counter follows gradients even where there are none
         model(batch)
@@ -294,6 +295,21 @@ def count_macs(model: nn.Module, batch: Tensor) -> dict[str, int]:
         if path and name != "Global":
             macs[path] = sum(counts.values()) // 2 // len(batch)
     return macs
+
+
+@contextlib.contextmanager
+def _in_parts() -> Iterator[None]:
+    """While active, attention and torch's own transformer layers run as the operations they consist of.
+
+    Fused, they are counted on some devices and on others not.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def has_nan(tensor: Tensor) -> bool:

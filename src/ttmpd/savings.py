@@ -169,12 +169,15 @@ def _counted(unit: Unit) -> UnitTiming:
 
 
 def _far_apart(model: nn.Module, units: Iterable[Unit], batch: Tensor) -> frozenset[str]:
-    """Ids of units of which no module holds all but one that does most of the work: those between two blocks, say."""
+    """Ids of units of which no module that is called holds all but one that does most of the work.
+
+    Those between two blocks, say, or in a list or dictionary of layers, which a model's own forward calls one by one.
+    """
     narrow = [unit for unit in units if unit.members]
     if not narrow:
         return frozenset()
     macs = count_macs(model, batch[:2])
-    return frozenset(unit.id for unit in narrow if macs.get(timed_path(unit), 0) > macs[""] / 2)
+    return frozenset(unit.id for unit in narrow if macs.get(timed_path(unit), math.inf) > macs[""] / 2)
 
 
 def _layers(timed: _Timed, unit: Unit, batch: Tensor) -> dict[str, Callable[[], object]]:

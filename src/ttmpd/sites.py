@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ttmpd.flow import ADDING, Layer, layers_of
-from ttmpd.modules import call, clone, common_path, evaluating, find_head, hooks, module_at
+from ttmpd.modules import call, clone, common_path, evaluating, find_head, first_tensor, hooks, module_at
 from ttmpd.records import KERNELS, Layout, Removal
 from ttmpd.surgery import cut
 from ttmpd.units._members import is_convolution, is_layer, matrix_of, set_matrix
@@ -207,7 +207,9 @@ def reading(
     at = {site.path: site for site in sites}
     sums = _Sums(lambda path, out: note(at[path], "sum", out))
 
-    def answered(site: Site, output: Tensor) -> None:
+    def answered(site: Site, answer: Any) -> None:
+        output = first_tensor(answer)  # attention may answer with its weights, too
+        assert output is not None
         note(site, "own", output)
         if site.joined:
             sums.watched[id(output)] = (site.path, output)

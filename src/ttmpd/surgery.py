@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ttmpd.errors import InvalidValueError
 from ttmpd.method import method_class, names
-from ttmpd.modules import call, count_parameters, evaluating, hooks, module_at
-from ttmpd.records import Removal, Unit
+from ttmpd.modules import call, count_parameters, evaluating, hooks, module_at, read
+from ttmpd.records import Removal, Tap, Unit
 from ttmpd.units._members import matrix_of
 from ttmpd.units.base import Found, Kind, Narrow
 from ttmpd.units.block import Block
@@ -37,9 +37,25 @@ def find_units(model: nn.Module, batch: Tensor, kinds: Sequence[str] | None = No
     """
     found = [kind_of(name).find(model, batch) for name in (names("units") if kinds is None else kinds)]
     units = [unit for some in found for unit in some.units]
+    mixed = _mixed(model, units, batch)
+    units = [unit for unit in units if unit.path not in mixed]
     order = _calling_order(model, batch, {unit.path for unit in units})
     units.sort(key=lambda unit: order[unit.path])
-    return Found(tuple(units), tuple(row for some in found for row in some.refused))
+    return Found(tuple(units), tuple(row for some in found for row in some.refused) + tuple(mixed.items()))
+
+
+def _mixed(model: nn.Module, units: Sequence[Unit], batch: Tensor) -> dict[str, str]:
+    """Path -> reason of the units whose rows are not those of one sample after the other."""
+    if len(batch) < 2:
+        return {}
+    taps = {unit.path: Tap(unit.path, "output") for unit in units}
+    with evaluating(model):
+        one, all_of_them = read(model, batch[:1], taps), read(model, batch, taps)
+    return {
+        path: f"samples must come first in what it answers, but it has the shape {tuple(answer.shape)}"
+        for path, answer in all_of_them.items()
+        if len(answer) != len(batch) * len(one[path])
+    }
 
 
 def _calling_order(model: nn.Module, batch: Tensor, paths: set[str]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ttmpd.errors import first_line
 from ttmpd.modules import call, evaluating, hooks, module_at
 from ttmpd.records import Unit
 from ttmpd.units.base import Narrow
@@ -178,7 +179,7 @@ def _differs(kind: Narrow, model: nn.Module, kept: Mapping[Unit, Sequence[int]],
         with evaluating(student):
             cut = call(student, batch)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError) as error:
-        return f"the model does not run with fewer: {(str(error).splitlines() or [type(error).__name__])[0][:120]}"
+        return f"the model does not run with fewer: {first_line(error)[:120]}"
     with evaluating(model), masked(model, kept):
         wanted = call(model, batch)
     scale = max(1.0, float(wanted.abs().max()))

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ttmpd.errors import ModelError
+from ttmpd.errors import ModelError, first_line
 from ttmpd.modules import (
     call,
     count_macs,
@@ -206,7 +206,7 @@ def _watch(model: nn.Module, batch: Tensor) -> dict[str, _Call]:
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ModelError(
                 f"{type(model).__name__} must run on a batch of shape {tuple(batch.shape)}, but failed: "
-                f"{str(error).splitlines()[0][:200]}; check the input size and the preprocessing"
+                f"{first_line(error)[:200]}; check the input size and the preprocessing"
             ) from error
     if has_nan(logits):
         raise ModelError(f"{type(model).__name__} must answer with finite values, but got NaN or infinity")
@@ -372,7 +372,7 @@ def _works_without(kind: Block, model: nn.Module, unit: Unit, batch: Tensor, ref
         with evaluating(model):
             call(model, batch[:1])
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-        refused[unit.path] = f"the model does not run without it: {str(error).splitlines()[0][:120]}"
+        refused[unit.path] = f"the model does not run without it: {first_line(error)[:120]}"
         return False
     finally:
         replace_module(model, unit.path, original)
