@@ -8,9 +8,9 @@
 test split (1,821). Shares of the MACs: 0.8, 0.7, 0.6, 0.5 and 0.4. KCM as published: neurons alone, rescaled, nothing
 is trained. Random and magnitude choose among the same neurons by other scores, the layers behind them are fitted again.
 TT-MPD chooses from blocks, heads, neurons or all of them, repairs and distills; it is asked for the speedup that KCM's
-student has, less 2 %, which is measured anew before each run (`asked`). Everything is timed at batch 32, at the end
-once more at batch 1, side by side with KCM's student: `latency_ratio` is the student's milliseconds over KCM's. Do the
-part `latency` on an idle machine. Writes results/text.csv and text.png.
+student has, less 2 %, which is measured anew before each run (`asked`). Everything is timed on the same batch of 32, at
+the end once more on its first sentence alone, side by side with KCM's student: `latency_ratio` is the student's
+milliseconds over KCM's. Do the part `latency` on an idle machine. Writes results/text.csv and text.png.
 """
 
 import argparse
@@ -34,11 +34,13 @@ from ttmpd.models import OpenedModel, open_model
 from ttmpd.modules import count_macs
 from ttmpd.pipeline import compress
 from ttmpd.plan.knapsack import Knapsack
-from ttmpd.samples import open_samples
+from ttmpd.ready import latency_batch, open_pool, split
 from ttmpd.score.kcm import KCM
 from ttmpd.score.magnitude import Magnitude
 from ttmpd.score.random import Random
 from ttmpd.score.ttmpd import TTMPD
+from ttmpd.settings import settings_of
+from ttmpd.text import trimmed
 from ttmpd.timing import time_models
 
 MODEL = "minilm_sst2"
@@ -76,17 +78,24 @@ def opened() -> OpenedModel:
     return open_model(f"hf:{DATA / MODEL}")
 
 
+def timed_batch(seed: int) -> torch.Tensor:
+    """The very batch on which `compress` times: other sentences are longer or shorter, and lengths move ratios."""
+    settings = settings_of({"num_samples": N, "batch_size": BATCH, "seed": seed})
+    few, _ = split(open_pool(sentences(), opened(), settings), settings)
+    return latency_batch(opened().module, few, settings)
+
+
 def students(part: str, seed: int, share: float, name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """One student: for a share of the MACs, or for the latency that KCM's student for that share has."""
     folder = CACHE / "text" / f"{part}-{name}-{share}-{seed}"
-    few = opened().preprocessing
-    batch = open_samples(sentences(), few, n_samples=BATCH, seed=seed).batch(slice(None))
+    batch = timed_batch(seed)
     target = {"macs": share} if part == "macs" else {"speedup": (1 - EQUAL) * speedup_of_kcm(seed, share, batch)}
     start = time.perf_counter()
     result = compress(
         opened(), sentences(), num_samples=N, batch_size=BATCH, seed=seed, output=folder, **target, **settings
     )
     seconds = time.perf_counter() - start
+    assert result.facts["samples"]["input_shape"] == list(batch.shape[1:])  # it timed what is timed here
     test = str(DATA / "sst2" / "test.tsv")
     found = evaluate(dataclasses.replace(opened(), module=result.model), test, test).model
     assert found.accuracy is not None
@@ -106,7 +115,8 @@ def timed(student: torch.nn.Module, kcm: torch.nn.Module, batch: torch.Tensor) -
     row = {}
     for size in (1, BATCH):
         models = {"original": opened().module, "kcm": kcm, "student": student}
-        rounds = time_models(models, batch[:size], rounds=15, min_seconds=2.0, max_seconds=10.0)
+        few = trimmed(batch[:size], opened().preprocessing.padding)
+        rounds = time_models(models, few, rounds=15, min_seconds=2.0, max_seconds=10.0)
         ratio, against = rounds.ratio("original", "student"), rounds.ratio("student", "kcm")
         prefix = "" if size == BATCH else "batch1_"
         row |= {f"{prefix}speedup": ratio.median_ms, f"{prefix}low": ratio.low_ms, f"{prefix}high": ratio.high_ms}
