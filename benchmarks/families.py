@@ -1,7 +1,7 @@
 """Every family of transformers and MLPs through the whole tool: inspect, compress, save, load, export.
 
     python benchmarks/families.py                 # about 15 minutes on one core; rows are kept as they are finished
-    python benchmarks/families.py --family bert swin
+    python benchmarks/families.py --family "timm BEiT" "HF BERT, MiniLM"
 
 Random weights, small configurations of four blocks (two for Swin's stages), random inputs: what is shown is that each
 step works and answers alike, not what accuracy would be. `compress --speedup 1.3` runs with its defaults but for 64
