@@ -222,6 +222,9 @@ def test_facts_are_strict_json_and_agree_with_the_result(model, samples):
     assert facts["samples"]["n_fit"] == 30
     assert facts["samples"]["n_held_out"] == 10
     assert {row["id"]: row["action"] for row in facts["units"] if row["action"] != "keep"} == result.plan.actions
+    saved = {row["id"]: row["saved_ms"] for row in facts["units"] if "saved_ms" in row}
+    assert saved.keys() == result.plan.actions.keys()
+    assert sum(saved.values()) == pytest.approx(result.plan.original_ms - result.plan.predicted_ms)
     assert facts["student"]["parameters"] == sum(p.numel() for p in result.model.parameters())
     assert facts["model"]["parameters"] == sum(p.numel() for p in model.parameters())
     assert facts["latency"]["speedup"]["median"] >= 2.0

@@ -179,14 +179,14 @@ def show_result(result: "Result", folder: Any) -> None:
     console, facts = out(), result.facts
     console.print(f"Adaptation: {escape(facts['adapt']['note'])}")
     removed = [unit for unit in facts["units"] if unit["action"] != "keep"]
-    table = _table("removed unit", "class", "action", "ms", "harm", right=("ms", "harm"), title="Plan")
+    table = _table("removed unit", "class", "action", "saves ms", "harm", right=("saves ms", "harm"), title="Plan")
     for unit in removed:
         harm = unit.get(f"harm_{unit['action']}", dict(unit.get("width_harms", [])).get(unit.get("kept")))
         table.add_row(
             escape(unit["id"]),
             escape(unit["module"]),
             f"{unit['kept']} of {unit['members']} stay" if unit.get("members") else unit["action"],
-            ms(unit["ms"]),
+            ms(unit["saved_ms"]),
             "" if harm is None else f"{harm:.3g}",
         )
     if removed:
@@ -243,7 +243,7 @@ def show_exits(found: "Result", folder: object) -> None:
 def _show_skipped(console: Console, facts: Mapping[str, Any]) -> None:
     skipped = facts["samples"]["skipped"]
     for name, reason in skipped[:MAX_LISTED]:
-        console.print(f"Skipped {escape(str(name))}: {escape(str(reason))}")
+        console.print(f"Skipped sample {escape(str(name))}: {escape(str(reason))}")
     if len(skipped) > MAX_LISTED:
         console.print(f"... and {len(skipped) - MAX_LISTED} more; report.json has them all.")
 

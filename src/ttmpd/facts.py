@@ -220,6 +220,10 @@ def _units(ready: Ready, plan: Plan) -> list[dict[str, Any]]:
         if score.action == "narrow":
             widths.setdefault(score.unit, []).append([len(score.kept), score.harm])
     kept = {removal.unit.id: len(removal.kept) for removal in plan.removals}
+    saved = {
+        removal.unit.id: timings[removal.unit.id].saving(removal.action, len(removal.kept)).saved_ms
+        for removal in plan.removals
+    }
     rows = []
     for unit in ready.found.units:
         scores = {action: harms[unit.id, action] for action in ACTIONS if (unit.id, action) in harms}
@@ -236,6 +240,7 @@ def _units(ready: Ready, plan: Plan) -> list[dict[str, Any]]:
                 "parts": dict(next(iter(scores.values())).parts) if scores else {},
                 **(_members(unit, kept, widths, timings[unit.id]) if unit.members else {}),
                 "action": plan.actions.get(unit.id, "keep"),
+                **({"saved_ms": saved[unit.id]} if unit.id in saved else {}),
             }
         )
     return rows
