@@ -94,6 +94,10 @@ def test_operations_are_counted_on_what_is_timed(text_folder: Folder, sentences:
     batch = torch.randint(5, 20, (1, *found.facts["samples"]["input_shape"]))
     left = count_macs(found.model, batch)[""] / count_macs(opened.module, batch)[""]
     assert left == pytest.approx(found.facts["student"]["macs"] / found.facts["model"]["macs"], rel=1e-3)
+    narrowed = [row for row in found.facts["units"] if row["action"] == "narrow"]
+    assert narrowed
+    for row in narrowed:
+        assert row["saved_ms"] == pytest.approx(row["ms"] - row["width_ms"][str(row["kept"])])
     assert found.met
 
 
