@@ -28,21 +28,21 @@ import torch
 from common import CACHE, DATA, cached, cifar, earlier, require_data, with_earlier, write_csv
 from ttmpd.adapt.none import NoAdaptation
 from ttmpd.adapt.norm import Norm
-from ttmpd.checkpoint import load
+from ttmpd.artifact.read import load
+from ttmpd.artifact.write import Result
+from ttmpd.data.open import open_samples
 from ttmpd.distill.mimic import Mimic
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import BudgetUnreachableError
-from ttmpd.guard import logits_of
-from ttmpd.models import open_model
-from ttmpd.pipeline import compress_many
+from ttmpd.latency.table import compare
+from ttmpd.models.open import open_model
+from ttmpd.models.run import logits_of
+from ttmpd.pipeline.compress import compress_many
+from ttmpd.pipeline.settings import Target
 from ttmpd.plan.greedy import Greedy
-from ttmpd.samples import open_samples
-from ttmpd.saving import Result
-from ttmpd.savings import compare
 from ttmpd.score.magnitude import Magnitude
 from ttmpd.score.practise import Practise
 from ttmpd.score.random import Random
-from ttmpd.settings import Target
 
 TARGETS = {"resnet20": (0.8, 0.65, 0.5, 0.35), "resnet56": (0.55,)}
 PRACTISE_STEPS = {"resnet20": 1000, "resnet56": 100}

@@ -22,14 +22,14 @@ from common import DATA, cached, cifar, require_data, with_earlier, write_csv
 from ttmpd.adapt._learner import answers_by
 from ttmpd.adapt.eata_c import drawn
 from ttmpd.adapt.norm import Norm
-from ttmpd.calibration import calibration_error, fit_temperature
-from ttmpd.guard import logits_of
-from ttmpd.models import open_model
-from ttmpd.modules import clone, to_fast_format
+from ttmpd.data.corruptions import shifted
+from ttmpd.data.open import open_samples
+from ttmpd.models.modules import clone, to_fast_format
+from ttmpd.models.open import open_model
+from ttmpd.models.run import logits_of
+from ttmpd.quality.calibration import calibration_error, fit_temperature
 from ttmpd.records import Unit
-from ttmpd.samples import open_samples
-from ttmpd.shifts import shifted
-from ttmpd.units.block import Block
+from ttmpd.surgery.units.block import Block
 
 SHIFTS = ("none", "gaussian_noise", "defocus_blur", "pixelate", "snow", "elastic_transform", "contrast")
 N_FIT, N_TEST, SEED, SHIFT_SEED = 500, 2000, 0, 7

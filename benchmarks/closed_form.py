@@ -14,7 +14,7 @@ from typing import Any
 from common import cached, require_data, write_csv
 from rank_correlation import CASES, ROWS, SEED, Bench, plans
 from ttmpd.records import Action, Removal, Repair
-from ttmpd.repair import repaired
+from ttmpd.repair.sequential import repaired
 
 KINDS: dict[str, tuple[Action, Repair]] = {
     "dropped": ("drop", "removed"),

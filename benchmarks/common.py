@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ttmpd.memory import keep_freed_memory
-from ttmpd.timing import machine
+from ttmpd.latency.device import machine
+from ttmpd.latency.memory import keep_freed_memory
 
 keep_freed_memory()  # as the commands do
 

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from common import DATA, cifar, require_data, write_csv
+from ttmpd.data.open import open_samples
 from ttmpd.distill.base import Work
 from ttmpd.distill.mimic import Mimic
-from ttmpd.models import open_model
-from ttmpd.modules import to_fast_format
-from ttmpd.pipeline import compress
+from ttmpd.models.modules import to_fast_format
+from ttmpd.models.open import open_model
+from ttmpd.pipeline.compress import compress
 from ttmpd.records import Removal
-from ttmpd.repair import repaired
-from ttmpd.samples import open_samples
+from ttmpd.repair.sequential import repaired
 from ttmpd.score.practise import Practise
-from ttmpd.units.block import Block
+from ttmpd.surgery.units.block import Block
 
 ROUNDS, STEPS, SPEEDUP = 3, 20, 2.0
 

@@ -24,21 +24,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import DATA, cached, cifar, require_data, write_csv
-from ttmpd.batches import Samples
-from ttmpd.demo import DigitNet, digits
-from ttmpd.guard import logits_of
-from ttmpd.margins import Search, margins
-from ttmpd.models import open_model
-from ttmpd.preprocessing import Preprocessing
-from ttmpd.samples import open_samples
+from ttmpd.data.open import open_samples
+from ttmpd.data.preprocessing import Preprocessing
+from ttmpd.data.samples import Samples
+from ttmpd.demo.digits import DigitNet, digits
+from ttmpd.models.open import open_model
+from ttmpd.models.run import logits_of
+from ttmpd.quality.margins import Search, margins
 from ttmpd.select.base import Selector
 from ttmpd.select.el2n import EL2N
 from ttmpd.select.forgetting import Forgetting
 from ttmpd.select.puma import PUMA
 from ttmpd.select.random import Random
+from ttmpd.students.adversarial import Attack, attacked, pixels_of
 from ttmpd.students.recipe import alpha_for
-from ttmpd.students.robust import Attack, attacked, pixels_of
-from ttmpd.students.student import train_student
+from ttmpd.students.train import train_student
 
 FRACTIONS, ALPHAS, WIDTHS = (0.03, 0.1, 0.3, 1.0), (0.0, 0.25, 0.5, 0.75, 0.95, 1.0), (0.5, 1.0, 4.0)
 SELECTORS: dict[str, Selector] = {"random": Random(), "el2n": EL2N(), "forgetting": Forgetting()}

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_sample_image
 
-from ttmpd.shifts import SHIFTS, shifted
+from ttmpd.data.corruptions import SHIFTS, shifted
 
 OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "shifts.png"
 SEVERITIES = (1, 3, 5)

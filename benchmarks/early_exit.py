@@ -30,21 +30,22 @@ import torch
 from torch import Tensor, nn
 
 from common import CACHE, DATA, RESULTS, cached, cifar, require_data, with_earlier, write_csv
-from ttmpd.batches import Samples
-from ttmpd.calibration import calibration_error
-from ttmpd.checkpoint import is_artifact, open_artifact
-from ttmpd.early_exit._choice import fitted, time_exits
-from ttmpd.early_exit._latency import mean_rounds, speedup_of
-from ttmpd.early_exit._model import EarlyExitModel
-from ttmpd.early_exit._spec import NEVER
-from ttmpd.early_exit._threshold import choose_threshold, exit_answers, sure_of
+from ttmpd.artifact.read import is_artifact, open_artifact
+from ttmpd.data.open import open_samples
+from ttmpd.data.samples import Samples
 from ttmpd.early_exit.base import Equipped
 from ttmpd.early_exit.right_tool import RightTool
 from ttmpd.errors import BudgetUnreachableError
-from ttmpd.models import OpenedModel, open_model
-from ttmpd.modules import clone, to_plain_format
-from ttmpd.pipeline import compress
-from ttmpd.samples import open_samples
+from ttmpd.latency.exits import mean_rounds, speedup_of
+from ttmpd.models.modules import clone, to_plain_format
+from ttmpd.models.open import open_model
+from ttmpd.models.opened import OpenedModel
+from ttmpd.pipeline.compress import compress
+from ttmpd.pipeline.exit_choice import fitted, time_exits
+from ttmpd.pipeline.exit_threshold import choose_threshold, exit_answers, sure_of
+from ttmpd.quality.calibration import calibration_error
+from ttmpd.surgery.exits.model import EarlyExitModel
+from ttmpd.surgery.exits.spec import NEVER
 
 IDS = {"resnet56": f"{DATA / 'zoo.py'}:resnet56", "minilm": f"hf:{DATA / 'minilm_sst2'}"}
 N_FIT, N_TEST = {"resnet56": 1000, "minilm": 872}, {"resnet56": 4000, "minilm": 1821}

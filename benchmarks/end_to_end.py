@@ -41,7 +41,7 @@ CASES = (
 def ttmpd(*arguments: str) -> tuple[int, float, float]:
     """(exit code, seconds, peak MiB) of one command."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "ttmpd.cli", *arguments], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "ttmpd.cli.app", *arguments], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     return os.waitstatus_to_exitcode(status), time.perf_counter() - start, usage.ru_maxrss / 1024
 

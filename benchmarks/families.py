@@ -29,16 +29,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common import cached, with_earlier, write_csv
-from ttmpd.checkpoint import load
+from ttmpd.artifact.read import load
+from ttmpd.data.tokenization import Tokenization
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import TTMPDError
-from ttmpd.inspection import inspect
-from ttmpd.modules import call
-from ttmpd.pipeline import compress
+from ttmpd.models.run import call
+from ttmpd.pipeline.compress import compress
+from ttmpd.pipeline.inspect import inspect
 from ttmpd.records import Removal
-from ttmpd.surgery import cut, find_units
-from ttmpd.text import Tokenization
-from ttmpd.units._members import masked
+from ttmpd.surgery.cut import cut
+from ttmpd.surgery.find import find_units
+from ttmpd.surgery.masks import masked
 
 SIDE, TOKENS, WORDS, CLASSES = 64, 32, 200, 10
 LAYERS = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}

@@ -26,7 +26,7 @@ ROUNDS = 3
 
 PROBE = """
 import json, resource, statistics, sys, time, torch, ttmpd
-from ttmpd.lossless import applied, foldable
+from ttmpd.surgery.lossless import applied, foldable
 from ttmpd.records import Lossless
 name, side, size, passes, kept, source = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5] != "returned", sys.argv[6]
 if kept:

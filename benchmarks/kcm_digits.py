@@ -19,16 +19,16 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from common import write_csv
-from ttmpd.batches import Samples
-from ttmpd.modules import call
+from ttmpd.data.samples import Samples
+from ttmpd.models.run import call
 from ttmpd.records import Removal, Repair
-from ttmpd.repair import repaired
+from ttmpd.repair.sequential import repaired
 from ttmpd.score.base import Scorer
 from ttmpd.score.kcm import KCM
 from ttmpd.score.magnitude import Magnitude
 from ttmpd.score.random import Random
-from ttmpd.surgery import cut
-from ttmpd.units.neuron import Neuron
+from ttmpd.surgery.cut import cut
+from ttmpd.surgery.units.neuron import Neuron
 
 WIDTHS, SEEDS, N = (352, 256, 192, 96), (0, 1, 2, 3, 4), 500
 NEURONS = Neuron(last=True)

@@ -20,16 +20,17 @@ from torch import nn
 
 from common import DATA, cached, require_data, write_csv
 from ttmpd import compress
-from ttmpd.batches import Samples
+from ttmpd.data.corruptions import shifted
+from ttmpd.data.open import open_samples
+from ttmpd.data.samples import Samples
 from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import OneTime
-from ttmpd.guard import held_out_check, logits_of, mixture
-from ttmpd.models import open_model
-from ttmpd.modules import clone
+from ttmpd.models.modules import clone
+from ttmpd.models.open import open_model
+from ttmpd.models.run import logits_of
 from ttmpd.records import Fit
-from ttmpd.samples import open_samples
-from ttmpd.shifts import shifted
-from ttmpd.targets import Targets
+from ttmpd.training.held_out import held_out_check, mixture
+from ttmpd.training.teacher_outputs import Targets
 
 CASES = (
     ("resnet56", "pixelate", 3, 0.55, 11),

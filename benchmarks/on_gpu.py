@@ -18,9 +18,9 @@ import torch
 
 from common import DATA, cached, cifar, require_data, with_earlier, write_csv
 from text import sentences
-from ttmpd.evaluation import evaluate
-from ttmpd.models import open_model
-from ttmpd.pipeline import compress
+from ttmpd.models.open import open_model
+from ttmpd.pipeline.compress import compress
+from ttmpd.pipeline.evaluate import evaluate
 
 SPEEDUP = 1.5
 CASES = (("resnet56", 1), ("resnet56", 64), ("resnet56", 1024), ("minilm_sst2", 1), ("minilm_sst2", 64))

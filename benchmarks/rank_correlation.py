@@ -24,24 +24,24 @@ import torch
 from scipy.stats import spearmanr
 
 from common import CACHE, DATA, RESULTS, cached, cifar, require_data, with_earlier, write_csv
-from ttmpd.batches import Samples
+from ttmpd.data.labels import open_labels
+from ttmpd.data.open import open_samples
+from ttmpd.data.samples import Samples
 from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import OneTime
-from ttmpd.guard import logits_of
-from ttmpd.labels import open_labels
-from ttmpd.models import open_model
-from ttmpd.modules import to_fast_format
+from ttmpd.models.modules import to_fast_format
+from ttmpd.models.open import open_model
+from ttmpd.models.run import logits_of
+from ttmpd.quality.damage import student_distances
 from ttmpd.records import DEFAULT_ACTIONS, Removal, Unit
-from ttmpd.repair import repaired
-from ttmpd.samples import open_samples
+from ttmpd.repair.sequential import repaired
 from ttmpd.score.base import Job, Scorer
 from ttmpd.score.damage import Damage
 from ttmpd.score.magnitude import Magnitude
 from ttmpd.score.practise import Practise
 from ttmpd.score.random import Random
 from ttmpd.score.ttmpd import TTMPD
-from ttmpd.tails import student_distances
-from ttmpd.units.block import Block
+from ttmpd.surgery.units.block import Block
 
 
 @dataclasses.dataclass(frozen=True)

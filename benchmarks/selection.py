@@ -19,17 +19,17 @@ import torch
 
 from common import DATA, cached, cifar, require_data, with_earlier, write_csv
 from ttmpd.adapt.norm import Norm
+from ttmpd.data.open import open_samples
 from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import OneTime
-from ttmpd.guard import logits_of
 from ttmpd.method import method_class, names
-from ttmpd.models import open_model
-from ttmpd.modules import clone, to_fast_format
+from ttmpd.models.modules import clone, to_fast_format
+from ttmpd.models.open import open_model
+from ttmpd.models.run import logits_of
 from ttmpd.records import Removal
-from ttmpd.repair import repaired
-from ttmpd.samples import open_samples
+from ttmpd.repair.sequential import repaired
 from ttmpd.select.base import Selector
-from ttmpd.units.block import Block
+from ttmpd.surgery.units.block import Block
 
 POOL, SIZES, SEEDS = 5000, (64, 128, 256, 512), (0, 1, 2)
 PLAN = {"layer1.0": "drop", "layer1.1": "drop", "layer1.2": "linear", "layer2.2": "linear"}

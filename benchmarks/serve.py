@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 import ttmpd
 from common import DATA, cifar, require_data, write_csv
-from ttmpd.models import OpenedModel, open_model
-from ttmpd.samples import open_samples
-from ttmpd.shifts import shifted
+from ttmpd.data.corruptions import shifted
+from ttmpd.data.open import open_samples
+from ttmpd.models.open import open_model
+from ttmpd.models.opened import OpenedModel
 
 CALLERS, BATCH = 8, 16
 N_STREAM = 2500

@@ -5,10 +5,10 @@
     python benchmarks/shift.py --part students            # students at half the latency, from every teacher
     python benchmarks/shift.py --part practise            # PRACTISE + MiR, shortened, at the same target
 
-CIFAR-10 test images, clean, under 15 shifts (`ttmpd.shifts`, severities 3 and 5), and after JPEG compression (a set of
-its own). 500 unlabelled images for everything, by seed; accuracy on 2,000 of the others. PRACTISE + MiR from the source
-teacher has 20 adaptor steps a block and 200 of MiR, as many as the others' distillation: at its defaults one student
-takes hours. Every cell is kept on disk as it is finished; a part reads what is there.
+CIFAR-10 test images, clean, under 15 shifts (`ttmpd.data.corruptions`, severities 3 and 5), and after JPEG
+compression (a set of its own). 500 unlabelled images for everything, by seed; accuracy on 2,000 of the others. PRACTISE
++ MiR from the source teacher has 20 adaptor steps a block and 200 of MiR, as many as the others' distillation: at its
+defaults one student takes hours. Every cell is kept on disk as it is finished; a part reads what is there.
 Writes results/shift_teachers.csv, shift_weights.csv, shift_students.csv and shift_students.png.
 """
 
@@ -32,15 +32,16 @@ from ttmpd.adapt.eata_c import EATAC
 from ttmpd.adapt.none import NoAdaptation
 from ttmpd.adapt.norm import Norm
 from ttmpd.adapt.tent import Tent
+from ttmpd.data.corruptions import SHIFTS, shifted
+from ttmpd.data.open import open_samples
 from ttmpd.distill.mimic import Mimic
-from ttmpd.evaluation import evaluate
-from ttmpd.models import OpenedModel, open_model
-from ttmpd.modules import clone, to_fast_format
-from ttmpd.pipeline import compress
+from ttmpd.models.modules import clone, to_fast_format
+from ttmpd.models.open import open_model
+from ttmpd.models.opened import OpenedModel
+from ttmpd.pipeline.compress import compress
+from ttmpd.pipeline.evaluate import evaluate
 from ttmpd.plan.greedy import Greedy
-from ttmpd.samples import open_samples
 from ttmpd.score.practise import Practise
-from ttmpd.shifts import SHIFTS, shifted
 
 ADAPTERS: dict[str, Adapter] = {
     "source": NoAdaptation(), "norm": Norm(), "tent": Tent(), "eata": EATA(), "eata_c": EATAC(),

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from common import DATA, cached, cifar, require_data, write_csv
+from ttmpd.data.open import open_samples
 from ttmpd.distill.one_time import OneTime
-from ttmpd.guard import logits_of
-from ttmpd.models import open_model
-from ttmpd.pipeline import compress_many
-from ttmpd.samples import open_samples
-from ttmpd.settings import Target
+from ttmpd.models.open import open_model
+from ttmpd.models.run import logits_of
+from ttmpd.pipeline.compress import compress_many
+from ttmpd.pipeline.settings import Target
 
 SPEEDUPS, SEEDS, STEPS = (1.5, 2.0), (0, 1), (0, 200)
 ACTIONS = (("drop", "linear"), ("drop", "linear", "conv"))

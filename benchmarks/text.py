@@ -27,21 +27,22 @@ from typing import Any
 import torch
 
 from common import CACHE, DATA, RESULTS, cached, require_data, with_earlier, write_csv
-from ttmpd.checkpoint import load
+from ttmpd.artifact.read import load
+from ttmpd.data.tokenization import trimmed
 from ttmpd.distill.one_time import OneTime
-from ttmpd.evaluation import evaluate
-from ttmpd.models import OpenedModel, open_model
-from ttmpd.modules import count_macs
-from ttmpd.pipeline import compress
+from ttmpd.latency.timing import time_models
+from ttmpd.models.macs import count_macs
+from ttmpd.models.open import open_model
+from ttmpd.models.opened import OpenedModel
+from ttmpd.pipeline.analysis import latency_batch, open_pool, split
+from ttmpd.pipeline.compress import compress
+from ttmpd.pipeline.evaluate import evaluate
+from ttmpd.pipeline.settings import settings_of
 from ttmpd.plan.knapsack import Knapsack
-from ttmpd.ready import latency_batch, open_pool, split
 from ttmpd.score.kcm import KCM
 from ttmpd.score.magnitude import Magnitude
 from ttmpd.score.random import Random
 from ttmpd.score.ttmpd import TTMPD
-from ttmpd.settings import settings_of
-from ttmpd.text import trimmed
-from ttmpd.timing import time_models
 
 MODEL = "minilm_sst2"
 SHARES = (0.8, 0.7, 0.6, 0.5, 0.4)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ttmpd.demo import WEIGHTS, DigitNet, demo_split, digits, shift
+from ttmpd.demo.digits import WEIGHTS, DigitNet, demo_split, digits, shift
 
 SEED = 0
 EPOCHS = 80

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from ttmpd import cli, savings, timing
-from ttmpd.batches import Samples
-from ttmpd.demo import demo_data
+from ttmpd.cli import app as cli
+from ttmpd.data.samples import Samples
+from ttmpd.demo.digits import demo_data
+from ttmpd.latency import table as savings
+from ttmpd.latency import timing
 from ttmpd.records import Unit
-from ttmpd.specimens import tiny_model, tiny_samples, tiny_units
+from ttmpd.testing.tiny_models import tiny_model, tiny_samples, tiny_units
 
 
 @pytest.fixture(scope="session", autouse=True)

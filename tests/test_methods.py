@@ -17,7 +17,8 @@ from ttmpd.plan.knapsack import Knapsack
 from ttmpd.records import Score
 from ttmpd.score.base import Scorer
 from ttmpd.select.base import Selector
-from ttmpd.specimens import untouched
+from ttmpd.surgery.units.base import Whole
+from ttmpd.surgery.units.block import Block
 from ttmpd.testing import (
     EXPECTED_FAILURES,
     adapt,
@@ -30,8 +31,7 @@ from ttmpd.testing import (
     select,
     units,
 )
-from ttmpd.units.base import Whole
-from ttmpd.units.block import Block
+from ttmpd.testing.tiny_models import untouched
 
 
 def _cases() -> Iterator[Any]:

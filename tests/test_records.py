@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
-from ttmpd.records import Plan, Removal, Saving, Score, Timing, Unit, agreement
+from ttmpd.quality.agreement import agreement
+from ttmpd.records import Plan, Removal, Saving, Score, Timing, Unit
 
 
 def unit(path: str = "blocks.0", **changes) -> Unit:

@@ -27,25 +27,29 @@ if TYPE_CHECKING:
     from ttmpd.adapt.none import NoAdaptation
     from ttmpd.adapt.norm import Norm
     from ttmpd.adapt.tent import Tent
-    from ttmpd.adapting import adapt_to
-    from ttmpd.batches import Samples
-    from ttmpd.checkpoint import load
+    from ttmpd.artifact.read import load
+    from ttmpd.artifact.write import Result
+    from ttmpd.data.open import open_samples
+    from ttmpd.data.preprocessing import Preprocessing
+    from ttmpd.data.samples import Samples
+    from ttmpd.data.tokenization import Tokenization
     from ttmpd.distill.mimic import Mimic
     from ttmpd.distill.one_time import OneTime
-    from ttmpd.early_exit._model import EarlyExitModel
     from ttmpd.early_exit.right_tool import RightTool
-    from ttmpd.evaluation import Accuracy, BenchRow, Evaluation, Quality, bench, evaluate
-    from ttmpd.exiting import add_early_exits
-    from ttmpd.inspection import Inspection, Preview, inspect, preview
-    from ttmpd.memory import keep_freed_memory
-    from ttmpd.models import OpenedModel, open_model
-    from ttmpd.pipeline import compress, compress_many
+    from ttmpd.latency.memory import keep_freed_memory
+    from ttmpd.models.open import open_model
+    from ttmpd.models.opened import OpenedModel
+    from ttmpd.pipeline.adapt import adapt_to
+    from ttmpd.pipeline.bench import BenchRow, bench
+    from ttmpd.pipeline.compress import compress, compress_many
+    from ttmpd.pipeline.early_exits import add_early_exits
+    from ttmpd.pipeline.evaluate import Accuracy, Evaluation, Quality, evaluate
+    from ttmpd.pipeline.inspect import Inspection, Preview, inspect, preview
+    from ttmpd.pipeline.settings import Settings, Target
     from ttmpd.plan.greedy import Greedy
     from ttmpd.plan.knapsack import Knapsack
-    from ttmpd.preprocessing import Preprocessing
-    from ttmpd.records import Agreement, Fit, Plan, Removal, Score, Timing, Unit
-    from ttmpd.samples import open_samples
-    from ttmpd.saving import Result
+    from ttmpd.quality.agreement import Agreement
+    from ttmpd.records import Fit, Plan, Removal, Score, Timing, Unit
     from ttmpd.score.damage import Damage
     from ttmpd.score.magnitude import Magnitude
     from ttmpd.score.practise import Practise
@@ -56,31 +60,30 @@ if TYPE_CHECKING:
     from ttmpd.select.grand import GraNd
     from ttmpd.select.kcenter import KCenter
     from ttmpd.select.puma import PUMA
-    from ttmpd.serving.online import TestTime
-    from ttmpd.settings import Settings, Target
-    from ttmpd.students.student import train_student
-    from ttmpd.text import Tokenization
-    from ttmpd.units.block import Block
+    from ttmpd.serving.service import TestTime
+    from ttmpd.students.train import train_student
+    from ttmpd.surgery.exits.model import EarlyExitModel
+    from ttmpd.surgery.units.block import Block
 
     from_pretrained = load
 
 # Everything that needs torch is imported when it is first asked for: the command line starts at once.
 _HOMES = {
-    "Accuracy": "evaluation",
-    "Agreement": "records",
-    "BenchRow": "evaluation",
-    "Block": "units.block",
+    "Accuracy": "pipeline.evaluate",
+    "Agreement": "quality.agreement",
+    "BenchRow": "pipeline.bench",
+    "Block": "surgery.units.block",
     "Damage": "score.damage",
     "EATA": "adapt.eata",
     "EATAC": "adapt.eata_c",
     "EL2N": "select.el2n",
-    "EarlyExitModel": "early_exit._model",
-    "Evaluation": "evaluation",
+    "EarlyExitModel": "surgery.exits.model",
+    "Evaluation": "pipeline.evaluate",
     "Fit": "records",
     "Forgetting": "select.forgetting",
     "GraNd": "select.grand",
     "Greedy": "plan.greedy",
-    "Inspection": "inspection",
+    "Inspection": "pipeline.inspect",
     "KCenter": "select.kcenter",
     "Knapsack": "plan.knapsack",
     "Magnitude": "score.magnitude",
@@ -88,41 +91,41 @@ _HOMES = {
     "NoAdaptation": "adapt.none",
     "Norm": "adapt.norm",
     "OneTime": "distill.one_time",
-    "OpenedModel": "models",
+    "OpenedModel": "models.opened",
     "PUMA": "select.puma",
     "Plan": "records",
     "Practise": "score.practise",
-    "Preprocessing": "preprocessing",
-    "Preview": "inspection",
-    "Quality": "evaluation",
+    "Preprocessing": "data.preprocessing",
+    "Preview": "pipeline.inspect",
+    "Quality": "pipeline.evaluate",
     "Reliable": "select.eata",
     "Removal": "records",
-    "Result": "saving",
+    "Result": "artifact.write",
     "RightTool": "early_exit.right_tool",
-    "Samples": "batches",
+    "Samples": "data.samples",
     "Score": "records",
-    "Settings": "settings",
+    "Settings": "pipeline.settings",
     "TTMPD": "score.ttmpd",
-    "Target": "settings",
+    "Target": "pipeline.settings",
     "Tent": "adapt.tent",
-    "Tokenization": "text",
-    "TestTime": "serving.online",
+    "Tokenization": "data.tokenization",
+    "TestTime": "serving.service",
     "Timing": "records",
     "Unit": "records",
-    "adapt_to": "adapting",
-    "add_early_exits": "exiting",
-    "bench": "evaluation",
-    "compress": "pipeline",
-    "compress_many": "pipeline",
-    "evaluate": "evaluation",
-    "from_pretrained": "checkpoint",
-    "inspect": "inspection",
-    "keep_freed_memory": "memory",
-    "load": "checkpoint",
-    "open_model": "models",
-    "open_samples": "samples",
-    "preview": "inspection",
-    "train_student": "students.student",
+    "adapt_to": "pipeline.adapt",
+    "add_early_exits": "pipeline.early_exits",
+    "bench": "pipeline.bench",
+    "compress": "pipeline.compress",
+    "compress_many": "pipeline.compress",
+    "evaluate": "pipeline.evaluate",
+    "from_pretrained": "artifact.read",
+    "inspect": "pipeline.inspect",
+    "keep_freed_memory": "latency.memory",
+    "load": "artifact.read",
+    "open_model": "models.open",
+    "open_samples": "data.open",
+    "preview": "pipeline.inspect",
+    "train_student": "students.train",
 }
 
 __all__ = [

@@ -71,3 +71,9 @@ class CheckpointError(TTMPDError):
 def first_line(error: BaseException) -> str:
     """What an error says, on one line; its name where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def cause(error: BaseException) -> str:
+    """The error's type and first line, for messages."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

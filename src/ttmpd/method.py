@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Self, dataclass_transform
 from ttmpd.errors import InvalidValueError, UnknownMethodError
 
 VERBS = ("select", "adapt", "units", "score", "plan", "distill", "early_exit")
+_FOLDERS = {"units": "surgery.units"}
+"""Verbs whose folder is not the room of their name."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -89,7 +91,7 @@ def check_fields(owner: object, **limits: float | tuple[float, float]) -> None:
 
 def names(verb: str) -> tuple[str, ...]:
     """The names of all methods of a verb, from the files of its folder; ``base`` and ``_name`` hold what they share."""
-    package = importlib.import_module(f"ttmpd.{verb}")
+    package = importlib.import_module(f"ttmpd.{_FOLDERS.get(verb, verb)}")
     return tuple(
         sorted(
             m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base" and not m.name.startswith("_")
@@ -106,7 +108,7 @@ def method_class(verb: str, name: str) -> type[Method]:
     known = names(verb)
     if name not in known:
         raise UnknownMethodError(f"{verb} must be one of {', '.join(known)}, but got {name!r}", known)
-    module = importlib.import_module(f"ttmpd.{verb}.{name}")
+    module = importlib.import_module(f"ttmpd.{_FOLDERS.get(verb, verb)}.{name}")
     found = [
         value
         for value in vars(module).values()

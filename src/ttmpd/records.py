@@ -9,15 +9,27 @@ from typing import Literal, Protocol
 from ttmpd.errors import InvalidValueError
 
 Action = Literal["drop", "linear", "conv", "narrow"]
+
+
 ACTIONS: tuple[Action, ...] = ("drop", "linear", "conv", "narrow")
+
+
 DEFAULT_ACTIONS: tuple[Action, ...] = ("drop", "linear", "narrow")
 """Without "conv": it repairs far more, but what training recovers afterwards costs fewer milliseconds without it."""
+
+
 KERNELS: Mapping[Action, int] = {"linear": 1, "conv": 3}
 """The side of the kernel of each stand-in; in a token model a kernel of 1 is a square matrix."""
+
+
 Layout = Literal["channels_first", "channels_last"]
+
+
 Repair = Literal["behind", "removed", "rescaled"]
 """What is fitted again after a removal: all layers behind the first; stand-ins and what reads narrowed members alone;
 or one factor for each member that is kept."""
+
+
 Form = Literal["plain", "arguments", "tuple", "pair"]
 
 
@@ -56,7 +68,7 @@ class Unit:
     """A part of a model that can be removed.
 
     Args:
-        kind: the file in ``ttmpd/units`` that found it.
+        kind: the file in ``ttmpd/surgery/units`` that found it.
         path: the module's path in the model, as in ``named_modules``.
         module: the class name of the module.
         shape: shape of its output for one sample, without the batch dimension.
@@ -246,30 +258,6 @@ class Tap:
     path: str
     side: Literal["input", "output"]
     token: Literal["all", "last", "each"] = "all"
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """Share of samples on which two models answer alike, with its 95 % Wilson interval. It is not accuracy."""
-
-    share: float
-    low: float
-    high: float
-    n_samples: int
-
-
-def agreement(n_alike: int, n_samples: int) -> Agreement:
-    """Wilson score interval at 95 % (Wilson, 1927) for ``n_alike`` of ``n_samples``.
-
-    Raises:
-        InvalidValueError: ``n_samples`` is not positive or ``n_alike`` lies outside 0..n_samples.
-    """
-    if n_samples < 1 or not 0 <= n_alike <= n_samples:
-        raise InvalidValueError(f"n_alike must lie in 0..n_samples, n_samples >= 1, but got {n_alike} of {n_samples}")
-    z, p, n = 1.959964, n_alike / n_samples, n_samples
-    center = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Agreement(p, max(0.0, center - half), min(1.0, center + half), n)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from ttmpd.adapt.eata import EATA
 from ttmpd.adapt.norm import Norm
 from ttmpd.adapt.tent import Tent
-from ttmpd.adaptation import Adaptation, Selection, anchor, n_classes, redundancy_for
 from ttmpd.errors import InvalidValueError
-from ttmpd.modules import clone
-from ttmpd.norms import norm_parameters
-from ttmpd.specimens import tiny_model, tiny_samples
+from ttmpd.models.modules import clone
+from ttmpd.models.norms import norm_parameters
+from ttmpd.testing.tiny_models import tiny_model, tiny_samples
+from ttmpd.training.test_time import Adaptation, Selection, anchor, n_classes, redundancy_for
 
 INF = float("inf")
 

@@ -10,12 +10,12 @@ from torch import nn
 from ttmpd.adapt._learner import answers_by
 from ttmpd.adapt.eata_c import EATAC, HOTTEST, _temperature, drawn
 from ttmpd.adapt.norm import Norm
-from ttmpd.batches import Samples
-from ttmpd.calibration import fit_temperature
+from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
-from ttmpd.losses import fused, signed_entropy
-from ttmpd.specimens import tiny_model, tiny_samples, tiny_units, untouched
-from ttmpd.units.block import Block
+from ttmpd.quality.calibration import fit_temperature
+from ttmpd.surgery.units.block import Block
+from ttmpd.testing.tiny_models import tiny_model, tiny_samples, tiny_units, untouched
+from ttmpd.training.losses import fused, signed_entropy
 
 LN2 = math.log(2)
 

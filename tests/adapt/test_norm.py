@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from ttmpd.adapt.norm import Norm
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
-from ttmpd.specimens import tiny_model, tiny_samples
+from ttmpd.testing.tiny_models import tiny_model, tiny_samples
 
 
 def samples_of(inputs: torch.Tensor) -> Samples:

@@ -7,13 +7,13 @@ from torch import nn
 from ttmpd.adapt._learner import collapse
 from ttmpd.adapt.norm import Norm
 from ttmpd.adapt.tent import Tent
-from ttmpd.adaptation import Adaptation, Selection
 from ttmpd.errors import InvalidValueError
-from ttmpd.guard import logits_of
-from ttmpd.losses import entropy, entropy_of
-from ttmpd.modules import clone
-from ttmpd.norms import learning, norm_parameters, using_batch_statistics
-from ttmpd.specimens import tiny_model, tiny_samples, untouched
+from ttmpd.models.modules import clone
+from ttmpd.models.norms import learning, norm_parameters, using_batch_statistics
+from ttmpd.models.run import logits_of
+from ttmpd.testing.tiny_models import tiny_model, tiny_samples, untouched
+from ttmpd.training.losses import entropy, entropy_of
+from ttmpd.training.test_time import Adaptation, Selection
 
 
 def mean_entropy(before, again, step):

@@ -7,8 +7,8 @@ from torch import nn
 from ttmpd.distill.base import Work
 from ttmpd.distill.mimic import Mimic
 from ttmpd.errors import UnsupportedError
-from ttmpd.specimens import tiny_model, tiny_samples, tiny_units
-from ttmpd.units.block import Block
+from ttmpd.surgery.units.block import Block
+from ttmpd.testing.tiny_models import tiny_model, tiny_samples, tiny_units
 
 
 def test_the_teacher_runs_at_every_step_on_new_views(tmp_path):

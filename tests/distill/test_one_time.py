@@ -8,19 +8,28 @@ import pytest
 import torch
 from torch import nn
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
+from ttmpd.data.views import fixed_view
 from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import MIN_BATCH, OneTime
 from ttmpd.errors import InvalidValueError
-from ttmpd.guard import freeze_before, freeze_head, held_out_check, logits_of, mix_with_start
-from ttmpd.losses import entropy, feature_loss, feature_variance, mutual_information, soft_label_loss, tempered_loss
-from ttmpd.modules import clone
+from ttmpd.models.modules import clone
+from ttmpd.models.run import logits_of
 from ttmpd.records import Tap
-from ttmpd.specimens import tiny_model, tiny_samples, tiny_units
-from ttmpd.targets import load_targets, save_targets
-from ttmpd.training import Check
-from ttmpd.units.block import Block
-from ttmpd.views import fixed_view
+from ttmpd.surgery.units.block import Block
+from ttmpd.testing.tiny_models import tiny_model, tiny_samples, tiny_units
+from ttmpd.training.freeze import freeze_before, freeze_head
+from ttmpd.training.held_out import held_out_check, mix_with_start
+from ttmpd.training.loop import Check
+from ttmpd.training.losses import (
+    entropy,
+    feature_loss,
+    feature_variance,
+    mutual_information,
+    soft_label_loss,
+    tempered_loss,
+)
+from ttmpd.training.teacher_outputs import load_targets, save_targets
 
 
 def work_in(folder, **settings) -> Work:
@@ -89,7 +98,7 @@ def test_the_batch_shrinks_where_activations_take_much_memory(monkeypatch, case)
     teacher, _, samples, _ = case
     method = OneTime(batch=64)
     assert method._step_size(teacher, samples) == 64
-    monkeypatch.setattr("ttmpd.training.activation_limit", lambda _device: 1)
+    monkeypatch.setattr("ttmpd.models.batch_size.activation_limit", lambda _device: 1)
     assert method._step_size(teacher, samples) == 2 * MIN_BATCH  # it has batch statistics
 
 
@@ -173,7 +182,7 @@ def test_batch_statistics_move_only_when_they_shall(tmp_path, case, moving):
 
 def test_measuring_mixed_precision_moves_no_statistics(tmp_path, case, monkeypatch):
     teacher, student, samples, held_out = case
-    monkeypatch.setattr("ttmpd.training._native_bfloat16", lambda: True)
+    monkeypatch.setattr("ttmpd.training.loop._native_bfloat16", lambda: True)
     method = OneTime(steps=2, views=1, batch=6)
     work = dataclasses.replace(work_in(tmp_path), amp="auto")
     targets = method.prepare(teacher, samples, held_out, work)

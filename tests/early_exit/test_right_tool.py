@@ -4,14 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ttmpd.batches import Samples
-from ttmpd.calibration import calibration_error
+from ttmpd.data.samples import Samples
 from ttmpd.early_exit._heads import Features, train_heads, wanted_of
 from ttmpd.early_exit.right_tool import RightTool
 from ttmpd.errors import InvalidValueError
-from ttmpd.guard import logits_of
-from ttmpd.modules import evaluating
-from ttmpd.specimens import tiny_model, tiny_samples
+from ttmpd.models.run import evaluating, logits_of
+from ttmpd.quality.calibration import calibration_error
+from ttmpd.testing.tiny_models import tiny_model, tiny_samples
 
 
 def linear(n: int, *, seed: int = 0, noise: float = 0.0, views: int = 1) -> tuple[Features, Tensor]:

@@ -2,7 +2,7 @@ import pytest
 
 from ttmpd.score.damage import Damage
 from ttmpd.score.ttmpd import TTMPD
-from ttmpd.specimens import tiny_model, tiny_samples, tiny_units
+from ttmpd.testing.tiny_models import tiny_model, tiny_samples, tiny_units
 
 
 def test_it_is_the_first_variable_of_ttmpd():

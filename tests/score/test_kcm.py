@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
 from ttmpd.score.base import Job
 from ttmpd.score.kcm import KCM, activity, representative, scaled
-from ttmpd.specimens import tiny_token_samples, tiny_tokens, tiny_transformer
-from ttmpd.surgery import find_units
+from ttmpd.surgery.find import find_units
+from ttmpd.testing.tiny_models import tiny_token_samples, tiny_tokens, tiny_transformer
 
 
 def clustered() -> torch.Tensor:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
 from ttmpd.records import Unit
 from ttmpd.score.magnitude import Magnitude
 

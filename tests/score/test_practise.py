@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
 from ttmpd.errors import UnsupportedError
-from ttmpd.modules import clone
+from ttmpd.models.modules import clone
 from ttmpd.score.practise import Practise, _blocks, _insert_adaptors
-from ttmpd.specimens import TinyBlock, tiny_model, tiny_samples, tiny_units
-from ttmpd.units.block import Block
+from ttmpd.surgery.units.block import Block
+from ttmpd.testing.tiny_models import TinyBlock, tiny_model, tiny_samples, tiny_units
 
 
 class Down(nn.Module):

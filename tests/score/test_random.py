@@ -1,5 +1,5 @@
 from ttmpd.score.random import Random
-from ttmpd.specimens import tiny_model, tiny_samples, tiny_units
+from ttmpd.testing.tiny_models import tiny_model, tiny_samples, tiny_units
 
 
 def test_seeds_draw_different_harms_between_0_and_1():

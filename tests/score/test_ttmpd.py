@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
-from ttmpd.modules import read
+from ttmpd.models.taps import read
+from ttmpd.quality.damage import distances, teacher_tails
 from ttmpd.records import Removal, Tap
+from ttmpd.repair.positions import RowsAt, _energy, _pattern, positions, sensitivities
 from ttmpd.score.ttmpd import TTMPD, fit_stand_ins
-from ttmpd.sensitivity import RowsAt, _energy, _pattern, positions, sensitivities
-from ttmpd.specimens import specimen, tiny_model, tiny_samples, tiny_units
-from ttmpd.surgery import cut
-from ttmpd.tails import distances, teacher_tails
-from ttmpd.units.block import Block
-from ttmpd.units.channel import Channel
-from ttmpd.units.neuron import Neuron
+from ttmpd.surgery.cut import cut
+from ttmpd.surgery.units.block import Block
+from ttmpd.surgery.units.channel import Channel
+from ttmpd.surgery.units.neuron import Neuron
+from ttmpd.testing.tiny_models import specimen, tiny_model, tiny_samples, tiny_units
 
 
 class Res(nn.Module):
@@ -164,7 +164,7 @@ def test_skipping_earlier_units_gives_what_the_whole_run_gives(monkeypatch):
 
     short = teacher_tails(model, units, samples, replacements, batch_size=4)
     calls_short = dict(ran)
-    monkeypatch.setattr("ttmpd.tails.skippable", lambda *_: frozenset())
+    monkeypatch.setattr("ttmpd.quality.damage.skippable", lambda *_: frozenset())
     whole = teacher_tails(model, units, samples, replacements, batch_size=4)
     calls_whole = {name: ran[name] - calls_short[name] for name in ran}
     for key, parts in whole.items():

@@ -7,7 +7,7 @@ from torch import nn
 from ttmpd.errors import InvalidValueError
 from ttmpd.select.base import answers, error_norm, head_tap, highest
 from ttmpd.select.el2n import EL2N
-from ttmpd.specimens import tiny_model, tiny_samples
+from ttmpd.testing.tiny_models import tiny_model, tiny_samples
 
 
 def test_highest_takes_equal_values_in_their_order_and_nan_last():

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
 from ttmpd.select.el2n import EL2N
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
 from ttmpd.select.forgetting import Forgetting, forgotten, shake
-from ttmpd.specimens import tiny_model, tiny_samples, untouched
+from ttmpd.testing.tiny_models import tiny_model, tiny_samples, untouched
 
 
 def test_flips_are_counted_from_agreement_to_disagreement():

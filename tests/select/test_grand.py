@@ -3,10 +3,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
 from ttmpd.errors import UnsupportedError
 from ttmpd.select.grand import GraNd
-from ttmpd.specimens import tiny_model, tiny_samples
+from ttmpd.testing.tiny_models import tiny_model, tiny_samples
 
 
 def head_only(bias: bool = True) -> nn.Sequential:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
 from ttmpd.select.kcenter import KCenter, farthest_first
 
 

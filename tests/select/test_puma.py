@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
-from ttmpd.margins import Search, margins
+from ttmpd.quality.margins import Search, margins
 from ttmpd.select.puma import PUMA
-from ttmpd.specimens import tiny_model, tiny_samples
+from ttmpd.testing.tiny_models import tiny_model, tiny_samples
 
 
 def test_the_samples_nearest_to_the_boundary_are_kept():

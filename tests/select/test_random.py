@@ -1,5 +1,5 @@
 from ttmpd.select.random import Random
-from ttmpd.specimens import tiny_model, tiny_samples
+from ttmpd.testing.tiny_models import tiny_model, tiny_samples
 
 
 def test_every_sample_is_drawn_about_equally_often():

@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
+from ttmpd.data.preprocessing import Preprocessing
 from ttmpd.errors import InvalidValueError
-from ttmpd.preprocessing import Preprocessing
 from ttmpd.serving.reservoir import Recent, Reservoir
 
 PIXELS = Preprocessing((3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))

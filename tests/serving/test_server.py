@@ -16,16 +16,16 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from typer.testing import CliRunner
 
-from ttmpd import cli
+from ttmpd.cli import app as cli
+from ttmpd.data.preprocessing import Preprocessing
 from ttmpd.errors import InvalidValueError
-from ttmpd.models import OpenedModel
-from ttmpd.preprocessing import Preprocessing
-from ttmpd.serving.background import Outcome, Progress, Work
-from ttmpd.serving.inputs import Limits, from_npy
+from ttmpd.models.opened import OpenedModel
 from ttmpd.serving.metrics import Metrics
-from ttmpd.serving.online import TestTime
+from ttmpd.serving.requests import Limits, from_npy
 from ttmpd.serving.server import create_app
-from ttmpd.specimens import TinyNet, tiny_model
+from ttmpd.serving.service import TestTime
+from ttmpd.serving.worker import Outcome, Progress, Work
+from ttmpd.testing.tiny_models import TinyNet, tiny_model
 
 PIXELS = Preprocessing((3, 8, 8), (0.5,) * 3, (0.25,) * 3)
 NAMES = ("ant", "bee", 'say "cat"', "dog")

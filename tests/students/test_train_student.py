@@ -7,20 +7,20 @@ from torch.nn import functional as F
 
 import ttmpd
 from ttmpd.adapt.norm import Norm
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
+from ttmpd.data.views import fixed_view
 from ttmpd.errors import InvalidValueError, ModelError
-from ttmpd.margins import Search, margins, radii
-from ttmpd.modules import clone
+from ttmpd.models.modules import clone
+from ttmpd.quality.margins import Search, margins, radii
 from ttmpd.select.el2n import EL2N
 from ttmpd.select.forgetting import Forgetting
 from ttmpd.select.puma import PUMA
-from ttmpd.specimens import tiny_model, tiny_samples, untouched
-from ttmpd.students.lesson import quotas, steps_per_epoch
+from ttmpd.students.adversarial import Attack
 from ttmpd.students.recipe import Recipe, alpha_for
-from ttmpd.students.robust import Attack
-from ttmpd.students.student import WORK, distillation_loss, train_student
-from ttmpd.training import Schedule, batch_order
-from ttmpd.views import fixed_view
+from ttmpd.students.train import WORK, distillation_loss, train_student
+from ttmpd.students.training_set import quotas, steps_per_epoch
+from ttmpd.testing.tiny_models import tiny_model, tiny_samples, untouched
+from ttmpd.training.loop import Schedule, batch_order
 
 N = 40
 LABELS = torch.arange(N) % 4
@@ -174,12 +174,12 @@ def test_the_same_seed_gives_the_same_student(pool):
 
 
 def test_a_killed_run_goes_on_with_what_was_answered(pool, tmp_path, monkeypatch):
-    from ttmpd import training
+    from ttmpd.training import loop as training
 
     settings = QUICK | {"steps": 8, "teacher": tiny_model(), "folder": tmp_path}
     whole = train_student(tiny_model(1), pool, LABELS, **settings | {"folder": None})
     true = training._Run.save
-    monkeypatch.setattr("ttmpd.students.student.Loop", lambda **given: training.Loop(**given, save_seconds=-1.0))
+    monkeypatch.setattr("ttmpd.students.train.Loop", lambda **given: training.Loop(**given, save_seconds=-1.0))
 
     def stop(run, path):
         true(run, path)
@@ -264,7 +264,7 @@ def test_steps_per_epoch():
 
 def test_radii_by_margins_reach_the_attack(pool, monkeypatch):
     seen = []
-    from ttmpd.students import student as module
+    from ttmpd.students import train as module
 
     true = module.robust_loss
 

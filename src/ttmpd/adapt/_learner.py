@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from ttmpd.adapt.base import Adapted, Adapter
 from ttmpd.adapt.norm import Norm
-from ttmpd.adaptation import (
+from ttmpd.data.samples import Samples
+from ttmpd.errors import UnsupportedError
+from ttmpd.method import check_fields
+from ttmpd.models.modules import clone, has_nan
+from ttmpd.models.norms import norm_parameters, using_batch_statistics
+from ttmpd.models.run import call, evaluating, logits_of
+from ttmpd.models.tokens import answered
+from ttmpd.progress import track
+from ttmpd.training.losses import entropy_of, mutual_information
+from ttmpd.training.test_time import (
     Adaptation,
     Anchor,
     Loss,
@@ -21,15 +30,6 @@ from ttmpd.adaptation import (
     pieces,
     redundancy_for,
 )
-from ttmpd.batches import Samples
-from ttmpd.errors import UnsupportedError
-from ttmpd.guard import logits_of
-from ttmpd.losses import entropy_of, mutual_information
-from ttmpd.method import check_fields
-from ttmpd.modules import call, clone, evaluating, has_nan
-from ttmpd.norms import norm_parameters, using_batch_statistics
-from ttmpd.progress import track
-from ttmpd.text import answered
 
 MIN_SPREAD = 0.9
 """Answers have collapsed when the entropy of their mean falls below this share of what it was at the start."""

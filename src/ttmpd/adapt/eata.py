@@ -6,9 +6,9 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ttmpd.adapt._learner import SelectiveLearner
-from ttmpd.adaptation import Adaptation, Again
-from ttmpd.batches import Samples
-from ttmpd.losses import entropy
+from ttmpd.data.samples import Samples
+from ttmpd.training.losses import entropy
+from ttmpd.training.test_time import Adaptation, Again
 
 
 class EATA(SelectiveLearner):

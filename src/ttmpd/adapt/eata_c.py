@@ -12,15 +12,16 @@ from torch.nn import functional as F
 
 from ttmpd.adapt._learner import SelectiveLearner, answers_by
 from ttmpd.adapt.base import Adapted
-from ttmpd.adaptation import Adaptation, Again
-from ttmpd.batches import Samples
-from ttmpd.calibration import fit_temperature
-from ttmpd.guard import logits_of
-from ttmpd.losses import entropy, fused, signed_entropy
+from ttmpd.data.samples import Samples
 from ttmpd.method import check_fields
-from ttmpd.modules import call, clone, evaluating, find_head, module_at
+from ttmpd.models.modules import clone, module_at
+from ttmpd.models.run import call, evaluating, logits_of
+from ttmpd.models.taps import find_head
+from ttmpd.quality.calibration import fit_temperature
 from ttmpd.records import Unit
-from ttmpd.units.block import Block
+from ttmpd.surgery.units.block import Block
+from ttmpd.training.losses import entropy, fused, signed_entropy
+from ttmpd.training.test_time import Adaptation, Again
 
 HOTTEST = 4.0
 """No higher temperature: parts of a network that can do without none of its blocks agree with it too rarely."""

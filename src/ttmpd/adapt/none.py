@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import nn
 
 from ttmpd.adapt.base import Adapted, Adapter
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
 
 
 class NoAdaptation(Adapter):

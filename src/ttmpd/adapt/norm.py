@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ttmpd.adapt.base import Adapted, Adapter
-from ttmpd.batches import Samples
-from ttmpd.guard import logits_of
-from ttmpd.losses import mutual_information
+from ttmpd.data.samples import Samples
 from ttmpd.method import check_range
-from ttmpd.modules import clone, evaluating
+from ttmpd.models.modules import clone
+from ttmpd.models.run import evaluating, logits_of
 from ttmpd.progress import track
+from ttmpd.training.losses import mutual_information
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
 

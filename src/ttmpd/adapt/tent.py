@@ -5,9 +5,9 @@ from typing import ClassVar
 from torch import nn
 
 from ttmpd.adapt._learner import Learner
-from ttmpd.adaptation import Adaptation
-from ttmpd.batches import Samples
-from ttmpd.losses import entropy
+from ttmpd.data.samples import Samples
+from ttmpd.training.losses import entropy
+from ttmpd.training.test_time import Adaptation
 
 
 class Tent(Learner):

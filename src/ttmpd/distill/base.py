@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from torch import nn
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
 from ttmpd.method import Method
 from ttmpd.records import Fit
-from ttmpd.targets import Targets
+from ttmpd.training.teacher_outputs import Targets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,16 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
+from ttmpd.data.views import random_view
 from ttmpd.distill.base import Distiller, Work
 from ttmpd.errors import UnsupportedError
-from ttmpd.guard import freeze_head, logits_of
 from ttmpd.method import check_fields
-from ttmpd.modules import evaluating, find_feature_tap, read, to_fast_format, to_plain_format
+from ttmpd.models.modules import to_fast_format, to_plain_format
+from ttmpd.models.run import evaluating, logits_of
+from ttmpd.models.taps import find_feature_tap, read
 from ttmpd.records import Fit
-from ttmpd.targets import Targets
-from ttmpd.training import Loop, Schedule, batch_order, train
-from ttmpd.views import random_view
+from ttmpd.training.freeze import freeze_head
+from ttmpd.training.loop import Loop, Schedule, batch_order, train
+from ttmpd.training.teacher_outputs import Targets
 
 
 class Mimic(Distiller):

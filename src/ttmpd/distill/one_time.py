@@ -9,27 +9,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
+from ttmpd.data.views import fixed_view
 from ttmpd.distill.base import Distiller, Work
-from ttmpd.guard import freeze, held_out_check, logits_of, mix_with_start
-from ttmpd.losses import feature_loss, feature_variance, soft_label_loss
 from ttmpd.method import check_fields
-from ttmpd.modules import call, evaluating, find_feature_tap, has_batch_norm, tapped, to_fast_format, to_plain_format
+from ttmpd.models.batch_size import samples_that_fit
+from ttmpd.models.modules import has_batch_norm, to_fast_format, to_plain_format
+from ttmpd.models.run import call, evaluating, logits_of
+from ttmpd.models.taps import find_feature_tap, tapped
+from ttmpd.models.tokens import answers_until
 from ttmpd.progress import track
 from ttmpd.records import Fit, Tap
-from ttmpd.targets import Targets, TargetsWriter
-from ttmpd.text import answers_until
-from ttmpd.training import (
-    Check,
-    Loop,
-    Schedule,
-    autocast,
-    batch_order,
-    choose_amp,
-    samples_that_fit,
-    train,
-)
-from ttmpd.views import fixed_view
+from ttmpd.training.freeze import freeze
+from ttmpd.training.held_out import held_out_check, mix_with_start
+from ttmpd.training.loop import Check, Loop, Schedule, autocast, batch_order, choose_amp, train
+from ttmpd.training.losses import feature_loss, feature_variance, soft_label_loss
+from ttmpd.training.teacher_outputs import Targets, TargetsWriter
 
 MIN_BATCH = 8
 """Gradients of fewer samples are noise; twice as many where batch statistics are made of them."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from ttmpd.batches import Samples
-from ttmpd.early_exit._model import EarlyExitModel, with_only
+from ttmpd.data.samples import Samples
 from ttmpd.method import Method
+from ttmpd.surgery.exits.model import EarlyExitModel, with_only
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Equipped:
     note: str = ""
 
     def only(self, numbers: Sequence[int], saves: Sequence[float] = ()) -> "Equipped":
-        """A copy with some of the exits alone; for ``saves`` see :class:`ttmpd.early_exit._spec.Exits`."""
+        """A copy with some of the exits alone; for ``saves`` see :class:`ttmpd.surgery.exits.spec.Exits`."""
         facts = tuple(self.facts[number] for number in numbers) if self.facts else ()
         fewer = f"; {len(numbers)} of them are worth their time" if len(numbers) < len(self.exit_logits) else ""
         model, logits = with_only(self.model, numbers, saves), self.exit_logits[list(numbers)]

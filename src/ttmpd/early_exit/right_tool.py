@@ -5,25 +5,26 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ttmpd.batches import Samples
-from ttmpd.calibration import calibration_error, fit_temperature
+from ttmpd.data.samples import Samples
+from ttmpd.data.views import fixed_view
 from ttmpd.early_exit._heads import Features, Trained, train_heads, wanted_of
-from ttmpd.early_exit._model import EarlyExitModel, ExitHead
-from ttmpd.early_exit._places import Place, exits_at, find_places, proven, spread
-from ttmpd.early_exit._spec import NEVER
 from ttmpd.early_exit.base import EarlyExit, Equipped
 from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_fields, check_range
-from ttmpd.modules import call, clone, evaluating
+from ttmpd.models.modules import clone
+from ttmpd.models.run import call, evaluating
 from ttmpd.progress import track
-from ttmpd.views import fixed_view
+from ttmpd.quality.calibration import calibration_error, fit_temperature
+from ttmpd.surgery.exits.model import EarlyExitModel, ExitHead
+from ttmpd.surgery.exits.places import Place, exits_at, find_places, proven, spread
+from ttmpd.surgery.exits.spec import NEVER
 
 
 class RightTool(EarlyExit):
     """Linear classifiers behind blocks of the frozen model learn its own answers; each gets a temperature of its own.
 
     Example:
-        >>> from ttmpd.specimens import tiny_model, tiny_samples
+        >>> from ttmpd.testing.tiny_models import tiny_model, tiny_samples
         >>> found = RightTool(views=1).equip(tiny_model(), tiny_samples(40))
         >>> [place.path for place in found.model.spec.places]
         ['blocks.0', 'blocks.1']

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
 from ttmpd.method import Method
 from ttmpd.records import DEFAULT_ACTIONS, Action, Removal, Repair, Score, Unit
 
@@ -38,7 +38,7 @@ class Scorer(Method, abc.ABC):
     kinds: ClassVar[tuple[str, ...]] = ("block",)
     """The kinds of units that it can judge; ``narrowed`` gives the scores of those that go member by member."""
     repair: ClassVar[Repair] = "behind"
-    """What is fitted again in the students of its plans, see :func:`ttmpd.repair.repaired`."""
+    """What is fitted again in the students of its plans, see :func:`ttmpd.repair.sequential.repaired`."""
     judges_plans: ClassVar[bool] = False
     """Whether :meth:`of_plan` says what a plan as a whole would do; else the harms of its removals are added up."""
 

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 from ttmpd.method import check_fields
+from ttmpd.quality.damage import distances, teacher_tails
 from ttmpd.records import Score
 from ttmpd.score.base import Job, Scorer
-from ttmpd.tails import distances, teacher_tails
 
 
 class Damage(Scorer):

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_fields
-from ttmpd.modules import evaluating, module_at, read
+from ttmpd.models.modules import module_at
+from ttmpd.models.run import evaluating
+from ttmpd.models.taps import read
 from ttmpd.progress import track
 from ttmpd.records import Action, Repair, Score, Tap, Unit
 from ttmpd.score.base import Job, Scorer, narrowed
-from ttmpd.units._members import matrix_of
+from ttmpd.surgery.layers import matrix_of
 
 _TINY = 1e-30
 

@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from torch import nn
 
-from ttmpd.modules import module_at
+from ttmpd.models.modules import module_at
 from ttmpd.records import Score
 from ttmpd.score.base import Job, Scorer, narrowed
-from ttmpd.units._members import matrix_of
+from ttmpd.surgery.layers import matrix_of
 
 
 class Magnitude(Scorer):

@@ -7,15 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ttmpd.data.views import random_view
 from ttmpd.errors import UnsupportedError
 from ttmpd.method import check_fields
-from ttmpd.modules import call, evaluating, find_feature_tap, hooks, module_at, read, replace_module
+from ttmpd.models.modules import hooks, module_at, replace_module
+from ttmpd.models.run import call, evaluating
+from ttmpd.models.taps import find_feature_tap, read
 from ttmpd.progress import track
 from ttmpd.records import Repair, Score, Tap, Unit
 from ttmpd.score.base import Job, Scorer
-from ttmpd.training import Loop, Schedule, batch_order, train
-from ttmpd.units.block import Block
-from ttmpd.views import random_view
+from ttmpd.surgery.units.block import Block
+from ttmpd.training.loop import Loop, Schedule, batch_order, train
 
 
 class Practise(Scorer):

@@ -8,20 +8,24 @@ from typing import ClassVar
 import numpy as np
 from torch import nn
 
-from ttmpd.batches import Samples
-from ttmpd.least_squares import Moments
+from ttmpd.data.samples import Samples
 from ttmpd.method import check_fields
-from ttmpd.modules import evaluating, has_batch_norm, module_at, read
-from ttmpd.narrowing import Choice, bias_of, choices, input_rows, narrowed_answer
+from ttmpd.models.modules import has_batch_norm, module_at
+from ttmpd.models.run import evaluating
+from ttmpd.models.taps import read
 from ttmpd.progress import track
+from ttmpd.quality.damage import Replacement, distances, student_distances, teacher_tails
 from ttmpd.records import KERNELS, Action, Removal, Score, Tap, Unit
-from ttmpd.repair import repaired
+from ttmpd.repair.least_squares import Moments
+from ttmpd.repair.linear import NormalEquations
+from ttmpd.repair.obs import Choice, choices, narrowed_answer
+from ttmpd.repair.positions import rows_at
+from ttmpd.repair.sequential import repaired
+from ttmpd.repair.unfold import input_rows, rows
 from ttmpd.score.base import Job, Scorer
-from ttmpd.sensitivity import rows_at
-from ttmpd.stand_ins import LinearMap, NormalEquations, rows
-from ttmpd.surgery import WHOLE
-from ttmpd.tails import Replacement, distances, student_distances, teacher_tails
-from ttmpd.units._members import is_convolution, matrix_of
+from ttmpd.surgery.cut import WHOLE
+from ttmpd.surgery.layers import bias_of, is_convolution, matrix_of
+from ttmpd.surgery.replacements import LinearMap
 
 
 class TTMPD(Scorer):
@@ -83,7 +87,7 @@ class TTMPD(Scorer):
     def of_plan(self, job: Job, removals: Sequence[Removal]) -> float:
         """Repaired damage of a whole plan, every layer behind it fitted, on samples that no layer was fitted to.
 
-        Cost: that of :func:`ttmpd.repair.repaired`, and a pass of teacher and student over ``tail_samples``.
+        Cost: that of :func:`ttmpd.repair.sequential.repaired`, and a pass of teacher and student over ``tail_samples``.
         """
         n_fit = min(self.plan_samples, max(1, len(job.samples) * 2 // 3))
         fitted, others = job.samples.first(n_fit), range(n_fit, min(len(job.samples), n_fit + self.tail_samples))

@@ -8,13 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.method import Method, check_range
-from ttmpd.modules import call, evaluating, find_feature_tap, tapped
+from ttmpd.models.run import call, evaluating
+from ttmpd.models.taps import find_feature_tap, tapped
+from ttmpd.models.tokens import answered
 from ttmpd.progress import track
 from ttmpd.records import Tap
-from ttmpd.text import answered
 
 
 class Selector(Method, abc.ABC):

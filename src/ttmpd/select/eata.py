@@ -7,12 +7,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ttmpd.adaptation import Selection, redundancy_for
-from ttmpd.batches import Samples
-from ttmpd.guard import logits_of
-from ttmpd.losses import entropy
+from ttmpd.data.samples import Samples
 from ttmpd.method import check_fields
+from ttmpd.models.run import logits_of
 from ttmpd.select.base import Selector, highest
+from ttmpd.training.losses import entropy
+from ttmpd.training.test_time import Selection, redundancy_for
 
 
 class Reliable(Selector):

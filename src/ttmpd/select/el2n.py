@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ttmpd.batches import Samples
-from ttmpd.guard import logits_of
+from ttmpd.data.samples import Samples
+from ttmpd.models.run import logits_of
 from ttmpd.select.base import Selector, error_norm, highest
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ttmpd.batches import Samples
-from ttmpd.guard import logits_of
+from ttmpd.data.samples import Samples
 from ttmpd.method import check_fields
-from ttmpd.modules import call, clone, evaluating
+from ttmpd.models.modules import clone
+from ttmpd.models.run import call, evaluating, logits_of
 from ttmpd.progress import track
 from ttmpd.select.base import Selector, classes_of, highest
 

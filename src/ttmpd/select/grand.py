@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
 from ttmpd.errors import UnsupportedError
-from ttmpd.modules import module_at
+from ttmpd.models.modules import module_at
 from ttmpd.select.base import Selector, answers, error_norm, head_tap, highest
 
 

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ttmpd.batches import Samples
-from ttmpd.margins import Search, margins
+from ttmpd.data.samples import Samples
+from ttmpd.quality.margins import Search, margins
 from ttmpd.select.base import Selector, highest
 
 
@@ -16,7 +16,7 @@ class PUMA(Selector):
     source: ClassVar[str] = (
         "PUMA (Maroto and Frossard, 2024, arXiv 2405.06298), margins by DeepFool (arXiv 1511.04599); the teacher is "
         "not trained against attacks, and without labels its answer is the label; the radii of attacks "
-        "(`ttmpd.margins.radii`) play no part"
+        "(`ttmpd.quality.margins.radii`) play no part"
     )
     needs: ClassVar[tuple[str, ...]] = ("gradients",)
     norm: str = "linf"

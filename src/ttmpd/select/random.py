@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
 from ttmpd.select.base import Selector
 
 

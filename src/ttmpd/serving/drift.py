@@ -7,8 +7,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from ttmpd.losses import entropy
 from ttmpd.method import check_range
+from ttmpd.training.losses import entropy
 
 N_DIRECTIONS = 4
 """Random directions along which logits are compared, beside their entropy and their size."""

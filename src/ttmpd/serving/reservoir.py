@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ttmpd.data.preprocessing import Preprocessing
 from ttmpd.errors import InvalidValueError
-from ttmpd.preprocessing import Preprocessing
 
 LARGEST = 65504.0
 """Values beyond this do not fit half precision; a sample that holds one is not kept."""

@@ -20,12 +20,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
-from ttmpd.errors import InvalidValueError, ModelError, TTMPDError, UnsupportedError
-from ttmpd.factory import cause
-from ttmpd.modules import first_tensor
-from ttmpd.serving.inputs import NPY_TYPES, Limits, from_images, from_json, from_npy
+from ttmpd.errors import InvalidValueError, ModelError, TTMPDError, UnsupportedError, cause
+from ttmpd.models.run import first_tensor
 from ttmpd.serving.metrics import CONTENT_TYPE, Metrics
-from ttmpd.serving.online import TestTime
+from ttmpd.serving.requests import NPY_TYPES, Limits, from_images, from_json, from_npy
+from ttmpd.serving.service import TestTime
 
 TYPES = 'application/json with "inputs", image/png, image/jpeg, multipart/form-data with images, application/x-npy'
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -12,8 +12,8 @@ from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_fields, check_range, named
 from ttmpd.select.base import Selector
 from ttmpd.select.random import Random
-from ttmpd.students.robust import Attack
-from ttmpd.training import Schedule
+from ttmpd.students.adversarial import Attack
+from ttmpd.training.loop import Schedule
 
 
 def alpha_for(fraction: float) -> float:

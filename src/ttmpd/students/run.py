@@ -10,20 +10,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ttmpd.batches import Samples
+from ttmpd.data.labels import open_labels
+from ttmpd.data.open import open_samples
+from ttmpd.data.samples import Samples
+from ttmpd.data.tokenization import is_tokens
 from ttmpd.errors import InvalidValueError, SamplesError, UnsupportedError
-from ttmpd.evaluation import Accuracy
-from ttmpd.guard import logits_of
-from ttmpd.labels import open_labels
+from ttmpd.latency.device import choose_device
 from ttmpd.method import check_range
-from ttmpd.models import OpenedModel
-from ttmpd.modules import clone
-from ttmpd.records import agreement
-from ttmpd.samples import open_samples
-from ttmpd.settings import choose_device
-from ttmpd.stages import disk_guarded, locked, write_json
-from ttmpd.students.student import WORK, Trained, train_student
-from ttmpd.text import is_tokens
+from ttmpd.models.modules import clone
+from ttmpd.models.opened import OpenedModel
+from ttmpd.models.run import logits_of
+from ttmpd.pipeline.evaluate import Accuracy
+from ttmpd.quality.agreement import agreement
+from ttmpd.storage import disk_guarded, locked, write_json
+from ttmpd.students.train import WORK, Trained, train_student
 
 WEIGHTS, REPORT, CARD = "model.safetensors", "report.json", "README.md"
 KIND = "student"

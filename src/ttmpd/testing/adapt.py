@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from ttmpd.adapt.base import Adapter
-from ttmpd.modules import evaluating
-from ttmpd.specimens import require, tiny_model, tiny_samples, untouched
+from ttmpd.models.run import evaluating
 from ttmpd.testing.common import answer, equal, twice
+from ttmpd.testing.tiny_models import require, tiny_model, tiny_samples, untouched
 
 
 def check_adapt_untouched(adapter: Adapter) -> None:

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
 from ttmpd.distill.base import Distiller, Work
-from ttmpd.guard import held_out_check
-from ttmpd.modules import clone, find_head
-from ttmpd.specimens import require, tiny_model, tiny_samples, tiny_units, untouched
-from ttmpd.targets import Targets
+from ttmpd.models.modules import clone
+from ttmpd.models.taps import find_head
+from ttmpd.surgery.units.block import Block
 from ttmpd.testing.common import equal, quick, twice
-from ttmpd.units.block import Block
+from ttmpd.testing.tiny_models import require, tiny_model, tiny_samples, tiny_units, untouched
+from ttmpd.training.held_out import held_out_check
+from ttmpd.training.teacher_outputs import Targets
 
 
 def _student(teacher: nn.Module) -> nn.Module:

@@ -5,12 +5,19 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from ttmpd.early_exit._model import EarlyExitModel
 from ttmpd.early_exit.base import EarlyExit, Equipped
 from ttmpd.errors import UnsupportedError
-from ttmpd.modules import clone
-from ttmpd.specimens import require, tiny_model, tiny_samples, tiny_token_samples, tiny_transformer, untouched
+from ttmpd.models.modules import clone
+from ttmpd.surgery.exits.model import EarlyExitModel
 from ttmpd.testing.common import answer, equal, quick, twice
+from ttmpd.testing.tiny_models import (
+    require,
+    tiny_model,
+    tiny_samples,
+    tiny_token_samples,
+    tiny_transformer,
+    untouched,
+)
 
 
 def _equipped(method: EarlyExit, n: int = 16) -> tuple[Equipped, nn.Module, Tensor]:

@@ -4,7 +4,7 @@ import copy
 import json
 
 from ttmpd.method import Method, from_dict
-from ttmpd.specimens import require
+from ttmpd.testing.tiny_models import require
 
 
 def check_builds_bare(method: Method) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ttmpd.errors import BudgetUnreachableError
 from ttmpd.plan.base import Planner, most_saved
 from ttmpd.records import Option
-from ttmpd.specimens import require
+from ttmpd.testing.tiny_models import require
 
 
 def tiny_options(seed: int = 0, n_units: int = 7) -> tuple[Option, ...]:

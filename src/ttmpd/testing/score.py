@@ -6,20 +6,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
 from ttmpd.records import ACTIONS, Score, Unit
 from ttmpd.score.base import Scorer
-from ttmpd.specimens import (
-    TinyNet,
-    require,
-    specimen,
-    tiny_model,
-    tiny_samples,
-    tiny_units,
-    untouched,
-)
-from ttmpd.surgery import find_units
+from ttmpd.surgery.find import find_units
 from ttmpd.testing.common import quick, twice
+from ttmpd.testing.tiny_models import TinyNet, require, specimen, tiny_model, tiny_samples, tiny_units, untouched
 
 Case = tuple[nn.Module, tuple[Unit, ...], Samples]
 

@@ -4,10 +4,10 @@ import math
 
 import torch
 
-from ttmpd.batches import Samples
+from ttmpd.data.samples import Samples
 from ttmpd.select.base import Selector
-from ttmpd.specimens import require, tiny_model, tiny_samples, untouched
 from ttmpd.testing.common import twice
+from ttmpd.testing.tiny_models import require, tiny_model, tiny_samples, untouched
 
 
 def check_select_positions(selector: Selector) -> None:

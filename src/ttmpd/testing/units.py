@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ttmpd.modules import clone, count_parameters, evaluating
+from ttmpd.models.modules import clone, count_parameters
+from ttmpd.models.run import evaluating
 from ttmpd.records import Removal, Unit
-from ttmpd.specimens import require, specimen, untouched
+from ttmpd.surgery.masks import masked
+from ttmpd.surgery.units.base import Kind, Narrow, Whole
 from ttmpd.testing.common import answer
-from ttmpd.units._members import masked
-from ttmpd.units.base import Kind, Narrow, Whole
+from ttmpd.testing.tiny_models import require, specimen, untouched
 
 
 def _found(kind: Kind) -> tuple[nn.Module, Tensor, tuple[Unit, ...]]:

@@ -1,0 +1,319 @@
+"""Load artifacts: a readable plan and safetensors, replayed on the stock model; nothing is unpickled.
+
+A folder is an artifact when it holds ``plan.json``, which is written last. Loading runs no code that the folder names:
+only models of timm, torchvision, Hugging Face and this package are rebuilt from their id; any other model is passed in.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ttmpd.artifact.write import FORMAT, PLAN, UNFINISHED, WEIGHTS, sha256
+from ttmpd.data.preprocessing import Preparation, preparation_from
+from ttmpd.data.tokenization import Tokenization
+from ttmpd.errors import CheckpointError, TTMPDError
+from ttmpd.method import names
+from ttmpd.models.config import preprocessing_of
+from ttmpd.models.open import is_rebuildable, open_model
+from ttmpd.models.opened import OpenedModel
+from ttmpd.models.tokens import mask_padding
+from ttmpd.records import ACTIONS, UNCHANGED, Form, Lossless, Removal, Unit
+from ttmpd.surgery.cut import check_units, replay
+from ttmpd.surgery.exits.model import put_again
+from ttmpd.surgery.exits.spec import Exits
+
+Source = nn.Module | str | Path | OpenedModel
+
+
+_KEYS = {
+    "format", "ttmpd", "model", "preprocessing", "class_names", "input_shape", "plan", "methods", "settings",
+    "sample_ids", "weights", "early_exit", "lossless",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Artifact:
+    """What ``plan.json`` says, checked.
+
+    Args:
+        folder: where it lies.
+        model_id: id of the stock model; "" for a module that was passed in.
+        model_class: class name of the stock model.
+        removals: in the order in which they were made.
+        preprocessing: of the model, when known.
+        class_names: when known.
+        input_shape: shape of one input, when known.
+        sample_ids: content hashes of the samples that were used.
+        batch_size: on which latency was measured.
+        sha256: of the weights.
+        exits: where they stand, and their threshold; None for a model without exits.
+        lossless: what else was done to the model.
+    """
+
+    folder: Path
+    model_id: str
+    model_class: str
+    removals: tuple[Removal, ...]
+    preprocessing: Preparation | None
+    class_names: tuple[str, ...]
+    input_shape: tuple[int, ...]
+    sample_ids: tuple[str, ...]
+    batch_size: int
+    sha256: str
+    exits: tuple[Exits, float] | None = None
+    lossless: Lossless = UNCHANGED
+
+    @property
+    def rebuildable(self) -> bool:
+        """Whether the stock model comes from its id; decided here, not by what the file claims."""
+        return is_rebuildable(self.model_id)
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The compressed model of an artifact: an ordinary module in eval mode.
+
+    Args:
+        folder: what ``compress`` wrote.
+        model: the original network, when it came from your own code; it is not changed.
+
+    Raises:
+        CheckpointError: the folder is broken, foreign, newer, or belongs to another model; the message says which.
+    """
+    artifact = read_artifact(folder)
+    return _restored(artifact, stock_model(artifact) if model is None else model)
+
+
+def open_artifact(folder: str | Path, source: str | None = None) -> OpenedModel:
+    """The compressed model with its preprocessing and class names.
+
+    Args:
+        folder: what ``compress`` wrote.
+        source: id of the original model, needed when it came from your own code.
+
+    Raises:
+        CheckpointError: as :func:`load`.
+    """
+    artifact = read_artifact(folder)
+    module = _restored(artifact, stock_model(artifact, source))
+    return OpenedModel(
+        module,
+        artifact.model_id,
+        artifact.rebuildable,
+        artifact.preprocessing or preprocessing_of(module),
+        artifact.class_names,
+        artifact.removals,
+        artifact.sample_ids,
+        artifact.lossless,
+    )
+
+
+def is_artifact(place: str | Path | nn.Module) -> bool:
+    """Whether a place is a folder, and so can only be meant as an artifact."""
+    return not isinstance(place, nn.Module) and Path(place).expanduser().is_dir()
+
+
+def read_artifact(folder: str | Path) -> Artifact:
+    """What the folder's ``plan.json`` says.
+
+    Raises:
+        CheckpointError: it is missing, broken, foreign or newer.
+    """
+    folder = Path(folder).expanduser()
+    data = _read_plan(folder)
+    _check_format(folder, data)
+    try:
+        weights = data["weights"]
+        if weights["file"] != WEIGHTS:
+            raise CheckpointError(f"weights of {str(folder)!r} must lie in {WEIGHTS}, but got {weights['file']!r}")
+        preprocessing = data["preprocessing"]
+        return Artifact(
+            folder,
+            str(data["model"]["id"]),
+            str(data["model"]["class"]),
+            tuple(_removal(row) for row in data["plan"]["removals"]),
+            preparation_from(preprocessing) if preprocessing else None,
+            tuple(map(str, data["class_names"])),
+            tuple(map(int, data["input_shape"] or ())),
+            tuple(map(str, data["sample_ids"])),
+            int(data["settings"].get("batch_size", 64)),
+            str(weights["sha256"]),
+            _exits(data.get("early_exit")),
+            _lossless(data.get("lossless", {})),
+        )
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, TTMPDError) as error:
+        cause = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(
+            f"{PLAN} of {str(folder)!r} must say what was done, but is broken: {cause}; copy or make it again"
+        ) from error
+
+
+def _read_plan(folder: Path) -> Any:
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(f"an artifact must be a folder, but {str(folder)!r} {found}; check the path")
+    if not (folder / PLAN).is_file():
+        if (folder / ".work").is_dir() or (folder / UNFINISHED).exists():
+            raise CheckpointError(
+                f"an artifact must hold {PLAN}, but the run that was to write {str(folder)!r} was interrupted; "
+                "go on with the same command and --resume"
+            )
+        raise CheckpointError(
+            f"an artifact must hold {PLAN}, but {str(folder)!r} does not: it was not written by ttmpd"
+            + (f"; to open a Hugging Face model write hf:{folder}" if (folder / "config.json").is_file() else "")
+        )
+    try:
+        return json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(
+            f"{PLAN} of {str(folder)!r} must be whole JSON, but is cut off or broken ({error}); copy or make it again"
+        ) from error
+
+
+def _check_format(folder: Path, data: Any) -> None:
+    found = data.get("format") if isinstance(data, dict) else None
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise CheckpointError(f"{PLAN} of {str(folder)!r} must state its format, but does not: ttmpd did not write it")
+    if found > FORMAT:
+        raise CheckpointError(
+            f"the format of {str(folder)!r} must be at most {FORMAT}, but is {found}: it was written by a newer ttmpd "
+            f"({data.get('ttmpd', 'unknown')}); pip install --upgrade ttmpd"
+        )
+    unknown = sorted(set(data) - _KEYS)
+    if unknown:
+        raise CheckpointError(f"{PLAN} of {str(folder)!r} must hold known keys only, but has {', '.join(unknown)}")
+
+
+def _removal(row: Mapping[str, Any]) -> Removal:
+    fields = {field.name for field in dataclasses.fields(Unit)}
+    row = {"members": 0, "feeders": [], "widths": [], "kept": [], **row}
+    if set(row) != fields | {"action", "kept"}:
+        different = ", ".join(sorted(set(row) ^ (fields | {"action", "kept"})))
+        raise CheckpointError(f"a removal must have the keys of a unit and an action, but differs in {different}")
+    known = {"kind": names("units"), "action": ACTIONS, "form": get_args(Form),
+             "layout": ("channels_first", "channels_last"), "activation": ("", "relu", "relu6")}  # fmt: skip
+    for key, values in known.items():
+        if row[key] not in values:
+            raise CheckpointError(f"{key} of a removal must be one of {', '.join(values)}, but got {row[key]!r}")
+    lists = {"shape": tuple(map(int, row["shape"])), "feeders": tuple(map(str, row["feeders"]))}
+    lists |= {"widths": tuple(map(int, row["widths"]))}
+    unit = Unit(**{key: row[key] for key in fields} | lists)
+    if not unit.shape or math.prod(unit.shape) < 1 or not isinstance(unit.path, str):
+        raise CheckpointError(f"a removal must name a path and a shape, but got {unit.path!r} and {unit.shape}")
+    return Removal(unit, row["action"], tuple(map(int, row["kept"])))
+
+
+def _lossless(data: Mapping[str, Any]) -> Lossless:
+    pairs = tuple((str(layer), str(norm)) for layer, norm in data.get("folded", ()))
+    return Lossless(pairs, bool(data.get("channels_last", False)))
+
+
+def _exits(data: Any) -> tuple[Exits, float] | None:
+    return None if data is None else (Exits.from_dict(data), float(data["threshold"]))
+
+
+def stock_model(artifact: Artifact, source: str | None = None) -> nn.Module:
+    """The original network with random weights, or as the user's own factory makes it.
+
+    Raises:
+        CheckpointError: it came from the user's own code and no source is given, or it cannot be built any more.
+    """
+    if source is not None:
+        return open_model(source, pretrained=False).module
+    if not artifact.rebuildable:
+        origin = f"your own factory {artifact.model_id!r}" if artifact.model_id else "a module that was passed in"
+        raise CheckpointError(
+            f"the model of {str(artifact.folder)!r} came from {origin}, which ttmpd does not run by itself; pass the "
+            "original network again: ttmpd.load(dir, model=net), or --source FILE.py:factory"
+        )
+    try:
+        with torch.random.fork_rng():
+            return open_model(artifact.model_id, pretrained=False).module
+    except TTMPDError as error:
+        raise CheckpointError(
+            f"the model of {str(artifact.folder)!r} must be possible to build from {artifact.model_id!r}, but: {error}"
+        ) from error
+
+
+def _restored(artifact: Artifact, stock: nn.Module) -> nn.Module:
+    found = type(stock).__name__
+    if found != artifact.model_class:
+        raise CheckpointError(
+            f"the model of {str(artifact.folder)!r} must be a {artifact.model_class}, but got a {found}; pass the "
+            "network that was compressed"
+        )
+    state = _weights(artifact)
+    backbone = state if artifact.exits is None else _below(state, "backbone")
+    try:
+        check_units(stock, [removal.unit for removal in artifact.removals])
+        model = replay(stock, artifact.removals, backbone, artifact.lossless)
+    except (TTMPDError, RuntimeError, AttributeError, KeyError, TypeError) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"the weights of {str(artifact.folder)!r} must fit the given {found}, but it has other layers or shapes: "
+            f"{detail}"
+        ) from error
+    is_text = isinstance(artifact.preprocessing, Tokenization)  # may read less than the stock model
+    if artifact.preprocessing is not None and (is_text or preprocessing_of(model) is None):
+        model.pretrained_cfg = artifact.preprocessing.to_dict()  # type: ignore[assignment]
+    if isinstance(artifact.preprocessing, Tokenization):
+        mask_padding(model, artifact.preprocessing)
+    return model if artifact.exits is None else _with_exits(artifact, artifact.exits, model, state)
+
+
+def _with_exits(
+    artifact: Artifact, exits: tuple[Exits, float], model: nn.Module, state: Mapping[str, Tensor]
+) -> nn.Module:
+    try:
+        return put_again(model, *exits, _below(state, "heads"))
+    except (TTMPDError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the exits of {str(artifact.folder)!r} must fit the model, but: {' '.join(str(error).split())[:300]}; "
+            "copy the artifact again"
+        ) from error
+
+
+def _below(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The weights of one part of a model, named as the part names them."""
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+
+
+def _weights(artifact: Artifact) -> dict[str, Tensor]:
+    path = artifact.folder / WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"an artifact must hold {WEIGHTS}, but {str(artifact.folder)!r} does not; copy it again")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{WEIGHTS} of {str(artifact.folder)!r} must be whole, but is cut off or broken ({error}); copy it again"
+        ) from error
+    if sha256(path) != artifact.sha256:
+        raise CheckpointError(
+            f"{WEIGHTS} of {str(artifact.folder)!r} must be the file that {PLAN} belongs to, but its SHA-256 differs; "
+            "copy both from one run"
+        )
+    return state
+
+
+def open_any(place: Source, source: str | None = None) -> OpenedModel:
+    """A model from a module, an id or an artifact folder.
+
+    Args:
+        place: a folder is an artifact.
+        source: see :func:`ttmpd.artifact.read.open_artifact`.
+    """
+    if isinstance(place, OpenedModel):
+        return place
+    if not isinstance(place, nn.Module) and is_artifact(place):
+        return open_artifact(place, source)
+    return open_model(str(place) if isinstance(place, Path) else place)

@@ -1,0 +1,167 @@
+"""What a run makes, and how it is written: a readable plan and safetensors, each file whole or not at all."""
+
+import dataclasses
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from ttmpd.errors import InvalidValueError
+from ttmpd.models.open import is_rebuildable
+from ttmpd.models.opened import OpenedModel
+from ttmpd.records import UNCHANGED, Lossless, Plan, Removal
+from ttmpd.storage import disk_guarded, write_json
+from ttmpd.surgery.cut import joined
+from ttmpd.surgery.exits.model import exits_data
+
+FORMAT = 1
+PLAN, WEIGHTS = "plan.json", "model.safetensors"
+STOCK = "transformers"
+"""Folder with the same student as its own library writes models, where that can say what is left of it."""
+_FILES = (WEIGHTS, "report.json", "report.html", "README.md")
+UNFINISHED = ".unfinished"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """A model that was made faster, adapted or given exits, with its proof.
+
+    Args:
+        model: a plain ``nn.Module`` in eval mode, on the CPU; with exits an :class:`ttmpd.EarlyExitModel`, whose
+            ``threshold`` may be changed at any time.
+        plan: what was removed, and the milliseconds.
+        facts: everything that was measured, as plain data: the report draws it.
+        sample_ids: content hashes of the unlabelled samples that were used.
+        opened: where the model came from.
+        met: whether what was measured meets the target; True where none was set.
+        lossless: what was done to the model besides, in this run.
+    """
+
+    model: nn.Module
+    plan: Plan
+    facts: dict[str, Any]
+    sample_ids: tuple[str, ...]
+    opened: OpenedModel
+    met: bool = True
+    lossless: Lossless = UNCHANGED
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the artifact: plan.json, model.safetensors, README.md, report.html, report.json.
+
+        Args:
+            folder: made if missing; an artifact that is there is replaced.
+
+        Returns:
+            The folder: :func:`ttmpd.load` reads it.
+
+        Raises:
+            TTMPDError: there is no room or no permission to write.
+        """
+        return _write(Path(folder), self)
+
+    save_pretrained = save
+
+
+def _write(folder: Path, result: Result) -> Path:
+    """Write the artifact, each file whole or not at all."""
+    from ttmpd.artifact.report import write_report
+
+    check_output(folder)
+    with disk_guarded(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+        try:
+            # Tied tensors are written once each: loading copies them into one place again.
+            state = {key: value.detach().cpu().contiguous().clone() for key, value in result.model.state_dict().items()}
+            save_file(state, unfinished / WEIGHTS)
+            stock = _stock(result, unfinished / STOCK)
+            write_report({**result.facts, "stock": stock}, unfinished)
+            data = _described(result) | exits_data(result.model)
+            data["weights"] = {"file": WEIGHTS, "sha256": sha256(unfinished / WEIGHTS)}
+            write_json(unfinished / PLAN, data)
+            shutil.copymode(unfinished / PLAN, unfinished / WEIGHTS)  # safetensors makes it private
+            (folder / UNFINISHED).touch()  # from here to the last rename the folder is no artifact
+            (folder / PLAN).unlink(missing_ok=True)
+            _discard(folder / STOCK)  # of another student
+            for path in sorted(unfinished.iterdir(), key=lambda path: path.name == PLAN):
+                _discard(folder / path.name)
+                path.replace(folder / path.name)
+            (folder / UNFINISHED).unlink()
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder of an artifact that is written anew; a file is replaced in one step."""
+    if path.is_dir():
+        shutil.rmtree(path)
+
+
+def _stock(result: Result, folder: Path) -> str:
+    """Write the student as its own library does; the name of its class, "" where that cannot say what is left."""
+    from ttmpd.artifact.huggingface import save_stock, stock_model
+
+    opened, shape = result.opened, result.facts.get("samples", {}).get("input_shape") or ()
+    fresh = stock_model(result.model, joined(opened.removed, result.plan.removals), opened.preprocessing, shape)
+    if fresh is None:
+        return ""
+    save_stock(fresh, opened.preprocessing, folder)
+    return type(fresh).__name__
+
+
+def check_output(folder: Path) -> None:
+    """Refuse to write among files that are not ours.
+
+    Raises:
+        InvalidValueError: the folder is a file, or holds files and is no artifact.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InvalidValueError(f"output must be a folder, but {str(folder)!r} is a file; choose another")
+    if folder.is_dir() and not (folder / PLAN).exists():
+        others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        if any((folder / name).exists() for name in _FILES) and not (folder / UNFINISHED).exists():
+            raise InvalidValueError(
+                f"output must be a new or empty folder, or an artifact, but {str(folder)!r} holds other files "
+                f"({', '.join(others[:3])}) that would be overwritten; choose another"
+            )
+
+
+def _described(result: Result) -> dict[str, Any]:
+    plan, opened, facts = result.plan, result.opened, result.facts
+    numbers = {key: getattr(plan, key) for key in ("harm", "original_ms", "budget_ms", "predicted_ms")}
+    removals = joined(opened.removed, plan.removals)
+    return {
+        "format": FORMAT,
+        "ttmpd": str(facts.get("ttmpd", "unknown")),
+        "model": {
+            "id": opened.id,
+            "rebuildable": is_rebuildable(opened.id),
+            "class": type(opened.module).__name__,
+        },
+        "preprocessing": opened.preprocessing.to_dict() if opened.preprocessing else None,
+        "class_names": list(opened.class_names),
+        "input_shape": facts.get("samples", {}).get("input_shape"),
+        "plan": {"removals": [_row(removal) for removal in removals]} | numbers,
+        "lossless": {
+            "folded": [list(pair) for pair in (*opened.lossless.folded, *result.lossless.folded)],
+            "channels_last": opened.lossless.channels_last or result.lossless.channels_last,
+        },
+        "methods": facts.get("methods", {}),
+        "settings": facts.get("settings", {}),
+        "sample_ids": list(dict.fromkeys((*opened.used_ids, *result.sample_ids))),
+    }
+
+
+def _row(removal: Removal) -> dict[str, Any]:
+    return dataclasses.asdict(removal.unit) | {"action": removal.action, "kept": list(removal.kept)}
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""What a user calls data, read into one compact form."""

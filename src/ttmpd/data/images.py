@@ -1,0 +1,214 @@
+"""Anything a user calls data, one sample at a time: each is a row with a value, or the reason why there is none."""
+
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from ttmpd.data.files import FORMS, SUFFIXES, image_files, is_labelled, read_array
+from ttmpd.data.preprocessing import Preprocessing
+from ttmpd.data.rows import Indexed, Row, content_id, described, isolated, load_item
+from ttmpd.data.tables import kind_of, text_files
+from ttmpd.errors import SamplesError, UnsupportedError
+
+MIN_SIDE = 8
+"""Images with a shorter side than this are skipped, unless the model's own input is smaller."""
+
+
+def rows_of(data: Any, preprocessing: Preprocessing | None, seed: int) -> Indexed | Iterator[Row]:
+    """The rows of ``data``: of known length where it has one, else a stream.
+
+    Raises:
+        SamplesError: this is no kind of data.
+    """
+    if isinstance(data, str | Path):
+        path = Path(data).expanduser()
+        if path.is_dir():
+            return _folder(path, _images_in(path), preprocessing)
+        if path.is_file() and kind_of(path):
+            raise SamplesError(_no_text(path.name))
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            return _folder(path.parent, (path.name,), preprocessing)
+        return _array(read_array(path), preprocessing)
+    if isinstance(data, tuple) and len(data) == 2 and is_labelled(*data):
+        data = data[0]
+    if isinstance(data, Tensor | np.ndarray):
+        return _array(data, preprocessing)
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset) and isinstance(data, Sized):
+        return _dataset(data, preprocessing, seed)
+    if isinstance(data, Iterable) and not isinstance(data, Mapping | bytes):
+        return _stream(data, preprocessing, seed)
+    raise SamplesError(f"data must be {FORMS}, but got {type(data).__name__}")
+
+
+def _images_in(folder: Path) -> tuple[str, ...]:
+    names = image_files(folder)
+    if not names and text_files(folder):
+        raise SamplesError(_no_text(str(folder)))
+    return names
+
+
+def _no_text(place: str) -> str:
+    return (
+        f"a model that says nothing of a tokenizer must be given images or arrays, but {place!r} holds text; open a "
+        "text model as hf:ORG/NAME or hf:/directory"
+    )
+
+
+def _folder(folder: Path, names: Sequence[str], preprocessing: Preprocessing | None) -> Indexed:
+    if preprocessing is None:
+        raise SamplesError(
+            "a model that is given a folder of images must say how it wants them, but it has no preprocessing; "
+            "set a dict `pretrained_cfg` on the module with input_size, mean, std, interpolation and crop_pct"
+        )
+
+    def decode(name: str) -> Row:
+        try:
+            content = (folder / name).read_bytes()
+            with Image.open(io.BytesIO(content)) as image:
+                return _from_image(name, image, preprocessing, content_id(content))
+        except UnsupportedError:
+            raise
+        except Exception as error:  # decoders raise almost anything on broken files
+            return Row(name, reason=f"cannot be read as an image ({type(error).__name__}: {error})"[:200])
+
+    def load(index: Sequence[int]) -> list[Row]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(decode, [names[i] for i in index]))
+
+    return Indexed(len(names), load)
+
+
+def _from_image(name: str, image: Image.Image, preprocessing: Preprocessing | None, known_id: str = "") -> Row:
+    upright = ImageOps.exif_transpose(image)
+    if reason := _too_small(upright.width, upright.height, preprocessing):
+        return Row(name, reason=reason)
+    if preprocessing is None:
+        upright = upright if upright.mode in ("L", "RGB") else upright.convert("RGB")
+        return _from_tensor(name, torch.from_numpy(np.array(upright)), None)
+    known_id = known_id or content_id(np.asarray(upright).tobytes(), upright.size)
+    return Row(name, preprocessing.pixels(upright), known_id)
+
+
+def _too_small(width: int, height: int, preprocessing: Preprocessing | None) -> str:
+    least = min(MIN_SIDE, *preprocessing.input_size[1:]) if preprocessing else 1
+    return f"is {width}x{height} pixels, but must have sides of {least} or more" if min(width, height) < least else ""
+
+
+def _from_tensor(name: str, value: Tensor, preprocessing: Preprocessing | None) -> Row:
+    """One sample from a tensor: pixels (H, W, C), (C, H, W) or (H, W), or floating values of any shape."""
+    value = value.detach().cpu()
+    if value.dtype != torch.uint8:
+        return _from_values(name, value, preprocessing)
+    value = value[..., None] if value.dim() == 2 else value
+    if value.dim() == 3 and value.shape[-1] not in (1, 3, 4):
+        value = value.permute(1, 2, 0)
+    if value.dim() != 3 or value.shape[-1] not in (1, 3, 4):
+        return Row(name, reason=f"uint8 must be an image of 1, 3 or 4 channels, but is {described(value)}")
+    value = value.contiguous()  # (H, W, C): the id does not depend on the layout
+    height, width, channels = value.shape
+    if reason := _too_small(width, height, preprocessing):
+        return Row(name, reason=reason)
+    own_id = content_id(value.numpy().tobytes(), value.shape)
+    if preprocessing is None or tuple(preprocessing.input_size) == (channels, height, width):
+        return Row(name, value.permute(2, 0, 1), own_id)
+    image = Image.fromarray(value.numpy()[..., 0] if channels == 1 else value.numpy())
+    return Row(name, preprocessing.pixels(image), own_id)
+
+
+def _from_values(name: str, value: Tensor, preprocessing: Preprocessing | None) -> Row:
+    if not value.is_floating_point():
+        return Row(name, reason=f"is {described(value)}, but must be uint8 pixels or floating values")
+    value = value.float() if value.dtype == torch.float64 else value
+    if not bool(torch.isfinite(value).all()):
+        return Row(name, reason="holds NaN or infinite values")
+    if preprocessing is not None and value.dim() == 3:
+        channels, height, width = preprocessing.input_size
+        if tuple(value.shape) == (height, width, channels) != (channels, height, width):
+            value = value.permute(2, 0, 1)
+    value = value.contiguous()
+    return Row(name, value, content_id(value.reshape(-1).view(torch.uint8).numpy().tobytes(), value.shape))
+
+
+def _array(data: Any, preprocessing: Preprocessing | None) -> Indexed:
+    """The rows of a tensor or array; a memory-mapped one is read row by row."""
+    if data.ndim < 1:
+        raise SamplesError("an array of samples must have a first axis of samples, but got a single number")
+    return Indexed(len(data), lambda index: [_from_any(str(i), data[i], preprocessing) for i in index])
+
+
+def _from_any(name: str, item: Any, preprocessing: Preprocessing | None) -> Row:
+    found = _first(item)
+    if isinstance(found, Image.Image):
+        try:
+            return _from_image(name, found, preprocessing)
+        except (OSError, ValueError) as error:
+            return Row(name, reason=f"cannot be read as an image ({type(error).__name__}: {error})"[:200])
+    if found is None:
+        return Row(name, reason=f"holds no tensor, array or image, but {type(item).__name__}")
+    return _from_tensor(name, _tensor(found), preprocessing)
+
+
+def _first(item: Any) -> Any:
+    """The first tensor, array or image in a nested item; labels come after it and are ignored."""
+    if isinstance(item, Tensor | np.ndarray | np.generic | Image.Image):
+        return item
+    if isinstance(item, Mapping):
+        named = [item[key] for key in ("pixel_values", "image", "images", "img", "x") if key in item]
+        item = [*named, *item.values()]
+    if isinstance(item, Sequence) and not isinstance(item, str | bytes):
+        return next((found for found in map(_first, item) if found is not None), None)
+    return None
+
+
+def _tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    array = np.array(value)  # a copy: the source may be read-only or have negative strides
+    if array.dtype.kind not in "fiub":
+        raise SamplesError(f"an array of samples must hold numbers, but got {array.dtype}")
+    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+        array = array.astype(np.int64)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+
+
+def _dataset(data: Any, preprocessing: Preprocessing | None, seed: int) -> Indexed:
+    def load_one(i: int) -> Row:
+        item = load_item(data, i, seed)
+        return item if isinstance(item, Row) else _from_any(str(i), item, preprocessing)
+
+    return Indexed(len(data), lambda index: [load_one(i) for i in index])
+
+
+def _stream(data: Iterable[Any], preprocessing: Preprocessing | None, seed: int) -> Iterator[Row]:
+    batched = data.batch_sampler is not None or data.batch_size is not None if isinstance(data, DataLoader) else None
+    values: Iterator[Any] = chain.from_iterable(_samples_of(item, batched) for item in isolated(data, seed))
+    for i, value in enumerate(values):
+        yield _from_any(str(i), value, preprocessing)
+
+
+def _samples_of(item: Any, batched: bool | None) -> Iterable[Any]:
+    """The samples in one item of a stream; without a DataLoader's word for it, the shape tells a batch from a sample.
+
+    A sample is an image (H, W), (H, W, C) or (C, H, W), or a vector; everything else is a batch.
+    """
+    found = _first(item)
+    if isinstance(found, Image.Image):
+        holders = [item, *item] if isinstance(item, list | tuple) else [item]
+        return next((h for h in holders if isinstance(h, list) and isinstance(h[0], Image.Image)), [found])
+    if not isinstance(found, Tensor | np.ndarray):
+        return [item]
+    if batched is None:
+        image = found.ndim == 3 and (found.shape[0] in (1, 3, 4) or found.shape[-1] in (1, 3, 4))
+        vector = found.ndim < 2 or (found.ndim == 2 and _tensor(found[:1]).dtype == torch.uint8)
+        batched = not (image or vector)
+    return found if batched and found.ndim else [found]

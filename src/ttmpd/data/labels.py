@@ -1,0 +1,182 @@
+"""Class indices for evaluation; compression never sees them."""
+
+import csv
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ttmpd.data.files import image_files, is_labelled, npz_member, place_of, read_array
+from ttmpd.data.samples import Samples
+from ttmpd.data.tables import kind_of, read_table, text_files
+from ttmpd.errors import SamplesError
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """Class indices for evaluation, by the name of a sample: a path relative to its folder, or a row.
+
+    Args:
+        values: name -> class index.
+        source: where they came from, for messages.
+    """
+
+    values: Mapping[str, int]
+    source: str
+
+    def of(self, samples: Samples) -> Tensor:
+        """The label of every sample, (N,) int64.
+
+        Raises:
+            SamplesError: a sample has no label.
+        """
+        if len(samples.names) != len(samples):
+            raise SamplesError("samples must have names to find their labels, but got none; open them from their file")
+        missing = [name for name in samples.names if name not in self.values]
+        if missing:
+            raise SamplesError(
+                f"{self.source} must hold a label for every sample, but has none for {len(missing)} of {len(samples)} "
+                f"({', '.join(missing[:5])}); add them or take these samples away"
+            )
+        return torch.tensor([self.values[name] for name in samples.names], dtype=torch.int64)
+
+
+def open_labels(labels: str | Path | None, data: Any) -> Labels:
+    """The labels of ``data``, to be asked by sample.
+
+    Args:
+        labels: a .npz with ``y``, one label per row of ``data``; or a .csv with the columns ``file`` and ``label``,
+            where a file is a path relative to the folder, a base name that is unique, or a row; or, for text, a .tsv,
+            .csv or .jsonl with a column ``label`` and as many rows as ``data``, such as ``data`` itself; None takes
+            them from ``data``.
+        data: what the samples are opened from.
+
+    Raises:
+        SamplesError: the file has another form, a label is no class index, or the counts differ.
+    """
+    place = Path(data).expanduser() if isinstance(data, str | Path) else None
+    if labels is None:
+        if place is None or not (place.suffix.lower() == ".npz" or _is_table(place)):
+            raise SamplesError(f"labels must be given, but got none for {place_of(data)}; pass a .csv or .npz file")
+        labels = place
+    path = Path(labels).expanduser()
+    if not path.is_file() or not (path.suffix.lower() == ".npz" or _is_table(path)):
+        found = "another kind of file" if path.exists() else "no such file"
+        raise SamplesError(
+            f"labels must be a .csv, .tsv, .jsonl or .npz file, but got {found}: {str(path)!r}; check the path"
+        )
+    if place is not None and _is_table(path) and kind_of(place):
+        rows = _table_labels(path, place)
+        if rows is not None:
+            return Labels(rows, path.name)
+    if path.suffix.lower() == ".csv":
+        return Labels(_csv_labels(path, place), path.name)
+    if path.suffix.lower() != ".npz":
+        raise SamplesError(f"labels in {path.name} must belong to a file of text, but data are {place_of(data)}")
+    if place is not None and place.is_dir():
+        raise SamplesError(f"labels of a folder must be a .csv file, but got {path.name}; rows say nothing about files")
+    return Labels(_npz_labels(path, data if place is None else place), path.name)
+
+
+def _is_table(path: Path) -> bool:
+    return kind_of(path) not in ("", ".txt")
+
+
+def _table_labels(path: Path, place: Path) -> dict[str, int] | None:
+    """The labels of rows of text; None where the table is one of files and labels."""
+    table = read_table(path)
+    if "label" not in table.columns:
+        raise SamplesError(f"{path.name} must have a column 'label', but has {list(table.columns)}; rename one")
+    if "file" in table.columns:
+        return None
+    n_rows = len(table.rows) if path == place else len(read_table(place).rows)
+    if n_rows != len(table.rows):
+        raise SamplesError(
+            f"{path.name} must have as many rows as the data, but got {len(table.rows)} labels for {n_rows} rows"
+        )
+    found = {}
+    for number, row in enumerate(table.rows):
+        text = "" if isinstance(row, str) else str(row.get("label", "")).strip()
+        if text.isascii() and text.isdecimal():
+            found[str(number)] = int(text)
+        elif text:
+            raise SamplesError(
+                f"{path.name} must hold a class index (0, 1, ...) in every row, but row {number + 1} has the label "
+                f"{text!r:.100}; write class names as numbers in the order of the model's outputs"
+            )
+    return found
+
+
+def _npz_labels(path: Path, data: Any) -> dict[str, int]:
+    values = np.asarray(npz_member(path, ("y", "labels"), ("x", "images", "data")))
+    values = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+    if values.ndim != 1 or values.dtype.kind not in "iu" or (values < 0).any():
+        raise SamplesError(
+            f"y of {path.name} must hold one class index (0, 1, ...) per row, but got {values.dtype} {values.shape}"
+        )
+    n_rows = _count_rows(data)
+    if n_rows is not None and n_rows != len(values):
+        raise SamplesError(
+            f"y of {path.name} must have as many rows as the data, but got {len(values)} labels for {n_rows} rows"
+        )
+    return {str(i): int(value) for i, value in enumerate(values)}
+
+
+def _count_rows(data: Any) -> int | None:
+    if isinstance(data, Path):
+        return len(read_array(data))
+    if isinstance(data, Samples):
+        return None  # possibly a choice from more rows
+    if isinstance(data, tuple) and len(data) == 2 and is_labelled(*data):
+        return len(data[0])
+    data = data.dataset if isinstance(data, DataLoader) else data
+    return len(data) if isinstance(data, Sized) else None
+
+
+def _csv_labels(path: Path, place: Path | None) -> dict[str, int]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            if not {"file", "label"} <= set(columns):
+                raise SamplesError(f"{path.name} must have the columns 'file' and 'label', but has {list(columns)}")
+            given = _csv_rows(path.name, reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SamplesError(f"{path.name} must be a .csv file in UTF-8, but got {error}; save it again") from error
+    if place is None or not place.is_dir():
+        return given
+    files = image_files(place) or text_files(place)
+    base = Counter(PurePosixPath(name).name for name in files)
+    given_base = Counter(PurePosixPath(name).name for name in given)
+    by_base = {PurePosixPath(name).name: label for name, label in given.items()}
+    found = {}
+    for name in files:
+        end = PurePosixPath(name).name
+        if name in given:
+            found[name] = given[name]
+        elif base[end] == 1 and given_base[end] == 1:
+            found[name] = by_base[end]
+    if not found:
+        raise SamplesError(f"{path.name} must name files below {str(place)!r}, but names none; check the column 'file'")
+    return found
+
+
+def _csv_rows(source: str, rows: Iterable[Mapping[str, str | None]]) -> dict[str, int]:
+    given: dict[str, int] = {}
+    for number, row in enumerate(rows, start=2):
+        name, text = (row["file"] or "").strip().replace("\\", "/"), (row["label"] or "").strip()
+        name = name.removeprefix("./")
+        if not name or not (text.isascii() and text.isdecimal()):
+            raise SamplesError(
+                f"{source} must hold a file and a class index (0, 1, ...) in every row, but line {number} has file "
+                f"{name!r} and label {text!r}; write class names as numbers in the order of the model's outputs"
+            )
+        if given.setdefault(name, int(text)) != int(text):
+            raise SamplesError(f"{source} must give one label to a file, but gives {name!r} two (line {number})")
+    return given

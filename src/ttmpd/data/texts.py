@@ -1,0 +1,174 @@
+"""Anything a user calls text, one sample at a time: each is a row of token ids, or the reason why there is none."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from ttmpd.data.files import SUFFIXES, image_files, read_array
+from ttmpd.data.rows import Indexed, Row, content_id, isolated, load_item
+from ttmpd.data.tables import COLUMNS, FORMS, kind_of, numbered, read_table, read_text, text_files
+from ttmpd.data.tokenization import Tokenization
+from ttmpd.errors import SamplesError
+
+UNDECODABLE = "held bytes that are no UTF-8"
+_AT_ONCE = 256  # texts of a stream that are handed to the tokenizer together
+
+Named = tuple[str, Any]
+"""A sample before it is read: its name, and a text, token ids, or a row that says why there is neither."""
+
+
+def cut_note(tokenization: Tokenization) -> str:
+    """What is said of texts that the model sees the beginning of."""
+    return f"longer than {tokenization.max_length} tokens, of which the first were read"
+
+
+def text_rows_of(data: Any, tokenization: Tokenization, seed: int) -> Indexed | Iterator[Row]:
+    """The rows of ``data``: of known length where it has one, else a stream.
+
+    Raises:
+        SamplesError: this is no kind of text.
+    """
+    if isinstance(data, str | Path):
+        return _place(Path(data).expanduser(), tokenization)
+    if isinstance(data, Tensor | np.ndarray):
+        return _indexed(numbered(len(data)), lambda i: data[i], tokenization)
+    if isinstance(data, list | tuple) and all(isinstance(item, str) for item in data):
+        return _indexed(numbered(len(data)), data.__getitem__, tokenization)
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset) and isinstance(data, Sized):
+        return _indexed(numbered(len(data)), lambda i: load_item(data, i, seed), tokenization)
+    if isinstance(data, Iterable) and not isinstance(data, Mapping | bytes):
+        return _stream(data, tokenization, seed)
+    raise SamplesError(f"data must be {FORMS}, but got {type(data).__name__}")
+
+
+def _place(path: Path, tokenization: Tokenization) -> Indexed:
+    if path.is_dir():
+        names = text_files(path)
+        if not names and image_files(path):
+            raise SamplesError(f"a text model must be given text, but {str(path)!r} holds images; pass {FORMS}")
+        return _indexed(names, lambda i: _whole_file(path, names[i]), tokenization)
+    if path.is_file() and kind_of(path):
+        table = read_table(path)
+        column = table.text_column()
+        return _indexed(numbered(len(table.rows)), lambda i: _cell(i, table.rows[i], column), tokenization)
+    if path.is_file() and path.suffix.lower() in (".npy", ".npz"):
+        array = read_array(path)
+        return _indexed(numbered(len(array)), lambda i: array[i], tokenization)
+    found = f"{str(path)!r} does not exist"
+    if path.is_file():
+        found = f"got {'an image' if path.suffix.lower() in SUFFIXES else 'another kind of file'}, {str(path)!r}"
+    raise SamplesError(f"data of a text model must be {FORMS}, but {found}; check the path")
+
+
+def _whole_file(folder: Path, name: str) -> Any:
+    try:
+        return read_text(folder / name)
+    except SamplesError as error:
+        return Row(name, reason=f"cannot be read ({error})"[:200])
+
+
+def _cell(number: int, row: Mapping[str, Any] | str, column: str) -> Any:
+    if isinstance(row, str):
+        return Row(str(number), reason=row)
+    found = row.get(column, "")
+    if not isinstance(found, str | list):
+        return Row(str(number), reason=f"{column} must be text, but is {type(found).__name__}")
+    return found
+
+
+def _indexed(names: Sequence[str], item: Any, tokenization: Tokenization) -> Indexed:
+    return Indexed(len(names), lambda index: _encoded([(names[i], item(i)) for i in index], tokenization))
+
+
+def _stream(data: Iterable[Any], tokenization: Tokenization, seed: int) -> Iterator[Row]:
+    items = enumerate(one for item in isolated(data, seed) for one in _samples_of(item))
+    while few := list(islice(items, _AT_ONCE)):
+        yield from _encoded([(str(i), item) for i, item in few], tokenization)
+
+
+def _samples_of(item: Any) -> Iterable[Any]:
+    """The samples in one item of a stream: a list of texts and a matrix of ids are batches, labels beside them are not.
+
+    A tuple that begins with a text is one sample with its label.
+    """
+    found = _named(item) if isinstance(item, Mapping) else item
+    if isinstance(found, list | tuple) and found and not isinstance(found[0], str | int | np.integer):
+        found = found[0]  # a batch of texts or ids, then labels
+    batch = isinstance(found, list) or (isinstance(found, tuple) and found is not item)
+    if batch and found and isinstance(found[0], str):
+        return list(found)
+    if isinstance(found, Tensor | np.ndarray) and found.ndim == 2:
+        return found
+    return [item]
+
+
+def _named(item: Mapping[Any, Any]) -> Any:
+    """The text or the ids among named values."""
+    return next((item[key] for key in COLUMNS if key in item), item)
+
+
+def _first(item: Any) -> Any:
+    """The first text in a nested item, or the first token ids; labels come after it and are ignored."""
+    if isinstance(item, str | Row | Tensor | np.ndarray | np.generic):
+        return item
+    if isinstance(item, Mapping):
+        found = _named(item)
+        item = list(item.values()) if found is item else [found]
+    if isinstance(item, Sequence) and not isinstance(item, bytes):
+        if item and all(isinstance(one, int) for one in item):
+            return torch.tensor(item)
+        return next((found for found in map(_first, item) if found is not None), None)
+    return None
+
+
+def _encoded(few: Sequence[Named], tokenization: Tokenization) -> list[Row]:
+    """A row for each sample; the texts among them go through the tokenizer together."""
+    found = [_first(item) for _, item in few]
+    texts = {i: value.strip() for i, value in enumerate(found) if isinstance(value, str) and value.strip()}
+    tokens = dict(zip(texts, tokenization.encode(list(texts.values())), strict=True))
+    rows = []
+    for i, ((name, item), value) in enumerate(zip(few, found, strict=True)):
+        if i in texts:
+            rows.append(_from_text(name, texts[i], *tokens[i], tokenization))
+        elif isinstance(value, Row):
+            rows.append(value)
+        elif isinstance(value, str):
+            rows.append(Row(name, reason="is empty"))
+        elif value is None:
+            rows.append(Row(name, reason=f"holds no text, but {type(item).__name__}"))
+        else:
+            rows.append(_from_ids(name, value, tokenization))
+    return rows
+
+
+def _from_text(name: str, text: str, ids: Tensor, cut: bool, tokenization: Tokenization) -> Row:
+    if not len(_unpadded(ids, tokenization.padding)):
+        return Row(name, reason="holds no tokens")
+    notes = [cut_note(tokenization)] if cut else []
+    notes += [UNDECODABLE] if "\ufffd" in text else []
+    # The id is that of the text: other tokenizers and lengths know the sample again.
+    return Row(name, ids, content_id(text.encode("utf-8", "surrogatepass")), notes=tuple(notes))
+
+
+def _from_ids(name: str, value: Tensor | np.ndarray | np.generic, tokenization: Tokenization) -> Row:
+    """One sample from token ids, possibly padded."""
+    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or array.dtype.itemsize < 2:  # single bytes are pixels
+        return Row(name, reason=f"is {array.dtype} {array.shape}, but must be text or token ids")
+    ids = _unpadded(torch.from_numpy(array.astype(np.int64)), tokenization.padding)
+    if not len(ids) or int(ids.min()) < 0:
+        return Row(name, reason="holds no tokens" if not len(ids) else "holds negative token ids")
+    notes = (cut_note(tokenization),) if len(ids) > tokenization.max_length else ()
+    return Row(name, ids[: tokenization.max_length].clone(), content_id(ids.numpy().tobytes()), notes=notes)
+
+
+def _unpadded(ids: Tensor, padding: int) -> Tensor:
+    """Without the padding at either end."""
+    kept = (ids != padding).nonzero()
+    return ids[int(kept[0]) : int(kept[-1]) + 1] if len(kept) else ids[:0]

@@ -1,0 +1,1 @@
+"""Milliseconds on this device."""

@@ -1,0 +1,76 @@
+"""Which lossless changes are faster on this device."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.latency.timing import Rounds, time_models
+from ttmpd.models.modules import prefers_channels_last
+from ttmpd.models.run import call, evaluating
+from ttmpd.records import UNCHANGED, Lossless
+from ttmpd.surgery.lossless import applied, foldable
+
+GAIN = 1.02
+"""How many times as fast a model must become for a change to be made."""
+
+
+MOST = 16
+"""Samples on which the choices are compared; the best of them is timed on the whole batch. Several models in turn leave
+the memory that they free in pieces, the more the larger the batch."""
+
+
+def find_lossless(model: nn.Module, batch: Tensor) -> tuple[Lossless, Rounds]:
+    """What makes the model faster here without changing it, and the rounds in which that was found.
+
+    Args:
+        model: as it is used now; left untouched.
+        batch: of the size that latency is promised for, on the model's device.
+
+    Returns:
+        The fastest choice, and interleaved milliseconds of "original" and "lossless".
+    """
+    choices = [UNCHANGED]
+    if pairs := foldable(model, batch[:2]):
+        choices.append(Lossless(pairs))
+    if prefers_channels_last(model):
+        choices += [dataclasses.replace(choice, channels_last=True) for choice in choices]
+    changed = [choice for choice in choices[1:] if _same(model, applied(model, choice), batch[:2])]
+    best = _fastest(model, changed, batch[:MOST])
+    if best == UNCHANGED:
+        return unchanged(model, batch)
+    models = {"original": model, "lossless": applied(model, best)}
+    rounds = time_models(models, batch, rounds=7, min_seconds=1.0, max_seconds=5.0)
+    return (best, rounds) if rounds.ratio("original", "lossless").median_ms >= GAIN else _as_it_is(rounds)
+
+
+def _fastest(model: nn.Module, changed: Sequence[Lossless], batch: Tensor) -> Lossless:
+    """The change under which the batch takes the least time; none where that gains too little."""
+    if not changed:
+        return UNCHANGED
+    models = {str(choice): applied(model, choice) for choice in changed} | {"original": model}
+    rounds = time_models(models, batch, rounds=7, min_seconds=1.0, max_seconds=4.0)
+    gains = {choice: rounds.ratio("original", str(choice)).median_ms for choice in changed}
+    best = max(changed, key=lambda choice: gains[choice])
+    return best if gains[best] >= GAIN else UNCHANGED
+
+
+def unchanged(model: nn.Module, batch: Tensor) -> tuple[Lossless, Rounds]:
+    """The model as it is, and its milliseconds under both names."""
+    return _as_it_is(time_models({"original": model}, batch, rounds=7, min_seconds=1.0, max_seconds=5.0))
+
+
+def _as_it_is(rounds: Rounds) -> tuple[Lossless, Rounds]:
+    return UNCHANGED, Rounds(dict.fromkeys(("original", "lossless"), rounds.ms["original"]))
+
+
+def _same(model: nn.Module, other: nn.Module, batch: Tensor) -> bool:
+    """Whether both answer alike; not where the other does not run, as with code that views its tensors."""
+    with evaluating(model), evaluating(other):
+        wanted = call(model, batch)
+        try:
+            found = call(other, batch)
+        except RuntimeError:
+            return False
+    return bool(torch.allclose(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())))

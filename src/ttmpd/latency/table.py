@@ -1,0 +1,358 @@
+"""Milliseconds that each removal saves, measured on this device."""
+
+import copy
+import dataclasses
+import functools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ttmpd.latency.device import synchronize
+from ttmpd.latency.timing import Rounds, interleaved, time_models
+from ttmpd.models.macs import count_macs
+from ttmpd.models.modules import common_path, hooks, module_at
+from ttmpd.models.run import evaluating, first_tensor
+from ttmpd.models.taps import read
+from ttmpd.records import KERNELS, UNCHANGED, Action, Lossless, Saving, Tap, Timing, Unit
+from ttmpd.surgery.cut import WHOLE
+from ttmpd.surgery.find import narrow_kind
+from ttmpd.surgery.lossless import applied, apply, within
+
+PRECISION = 0.015
+"""How well a speedup is to be known: its standard error over it. On an idle machine a few rounds say more than this."""
+
+
+LARGE = 64 * 2**20
+"""Bytes of a map beyond which the units around it are timed by themselves."""
+
+
+_Given = tuple[tuple[object, ...], dict[str, object]]
+"""The arguments of a call."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnitTiming:
+    """Milliseconds per batch of a unit, of each of its stand-ins (action -> ms) and of each width (members -> ms)."""
+
+    unit: str
+    ms: float
+    stand_ins: Mapping[str, float]
+    widths: Mapping[str, float] = field(default_factory=dict)
+
+    def offers(self, action: Action, n_kept: int = 0) -> bool:
+        """Whether the action can be taken."""
+        if action == "narrow":
+            return str(n_kept) in self.widths
+        return (action == "drop" and not self.widths) or action in self.stand_ins
+
+    def saving(self, action: Action, n_kept: int = 0) -> Saving:
+        """What the action saves."""
+        left = self.widths[str(n_kept)] if action == "narrow" else self.stand_ins.get(action, 0.0)
+        return Saving(self.unit, action, self.ms - left)
+
+
+def time_units(
+    model: nn.Module,
+    units: Sequence[Unit],
+    batch: Tensor,
+    *,
+    how: Lossless = UNCHANGED,
+    rounds: int = 7,
+    min_seconds: float = 1.0,
+) -> tuple[UnitTiming, ...]:
+    """Time every unit, its stand-ins and its widths on the input it really gets.
+
+    Units alike in class, shape, weights and operations are timed as one: they differ by noise alone. Members are timed
+    with everything in the smallest module that holds them and what reads them; where that is most of the network, which
+    would drown what they save, the layers that make and read them are timed alone. A unit's own milliseconds are what
+    would be saved without any member. Of many widths every second one is timed, those between lie on the line.
+
+    Args:
+        model: on the device, as it was given.
+        units: what to time.
+        batch: a batch of the size that latency is promised for.
+        how: what else is done to the model, and therefore to everything that is timed.
+        rounds: interleaved rounds over all units.
+        min_seconds: see :func:`ttmpd.latency.timing.interleaved`.
+    """
+    if not units:
+        return ()
+    representatives = {_signature(unit): unit for unit in reversed(units)}
+    numbered = dict(enumerate(representatives.values()))
+    median: dict[str, float] = {}
+    ready = applied(model, how)
+    with evaluating(model), evaluating(ready):
+        far = _far_apart(model, numbered.values(), batch)
+        groups = _groups(model, numbered, far, batch)
+        for group in groups:
+            runs = _runs(_Timed(model, ready, how), group, far, batch)
+            found = interleaved(runs, rounds=rounds, warmup=2, min_seconds=min_seconds / len(groups))
+            median |= {name: statistics.median(values) for name, values in found.ms.items()}
+    numbers = {signature: number for number, signature in enumerate(representatives)}
+    return _bounded(units, [_timing(unit, numbers[_signature(unit)], median) for unit in units])
+
+
+def _bounded(units: Sequence[Unit], timings: Sequence[UnitTiming]) -> tuple[UnitTiming, ...]:
+    """The timings, those of members no longer than the block that holds them: more than that is noise."""
+    blocks = {f"{unit.path}.": timing.ms for unit, timing in zip(units, timings, strict=True) if not unit.members}
+    found = []
+    for unit, timing in zip(units, timings, strict=True):
+        around = [ms for path, ms in blocks.items() if f"{timed_path(unit)}.".startswith(path)]
+        if unit.members and around and timing.ms > min(around):
+            share = min(around) / timing.ms
+            widths = {name: ms * share for name, ms in timing.widths.items()}
+            timing = dataclasses.replace(timing, ms=min(around), widths=widths)
+        found.append(timing)
+    return tuple(found)
+
+
+def _groups(model: nn.Module, units: Mapping[int, Unit], far: Set[str], batch: Tensor) -> list[dict[int, Unit]]:
+    """Units that are timed in turn: all together, but those apart whose maps are large, or which are far apart.
+
+    Large maps of many sizes, allocated in changing order, leave freed memory in pieces that add up to gigabytes.
+    """
+    largest = _largest_maps(model, batch)
+    found: dict[str, dict[int, Unit]] = {}
+    for number, unit in units.items():
+        place = timed_path(unit)
+        key = unit.id if unit.id in far else place if largest.get(place, 0) > LARGE else ""
+        found.setdefault(key, {})[number] = unit
+    return list(found.values())
+
+
+def _largest_maps(model: nn.Module, batch: Tensor) -> dict[str, int]:
+    """Path -> bytes of the largest tensor that the module, or any in it, answers with for the batch."""
+    few, found = batch[:2], dict[str, int]()
+
+    def note(path: str, output: Any) -> None:
+        if isinstance(output, Tensor):
+            size = output.numel() * output.element_size() * len(batch) // len(few)
+            names = path.split(".")
+            for holder in (".".join(names[:n]) for n in range(1, len(names) + 1)):
+                found[holder] = max(found.get(holder, 0), size)
+
+    with hooks([m.register_forward_hook(lambda _m, _a, out, n=n: note(n, out)) for n, m in model.named_modules()]):
+        model(few)
+    return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Timed:
+    """What is timed: the model as it was given, for what is cut from it, and as it will be used, for what stays."""
+
+    model: nn.Module
+    ready: nn.Module
+    how: Lossless
+
+
+def _runs(timed: _Timed, units: Mapping[int, Unit], far: Set[str], batch: Tensor) -> dict[str, Callable[[], object]]:
+    """What is timed: number of the unit and name of what runs in its place -> the call."""
+    near = {timed_path(unit) for unit in units.values() if unit.id not in far}
+    given = _recorded_calls(timed.ready, near, batch) if near else {}
+    return {
+        f"{number} {name}": _synchronized(run, batch.device)
+        for number, unit in units.items()
+        for name, run in (_layers(timed, unit, batch) if unit.id in far else _variants(timed, unit, given)).items()
+    }
+
+
+def count_units(units: Sequence[Unit]) -> tuple[UnitTiming, ...]:
+    """The same with millions of multiply-accumulates per sample in the place of milliseconds."""
+    return tuple(_counted(unit) for unit in units)
+
+
+def _counted(unit: Unit) -> UnitTiming:
+    millions = unit.macs / 1e6
+    if unit.members:
+        return UnitTiming(unit.id, millions, {}, {str(n): millions * n / unit.members for n in unit.widths})
+    per_weight = math.prod(unit.shape) * unit.channels / 1e6
+    return UnitTiming(unit.id, millions, {a: per_weight * KERNELS[a] ** 2 for a in WHOLE.stand_ins(unit)})
+
+
+def _far_apart(model: nn.Module, units: Iterable[Unit], batch: Tensor) -> frozenset[str]:
+    """Ids of units of which no module that is called holds all but one that does most of the work.
+
+    Those between two blocks, say, or in a list or dictionary of layers, which a model's own forward calls one by one.
+    """
+    narrow = [unit for unit in units if unit.members]
+    if not narrow:
+        return frozenset()
+    macs = count_macs(model, batch[:2])
+    return frozenset(unit.id for unit in narrow if macs.get(timed_path(unit), math.inf) > macs[""] / 2)
+
+
+def _layers(timed: _Timed, unit: Unit, batch: Tensor) -> dict[str, Callable[[], object]]:
+    """What is timed of a unit far apart, at every width: the layers that make and read its members."""
+    taps = {path: Tap(path, "input") for path in (*unit.feeders, unit.path)}
+    given = read(timed.ready, batch, taps)
+    runs = {"unit": _in_turn(timed.ready, given)}
+    for width in _timed_widths(unit):
+        smaller = copy.deepcopy(timed.model)
+        narrow_kind(unit).narrow(smaller, unit, range(width))
+        apply(smaller, timed.how)
+        few = read(smaller, batch[:2], taps)  # how wide the inputs are now
+        cut_inputs = {path: _compact(x[:, *map(slice, few[path].shape[1:])], like=x) for path, x in given.items()}
+        runs[str(width)] = _in_turn(smaller, cut_inputs)
+    return runs
+
+
+def _compact(part: Tensor, like: Tensor) -> Tensor:
+    """A part of a tensor in memory of its own, in the same format."""
+    last = like.dim() == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
+    return part.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _in_turn(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
+    """Runs the model's layers one after the other, each on its input."""
+    calls = [functools.partial(module_at(model, path), x) for path, x in inputs.items()]
+    return lambda: [call() for call in calls]
+
+
+def _variants(timed: _Timed, unit: Unit, given: Mapping[str, _Given]) -> dict[str, Callable[[], object]]:
+    """What is timed of a unit: itself as "unit", and what may come in its place under the action or the width."""
+    # In-place activations at a block's start would change the recorded input: each call gets the same anyway.
+    place = timed_path(unit)
+    args, kwargs = given[place]
+    runs: dict[str, Callable[[], object]] = {"unit": functools.partial(module_at(timed.ready, place), *args, **kwargs)}
+    if unit.members:
+        kind = narrow_kind(unit)
+        for width in _timed_widths(unit):
+            smaller = _Held(copy.deepcopy(module_at(timed.model, place)))
+            kind.narrow(smaller, _inside(unit), range(width))
+            apply(smaller, within(timed.how, place, "held"))
+            runs[str(width)] = functools.partial(smaller, *args, **kwargs)
+        return runs
+    x = first_tensor(args or kwargs)
+    assert x is not None
+    for action in WHOLE.stand_ins(unit):
+        stand_in = apply(WHOLE.stand_in(unit, action).to(x.device).eval(), within(timed.how, place))
+        runs[action] = functools.partial(stand_in, x)
+    return runs
+
+
+def _timing(unit: Unit, number: int, median: Mapping[str, float]) -> UnitTiming:
+    whole = median[f"{number} unit"]
+    if not unit.members:
+        return UnitTiming(unit.id, whole, {a: median[f"{number} {a}"] for a in WHOLE.stand_ins(unit)})
+    timed = _timed_widths(unit)
+    left = _falling([whole, *(median[f"{number} {width}"] for width in timed)])
+    ms = (left[0] - left[-1]) * unit.members / (unit.members - timed[-1])
+    saved = [left[0] - value for value in reversed(left)]
+    between = np.interp(unit.widths, [*reversed(timed), unit.members], saved)
+    return UnitTiming(
+        unit.id, ms, {}, {str(n): ms - float(value) for n, value in zip(unit.widths, between, strict=True)}
+    )
+
+
+def _falling(values: Sequence[float]) -> list[float]:
+    """The nearest values that never rise: fewer members never take longer, what says so is noise.
+
+    Isotonic regression by pooling what rises (Ayer et al., 1955). A running minimum would follow the noise downwards.
+
+    Example:
+        >>> _falling([5.0, 3.0, 4.0, 1.0])
+        [5.0, 3.5, 3.5, 1.0]
+    """
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        mean, n = value, 1
+        while pools and pools[-1][0] < mean:
+            before, n_before = pools.pop()
+            mean, n = (before * n_before + mean * n) / (n_before + n), n_before + n
+        pools.append((mean, n))
+    return [mean for mean, n in pools for _ in range(n)]
+
+
+def _timed_widths(unit: Unit) -> tuple[int, ...]:
+    """The widths that are timed, widest first: of many every second one, the narrowest among them."""
+    return unit.widths[::-2][::-1] if len(unit.widths) > 4 else unit.widths
+
+
+def timed_path(unit: Unit) -> str:
+    """Path of the smallest module that holds everything of the unit."""
+    return common_path(unit.path, *unit.feeders)
+
+
+class _Held(nn.Module):
+    """Holds the module that is timed: even the whole of it may be replaced."""
+
+    def __init__(self, held: nn.Module) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.held(*args, **kwargs)
+
+
+def _inside(unit: Unit) -> Unit:
+    """The unit with its paths as seen from what holds the module that is timed."""
+    n = len(prefix) + 1 if (prefix := timed_path(unit)) else 0
+    paths = [f"held.{path[n:]}" for path in (unit.path, *unit.feeders)]
+    return dataclasses.replace(unit, path=paths[0], feeders=tuple(paths[1:]))
+
+
+def _signature(unit: Unit) -> tuple[object, ...]:
+    return (unit.kind, unit.module, unit.shape, unit.n_params, unit.macs, unit.members)
+
+
+def _recorded_calls(model: nn.Module, paths: Iterable[str], batch: Tensor) -> dict[str, _Given]:
+    """Path -> the arguments that the model gives the module there for ``batch``."""
+    seen: dict[str, _Given] = {}
+    handles = [
+        module_at(model, path).register_forward_pre_hook(
+            lambda _m, args, kwargs, path=path: seen.update({path: (_kept(args), _kept(kwargs))}), with_kwargs=True
+        )
+        for path in paths
+    ]
+    with hooks(handles):
+        model(batch)
+    return seen
+
+
+def _kept(value: Any) -> Any:
+    """The arguments with lists and dictionaries as they are now: the model may go on filling them (DenseNet does)."""
+    if isinstance(value, dict):
+        return {name: _kept(inner) for name, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_kept(inner) for inner in value)
+    return value
+
+
+def _synchronized(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    def timed() -> None:
+        with torch.no_grad():
+            run()
+        synchronize(device)
+
+    return timed
+
+
+def compare(
+    original: nn.Module,
+    student: nn.Module,
+    batch: Tensor,
+    *,
+    unpruned: nn.Module | None = None,
+    rounds: int = 15,
+    min_seconds: float = 2.0,
+    max_seconds: float = 10.0,
+) -> Rounds:
+    """Interleaved forward passes under the names "original" and "compressed", and "lossless" where that is given.
+
+    It takes longer, up to twice ``max_seconds``, until the speedup is known to ``PRECISION``.
+    """
+    models = {"original": original, "compressed": student} | ({} if unpruned is None else {"lossless": unpruned})
+    return time_models(
+        models, batch, rounds=rounds, min_seconds=min_seconds, max_seconds=max_seconds, precision=PRECISION
+    )
+
+
+def spread(timing: Timing) -> str:
+    """Median with quartiles, for people."""
+    return f"{timing.median_ms:.4g} ms ({timing.low_ms:.4g} to {timing.high_ms:.4g})"

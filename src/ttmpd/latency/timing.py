@@ -1,0 +1,157 @@
+"""Milliseconds on this device: warm-up, interleaved rounds, medians with their quartiles.
+
+Single runs lie on busy machines. Whatever is to be compared runs in the same rounds, one call each per round in a
+seeded order, so that a slow moment hits all candidates alike; ratios are taken round by round and their median quoted.
+"""
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.errors import InvalidValueError
+from ttmpd.latency.device import synchronize
+from ttmpd.latency.memory import release_freed_memory
+from ttmpd.models.run import evaluating
+from ttmpd.progress import tell
+from ttmpd.records import Timing
+
+Clock = Callable[[], float]
+
+
+_FEWEST = 5  # rounds with which quartiles begin to mean something
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """Raw milliseconds: one value per candidate and round; value i of all candidates is from the same round."""
+
+    ms: Mapping[str, tuple[float, ...]]
+
+    def timing(self, name: str) -> Timing:
+        """Median and quartiles of one candidate."""
+        low, median, high = quartiles(self.ms[name])
+        return Timing(median, low, high, len(self.ms[name]))
+
+    def ratio(self, slow: str, fast: str) -> Timing:
+        """How many times faster ``fast`` is than ``slow``: median and quartiles of the round-by-round ratios."""
+        low, median, high = quartiles([a / b for a, b in zip(self.ms[slow], self.ms[fast], strict=True)])
+        return Timing(median, low, high, len(self.ms[slow]))
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile.
+
+    Example:
+        >>> quartiles([1.0, 2.0, 3.0, 4.0, 5.0])
+        (2.0, 3.0, 4.0)
+    """
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 15,
+    warmup: int = 2,
+    min_seconds: float = 0.0,
+    max_seconds: float = math.inf,
+    precision: float = math.inf,
+    clock: Clock = time.perf_counter,
+    seed: int = 0,
+) -> Rounds:
+    """Time all candidates in turn, round after round.
+
+    Args:
+        candidates: name -> call without arguments; a call must not return before its work is done.
+        rounds: counted rounds; at least this many.
+        warmup: rounds that are run and thrown away.
+        min_seconds: go on (up to 20 times ``rounds``) until the counted rounds have taken this long: fast calls need
+            more of them.
+        max_seconds: stop after this long with fewer rounds, but not before the fifth: slow calls need fewer.
+        precision: go on, for twice ``max_seconds`` at most, until the ratios to the first candidate are known to this
+            (their standard errors over them): busy machines need more rounds.
+        clock: returns seconds; injected by tests.
+        seed: of the order within a round.
+
+    Raises:
+        InvalidValueError: there is nothing to time or no round.
+    """
+    if not candidates or rounds < 1 or warmup < 0:
+        raise InvalidValueError(f"timing must have candidates and rounds >= 1, but got {len(candidates)} and {rounds}")
+    release_freed_memory()  # what other work left in pieces would be added to the peak of this one
+    order, shuffle = list(candidates), random.Random(seed)
+    ms: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(warmup + 20 * rounds):
+        shuffle.shuffle(order)
+        for name in order:
+            start = clock()
+            candidates[name]()
+            if number >= warmup:
+                ms[name].append((clock() - start) * 1e3)
+        done, spent = number + 1 - warmup, sum(map(sum, ms.values())) / 1e3
+        if done > 0:
+            expected = math.ceil(done * min_seconds / spent) if spent > 0 else rounds
+            tell("timing", done, min(20 * rounds, max(rounds, expected)))
+        enough = (done >= rounds and spent >= min_seconds) or (done >= _FEWEST and spent >= max_seconds)
+        if enough and (spent >= 2 * max_seconds or _known(ms, precision)):
+            break
+    return Rounds({name: tuple(values) for name, values in ms.items()})
+
+
+def _known(ms: Mapping[str, Sequence[float]], precision: float) -> bool:
+    """Whether the ratio of every candidate to the first is known to this."""
+    if precision == math.inf:
+        return True
+    rounds = Rounds({name: tuple(values) for name, values in ms.items()})
+    first, *others = ms
+    ratios = [rounds.ratio(first, other) for other in others]
+    return all(ratio.error_ms <= precision * ratio.median_ms for ratio in ratios)
+
+
+def forward_call(model: nn.Module, batch: Tensor) -> Callable[[], object]:
+    """A call that runs one forward pass without gradients and waits for the device."""
+
+    def run() -> None:
+        with torch.no_grad():
+            model(batch)
+        synchronize(batch.device)
+
+    return run
+
+
+def time_models(
+    models: Mapping[str, nn.Module],
+    batch: Tensor,
+    *,
+    rounds: int = 15,
+    min_seconds: float = 2.0,
+    max_seconds: float = 10.0,
+    precision: float = math.inf,
+    clock: Clock = time.perf_counter,
+) -> Rounds:
+    """Interleaved forward passes of several models (or modules) on the same batch, in eval mode."""
+    stack = [evaluating(model) for model in models.values()]
+    for manager in stack:
+        manager.__enter__()
+    try:
+        calls = {name: forward_call(model, batch) for name, model in models.items()}
+        return interleaved(
+            calls,
+            rounds=rounds,
+            min_seconds=min_seconds,
+            max_seconds=max_seconds,
+            precision=precision,
+            clock=clock,
+        )
+    finally:
+        for manager in reversed(stack):
+            manager.__exit__(None, None, None)

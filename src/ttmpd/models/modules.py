@@ -1,0 +1,111 @@
+"""Look inside a model: paths, hooks that clean up, taps, the head, nested outputs."""
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.errors import InvalidValueError
+
+
+def with_first(value: Any, tensor: Tensor) -> Any:
+    """``value`` with its first tensor replaced: keeps the tuple that a block answers with."""
+    if isinstance(value, tuple) and type(value) is tuple:
+        return (tensor, *value[1:])
+    return tensor
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at ``path``.
+
+    Raises:
+        InvalidValueError: the model has no such module.
+    """
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise InvalidValueError(f"path must name a module of {type(model).__name__}, but got {path!r}") from None
+
+
+def common_path(*paths: str) -> str:
+    """Path of the smallest module that holds those at the paths; "" is the whole model."""
+    names = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(same[0] for same in itertools.takewhile(lambda at: len(set(at)) == 1, names))
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put ``new`` where ``path`` points, in place; under every name that the model has for that module."""
+    old = module_at(model, path)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if child is old:
+                setattr(parent, name, new)
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """An independent copy: own weights, no hooks shared."""
+    return copy.deepcopy(model)
+
+
+@contextlib.contextmanager
+def hooks(handles: Sequence[Any]) -> Iterator[None]:
+    """Remove the hook handles on the way out, whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def stubbed(model: nn.Module, stubs: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """While active, the modules at the given paths are not run: the stubs answer in the place of their ``forward``.
+
+    Only ``forward`` is exchanged, on the instance; weights and hooks stay as they are.
+    """
+    changed: list[tuple[nn.Module, Any]] = []
+    try:
+        for path, stub in stubs.items():
+            module = module_at(model, path)
+            changed.append((module, module.__dict__.get("forward")))
+            module.__dict__["forward"] = stub
+        yield
+    finally:
+        for module, own in reversed(changed):
+            module.__dict__.pop("forward")
+            if own is not None:
+                module.__dict__["forward"] = own
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters, shared ones counted once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def has_nan(tensor: Tensor) -> bool:
+    """Whether any value is NaN or infinite."""
+    return not bool(torch.isfinite(tensor).all())
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether any layer normalises over the batch."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
+def prefers_channels_last(model: nn.Module) -> bool:
+    """Whether the model is convolutional, so that the channels_last memory format pays."""
+    return any(isinstance(m, nn.Conv2d) for m in model.modules())
+
+
+def to_fast_format(model: nn.Module) -> nn.Module:
+    """The model in channels_last when it is convolutional (in place; values are unchanged)."""
+    return model.to(memory_format=torch.channels_last) if prefers_channels_last(model) else model
+
+
+def to_plain_format(model: nn.Module) -> nn.Module:
+    """The model with contiguous weights (in place; values are unchanged)."""
+    return model.to(memory_format=torch.contiguous_format)

@@ -1,0 +1,50 @@
+"""A module with its id and preprocessing."""
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ttmpd.data.preprocessing import Preparation
+from ttmpd.data.tokenization import Tokenization
+from ttmpd.errors import InvalidValueError
+from ttmpd.records import UNCHANGED, Lossless, Removal
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenedModel:
+    """A model, where it came from, and how it wants its inputs.
+
+    Args:
+        module: the model; in eval mode, except that a module that was passed in is as it was. One that takes text looks
+            past the padding by itself when it is called with token ids alone.
+        id: the id as it was given; "" for a module that was passed in.
+        rebuildable: whether the id is enough to build it again without running foreign code.
+        preprocessing: its own preprocessing, of images or text, when it says so.
+        class_names: name of each class, when known.
+        removed: what is gone already, when it was opened from an artifact; ``id`` then names the stock model.
+        used_ids: content hashes of the unlabelled samples that made it what it is.
+        lossless: what else was done to it, when it was opened from an artifact.
+    """
+
+    module: nn.Module
+    id: str
+    rebuildable: bool
+    preprocessing: Preparation | None = None
+    class_names: tuple[str, ...] = ()
+    removed: tuple[Removal, ...] = ()
+    used_ids: tuple[str, ...] = ()
+    lossless: Lossless = UNCHANGED
+
+    def reading(self, max_length: int | None) -> "OpenedModel":
+        """The same model, of whose samples so many tokens are read; its module says so, too. None changes nothing.
+
+        Raises:
+            InvalidValueError: it takes no text, or cannot read so many.
+        """
+        if max_length is None:
+            return self
+        if not isinstance(self.preprocessing, Tokenization):
+            raise InvalidValueError(f"max_length must be left out for a model that takes no text, but got {max_length}")
+        wanted = replace(self.preprocessing, max_length=max_length)
+        self.module.pretrained_cfg = wanted.to_dict()  # type: ignore[assignment]
+        return replace(self, preprocessing=wanted)

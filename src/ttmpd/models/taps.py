@@ -1,0 +1,156 @@
+"""Features at a path, the output layer, and where the final features are."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.models.modules import hooks, module_at
+from ttmpd.models.run import StopForwardError, call, evaluating, first_tensor
+from ttmpd.models.tokens import answered
+from ttmpd.records import Tap
+
+
+@contextlib.contextmanager
+def tapped(model: nn.Module, taps: Mapping[str, Tap], stop: bool = False) -> Iterator[dict[str, Tensor]]:
+    """While active, every forward pass leaves the tensors at ``taps`` in the dictionary that is yielded.
+
+    Args:
+        model: the model to read from.
+        taps: name -> place.
+        stop: raise :class:`StopForwardError` as soon as all taps have been read (see :func:`prefix`).
+    """
+    seen: dict[str, Tensor] = {}
+    place: list[Tensor | None] = [None]
+    handles = [_noting_places(model, place)] if any(tap.token != "all" for tap in taps.values()) else []
+
+    def note(name: str, value: Any) -> None:
+        tensor = first_tensor(value)
+        if tensor is not None:
+            seen[name] = tensor if taps[name].token == "all" else _at_tokens(tensor, place[0])
+        if stop and len(seen) == len(taps):
+            raise StopForwardError
+
+    for name, tap in taps.items():
+        module = module_at(model, tap.path)
+        if tap.side == "input":
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _m, args, kwargs, name=name: note(name, args or kwargs), with_kwargs=True
+                )
+            )
+        else:
+            handles.append(module.register_forward_hook(lambda _m, _a, out, name=name: note(name, out)))
+    with hooks(handles):
+        yield seen
+
+
+def _noting_places(model: nn.Module, place: list[Tensor | None]) -> Any:
+    """A hook that notes, at every call, which tokens the answers are of: (B, S) those that count, or (B,) the last."""
+
+    def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        ids, mask = first_tensor(args or kwargs), kwargs.get("attention_mask")  # of the call, or of the model's hook
+        place[0] = None if ids is None else answered(model, ids)
+        if place[0] is None and mask is not None:
+            place[0] = mask.long().cumsum(1).argmax(1)
+
+    return model.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _at_tokens(value: Tensor, place: Tensor | None) -> Tensor:
+    """(B, ...) or (M, ...) of (B, S, ...): each sample at its place, or the tokens that count; else the last ones."""
+    if place is None:
+        return value[:, -1]
+    return value[place] if place.dim() == 2 else value[torch.arange(len(value), device=value.device), place]
+
+
+def read(model: nn.Module, batch: Tensor, taps: Mapping[str, Tap]) -> dict[str, Tensor]:
+    """The tensors at ``taps`` for one batch; the rest of the network after the last tap is not run."""
+    with tapped(model, taps, stop=True) as seen, contextlib.suppress(StopForwardError):
+        model(batch)
+    return seen
+
+
+def find_head(model: nn.Module, batch: Tensor) -> str | None:
+    """Path of the layer that gives the logits, or None when no single layer does."""
+    tap = _head_tap(model, batch)
+    return None if tap is None else tap.path
+
+
+def _head_tap(model: nn.Module, batch: Tensor) -> Tap | None:
+    """The input of the layer that gives the logits; of the tokens whose answers count, where it answers each."""
+    leaves = {name: m for name, m in model.named_modules() if name and not list(m.children()) and _is_matrix(m)}
+    answers: dict[str, Tensor] = {}
+    place: list[Tensor | None] = [None]
+    handles = [
+        m.register_forward_hook(
+            lambda _m, _a, out, name=name: answers.__setitem__(name, cast(Tensor, first_tensor(out)))
+        )
+        for name, m in leaves.items()
+    ]
+    with evaluating(model), hooks([*handles, _noting_places(model, place)]):
+        logits = call(model, batch)
+    for name in reversed(answers):
+        found = answers[name]
+        if found is None:
+            continue
+        if logits.dim() == 2 and found.dim() == 3 and found.shape[:2] == batch.shape:
+            if torch.equal(_at_tokens(found, place[0]), logits):
+                each = place[0] is not None and place[0].dim() == 2  # else a decoder that classifies by its last token
+                return Tap(name, "input", "each" if each else "last")
+        elif found.numel() == logits.numel() and torch.equal(found.flatten(), logits.flatten()):
+            return Tap(name, "input")
+    return None
+
+
+def find_feature_tap(model: nn.Module, batch: Tensor, pooled: bool = False) -> Tap | None:
+    """Where the final features are read: the last feature map before pooling, else the input of the head.
+
+    Args:
+        model: any classifier.
+        batch: a few samples.
+        pooled: always take the input of the head.
+
+    Returns:
+        The tap, or None when the model has no single head (then only its logits can be mimicked).
+    """
+    head_tap = _head_tap(model, batch)
+    if head_tap is None:
+        return None
+    head = head_tap.path
+    width = cast(Tensor, module_at(model, head).weight).shape[1]
+    maps: list[str] = []
+    reached_head = False
+
+    def finish(name: str, output: Any) -> None:
+        # A map before pooling: 4 axes, as wide as the head's input, more than one position.
+        if reached_head or not isinstance(output, Tensor) or output.dim() != 4:
+            return
+        if width in (output.shape[1], output.shape[3]) and output[0].numel() > width:
+            maps.append(name)
+
+    def pass_on(*_: Any) -> None:
+        if not reached_head:
+            maps.clear()
+
+    def reach(*_: Any) -> None:
+        nonlocal reached_head
+        reached_head = True
+
+    handles = [m.register_forward_hook(lambda _m, _a, out, n=n: finish(n, out)) for n, m in model.named_modules() if n]
+    # What runs through more weights on its way to the head is not final: the patches of a vision transformer, say.
+    matrices = [m for m in model.modules() if any(p.dim() >= 2 for p in m.parameters(recurse=False))]
+    handles += [m.register_forward_pre_hook(pass_on) for m in matrices if m is not module_at(model, head)]
+    handles.append(module_at(model, head).register_forward_pre_hook(reach))
+    with evaluating(model), hooks(handles):
+        model(batch)
+    if pooled or not maps:
+        return head_tap
+    return Tap(maps[-1], "output")
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() >= 2

@@ -1,0 +1,133 @@
+"""Token ids in a model: padding masks, and which tokens' predictions count."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.data.tokenization import Tokenization, load_tokenizer
+
+VALUES = 1 << 20
+"""Values that the answers for one sample may have: of models that answer each token by one of a large vocabulary, only
+so many tokens count, evenly spread over the sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class PaddingMask:
+    """A hook that adds ``attention_mask`` to a call with ids alone; a mask that the caller passes wins.
+
+    Args:
+        padding: the token id that is masked.
+        n_answers: the most tokens of a sample whose answers count; 0 for a model that answers a sample once.
+        caches: whether the model keeps keys and values for a next call: not in calls with ids alone, whose parts may be
+            run again.
+    """
+
+    padding: int
+    n_answers: int = 0
+    caches: bool = False
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What the model is called with instead; None where nothing changes."""
+        names = inspect.signature(type(module).forward).parameters if len(args) > 1 else ()
+        given = dict(zip(list(names)[1:], args, strict=False)) | kwargs
+        ids = args[0] if args else kwargs.get("input_ids")
+        if given.get("past_key_values") is not None or any(map(_is_cache, given.values())):
+            return None  # a decoder that generates: the ids are the last few of a text, and masks are its own affair
+        if given.get("attention_mask") is not None or not isinstance(ids, Tensor) or ids.is_floating_point():
+            return None
+        if "attention_mask" in given and "attention_mask" not in kwargs:
+            return None  # None in its place among the arguments: there is no room for another
+        kept = {"use_cache": False} if self.caches and "use_cache" not in given else {}
+        return args, {**kwargs, **kept, "attention_mask": (ids != self.padding).long()}
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether a model is handed the keys and values of earlier tokens; what the argument is called differs."""
+    return hasattr(value, "get_seq_length")
+
+
+def mask_padding(module: nn.Module, how: Tokenization) -> nn.Module:
+    """The module, which looks past the padding by itself from now on if it takes an ``attention_mask``. In place."""
+    n_outputs = getattr(getattr(module, "config", None), "num_labels" if how.task == "token" else "vocab_size", VALUES)
+    n_answers = 0 if how.task == "sequence" else max(8, VALUES // int(n_outputs))
+    takes = inspect.signature(type(module).forward).parameters
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, PaddingMask):
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+    if "attention_mask" in takes:
+        # Prepended: what else looks at the call sees the mask.
+        mask = PaddingMask(how.padding, n_answers, "use_cache" in takes)
+        module.register_forward_pre_hook(mask, prepend=True, with_kwargs=True)
+    return module
+
+
+def mask_of(module: nn.Module) -> PaddingMask | None:
+    """What :func:`mask_padding` left, or None."""
+    return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, PaddingMask)), None)
+
+
+def answered(module: nn.Module, batch: Tensor) -> Tensor | None:
+    """(B, S) which tokens of a batch a model's answers count of; None for a model that answers each sample once.
+
+    Padding is never among them. Of samples with more tokens than may count, they are evenly spread.
+
+    Args:
+        module: of which the answers are.
+        batch: (B, S) token ids, or anything else that the module takes.
+    """
+    mask = mask_of(module)
+    if mask is None or not mask.n_answers or batch.dim() != 2 or batch.is_floating_point():
+        return None
+    kept = batch != mask.padding
+    n_kept, rank = kept.sum(1, keepdim=True), kept.cumsum(1)
+    share = n_kept.clamp(max=mask.n_answers)
+    n_kept = n_kept.clamp_min(1)
+    return kept & (rank * share // n_kept > (rank - 1) * share // n_kept)
+
+
+def answers_until(module: nn.Module, inputs: Tensor) -> Tensor:
+    """(N + 1,) where the answers for each sample begin and the last one's end, when all are in one row.
+
+    Args:
+        module: of which the answers are.
+        inputs: (N, ...) all samples.
+
+    Example:
+        >>> answers_until(nn.Linear(2, 2), torch.zeros(3, 2)).tolist()
+        [0, 1, 2, 3]
+    """
+    counts = answered(module, inputs)
+    ends = torch.arange(1, len(inputs) + 1) if counts is None else counts.sum(1).cumsum(0).cpu()
+    return torch.cat([torch.zeros(1, dtype=torch.long), ends])
+
+
+def followers(module: nn.Module, batch: Tensor) -> Tensor:
+    """(M,) the token behind each one that counts, -1 behind the last of a sample: what a decoder should have answered.
+
+    Args:
+        module: of which the answers are.
+        batch: (B, S) token ids.
+    """
+    mask, counts = mask_of(module), answered(module, batch)
+    assert mask is not None
+    assert counts is not None
+    behind = torch.cat([batch[:, 1:], torch.full_like(batch[:, :1], mask.padding)], 1)
+    return torch.where(behind == mask.padding, -1, behind)[counts]
+
+
+def random_ids(module: nn.Module, tokenization: Tokenization, shape: Sequence[int]) -> Tensor:
+    """Ids of random tokens, none of them padding: to run and time a model that is given no text.
+
+    Args:
+        module: whose first embedding says how many tokens there are.
+        tokenization: of the model.
+        shape: (B, S).
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Embedding)]
+    n_tokens = layers[0].num_embeddings if layers else len(load_tokenizer(tokenization.tokenizer))
+    ids = torch.randint(0, n_tokens, tuple(shape), generator=torch.Generator().manual_seed(0))
+    return torch.where(ids == tokenization.padding, (ids + 1) % n_tokens, ids)

@@ -1,0 +1,1 @@
+"""The verbs joined; one file per function that a user calls."""

@@ -1,0 +1,66 @@
+"""``adapt_to``: the first half of the main job alone, a teacher moved to the data with nothing removed."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ttmpd.artifact.write import Result, check_output
+from ttmpd.errors import InvalidValueError
+from ttmpd.latency.device import choose_device
+from ttmpd.models.modules import to_fast_format, to_plain_format
+from ttmpd.models.open import open_model
+from ttmpd.models.opened import OpenedModel
+from ttmpd.models.run import logits_of
+from ttmpd.pipeline.analysis import open_pool, source_of, split, step_size
+from ttmpd.pipeline.report_data import collect_adapted
+from ttmpd.pipeline.settings import settings_of
+from ttmpd.records import Plan
+
+_USED = ("adapt", "num_samples", "holdout", "batch_size", "device", "seed")
+"""The settings of a run that an adaptation alone looks at."""
+
+
+def adapt_to(
+    model: nn.Module | str | OpenedModel, samples: Any, *, output: str | Path | None = None, **settings: Any
+) -> Result:
+    """A copy of the model, adapted to the samples without labels; nothing is removed.
+
+    Args:
+        model: any classifier, or the id of one.
+        samples: unlabelled, whatever :func:`ttmpd.compress` takes.
+        output: folder for an artifact.
+        **settings: of :class:`ttmpd.Settings`: ``adapt`` (a method or its name), ``num_samples``, ``holdout`` (their
+            share on which the result is compared with the original and to which it is not adapted), ``batch_size``,
+            ``device`` and ``seed``.
+
+    Raises:
+        SamplesError, ModelError, InvalidValueError: see their messages.
+
+    Example:
+        >>> import torch
+        >>> from ttmpd.testing.tiny_models import tiny_model
+        >>> found = adapt_to(tiny_model(), torch.rand(40, 3, 8, 8), batch_size=8)
+        >>> found.model.training
+        False
+    """
+    for name in settings:
+        if name not in _USED:
+            raise InvalidValueError(f"a setting of an adaptation must be one of {', '.join(_USED)}, but got {name!r}")
+    chosen = settings_of(settings)
+    if output is not None:
+        check_output(Path(output))
+    opened = model if isinstance(model, OpenedModel) else open_model(model)
+    few = split(open_pool(samples, opened, chosen), chosen)
+    source = to_fast_format(source_of(opened, few[0], choose_device(chosen.device)))
+    start = time.perf_counter()
+    adapted = chosen.adapt.adapt(source, few[0], batch_size=step_size(source, few[0], chosen), seed=chosen.seed)
+    seconds = time.perf_counter() - start
+    before, after = (logits_of(net, few[1], chosen.batch_size) for net in (source, adapted.model))
+    facts = collect_adapted(opened, source, adapted, few, chosen, (before, after), seconds)
+    net = to_plain_format(adapted.model).cpu().eval()
+    found = Result(net, Plan((), 0.0, 0.0, 0.0, 0.0), facts, few[0].ids + few[1].ids, opened)
+    if output is not None:
+        found.save(output)
+    return found

@@ -1,0 +1,260 @@
+"""Before a target is chosen: select samples, adapt the teacher, find, time and score the units.
+
+Made once, serves many targets.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.data.open import by_length, open_samples
+from ttmpd.data.samples import Samples
+from ttmpd.errors import ModelError, SamplesError, UnsupportedError
+from ttmpd.latency.device import choose_device
+from ttmpd.latency.lossless import find_lossless, unchanged
+from ttmpd.latency.table import UnitTiming, time_units
+from ttmpd.models.batch_size import samples_that_fit
+from ttmpd.models.modules import clone, has_nan, to_fast_format
+from ttmpd.models.opened import OpenedModel
+from ttmpd.models.run import logits_of
+from ttmpd.pipeline.settings import Settings
+from ttmpd.pipeline.stages import Stages
+from ttmpd.records import Lossless, Option, Removal, Score, Unit
+from ttmpd.surgery.exits.model import check_without_exits
+from ttmpd.surgery.find import find_units, whole_of
+from ttmpd.surgery.units.base import Found
+
+PASS_SIZE = 64
+"""Samples per pass, if memory has room, where latency is measured on fewer."""
+TEXTS_ALIKE = 32
+"""Most texts of like length in one pass: a pass is as long as its longest text, and the rest of it is padding."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ready:
+    """What is known before a target is chosen: made once, serves many targets."""
+
+    opened: OpenedModel
+    source: nn.Module
+    teacher: nn.Module
+    samples: Samples
+    held_out: Samples
+    found: Found
+    timings: tuple[UnitTiming, ...]
+    original_ms: float
+    lossless: Lossless
+    lossless_ms: float
+    adapt_note: str
+    adapt_facts: dict[str, float]
+    settings: Settings
+    deadline: float
+    pass_size: int
+    stages: Stages
+
+    @functools.cached_property
+    def scores(self) -> tuple[Score, ...]:
+        """Of all units of the teacher; made when first asked for, since where nothing has to go nobody does."""
+        rows = self.stages.json("score", lambda: score_rows(self, self.teacher, self.found.units))
+        return tuple(score_of(row) for row in rows)
+
+    @property
+    def batch(self) -> Tensor:
+        """The batch on which latency is measured: the samples, repeated to the batch size."""
+        return latency_batch(self.source, self.samples, self.settings)
+
+    def options_of(self, scores: Sequence[Score]) -> tuple[Option, ...]:
+        """The scored removals that the settings allow, each with what it saves."""
+        by_unit = {timing.unit: timing for timing in self.timings}
+        wholes = {unit.id: whole_of(unit, self.found.units) for unit in self.found.units}
+        options = []
+        for score in scores:
+            timing, n_kept = by_unit[score.unit], len(score.kept)
+            if score.action in self.settings.actions and timing.offers(score.action, n_kept):
+                saved = timing.saving(score.action, n_kept).saved_ms
+                options.append(Option(score.unit, score.action, score.harm, saved, score.kept, wholes[score.unit]))
+        return tuple(options)
+
+    def removals(self, chosen: Sequence[Option]) -> tuple[Removal, ...]:
+        """The chosen options as removals, in the order of the network."""
+        by_unit = {option.unit: option for option in chosen}
+        return tuple(
+            Removal(unit, by_unit[unit.id].action, by_unit[unit.id].kept)
+            for unit in self.found.units
+            if unit.id in by_unit
+        )
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """Every removal on the unpruned teacher."""
+        return self.options_of(self.scores)
+
+
+def get_ready(
+    opened: OpenedModel, few: tuple[Samples, Samples], settings: Settings, stages: Stages, deadline: float
+) -> Ready:
+    """Adapt the teacher, find and time the units."""
+    samples, held_out = few
+    device = choose_device(settings.device)
+    source = source_of(opened, samples, device)
+    with stages.timed("find"):
+        kinds = [name for name in settings.units if name in settings.score.kinds]
+        found = find_units(source, samples.batch(slice(0, 2), device), kinds)
+    if not found.units:
+        raise UnsupportedError(_nothing_to_remove(source, found))
+    teacher = clone(source)
+    state, told = stages.tensors("adapt", lambda: _adapt(teacher, samples, settings))
+    teacher.load_state_dict(state)
+    to_fast_format(teacher)
+    batch = latency_batch(source, samples, settings)
+    timed = stages.json("timing", lambda: _time(source, found, batch, settings.lossless))
+    size = pass_size(source, samples, max(settings.batch_size, PASS_SIZE))
+    if samples.is_text:
+        size = min(size, TEXTS_ALIKE)
+        samples, held_out = by_length(samples, size), by_length(held_out, size)
+    return Ready(
+        opened=opened,
+        source=source,
+        teacher=teacher,
+        samples=samples,
+        held_out=held_out,
+        found=found,
+        timings=tuple(UnitTiming(**row) for row in timed["units"]),
+        original_ms=timed["original_ms"],
+        lossless=Lossless(tuple(map(tuple, timed["folded"])), timed["channels_last"]),
+        lossless_ms=timed["lossless_ms"],
+        adapt_note=told["note"],
+        adapt_facts=told["facts"],
+        settings=settings,
+        deadline=deadline,
+        pass_size=size,
+        stages=stages,
+    )
+
+
+def source_of(opened: OpenedModel, samples: Samples, device: torch.device) -> nn.Module:
+    """A copy of the model as it is, on the device; it has answered.
+
+    What its owner froze is frozen for another training: students of it learn in all of their layers.
+    """
+    check_without_exits(opened.module)
+    source = clone(opened.module).to(device).eval()
+    for parameter in source.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    _check_answers(source, samples, device)
+    return source
+
+
+def open_pool(data: Any, opened: OpenedModel, settings: Settings) -> Samples:
+    """What the samples are selected from; where the selector does not look at them, just as many as are wanted."""
+    n = max(settings.pool, settings.num_samples) if settings.select.looks else settings.num_samples
+    return open_samples(data, opened.preprocessing, n_samples=n, enough=settings.num_samples, seed=settings.seed)
+
+
+def split(samples: Samples, settings: Settings) -> tuple[Samples, Samples]:
+    """(to select from, held out), by seed: the held-out samples speak for all data, whatever is selected."""
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    n = min(len(samples), settings.num_samples)
+    n_held = round(n * settings.holdout) if n > 1 else 0
+    n_held = min(n - 1, n_held)
+    if n - n_held < 2:
+        raise SamplesError(f"a run must have at least 2 samples to fit on, but got {n - n_held}; give more samples")
+    return samples.subset(order[n_held:]), samples.subset(order[:n_held])
+
+
+def selected(opened: OpenedModel, pool: Samples, n: int, settings: Settings, stages: Stages) -> Samples:
+    """The ``n`` samples of the pool that the student is fitted on; the pool itself when it holds no more."""
+    if n >= len(pool):
+        return pool
+
+    def compute() -> list[int]:
+        source = to_fast_format(source_of(opened, pool, choose_device(settings.device)))
+        return list(
+            settings.select.select(source, pool, n, batch_size=step_size(source, pool, settings), seed=settings.seed)
+        )
+
+    return pool.subset(stages.json("select", compute))
+
+
+def latency_batch(source: nn.Module, samples: Samples, settings: Settings) -> Tensor:
+    """The batch on which latency is measured, on the model's device; text is as long as the longest sample in it.
+
+    Which samples are in it depends on their contents, not on their order: lengths are mixed as in the data.
+    """
+    by_id = torch.tensor(sorted(range(len(samples)), key=samples.ids.__getitem__))
+    index = by_id[torch.arange(settings.batch_size) % len(samples)]
+    return samples.trimmed(index, next(source.parameters()).device)
+
+
+def _check_answers(model: nn.Module, samples: Samples, device: torch.device) -> None:
+    logits = logits_of(model, samples.first(4), 4)
+    if logits.dim() != 2 or has_nan(logits):
+        what = "NaN or infinity" if has_nan(logits) else f"the shape {tuple(logits.shape)}"
+        raise ModelError(
+            f"{type(model).__name__} must answer each sample with one finite row of class scores, but got {what}; "
+            "check the weights and the preprocessing"
+        )
+
+
+def _nothing_to_remove(model: nn.Module, found: Found) -> str:
+    reasons = "; ".join(f"{path} {reason}" for path, reason in found.refused[:5])
+    return (
+        f"{type(model).__name__} must have a block whose output has the shape of its input, but none was found"
+        f"{': ' + reasons if reasons else ''}; run `ttmpd inspect` for the whole list"
+    )
+
+
+def _adapt(teacher: nn.Module, samples: Samples, settings: Settings) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    to_fast_format(teacher)
+    size = step_size(teacher, samples, settings)
+    adapted = settings.adapt.adapt(teacher, samples, batch_size=size, seed=settings.seed)
+    return adapted.model.state_dict(), {"note": adapted.note, "facts": adapted.facts}
+
+
+def _time(source: nn.Module, found: Found, batch: Tensor, may_change: bool) -> dict[str, Any]:
+    """Milliseconds of the model as it was given and after what is lossless, and of its units after that."""
+    how, rounds = find_lossless(source, batch) if may_change else unchanged(source, batch)
+    units = time_units(source, found.units, batch, how=how)
+    original_ms = rounds.timing("original").median_ms
+    return {
+        "original_ms": original_ms,
+        "lossless_ms": original_ms / rounds.ratio("original", "lossless").median_ms,
+        "folded": how.folded,
+        "channels_last": how.channels_last,
+        "units": [dataclasses.asdict(timing) for timing in units],
+    }
+
+
+def step_size(model: nn.Module, samples: Samples, settings: Settings) -> int:
+    """Samples per pass with gradients: as many as latency is measured on, and no fewer than do well."""
+    if settings.batch_size >= PASS_SIZE:
+        return settings.batch_size
+    few = samples.trimmed(slice(0, 2), next(model.parameters()).device)
+    return max(settings.batch_size, samples_that_fit(model, few, PASS_SIZE))
+
+
+def pass_size(model: nn.Module, samples: Samples, most: int) -> int:
+    """Samples per pass without gradients: twice as many as a training step may have, which keeps what they need."""
+    few = samples.trimmed(slice(0, 2), next(model.parameters()).device)
+    return min(most, 2 * samples_that_fit(model, few, most))
+
+
+def score_rows(ready: Ready, model: nn.Module, units: Sequence[Unit]) -> list[dict[str, Any]]:
+    """Scores of units of the teacher, or of a student on the way, as plain data."""
+    scores = ready.settings.score.score(
+        model,
+        units,
+        ready.samples,
+        actions=ready.settings.actions,
+        batch_size=ready.pass_size,
+        seed=ready.settings.seed,
+    )
+    return [dataclasses.asdict(score) for score in scores]
+
+
+def score_of(row: dict[str, Any]) -> Score:
+    """A score from plain data."""
+    return Score(**row | {"kept": tuple(row["kept"])})

@@ -1,0 +1,92 @@
+"""A table of latencies over devices and batch sizes."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ttmpd.artifact.read import Artifact, load, read_artifact, stock_model
+from ttmpd.data.open import open_samples
+from ttmpd.data.samples import Samples
+from ttmpd.data.tokenization import Tokenization
+from ttmpd.errors import InvalidValueError, SamplesError
+from ttmpd.latency.device import choose_device
+from ttmpd.latency.exits import own_rounds
+from ttmpd.latency.table import compare
+from ttmpd.models.example import example_batch
+from ttmpd.models.opened import OpenedModel
+from ttmpd.models.tokens import mask_padding
+from ttmpd.records import Timing
+from ttmpd.surgery.exits.model import EarlyExitModel
+
+_TIMED = 256
+"""Samples on which exits are timed."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BenchRow:
+    """Milliseconds per batch of both models, and how many times faster the compressed one is, round by round."""
+
+    batch_size: int
+    original: Timing
+    compressed: Timing
+    speedup: Timing
+
+
+def bench(
+    folder: str | Path,
+    source: str | None = None,
+    *,
+    batch_sizes: Sequence[int] = (),
+    data: Any = None,
+    device: str = "auto",
+) -> tuple[BenchRow, ...]:
+    """The original against the compressed model of an artifact, interleaved on this machine.
+
+    Args:
+        folder: what ``compress`` wrote.
+        source: id of the original model, needed when it came from your own code.
+        batch_sizes: one row each; 1 and the artifact's own when empty.
+        data: real inputs; random values when None. A model with exits needs them: the mean over those that the exits
+            were not trained on counts.
+        device: "auto", "cpu", "cuda", "mps".
+
+    Raises:
+        CheckpointError: the artifact cannot be loaded.
+        InvalidValueError: a batch size is not positive, or nothing says how large an input is.
+    """
+    if any(size < 1 for size in batch_sizes):
+        raise InvalidValueError(f"batch_sizes must be at least 1, but got {tuple(batch_sizes)}")
+    artifact = read_artifact(folder)
+    where = choose_device(device)
+    stock = stock_model(artifact, source)
+    if isinstance(artifact.preprocessing, Tokenization):
+        mask_padding(stock, artifact.preprocessing)
+    student = load(folder, stock)
+    original, compressed = (net.to(where).eval() for net in (stock, student))
+    opened = OpenedModel(stock, artifact.model_id, artifact.rebuildable, artifact.preprocessing)
+    rows = []
+    for size in batch_sizes or dict.fromkeys((1, artifact.batch_size)):
+        if isinstance(compressed, EarlyExitModel):
+            rounds = own_rounds(original, compressed, _unseen(data, opened, artifact), size)
+        else:
+            rounds = compare(original, compressed, example_batch(opened, data, size, artifact.input_shape).to(where))
+        ratio = rounds.ratio("original", "compressed")
+        rows.append(BenchRow(size, rounds.timing("original"), rounds.timing("compressed"), ratio))
+    return tuple(rows)
+
+
+def _unseen(data: Any, opened: OpenedModel, artifact: Artifact) -> Samples:
+    """Some samples on which exits can be timed: those they were trained on would leave too early."""
+    if data is None:
+        raise InvalidValueError(
+            "data must be given for a model with exits, since each sample takes another time, but got none; pass --data"
+        )
+    found = open_samples(data, opened.preprocessing, n_samples=_TIMED + len(artifact.sample_ids), enough=1)
+    used = frozenset(artifact.sample_ids)
+    kept = [number for number, name in enumerate(found.ids) if name not in used]
+    if not kept:
+        raise SamplesError(
+            f"bench must have samples that the exits have not seen, but all {len(found)} were used; give other data"
+        )
+    return found.subset(kept[:_TIMED])

@@ -1,0 +1,152 @@
+"""``add_early_exits``: put exits on a model, and choose how sure a sample must be to leave for a mean latency."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.artifact.write import Result, check_output
+from ttmpd.data.labels import Labels, open_labels
+from ttmpd.data.samples import Samples
+from ttmpd.early_exit.base import EarlyExit, Equipped
+from ttmpd.early_exit.right_tool import RightTool
+from ttmpd.errors import InvalidValueError
+from ttmpd.latency.device import choose_device
+from ttmpd.models.open import open_model
+from ttmpd.models.opened import OpenedModel
+from ttmpd.models.run import logits_of
+from ttmpd.pipeline.analysis import PASS_SIZE, open_pool, pass_size, source_of, split
+from ttmpd.pipeline.exit_choice import Choice, choose, fitted, time_exits
+from ttmpd.pipeline.exit_threshold import Sure, exit_answers, sure_of
+from ttmpd.pipeline.report_data import collect_exits
+from ttmpd.pipeline.settings import Settings, Target, settings_of
+from ttmpd.records import Plan
+from ttmpd.surgery.exits.model import check_without_exits
+
+_USED = ("num_samples", "holdout", "batch_size", "device", "seed")
+"""The settings of a run that exits look at."""
+_DEFAULTS = {"num_samples": 1000, "batch_size": 1}
+
+
+def add_early_exits(
+    model: nn.Module | str | OpenedModel,
+    samples: Any,
+    *,
+    speedup: float | None = None,
+    latency: str | float | None = None,
+    labels: str | Path | Sequence[int] | None = None,
+    method: EarlyExit = RightTool(),
+    output: str | Path | None = None,
+    command: str = "",
+    **settings: Any,
+) -> Result:
+    """A copy of the model that answers sure samples early, with the threshold that meets a mean latency.
+
+    Nothing of the model is changed or trained. Exits learn its answers, the threshold is chosen by how sure they are
+    of samples they were not trained on; neither asks for labels. Put exits on last: a pruned model may be given.
+
+    Args:
+        model: any classifier that is a row of blocks, or the id of one.
+        samples: from the place of use, whatever :func:`ttmpd.compress` takes.
+        speedup: how many times faster the mean of the samples shall be answered, e.g. 1.5.
+        latency: instead of ``speedup``: ``"12ms"`` per batch, or ``"0.5x"`` of the model's own.
+        labels: of the samples, when there are some: see :func:`ttmpd.evaluate`. Exits learn and are calibrated to them.
+        method: that makes the exits.
+        output: folder for an artifact.
+        command: recorded in the report.
+        **settings: of :class:`ttmpd.Settings`: ``num_samples`` (1000), ``holdout`` (their share on which the result is
+            compared with the model), ``batch_size`` (1: on which latency is measured), ``device``, ``seed``.
+
+    Raises:
+        BudgetUnreachableError: the first exit takes longer; ``best_ms`` says how long.
+        UnsupportedError: there is no place for exits, or the model has some.
+        SamplesError, ModelError, InvalidValueError: see their messages.
+
+    Example:
+        >>> found = add_early_exits(net, "photos/", speedup=1.5)  # doctest: +SKIP
+        >>> found.model.threshold = 1.1  # the answers of ``net``, bit for bit  # doctest: +SKIP
+
+    Cost: a few passes of the model over the samples, seconds of training, and about half a minute of measuring.
+    """
+    target, chosen = Target.of(speedup, latency), _settings(settings)
+    if output is not None:
+        check_output(Path(output))
+    opened = model if isinstance(model, OpenedModel) else open_model(model)
+    check_without_exits(opened.module)
+    known = _labels(labels, samples)
+    few = split(open_pool(samples, opened, chosen), chosen)
+    source = source_of(opened, few[0], choose_device(chosen.device))
+    start = time.perf_counter()
+    equipped, sure, before = _equipped(source, few, method, None if known is None else known.of(few[0]), chosen.seed)
+    trained, every = time.perf_counter(), _joined(*few)
+    timed = time_exits(source, equipped.model, every, chosen.batch_size)
+    budget_ms = target.budget_ms(timed.original_ms)
+    equipped, sure, timed = fitted(method, equipped, sure, timed, budget_ms)
+    choice = choose(source, equipped.model, every, sure, timed, budget_ms)
+    equipped.model.threshold = choice.threshold
+    plan = Plan((), 0.0, choice.original_ms, choice.budget_ms, choice.predicted_ms)
+    found = {
+        "method": method.to_dict(),
+        "early_exit": _exits(equipped, choice, sure) | {"labelled": known is not None},
+        "attempts": [{"predicted_ms": predicted, "measured_ms": measured} for predicted, measured in choice.attempts],
+        "target": str(target),
+        "seconds": {"exits": trained - start, "measure": time.perf_counter() - trained},
+    }
+    logits = (before, logits_of(equipped.model, few[1], PASS_SIZE))
+    facts = collect_exits(
+        opened, source, equipped.model, few, chosen, found=found, rounds=choice.rounds, plan=plan, logits=logits
+    )
+    facts["target"] |= {"met": choice.met, "within_spread": choice.within_spread}
+    net = equipped.model.cpu().eval()
+    result = Result(net, plan, facts | {"command": command}, few[0].ids + few[1].ids, opened, choice.met)
+    if output is not None:
+        result.save(output)
+    return result
+
+
+def _equipped(
+    source: nn.Module, few: tuple[Samples, Samples], tool: EarlyExit, classes: Tensor | None, seed: int
+) -> tuple[Equipped, Sure, Tensor]:
+    """The model with exits; how sure they are of all samples, the held-out ones behind; its own answers to these."""
+    size = pass_size(source, few[0], PASS_SIZE)
+    equipped = tool.equip(source, few[0], labels=classes, batch_size=size, seed=seed)
+    answers, own = exit_answers(equipped.model, few[1], size)
+    every = torch.cat([equipped.exit_logits.cpu(), answers], 1)
+    return equipped, sure_of(every, torch.cat([equipped.logits.cpu(), own])), own
+
+
+def _settings(given: dict[str, Any]) -> Settings:
+    for name in given:
+        if name not in _USED:
+            raise InvalidValueError(f"a setting of exits must be one of {', '.join(_USED)}, but got {name!r}")
+    return settings_of(_DEFAULTS | given)
+
+
+def _labels(labels: str | Path | Sequence[int] | None, data: Any) -> Labels | None:
+    if labels is None or isinstance(labels, str | Path):
+        return None if labels is None else open_labels(labels, data)
+    return Labels({str(i): int(value) for i, value in enumerate(labels)}, "labels")
+
+
+def _joined(first: Samples, second: Samples) -> Samples:
+    """One record of both."""
+    inputs, names = torch.cat([first.inputs, second.inputs]), first.names + second.names
+    return dataclasses.replace(first, inputs=inputs, ids=first.ids + second.ids, names=names)
+
+
+def _exits(equipped: Equipped, choice: Choice, sure: Sure) -> dict[str, Any]:
+    """What the report tells of exits: a row for each, and the end."""
+    facts, places = choice.facts(sure), equipped.model.spec.places
+    thresholds = equipped.model.spec.thresholds(choice.threshold)
+    rows = [
+        {"path": place.path, "reads": place.pool, "threshold": threshold, **row, "share": share, "ms": ms}
+        for place, threshold, row, share, ms in zip(
+            places, thresholds, equipped.facts, facts["shares"], facts["ms"], strict=False
+        )
+    ]
+    end = {"share": facts["shares"][-1], "ms": facts["ms"][-1]}
+    return facts | {"note": equipped.note, "exits": rows, "end": end}

@@ -1,0 +1,166 @@
+"""``inspect`` and ``preview``: what could be removed, and what a run would do, before anything is changed."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ttmpd.latency.device import choose_device, machine
+from ttmpd.latency.table import UnitTiming, time_units
+from ttmpd.latency.timing import time_models
+from ttmpd.method import check_range
+from ttmpd.models.example import example_batch
+from ttmpd.models.macs import count_macs
+from ttmpd.models.modules import clone, count_parameters
+from ttmpd.models.open import open_model
+from ttmpd.models.opened import OpenedModel
+from ttmpd.pipeline.analysis import Ready
+from ttmpd.pipeline.candidates import walk
+from ttmpd.pipeline.compress import prepared
+from ttmpd.pipeline.planning import Planned, make_plan, needed_ms
+from ttmpd.pipeline.settings import DEFAULT_UNITS, Target, check_kinds, settings_of
+from ttmpd.records import Timing, Unit
+from ttmpd.surgery.exits.model import check_without_exits
+from ttmpd.surgery.find import find_units, whole_of
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a model offers.
+
+    Args:
+        model: class name.
+        parameters: of the whole model.
+        macs: multiply-accumulates per sample of the whole model.
+        input_shape: of one sample.
+        units: removable, in the order of the network.
+        refused: (path, reason) of what looks like a unit and is not removable.
+        batch_size: on which the milliseconds were measured.
+        machine: device, threads and torch version they belong to.
+        whole: milliseconds per batch of the whole model; None when nothing was timed.
+        timings: milliseconds per batch of each unit; empty when nothing was timed.
+    """
+
+    model: str
+    parameters: int
+    macs: int
+    input_shape: tuple[int, ...]
+    units: tuple[Unit, ...]
+    refused: tuple[tuple[str, str], ...]
+    batch_size: int
+    machine: dict[str, str | int]
+    whole: Timing | None = None
+    timings: tuple[UnitTiming, ...] = ()
+
+    @property
+    def removable_share(self) -> float:
+        """Share of the MACs that the units hold, parts of other units not counted twice."""
+        outer = [unit for unit in self.units if not whole_of(unit, self.units)]
+        return sum(unit.macs for unit in outer) / max(1, self.macs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: each unit with its id, its shares and, when timed, its milliseconds."""
+        ms = {timing.unit: timing for timing in self.timings}
+        units = []
+        for unit in self.units:
+            row = {"id": unit.id} | dataclasses.asdict(unit) | {"macs_share": unit.macs / max(1, self.macs)}
+            if self.whole is not None:
+                row["ms"] = ms[unit.id].ms
+                row |= {f"{action}_ms": stand_in for action, stand_in in ms[unit.id].stand_ins.items()}
+                row["ms_share"] = ms[unit.id].ms / self.whole.median_ms
+            units.append(row)
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain["whole"] = None if self.whole is None else dataclasses.asdict(self.whole)
+        del plain["timings"]
+        return plain | {"units": units}
+
+
+def inspect(
+    model: nn.Module | str | OpenedModel,
+    samples: Any = None,
+    *,
+    batch_size: int = 64,
+    device: str = "auto",
+    timed: bool = True,
+    units: Sequence[str] = DEFAULT_UNITS,
+) -> Inspection:
+    """What can be removed from a model, what cannot and why, and how long each part takes here.
+
+    Args:
+        model: as in :func:`ttmpd.compress`.
+        samples: real inputs; random values in the model's own input size when None.
+        batch_size: on which milliseconds are measured.
+        device: "auto", "cpu", "cuda", "mps".
+        timed: False leaves the clock alone.
+        units: the kinds to look for, as in :class:`ttmpd.Settings`.
+
+    Raises:
+        InvalidValueError: there are no samples and the model does not say how large its input is.
+        ModelError: the model cannot be run.
+
+    Example:
+        >>> from ttmpd.demo.digits import demo_model
+        >>> found = inspect(demo_model(), timed=False)
+        >>> len(found.units), found.units[0].id
+        (12, 'stage1.0')
+    """
+    check_range("batch_size", batch_size, 1)
+    check_kinds(units)
+    opened = model if isinstance(model, OpenedModel) else open_model(model)
+    where = choose_device(device)
+    check_without_exits(opened.module)
+    net = clone(opened.module).to(where).eval()
+    batch = example_batch(opened, samples, batch_size).to(where)
+    few = batch[:2]
+    found = find_units(net, few, units)
+    known = Inspection(
+        type(net).__name__,
+        count_parameters(net),
+        count_macs(net, few)[""],
+        tuple(batch.shape[1:]),
+        found.units,
+        found.refused,
+        batch_size,
+        machine(where),
+    )
+    if not timed:
+        return known
+    whole = time_models({"whole": net}, batch, rounds=5, min_seconds=0.5).timing("whole")
+    timings = time_units(net, found.units, batch, rounds=3, min_seconds=0.5)
+    return dataclasses.replace(known, whole=whole, timings=timings)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Preview:
+    """What ``compress`` would do.
+
+    Args:
+        ready: timings, scores and the adapted teacher.
+        plans: the plan for each target with the planner's rounds; the last one measured the cut model.
+        seconds: per stage.
+    """
+
+    ready: Ready
+    plans: tuple[Planned, ...]
+    seconds: dict[str, float]
+
+
+def preview(
+    model: nn.Module | str | OpenedModel, samples: Any, *, targets: Sequence[Target], **settings: Any
+) -> Preview:
+    """Adapt, find, time, score and plan as :func:`ttmpd.compress_many` would, and stop there; nothing is kept.
+
+    Args:
+        model: as in :func:`ttmpd.compress`.
+        samples: as in :func:`ttmpd.compress`.
+        targets: one plan each.
+        **settings: as in :func:`ttmpd.compress`.
+
+    Raises:
+        BudgetUnreachableError: a target cannot be reached.
+    """
+    with prepared(model, samples, settings_of(settings)) as (ready, stages):
+        waypoints = walk(ready, max(needed_ms(ready, target) for target in targets), stages)
+        plans = tuple(make_plan(ready, waypoints, target) for target in targets)
+        return Preview(ready, plans, stages.seconds())

@@ -1,0 +1,343 @@
+"""Everything a run measured, as plain data: what ``report.json`` holds and the report draws."""
+
+import base64
+import dataclasses
+import datetime
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.adapt.base import Adapted
+from ttmpd.data.samples import Samples
+from ttmpd.data.tokenization import Tokenization, is_tokens
+from ttmpd.latency.device import machine
+from ttmpd.latency.table import UnitTiming
+from ttmpd.latency.timing import Rounds
+from ttmpd.models.macs import count_macs
+from ttmpd.models.modules import count_parameters
+from ttmpd.models.opened import OpenedModel
+from ttmpd.pipeline.analysis import Ready, latency_batch
+from ttmpd.pipeline.planning import Planned
+from ttmpd.pipeline.settings import Settings
+from ttmpd.quality.agreement import agreement
+from ttmpd.records import ACTIONS, Action, Fit, Plan, Score, Unit
+
+FORMAT = 1
+MAX_COUNTED = 20_000
+"""Classes whose answers are counted one by one; a larger vocabulary would fill the report with numbers."""
+MAX_PARTED = 12
+"""Samples shown on which student and teacher part."""
+NOISY = 1.2
+"""How many times as large the upper quartile of a speedup is as the lower one where something else is running."""
+NOISE = "The rounds differ much, as on a machine that is busy with other things; time it again with: ttmpd bench"
+MOVED = 0.1
+"""By what share a student's milliseconds differ from those of the same plan, measured minutes before, where that is
+more than noise."""
+MOVED_SINCE = (
+    "The speedup is not the one that the plan was chosen for, as on a machine that is busy with other things; "
+    "time it again with: ttmpd bench"
+)
+
+
+def collect(
+    ready: Ready,
+    planned: Planned,
+    *,
+    student: nn.Module,
+    rounds: Rounds,
+    fit: Fit,
+    logits: tuple[Tensor, Tensor, Tensor],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """The facts of one run.
+
+    Args:
+        ready: what was known before the target.
+        planned: what was removed, and how that was decided.
+        student: the compressed model.
+        rounds: interleaved milliseconds of "original" and "compressed".
+        fit: what distillation did.
+        logits: on the held-out samples: teacher, student before and after distillation.
+        seconds: per stage.
+    """
+    plan = planned.plan
+    budget_ms = None if planned.target.macs is not None else plan.budget_ms
+    teacher, start, final = logits
+    few = (ready.samples, ready.held_out)
+    return _known(ready.opened, ready.source, student, few, ready.settings) | {
+        "adapt": {"note": ready.adapt_note, "facts": ready.adapt_facts},
+        "units": _units(ready, plan),
+        "refused": [list(row) for row in ready.found.refused],
+        "target": {"asked": str(planned.target), "budget_ms": budget_ms, "harm": plan.harm},
+        "attempts": [{"predicted_ms": a.predicted_ms, "measured_ms": a.measured_ms} for a in planned.attempts],
+        "front": [dict(row) for row in planned.front],
+        "lossless": str(ready.lossless),
+        "latency": _latency(rounds, plan, [a.measured_ms for a in planned.attempts if a.removals == plan.removals]),
+        "agreement": _agreement(teacher, final),
+        "agreement_repaired": _agreement(teacher, start),
+        "held_out": _held_out(ready.held_out, teacher, final),
+        "parted": _parted(ready.held_out, teacher, final, ready.opened),
+        "fit": dataclasses.asdict(fit),
+        "seconds": dict(seconds),
+    }
+
+
+def collect_adapted(
+    opened: OpenedModel,
+    source: nn.Module,
+    adapted: Adapted,
+    few: tuple[Samples, Samples],
+    settings: Settings,
+    logits: tuple[Tensor, Tensor],
+    seconds: float,
+) -> dict[str, Any]:
+    """The facts of an adaptation alone.
+
+    Args:
+        opened: where the model came from.
+        source: the model before.
+        adapted: the model after.
+        few: samples adapted to, and held-out samples.
+        settings: of the run.
+        logits: on the held-out samples, before and after.
+        seconds: that it took.
+    """
+    known = _known(opened, source, adapted.model, few, settings)
+    used = ("num_samples", "holdout", "batch_size", "device", "seed")
+    return known | {
+        "settings": {name: known["settings"][name] for name in used},
+        "methods": {"adapt": known["methods"]["adapt"]},
+        "adapt": {"note": adapted.note, "facts": adapted.facts},
+        "agreement": _agreement(*logits),
+        "held_out": _held_out(few[1], *logits),
+        "parted": _parted(few[1], *logits, opened),
+        "seconds": {"adapt": seconds},
+    }
+
+
+def collect_exits(
+    opened: OpenedModel,
+    source: nn.Module,
+    model: nn.Module,
+    few: tuple[Samples, Samples],
+    settings: Settings,
+    *,
+    found: Mapping[str, Any],
+    rounds: Rounds,
+    plan: Plan,
+    logits: tuple[Tensor, Tensor],
+) -> dict[str, Any]:
+    """The facts of exits that were put on a model.
+
+    Args:
+        opened: where the model came from.
+        source: the model without exits.
+        model: the same with exits.
+        few: samples that exits were trained on, and held-out samples.
+        settings: of the run.
+        found: what belongs to exits alone: "early_exit", "attempts", "target", "seconds", and the method as plain data.
+        rounds: mean milliseconds of "original" and "compressed", a value per pass through the samples.
+        plan: nothing removed; its milliseconds.
+        logits: on the held-out samples, without and with exits.
+    """
+    known = _known(opened, source, source, few, settings)
+    used = ("num_samples", "holdout", "batch_size", "device", "seed")
+    return known | {
+        "student": {"parameters": count_parameters(model)},  # how much is computed differs from sample to sample
+        "settings": {name: known["settings"][name] for name in used},
+        "methods": {"early_exit": found["method"]},
+        "early_exit": found["early_exit"],
+        "target": {"asked": found["target"], "budget_ms": plan.budget_ms},
+        "attempts": found["attempts"],
+        "latency": _latency(rounds, plan),
+        "agreement": _agreement(*logits),
+        "held_out": _held_out(few[1], *logits),
+        "parted": _parted(few[1], *logits, opened),
+        "seconds": found["seconds"],
+    }
+
+
+def _known(
+    opened: OpenedModel, source: nn.Module, student: nn.Module, few: tuple[Samples, Samples], settings: Settings
+) -> dict[str, Any]:
+    """Facts of every run: which model, which machine, which settings, which samples."""
+    plain, timed = settings.to_dict(), latency_batch(source, few[0], settings)
+    batch = timed[:2]  # operations are counted on what is timed: of text, as long as there
+    return {
+        "format": FORMAT,
+        "ttmpd": _version(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seed": settings.seed,
+        "model": _model(source, batch)
+        | {"id": opened.id, "class": type(source).__name__, "rebuildable": opened.rebuildable},
+        "student": _model(student, batch),
+        "machine": machine(batch.device) | {"batch_size": settings.batch_size},
+        "settings": {k: v for k, v in plain.items() if not isinstance(v, dict)},
+        "methods": {k: v for k, v in plain.items() if isinstance(v, dict)},
+        "samples": {
+            "n_fit": len(few[0]),
+            "n_held_out": len(few[1]),
+            "input_shape": list(timed.shape[1:]),
+            "skipped": [list(row) for row in few[0].skipped],
+            "notes": [list(row) for row in few[0].notes],
+            "tokens": _lengths(few[0]),
+        },
+        "class_names": list(opened.class_names),
+        "each": "token" if is_tokens(opened.preprocessing) else "sample",
+    }
+
+
+def _lengths(samples: Samples) -> dict[str, float] | None:
+    """Tokens per sample, padding left out; None for what is no text."""
+    kept = samples.kept(samples.inputs)
+    if kept is None:
+        return None
+    lengths = kept.sum(1).double()
+    return {"mean": float(lengths.mean()), "median": float(lengths.median()), "longest": int(lengths.max())}
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("ttmpd")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _model(model: nn.Module, few: Tensor) -> dict[str, Any]:
+    return {"parameters": count_parameters(model), "macs": count_macs(model, few)[""]}
+
+
+def _units(ready: Ready, plan: Plan) -> list[dict[str, Any]]:
+    timings = {timing.unit: timing for timing in ready.timings}
+    known = ready.scores if plan.removals else ()
+    harms: dict[tuple[str, Action], Score] = {
+        (score.unit, score.action): score for score in known if score.action != "narrow"
+    }
+    widths: dict[str, list[list[float]]] = {}
+    for score in known:
+        if score.action == "narrow":
+            widths.setdefault(score.unit, []).append([len(score.kept), score.harm])
+    kept = {removal.unit.id: len(removal.kept) for removal in plan.removals}
+    saved = {
+        removal.unit.id: timings[removal.unit.id].saving(removal.action, len(removal.kept)).saved_ms
+        for removal in plan.removals
+    }
+    rows = []
+    for unit in ready.found.units:
+        scores = {action: harms[unit.id, action] for action in ACTIONS if (unit.id, action) in harms}
+        rows.append(
+            {
+                "id": unit.id,
+                "module": unit.module,
+                "shape": list(unit.shape),
+                "parameters": unit.n_params,
+                "macs": unit.macs,
+                "ms": timings[unit.id].ms,
+                **{f"{action}_ms": ms for action, ms in timings[unit.id].stand_ins.items()},
+                **{f"harm_{action}": score.harm for action, score in scores.items()},
+                "parts": dict(next(iter(scores.values())).parts) if scores else {},
+                **(_members(unit, kept, widths, timings[unit.id]) if unit.members else {}),
+                "action": plan.actions.get(unit.id, "keep"),
+                **({"saved_ms": saved[unit.id]} if unit.id in saved else {}),
+            }
+        )
+    return rows
+
+
+def _members(
+    unit: Unit, kept: Mapping[str, int], widths: Mapping[str, list[list[float]]], timing: UnitTiming
+) -> dict[str, Any]:
+    """How many members there are and stay; (members, harm) of every width, and milliseconds by members."""
+    return {
+        "members": unit.members,
+        "kept": kept.get(unit.id, unit.members),
+        "width_harms": widths.get(unit.id, []),
+        "width_ms": dict(timing.widths),
+    }
+
+
+def _latency(rounds: Rounds, plan: Plan, before_ms: Sequence[float] = ()) -> dict[str, Any]:
+    """Measured milliseconds; ``before_ms`` are those of the same plan when it was chosen."""
+    ratio = rounds.ratio("original", "compressed")
+    ms = plan.original_ms / ratio.median_ms
+    moved = any(abs(before / ms - 1) > MOVED for before in before_ms)
+    unpruned = {}
+    if "lossless" in rounds.ms:
+        faster = rounds.ratio("original", "lossless").median_ms
+        unpruned = {"lossless": dataclasses.asdict(rounds.timing("lossless")), "lossless_speedup": faster}
+    return unpruned | {
+        "original_ms": list(rounds.ms["original"]),
+        "compressed_ms": list(rounds.ms["compressed"]),
+        "original": dataclasses.asdict(rounds.timing("original")),
+        "compressed": dataclasses.asdict(rounds.timing("compressed")),
+        "speedup": {"median": ratio.median_ms, "low": ratio.low_ms, "high": ratio.high_ms},
+        "noise": NOISE if ratio.high_ms > NOISY * ratio.low_ms else MOVED_SINCE if moved else "",
+        "predicted_ms": plan.predicted_ms,
+    }
+
+
+def _agreement(teacher: Tensor, student: Tensor) -> dict[str, Any] | None:
+    if not len(teacher):
+        return None
+    alike = int((teacher.argmax(-1) == student.argmax(-1)).sum())
+    return dataclasses.asdict(agreement(alike, len(teacher)))
+
+
+def _held_out(samples: Samples, teacher: Tensor, student: Tensor) -> dict[str, Any]:
+    sure = [logits.softmax(-1).max(-1) if len(logits) else None for logits in (teacher, student)]
+    by_sample = len(teacher) == len(samples)
+    few = by_sample or teacher.shape[-1] <= MAX_COUNTED
+    return {
+        "names": list(samples.names) if by_sample else [],
+        "teacher": sure[0].indices.tolist() if sure[0] and few else [],
+        "student": sure[1].indices.tolist() if sure[1] and few else [],
+        "teacher_confidence": sure[0].values.tolist() if sure[0] else [],
+        "student_confidence": sure[1].values.tolist() if sure[1] else [],
+    }
+
+
+def _parted(samples: Samples, teacher: Tensor, student: Tensor, opened: OpenedModel) -> list[dict[str, Any]]:
+    """The held-out samples on which student and teacher part, the surest student answers first."""
+    if not len(samples) or is_tokens(opened.preprocessing):
+        return []
+    theirs, ours = teacher.softmax(-1).max(-1), student.softmax(-1).max(-1)
+    parted = torch.nonzero(theirs.indices != ours.indices).flatten().tolist()
+    parted.sort(key=lambda i: -float(ours.values[i]))
+    return [
+        {
+            "name": samples.names[i] if samples.names else str(i),
+            "png": _png(samples, i),
+            "text": _text(samples, i, opened),
+            "teacher": int(theirs.indices[i]),
+            "student": int(ours.indices[i]),
+            "teacher_confidence": float(theirs.values[i]),
+            "student_confidence": float(ours.values[i]),
+        }
+        for i in parted[:MAX_PARTED]
+    ]
+
+
+def _text(samples: Samples, number: int, opened: OpenedModel) -> str:
+    """What the model read of a text; "" when it is none."""
+    if not (samples.is_text and isinstance(opened.preprocessing, Tokenization)):
+        return ""
+    return opened.preprocessing.text_of(samples.inputs[number])
+
+
+def _png(samples: Samples, number: int) -> str:
+    """A small picture of a sample, base64; "" when it is no image."""
+    from torchvision.transforms.functional import to_pil_image
+
+    pixels = samples.inputs[number]
+    if not samples.is_image or pixels.dtype != torch.uint8:
+        return ""
+    image = to_pil_image(pixels)
+    image.thumbnail((112, 112))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,103 @@
+"""Finished stages on disk, so that a killed run goes on where it was; one run per folder at a time."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ttmpd.latency.memory import release_freed_memory
+from ttmpd.storage import _read_json, write_json
+
+Tensors = dict[str, Tensor]
+
+
+class Stages:
+    """A folder of finished stages. What is there is not computed again.
+
+    Args:
+        folder: made if missing.
+        run: fingerprint of everything the stages depend on; a folder of another run is emptied.
+        resume: keep what an earlier run with the same fingerprint left.
+    """
+
+    def __init__(self, folder: Path, run: str, resume: bool = False) -> None:
+        self.folder = folder
+        self.reused: list[str] = []
+        self._seconds: dict[tuple[str, str], float] = {}
+        marker = folder / "run.json"
+        if not (resume and _read_json(marker) == run):
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(marker, run)
+
+    def seconds(self, key: str = "") -> dict[str, float]:
+        """Seconds of the stages that serve every target and of those of one target; ``name#1`` counts as ``name``."""
+        found: dict[str, float] = {}
+        for (name, of), value in self._seconds.items():
+            if of in ("", key):
+                label = name.partition("#")[0]
+                found[label] = found.get(label, 0.0) + value
+        return found
+
+    @contextmanager
+    def timed(self, name: str, key: str = "") -> Iterator[None]:
+        """Note the seconds of a block as those of a stage, and let the next one begin with little memory."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name, key] = time.perf_counter() - start
+            release_freed_memory()
+
+    def json(self, name: str, compute: Callable[[], Any], key: str = "") -> Any:
+        """The plain data of a stage: from disk if it is finished, else computed and kept.
+
+        Args:
+            name: of the stage.
+            compute: makes the data.
+            key: of the target, for a stage that does not serve all of them.
+        """
+        path = self.folder / f"{_file(name, key)}.json"
+        stored = _read_json(path)
+        if isinstance(stored, dict) and stored.keys() == {"data", "seconds"}:
+            return self._again(name, key, stored)
+        with self.timed(name, key):
+            data = compute()
+        write_json(path, {"data": data, "seconds": self._seconds[name, key]})
+        return data
+
+    def tensors(
+        self, name: str, compute: Callable[[], tuple[Mapping[str, Tensor], Any]], key: str = ""
+    ) -> tuple[Tensors, Any]:
+        """The tensors and plain data of a stage, like :meth:`json`."""
+        path = self.folder / f"{_file(name, key)}.safetensors"
+        try:
+            with safe_open(path, "pt") as file:
+                stored = json.loads(file.metadata()["stage"])
+            return load_file(path), self._again(name, key, stored)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            pass  # not there, or broken: compute it
+        with self.timed(name, key):
+            found, data = compute()
+        kept = {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
+        temporary = path.with_name(f"{path.name}.tmp")
+        facts = json.dumps({"data": data, "seconds": self._seconds[name, key]})
+        save_file(kept, temporary, {"stage": facts})
+        temporary.replace(path)
+        return kept, data
+
+    def _again(self, name: str, key: str, stored: Any) -> Any:
+        self.reused.append(_file(name, key))
+        self._seconds[name, key] = stored["seconds"]
+        return stored["data"]
+
+
+def _file(name: str, key: str) -> str:
+    return f"{name}-{key}" if key else name

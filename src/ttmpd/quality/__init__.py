@@ -1,0 +1,1 @@
+"""How good predictions are, without labels or with."""

@@ -1,0 +1,118 @@
+"""The answers of a running service as they are watched: do they still look the same, does the student still agree."""
+
+from collections import deque
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ttmpd.data.samples import Samples
+from ttmpd.quality.agreement import Agreement, agreement
+from ttmpd.serving.acceptance import alike, logits_on
+from ttmpd.serving.drift import Drift, DriftTest
+from ttmpd.serving.policy import Policy
+from ttmpd.serving.reservoir import Recent
+from ttmpd.training.losses import mutual_information
+
+FEWEST = 16
+"""Recent samples below which models are not compared."""
+
+
+class Served(NamedTuple):
+    """A model that answers: "source", "teacher" or "student"; every swap has a number of its own."""
+
+    name: str
+    module: nn.Module
+    number: int
+
+
+class Lookout:
+    """Watches the answers of the model in service, against a reference that begins with every swap.
+
+    Args:
+        policy: windows, floors and shares.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.recent = Recent()
+        self._inbox: deque[tuple[int, Tensor]] = deque(maxlen=1024)  # the oldest go where nobody looks for long
+        self._number = -1
+        self._drift: Drift | None = None
+        self._test: DriftTest | None = None
+        self._shadow: Agreement | None = None
+        self._n_since = 0
+
+    def note(self, served: Served, batch: Tensor, logits: Tensor) -> None:
+        """Take in what a caller was answered; from any thread, without waiting."""
+        self._inbox.append((served.number, logits.detach().clone()))  # callers may change what they were given
+        if served.name != "source":
+            self.recent.add(batch)
+
+    def begin(self, served: Served, held: Samples) -> None:
+        """From now on compare answers of this model with those that it gives for the held samples."""
+        policy, reference = self.policy, logits_on(served.module, held)
+        self._drift = Drift(reference, window=policy.window, false_alarm=policy.false_alarm)
+        self._number, self._test, self._shadow, self._n_since = served.number, None, None, 0
+        self.recent.reset()
+
+    def end(self) -> None:
+        """There is no reference any more."""
+        self._drift, self._number = None, -1
+        self._inbox.clear()
+
+    def moved(self) -> str:
+        """How the answers moved away from the reference; "" while they did not."""
+        for _ in range(len(self._inbox)):  # what comes meanwhile waits, so that fast callers cannot hold this up
+            number, logits = self._inbox.popleft()
+            if self._drift is not None and number == self._number:
+                self._drift.add(logits)
+                self._n_since += len(logits)
+        test = None if self._drift is None else self._drift.test()
+        self._test = test or self._test
+        if test is None or not test.moved:
+            return ""
+        return f"the data moved: {test.signal} by {test.statistic:.1f} standard errors"
+
+    def parted(self, student: nn.Module, teacher: nn.Module) -> str:
+        """Whether a student that serves no longer answers like the teacher; asked about a share of the samples only."""
+        if self._n_since * self.policy.shadow < self.recent.capacity:
+            return ""
+        found = self.compare(student, teacher)
+        if found is None or found.high >= self.policy.min_agreement:
+            return ""
+        return f"student and teacher part: they agree on {found.share:.0%} of {found.n_samples} recent samples"
+
+    def compare(self, student: nn.Module, teacher: nn.Module) -> Agreement | None:
+        """Agreement of two models on the recent samples; None where there are too few."""
+        self._n_since = 0
+        rows = self.recent.rows()
+        if rows is None or len(rows) < FEWEST:
+            return None
+        share = alike(logits_on(student, rows), logits_on(teacher, rows))
+        self._shadow = agreement(round(share * len(rows)), len(rows))
+        return self._shadow
+
+    def better(self, candidates: list[Served]) -> Served:
+        """The model whose answers to the recent samples are surest and most varied; the first where there are too few.
+
+        There are no labels: it is the criterion by which the teacher's statistics are mixed.
+        """
+        rows = self.recent.rows()
+        if rows is None or len(rows) < FEWEST:
+            return candidates[0]
+        return max(candidates, key=lambda served: float(mutual_information(logits_on(served.module, rows))))
+
+    def state(self) -> dict[str, Any]:
+        """What was found, as plain data."""
+        test, drift, shadow = self._test, self._drift, self._shadow
+        return {
+            "drift": {
+                "statistic": None if test is None else test.statistic,
+                "signal": None if test is None else test.signal,
+                "threshold": None if drift is None else drift.threshold,
+                "n_tests": 0 if drift is None else drift.n_tests,
+                "n_alarms": 0 if drift is None else drift.n_alarms,
+            },
+            "shadow": None if shadow is None else asdict(shadow),
+        }

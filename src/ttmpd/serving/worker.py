@@ -1,0 +1,381 @@
+"""Compression beside a running service: in a process of its own with low priority, or in a thread.
+
+The two sides meet in a folder. The worker puts ``teacher.safetensors`` there as soon as the teacher is adapted, and the
+artifact under ``student``; a killed worker leaves finished stages, and the next one goes on from them. A process also
+writes ``news.json``. It gets the model through a pipe, and ends when the pipe breaks: nothing outlives the service.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from ttmpd.data.samples import Samples
+from ttmpd.errors import TTMPDError, cause
+from ttmpd.latency.memory import freed_memory, keep_freed_memory
+from ttmpd.models.factory import call_factory, is_factory
+from ttmpd.models.modules import clone
+from ttmpd.models.opened import OpenedModel
+from ttmpd.pipeline.compress import compress
+from ttmpd.progress import Watcher, watched
+from ttmpd.storage import write_json
+
+TEACHER, STUDENT, NEWS, LOG = "teacher.safetensors", "student", "news.json", "worker.log"
+TELL_EVERY = 0.2
+"""Seconds between two notes of progress."""
+STOP_SECONDS = 3.0
+"""How long a worker that was asked to end may take before it is killed, or left alone if it is a thread."""
+
+Kind = Literal["process", "thread"]
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """One compression.
+
+    Args:
+        opened: the model; it is copied before anything is done to it.
+        samples: unlabelled.
+        folder: where the results go.
+        given: arguments of ``compress``: the target and the settings.
+        threads: that torch may use in a process.
+        nice: how far the priority is lowered, 0 to 19.
+        resume: go on with what an earlier worker left in ``folder``.
+    """
+
+    opened: OpenedModel
+    samples: Samples
+    folder: Path
+    given: dict[str, Any]
+    threads: int = 1
+    nice: int = 10
+    resume: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a worker ended.
+
+    Args:
+        error: "" when the artifact is there.
+        again: whether another try may go better: it was killed, or broke off unexpectedly.
+        elsewhere: whether it could not even begin, so that only a thread can do the work.
+    """
+
+    error: str = ""
+    again: bool = False
+    elsewhere: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a worker is at: ``done`` of ``total`` steps of a stage."""
+
+    stage: str = ""
+    done: int = 0
+    total: int = 0
+
+
+class Worker(Protocol):
+    """Work under way."""
+
+    @property
+    def kind(self) -> str:
+        """Where it works: "process" or "thread"."""
+
+    def progress(self) -> Progress:
+        """What it is at."""
+
+    def outcome(self) -> Outcome | None:
+        """How it ended; None while it runs."""
+
+    def stop(self) -> None:
+        """End it, whatever it is doing; may be called again."""
+
+
+class StoppedError(BaseException):
+    """Ends a thread's work where it next tells its progress, past all that catches errors; never leaves this module."""
+
+
+def start(work: Work, kind: Kind) -> Worker:
+    """A worker of the kind that does the work."""
+    return ProcessWorker(work) if kind == "process" else ThreadWorker(work)
+
+
+@dataclass(frozen=True, slots=True)
+class Unborn:
+    """Stands for a worker that could not be started."""
+
+    error: str
+    kind: str = "process"
+
+    def progress(self) -> Progress:
+        """Nothing."""
+        return Progress()
+
+    def outcome(self) -> Outcome:
+        """Another try may go better: a process needs memory and a place in the system's table."""
+        return Outcome(f"the background job could not be started: {self.error}", again=True)
+
+    def stop(self) -> None:
+        """There is nothing to end."""
+
+
+def carry_out(work: Work, tell: Watcher) -> None:
+    """Compress into the folder; the adapted teacher is laid beside the artifact as soon as it is known."""
+    adapted, teacher = work.folder / STUDENT / ".work" / "adapt.safetensors", work.folder / TEACHER
+    teacher.unlink(missing_ok=True)
+
+    def hear(stage: str, done: int, total: int) -> None:
+        # Timing and scoring come after adaptation and tell their progress; a stage's file is whole once it is there.
+        if not teacher.exists() and adapted.exists():
+            write_copy(adapted, teacher)
+        tell(stage, done, total)
+
+    with watched(hear):
+        compress(
+            work.opened,
+            work.samples,
+            output=work.folder / STUDENT,
+            resume=work.resume,
+            command="made by a running service",
+            **work.given,
+        )
+
+
+def write_copy(source: Path, goal: Path) -> None:
+    """Copy a file under a temporary name and rename it."""
+    temporary = goal.with_name(f".{goal.name}.tmp")
+    shutil.copyfile(source, temporary)
+    temporary.replace(goal)
+
+
+def outcome_of(error: Exception) -> Outcome:
+    """What an error of :func:`carry_out` means for another try."""
+    hopeless = isinstance(error, TTMPDError)  # stated rules: the same samples break them again
+    return Outcome(str(error) if hopeless else f"the background job failed: {cause(error)}", again=not hopeless)
+
+
+# ------------------------------------------------------------------------------------------------------------- process
+
+
+class ProcessWorker:
+    """A fresh interpreter, which knows the caller's import paths and gets the work through its standard input.
+
+    The caller's main module is not imported there, so scripts need no guard; what is defined in it cannot be rebuilt.
+    """
+
+    kind = "process"
+
+    def __init__(self, work: Work) -> None:
+        self.folder = work.folder
+        work.folder.mkdir(parents=True, exist_ok=True)
+        (work.folder / NEWS).unlink(missing_ok=True)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._broken: Outcome | None = None
+        try:
+            module = work.opened.module
+            on_cpu = {p.device.type for p in module.parameters()} <= {"cpu"}
+            opened = work.opened if on_cpu else dataclasses.replace(work.opened, module=clone(module).cpu())
+            sent = pickle.dumps((work.opened.id, freed_memory() == "kept", work.threads, work.nice))
+            sent_work = pickle.dumps(dataclasses.replace(work, opened=opened))
+        except Exception as error:  # anything a module may hold can refuse to be pickled
+            self._broken = Outcome(f"the model cannot be sent to a process: {cause(error)}", elsewhere=True)
+            return
+        with (work.folder / LOG).open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _ENTRY, str(len(sent)), str(len(sent_work)), str(work.folder)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=_environment(work.threads),
+            )
+        with contextlib.suppress(OSError):  # it died already: `outcome` says so
+            assert self._process.stdin is not None
+            self._process.stdin.write(sent)
+            self._process.stdin.write(sent_work)
+            self._process.stdin.flush()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, while there is one."""
+        return None if self._process is None else self._process.pid
+
+    def progress(self) -> Progress:
+        """What it told last."""
+        news = _news(self.folder)
+        return Progress(**{key: news[key] for key in ("stage", "done", "total")}) if "stage" in news else Progress()
+
+    def outcome(self) -> Outcome | None:
+        """How it ended; None while it runs."""
+        if self._process is None:
+            return self._broken
+        code = self._process.poll()
+        if code is None:
+            return None
+        self._close_pipe()
+        news = _news(self.folder)
+        if "error" in news:
+            return Outcome(news["error"], news["again"], news["elsewhere"])
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        return Outcome(f"the background process {how}{self._last_words()}", again=True, elsewhere=not news and code > 0)
+
+    def stop(self) -> None:
+        """End the process, kill it if it does not go, and wait until it is gone."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._close_pipe()
+
+    def _close_pipe(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+
+    def _last_words(self) -> str:
+        with contextlib.suppress(OSError):
+            lines = (self.folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            if lines:
+                return f"; it last wrote: {lines[-1][:200]}"
+        return ""
+
+
+# Before anything heavy is imported the pipe is read, so that the sender does not wait, and from then on watched: not
+# through sys.stdin, whose lock a waiting thread would hold when the interpreter ends, which aborts it.
+_ENTRY = """
+import os, sys, threading
+head, work = sys.stdin.buffer.read(int(sys.argv[1])), sys.stdin.buffer.read(int(sys.argv[2]))
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+from ttmpd.serving.worker import process_main
+process_main(head, work, sys.argv[3])
+"""
+
+
+def process_main(head: bytes, sent: bytes, place: str) -> None:
+    """What the process does; ``head`` and ``sent`` are from the service that started it, and from nowhere else."""
+    with contextlib.suppress(ValueError, OSError):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the service is interrupted, and ends this process
+    folder = Path(place)
+    model_id, kept, threads, nice = pickle.loads(head)
+    with contextlib.suppress(OSError, AttributeError):
+        os.nice(nice)
+    torch.set_num_threads(threads)
+    if kept:
+        keep_freed_memory()  # milliseconds depend on it
+    try:
+        if is_factory(model_id):
+            call_factory(model_id)  # classes of a file that is not on any import path become known by that
+        work: Work = pickle.loads(sent)
+    except Exception as error:
+        _write_outcome(folder, Outcome(f"the model cannot be rebuilt in a process: {cause(error)}", elsewhere=True))
+        return
+    write_json(folder / NEWS, dataclasses.asdict(Progress("starting")))
+    try:
+        carry_out(work, _Teller(folder / NEWS))
+    except Exception as error:
+        _write_outcome(folder, outcome_of(error))
+        if not isinstance(error, TTMPDError):
+            raise
+    else:
+        _write_outcome(folder, Outcome())
+
+
+class _Teller:
+    """Writes progress to a file, not too often."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.path, self.clock, self.next = path, clock, 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self.clock() >= self.next:
+            write_json(self.path, dataclasses.asdict(Progress(stage, done, total)))
+            self.next = self.clock() + TELL_EVERY
+
+
+def _write_outcome(folder: Path, outcome: Outcome) -> None:
+    write_json(folder / NEWS, dataclasses.asdict(outcome))
+
+
+def _news(folder: Path) -> dict[str, Any]:
+    try:
+        news = json.loads((folder / NEWS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return news if isinstance(news, dict) else {}
+
+
+def _environment(threads: int) -> dict[str, str]:
+    limits = {f"{name}_NUM_THREADS": str(threads) for name in ("OMP", "MKL", "OPENBLAS")}
+    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
+    return os.environ | limits | {"PYTHONPATH": paths}
+
+
+# -------------------------------------------------------------------------------------------------------------- thread
+
+
+class ThreadWorker:
+    """A thread of the service: for models that cannot be sent to a process. It shares the service's cores and GIL."""
+
+    kind = "thread"
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self._progress = Progress()
+        self._outcome: Outcome | None = None
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ttmpd-compress", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        _lower_priority(self.work.nice)
+        try:
+            carry_out(self.work, self._hear)
+            self._outcome = Outcome()
+        except StoppedError:
+            self._outcome = Outcome("stopped")
+        except Exception as error:  # the service lives on
+            self._outcome = outcome_of(error)
+
+    def _hear(self, stage: str, done: int, total: int) -> None:
+        if self._stopping.is_set():
+            raise StoppedError
+        self._progress = Progress(stage, done, total)
+
+    def progress(self) -> Progress:
+        """What it is at."""
+        return self._progress
+
+    def outcome(self) -> Outcome | None:
+        """How it ended; None while it runs."""
+        return self._outcome
+
+    def stop(self) -> None:
+        """Ask the thread to end at its next step, and wait for it a little."""
+        self._stopping.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(STOP_SECONDS)
+
+
+def _lower_priority(nice: int) -> None:
+    """On Linux a thread has a priority of its own; elsewhere nothing is done."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)

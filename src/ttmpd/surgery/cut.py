@@ -1,0 +1,107 @@
+"""All kinds of units together: find them, and cut a model by a list of removals."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.errors import InvalidValueError
+from ttmpd.models.modules import count_parameters, module_at, to_fast_format
+from ttmpd.records import KERNELS, UNCHANGED, Lossless, Removal, Unit
+from ttmpd.surgery.find import narrow_kind
+from ttmpd.surgery.layers import matrix_of
+from ttmpd.surgery.lossless import apply, with_norms_gone
+from ttmpd.surgery.replacements import put
+from ttmpd.surgery.units.block import Block
+
+WHOLE = Block()
+"""The kind of unit that goes as a whole and may have a stand-in."""
+
+
+def cut(model: nn.Module, removals: Sequence[Removal]) -> nn.Module:
+    """A new model: an identity where a whole unit was, kept members alone where one is narrowed; no stand-ins yet."""
+    student = WHOLE.cut(model, [removal.unit for removal in removals if not removal.unit.members])
+    for removal in removals:
+        if removal.unit.members:
+            narrow_kind(removal.unit).narrow(student, removal.unit, removal.kept)
+    return student
+
+
+def joined(earlier: Sequence[Removal], later: Sequence[Removal]) -> tuple[Removal, ...]:
+    """The removals of a model that was compressed, and those of a second run: what went with a larger unit is left out.
+
+    Example:
+        A block whose channels were narrowed first and which is dropped now is one removal: the block.
+    """
+    wholes = [removal.unit.path for removal in later if not removal.unit.members]
+    return (*(r for r in earlier if not any(r.unit.path.startswith(f"{path}.") for path in wholes)), *later)
+
+
+def check_units(model: nn.Module, units: Sequence[Unit]) -> None:
+    """Raise :class:`InvalidValueError` when a unit does not belong to the stock ``model``.
+
+    A unit may be smaller than the model's: it was found where something had been removed from it before.
+    """
+    for unit in units:
+        module = module_at(model, unit.path)
+        found = count_parameters(module)
+        if unit.members:
+            n_inputs = matrix_of(module).shape[1]
+            if n_inputs < unit.members:
+                raise InvalidValueError(
+                    f"unit {unit.id} must have {unit.members} members, but the model's layer reads {n_inputs} inputs; "
+                    "the plan belongs to another model"
+                )
+        elif found < unit.n_params:
+            raise InvalidValueError(
+                f"unit {unit.id} must have at least {unit.n_params} parameters, but the model's has {found}; "
+                "the plan belongs to another model"
+            )
+
+
+def replay(
+    model: nn.Module, removals: Sequence[Removal], state: Mapping[str, Tensor], how: Lossless = UNCHANGED
+) -> nn.Module:
+    """A copy of the stock model with the removals made and the weights in ``state`` loaded: how artifacts come back.
+
+    Which stand-ins were folded away, and which readers got a bias by that, is seen in the names of the weights.
+
+    Args:
+        model: left untouched.
+        removals: in the order in which they were made.
+        state: weights of the student.
+        how: what else was done to it.
+
+    Raises:
+        RuntimeError: the weights do not fit (torch's own message names the keys).
+    """
+    student = with_norms_gone(cut(model, removals), how)
+    for removal in removals:
+        path = removal.unit.path
+        if removal.action in KERNELS and any(key.startswith(f"{path}.") for key in state):
+            put(student, removal.unit, WHOLE.stand_in(removal.unit, removal.action))
+    for key, value in state.items():
+        layer, _, name = key.rpartition(".")
+        module = _submodule(student, layer)
+        if name == "bias" and isinstance(module, nn.Linear | nn.Conv2d) and module.bias is None:
+            module.bias = nn.Parameter(torch.zeros_like(value))
+    student.load_state_dict(dict(state))
+    student = student.to(next(iter(model.parameters())).device).eval()
+    return to_fast_format(student) if how.channels_last else student
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def skeleton(model: nn.Module, removals: Sequence[Removal], how: Lossless = UNCHANGED) -> nn.Module:
+    """The cut model with untrained stand-ins: as fast as the student will be, before any repair."""
+    student = cut(model, removals)
+    device = next(model.parameters()).device
+    for removal in removals:
+        if removal.action in KERNELS:
+            put(student, removal.unit, WHOLE.stand_in(removal.unit, removal.action).to(device))
+    return apply(student.eval(), how)

@@ -1,0 +1,1 @@
+"""A model that may answer early."""

@@ -1,0 +1,324 @@
+"""Whole residual blocks, found in any network without tracing.
+
+A unit is a module that has weights, is called once, answers with the shape it was given, and has a shortcut around it
+(or stands in a row of equal modules of several layers). Shortcuts are read off the autograd graph: a path from output
+to input that crosses an addition and no weights. A path that crosses products only is a gate (squeeze and excitation),
+which is no unit.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.errors import ModelError, first_line
+from ttmpd.models.macs import count_macs
+from ttmpd.models.modules import count_parameters, has_nan, hooks, module_at, replace_module, stubbed
+from ttmpd.models.run import call, evaluating, first_tensor
+from ttmpd.records import KERNELS, Action, Layout, Unit
+from ttmpd.surgery.replacements import _given, answering, put, wrapped
+from ttmpd.surgery.units.base import Found, Whole
+
+# Backward nodes that keep every value apart from shifts, clipping and normalisation: a shortcut may cross them.
+_TRANSPARENT = {
+    "Add", "Relu", "Hardtanh", "LeakyRelu", "Gelu", "Silu", "Hardswish", "Elu", "Threshold", "View", "UnsafeView",
+    "ReshapeAlias", "Permute", "Transpose", "T", "Clone", "ToCopy", "Alias", "Slice", "Squeeze", "Unsqueeze", "Roll",
+    "NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "NativeGroupNorm", "NativeDropout", "Contiguous",
+}  # fmt: skip
+
+
+MAX_CONV_CHANNELS = 160
+"""Wider units have no 3x3 stand-in: its cost and that of its fit grow with the squared width, and theirs do not."""
+
+
+@dataclass
+class _Call:
+    """What was seen of one module during a forward pass."""
+
+    count: int = 0
+    plain: bool = True
+    given: Tensor | None = None
+    answer: Tensor | None = None
+    wrapped: bool = False
+    shortcut: bool = False
+    gate: bool = False
+    versions: tuple[int, int] = (0, 0)
+
+
+class Block(Whole):
+    """Blocks whose output has the shape of their input.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> [unit.path for unit in Block().find(resnet18().eval(), torch.zeros(1, 3, 64, 64)).units]
+        ['layer1.0', 'layer1.1', 'layer2.1', 'layer3.1', 'layer4.1']
+    """
+
+    source: ClassVar[str] = "PRACTISE (arXiv 2202.07861), section 3: blocks of equal shape; found here by running"
+    actions: ClassVar[tuple[Action, ...]] = ("drop", "linear", "conv")
+
+    def find(self, model: nn.Module, batch: Tensor) -> Found:
+        """The removable blocks, in the order of the network.
+
+        Raises:
+            ModelError: the model cannot be run on the batch or answers with NaN.
+        """
+        seen = _watch(model, batch)
+        refused: dict[str, str] = {}
+        repeated = _in_rows(model, seen)
+        chosen = _choose(model, "", seen, repeated, refused)
+        order = {path: number for number, path in enumerate(seen)}
+        macs = count_macs(model, batch)
+        units = [
+            _unit(path, module_at(model, path), seen[path], macs) for path in sorted(chosen, key=order.__getitem__)
+        ]
+        kept = [unit for unit in units if _works_without(self, model, unit, batch, refused)]
+        return Found(tuple(kept), tuple(refused.items()))
+
+    def cut(self, model: nn.Module, units: Sequence[Unit]) -> nn.Module:
+        """A copy of the model in which an identity stands where each unit was; all other paths keep their names."""
+        # The memo makes deepcopy take the replacement instead of copying what is cut.
+        student: nn.Module = copy.deepcopy(
+            model, {id(module_at(model, u.path)): wrapped(u, nn.Identity()) for u in units}
+        )
+        return student
+
+    @contextlib.contextmanager
+    def mask(self, model: nn.Module, units: Sequence[Unit]) -> Iterator[None]:
+        """The blocks stay in the model, but each hands on its input."""
+        with stubbed(model, {unit.path: answering(unit, lambda x: x) for unit in units}):
+            yield
+
+    def stand_ins(self, unit: Unit) -> tuple[Action, ...]:
+        """A map of the channels for every unit; a 3x3 convolution for images of moderate width."""
+        image = unit.layout == "channels_first" and len(unit.shape) == 3
+        return ("linear", "conv") if image and unit.channels <= MAX_CONV_CHANNELS else ("linear",)
+
+    def stand_in(self, unit: Unit, action: Action = "linear") -> nn.Module:
+        """A 1x1 or 3x3 convolution or a square matrix, followed by the block's own activation."""
+        linear: nn.Module
+        side = KERNELS[action]
+        with torch.random.fork_rng():
+            if unit.layout == "channels_first" and len(unit.shape) == 3:
+                linear = nn.Conv2d(unit.channels, unit.channels, side, padding=side // 2)
+            elif unit.layout == "channels_first" and len(unit.shape) == 2:
+                linear = nn.Conv1d(unit.channels, unit.channels, 1)
+            else:
+                linear = nn.Linear(unit.channels, unit.channels)
+        if not unit.activation:
+            return linear
+        return nn.Sequential(linear, {"relu": nn.ReLU, "relu6": nn.ReLU6}[unit.activation]())
+
+
+def _watch(model: nn.Module, batch: Tensor) -> dict[str, _Call]:
+    """Run the model once with gradients on and note every module's first input and output, in calling order."""
+    seen: dict[str, _Call] = {}
+
+    def before(path: str, args: Any, kwargs: Any) -> Any:
+        record = seen.setdefault(path, _Call())
+        record.count += 1
+        given = _given(args, kwargs)
+        record.given = given if isinstance(given, Tensor) else None
+        record.plain = len(args) == 1 and not kwargs
+        record.versions = (0 if record.given is None else record.given._version, 0)
+
+    def after(path: str, output: Any) -> None:
+        record = seen[path]
+        record.wrapped = type(output) is tuple
+        record.answer = first_tensor(output) if record.wrapped or isinstance(output, Tensor) else None
+        record.shortcut = _has_shortcut(record.answer, record.given, _is_sum)
+        record.gate = not record.shortcut and _has_shortcut(record.answer, record.given, _is_product)
+        if record.answer is not None and record.given is not None:
+            # A block that writes into its input is seen by what it leaves there.
+            record.versions = (record.given._version - record.versions[0], record.answer._version)
+
+    handles: list[Any] = []
+    for path, module in model.named_modules():
+        if path and any(True for _ in module.children()) and _n_layers(module):
+            handles.append(module.register_forward_pre_hook(lambda _m, a, k, p=path: before(p, a, k), with_kwargs=True))
+            handles.append(module.register_forward_hook(lambda _m, _a, out, p=path: after(p, out)))
+    with evaluating(model, gradients=True), hooks(handles):
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        source = batch.clone().requires_grad_(batch.is_floating_point())
+        try:
+            # A view, so that the input has a node in the graph like everything else.
+            logits = call(model, source.view_as(source))
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ModelError(
+                f"{type(model).__name__} must run on a batch of shape {tuple(batch.shape)}, but failed: "
+                f"{first_line(error)[:200]}; check the input size and the preprocessing"
+            ) from error
+    if has_nan(logits):
+        raise ModelError(f"{type(model).__name__} must answer with finite values, but got NaN or infinity")
+    return seen
+
+
+def _node_name(node: Any) -> str:
+    return str(node.name()).rpartition("::")[2].partition("Backward")[0]
+
+
+def _is_sum(node: Any) -> bool:
+    return _node_name(node) == "Add" and len([parent for parent, _ in node.next_functions if parent]) > 1
+
+
+def _is_scale(node: Any) -> bool:
+    """A product with a parameter or a constant: it keeps what is scaled apart."""
+    if _node_name(node) != "Mul":
+        return False
+    return any(parent is None or _from_parameter(parent) for parent, _ in node.next_functions)
+
+
+def _from_parameter(node: Any) -> bool:
+    while _node_name(node) in _TRANSPARENT and len(node.next_functions) == 1:
+        node = node.next_functions[0][0]
+    return str(node.name()).endswith("AccumulateGrad")
+
+
+def _is_product(node: Any) -> bool:
+    return _node_name(node) == "Mul" and not _is_scale(node)
+
+
+def _has_shortcut(answer: Tensor | None, given: Tensor | None, joins: Callable[[Any], bool]) -> bool:
+    """Whether the autograd graph leads from ``answer`` to ``given`` past no weights, through a node that ``joins``."""
+    if answer is None or given is None or answer.grad_fn is None or given.grad_fn is None:
+        return False
+    goal, stack, visited = given.grad_fn, [(answer.grad_fn, False)], set()
+    while stack:
+        node, joined = stack.pop()
+        if (node, joined) in visited:
+            continue
+        visited.add((node, joined))
+        if node is goal:
+            if joined:
+                return True
+            continue
+        if joins(node) or _is_scale(node) or _node_name(node) in _TRANSPARENT:
+            joined = joined or joins(node)
+            stack += [(parent, joined) for parent, _ in node.next_functions[:2] if parent is not None]
+    return False
+
+
+def _same_shape(record: _Call) -> bool:
+    given, answer = record.given, record.answer
+    return given is not None and answer is not None and given.shape == answer.shape and given.dtype == answer.dtype
+
+
+def _in_rows(model: nn.Module, seen: dict[str, _Call]) -> set[str]:
+    """Paths of modules of several layers that keep the shape and have a sibling of the same class that does too."""
+    rows: dict[tuple[str, type], list[str]] = {}
+    for path, record in seen.items():
+        module = module_at(model, path)
+        if record.count == 1 and _same_shape(record) and type(module) is not nn.Sequential and _n_layers(module) > 1:
+            rows.setdefault((path.rpartition(".")[0], type(module)), []).append(path)
+    return {path for paths in rows.values() if len(paths) > 1 for path in paths}
+
+
+def _choose(
+    model: nn.Module, path: str, seen: dict[str, _Call], repeated: set[str], refused: dict[str, str]
+) -> list[str]:
+    """The units below ``path``: a module itself, or its parts when they make up nearly all of it (a stage)."""
+    module, record = module_at(model, path), seen.get(path)
+    refused_below: dict[str, str] = {}
+    below: list[str] = []
+    for name, _ in module.named_children():
+        below += _choose(model, f"{path}.{name}" if path else name, seen, repeated, refused_below)
+    weights = count_parameters(module)
+    if record is None or weights == 0 or not path:
+        refused.update(refused_below)
+        return below
+    covered = sum(count_parameters(module_at(model, part)) for part in below)
+    reason = _refusal(record, path in repeated)
+    if reason and not below and _worth_telling(module, record):
+        refused[path] = reason
+    # Parts without a shortcut of their own are no reason to pass by the shortcut around the whole.
+    parts_are_units = record.shortcut <= all(seen[part].shortcut for part in below)
+    if reason or (covered >= 0.9 * weights and parts_are_units):
+        refused.update(refused_below)
+        return below
+    return [path]
+
+
+def _refusal(record: _Call, in_row: bool) -> str:
+    """Why a module is no unit; "" when it is one."""
+    if record.given is None or record.answer is None:
+        return "is not a function of one tensor"
+    if record.count > 1:
+        return f"called {record.count} times in one pass"
+    if not _same_shape(record):
+        return f"changes the shape from {tuple(record.given.shape[1:])} to {tuple(record.answer.shape[1:])}"
+    if record.gate:
+        return "only scales its input"
+    if not record.shortcut and not in_row:
+        return "has no shortcut around it"
+    if record.versions[0]:
+        return "writes into its input"
+    if record.answer._version != record.versions[1]:
+        return "its output is written into by what follows"
+    return ""
+
+
+def _worth_telling(module: nn.Module, record: _Call) -> bool:
+    """Whether a user would expect to see this module in the list of refusals: block-like, not a layer's wrapper."""
+    n_leaves = sum(1 for m in module.modules() if not list(m.children()) and count_parameters(m))
+    is_map = record.given is None or record.given.dim() >= 3
+    return is_map and n_leaves >= 3 and type(module) is not nn.Sequential
+
+
+def _n_layers(module: nn.Module) -> int:
+    """Layers that mix channels or positions: kernels and matrices, not norms."""
+    return sum(1 for parameter in module.parameters() if parameter.dim() >= 2)
+
+
+def _unit(path: str, module: nn.Module, record: _Call, macs: dict[str, int]) -> Unit:
+    assert record.answer is not None
+    answer = record.answer.detach()
+    return Unit(
+        kind="block",
+        path=path,
+        module=type(module).__name__,
+        shape=tuple(answer.shape[1:]),
+        layout=_layout(module, answer),
+        activation=_activation(answer),
+        n_params=count_parameters(module),
+        macs=macs.get(path, 0),
+        form="tuple" if record.wrapped else "plain" if record.plain else "arguments",
+    )
+
+
+def _layout(module: nn.Module, answer: Tensor) -> Layout:
+    """Read off the layers which axis holds the channels: convolutions say axis 1, matrices the last axis."""
+    if answer.dim() == 2:
+        return "channels_last"
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.in_channels == answer.shape[1]:
+            return "channels_first"
+        if isinstance(layer, nn.Linear | nn.LayerNorm) and layer.weight.shape[-1] == answer.shape[-1]:
+            return "channels_last"
+    return "channels_first" if answer.dim() == 4 else "channels_last"
+
+
+def _activation(answer: Tensor) -> str:
+    """Which clipping the block ends with, seen in its values."""
+    if float(answer.min()) != 0.0 or int((answer == 0).sum()) < answer.numel() // 50:
+        return ""
+    return "relu6" if float(answer.max()) == 6.0 else "relu"
+
+
+def _works_without(kind: Block, model: nn.Module, unit: Unit, batch: Tensor, refused: dict[str, str]) -> bool:
+    """Whether the rest of the model runs when the unit is really gone (some models read a block's attributes)."""
+    original = module_at(model, unit.path)
+    put(model, unit, nn.Identity())
+    try:
+        with evaluating(model):
+            call(model, batch[:1])
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        refused[unit.path] = f"the model does not run without it: {first_line(error)[:120]}"
+        return False
+    finally:
+        replace_module(model, unit.path, original)
+    return True

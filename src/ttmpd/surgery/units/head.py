@@ -1,0 +1,257 @@
+"""Attention heads, with the key and value head that a group of queries shares."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.method import check_fields
+from ttmpd.models.macs import count_macs
+from ttmpd.models.modules import hooks, module_at, replace_module
+from ttmpd.models.run import call, evaluating, first_tensor
+from ttmpd.records import Unit
+from ttmpd.surgery.layers import is_layer, matrix_of, spread_out, take_inputs, take_outputs
+from ttmpd.surgery.masks import proven
+from ttmpd.surgery.units.base import Found, Narrow
+
+_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_GROUPS = ("num_key_value_heads", "num_kv_heads")
+_SIZES = ("all_head_size", "attn_dim", "split_size", "inner_dim", "all_head_dim")
+"""Attributes in which attention modules keep how many heads there are, and how wide all of them are together."""
+
+
+class Silent(nn.Module):
+    """Stands where an attention was of which no head is left: there is nothing for the layer behind it to read.
+
+    Args:
+        name: of that layer, "" where it lies outside and is called by others.
+        reader: the layer, which has no inputs left.
+        as_pair: answer as attentions do that also hand on their weights.
+    """
+
+    def __init__(self, name: str = "", reader: nn.Module | None = None, as_pair: bool = False) -> None:
+        super().__init__()
+        self.name, self.as_pair = name, as_pair
+        if reader is not None:
+            self.add_module(name, reader)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the reader makes of no inputs, for every token of the first argument; without a reader, no features."""
+        x = first_tensor(args or kwargs)
+        assert x is not None
+        answer = self.get_submodule(self.name)(x[..., :0]) if self.name else x[..., :0]
+        return (answer, None) if self.as_pair else answer
+
+
+class Head(Narrow):
+    """Attention heads; where several queries share a key and a value, the whole group is one member.
+
+    An attention module is known by its number of heads and by its layers: those it holds itself make queries, keys and
+    values (in one matrix or in several), and the first layer behind them reads the heads.
+    """
+
+    source: ClassVar[str] = "Michel et al. (NeurIPS 2019), Kwon et al. (NeurIPS 2022); found here by structure"
+    parts: int = 12
+    """Into how many widths an attention is divided at most."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, parts=1)
+
+    def find(self, model: nn.Module, batch: Tensor) -> Found:
+        """Every attention of two or more heads or groups, in the order of the network."""
+        calls = _order(model, batch)
+        shapes, tuples = dict(calls), _tuples(model, batch)
+        macs = count_macs(model, batch)
+        units, refused = [], {}
+        for path, module in model.named_modules():
+            if isinstance(module, nn.MultiheadAttention):
+                refused[path] = "torch's MultiheadAttention computes with all heads at once"
+                continue
+            found = _layers(path, module, [name for name, _ in calls], model)
+            if found is not None:
+                unit = _unit(model, path, found, shapes, macs)
+                units.append(dataclasses.replace(unit, form="pair") if path in tuples else unit)
+            elif _is_silent(path, module, shapes):
+                refused[path] = "computes with the weights of its layers without calling them"
+        units = [self._sized(unit) for unit in units if unit.members > 1]
+        kept, others = proven(self.narrow, model, units, batch[:2])
+        whole, _ = proven(self.narrow, model, kept, batch[:2], keep=lambda _: ())
+        silenced = {unit.path for unit in whole}
+        kept = [dataclasses.replace(u, widths=(*u.widths, 0)) if u.path in silenced else u for u in kept]
+        return Found(tuple(kept), tuple((refused | others).items()))
+
+    def _sized(self, unit: Unit) -> Unit:
+        """With every number of heads down to one, or equal steps where there are many."""
+        counts = (round(unit.members * (self.parts - i) / self.parts) for i in range(1, self.parts))
+        return dataclasses.replace(unit, widths=tuple(dict.fromkeys(n for n in counts if 0 < n < unit.members)))
+
+    def narrow(self, student: nn.Module, unit: Unit, kept: Sequence[int]) -> None:
+        """Rows of queries, keys and values, columns of the layer behind them, and what else there is once per head.
+
+        Without any head the whole attention goes, and the layer behind it is left with its bias.
+        """
+        if not kept:
+            return _silence(student, unit)
+        attention = module_at(student, unit.feeders[0].rpartition(".")[0])
+        reader = module_at(student, unit.path)
+        n_inputs = matrix_of(reader).shape[1]
+        for path in unit.feeders:
+            _take_rows(module_at(student, path), unit, kept, n_inputs)
+        for owner, name, axis, index in _per_head(attention, unit, kept, n_inputs):
+            _set(owner, name, axis, index)
+        _count(attention, n_inputs, unit.members, len(kept))
+        take_inputs(reader, spread_out(kept, n_inputs // unit.members))
+
+
+def _order(model: nn.Module, batch: Tensor) -> list[tuple[str, tuple[int, ...]]]:
+    """(path, shape of the output of one sample) of every layer's call, in calling order."""
+    calls: list[tuple[str, tuple[int, ...]]] = []
+    handles = [
+        module.register_forward_hook(lambda _m, _a, out, p=path: calls.append((p, tuple(out.shape[1:]))))
+        for path, module in model.named_modules()
+        if is_layer(module)
+    ]
+    with evaluating(model), hooks(handles):
+        call(model, batch)
+    return calls
+
+
+def _tuples(model: nn.Module, batch: Tensor) -> set[str]:
+    """Paths of the modules with heads that answer with a tuple."""
+    found: set[str] = set()
+
+    def note(path: str, output: Any) -> None:
+        if isinstance(output, tuple):
+            found.add(path)
+
+    handles = [
+        module.register_forward_hook(lambda _m, _a, out, p=path: note(p, out))
+        for path, module in model.named_modules()
+        if _attribute(module, _COUNTS)
+    ]
+    with evaluating(model), hooks(handles):
+        call(model, batch)
+    return found
+
+
+def _silence(student: nn.Module, unit: Unit) -> None:
+    home = unit.feeders[0].rpartition(".")[0]
+    reader = module_at(student, unit.path)
+    take_inputs(reader, spread_out((), 1))
+    name = unit.path.removeprefix(f"{home}.") if unit.path.startswith(f"{home}.") else ""
+    replace_module(student, home, Silent(name, reader if name else None, unit.form == "pair"))
+
+
+def _attribute(module: nn.Module, names: Sequence[str]) -> int:
+    """The first of the attributes that is there, 0 when none is; Llama keeps its numbers in its config alone."""
+    for owner in (module, getattr(module, "config", None)):
+        for name in names:
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+    return 0
+
+
+def _layers(path: str, module: nn.Module, calls: list[str], model: nn.Module) -> tuple[tuple[str, ...], str] | None:
+    """(layers that make queries, keys and values; the layer that reads the heads), None when this is no attention."""
+    heads = _attribute(module, _COUNTS)
+    own = [f"{path}.{name}" if path else name for name, child in module.named_children() if is_layer(child)]
+    own = [name for name in own if calls.count(name) == 1]
+    if heads < 2 or not own:
+        return None
+    own.sort(key=calls.index)
+    behind = calls[calls.index(own[-1]) + 1 :][:1]
+    # The last of its own layers reads the heads, or else the layer that runs next.
+    for reader, makers in ((own[-1], own[:-1]), *((name, own) for name in behind)):
+        if makers and calls.count(reader) == 1 and _fits(model, makers, reader, heads):
+            return tuple(makers), reader
+    return None
+
+
+def _fits(model: nn.Module, makers: Sequence[str], reader: str, heads: int) -> bool:
+    """Whether what is made is as wide as what is read: three times in one matrix, or queries, keys and values."""
+    n_inputs = matrix_of(module_at(model, reader)).shape[1]
+    made = [matrix_of(module_at(model, name)).shape[0] for name in makers]
+    if n_inputs % heads:
+        return False
+    size = n_inputs // heads
+    fused = made[0] == 3 * n_inputs and all(n == n_inputs for n in made[1:])
+    apart = len(made) >= 3 and max(made) == n_inputs and all(n % size == 0 and n_inputs % n == 0 for n in made)
+    return fused or apart
+
+
+def _is_silent(path: str, module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether it has heads and three layers' worth of weights that never run as modules."""
+    own = [f"{path}.{name}" for name, child in module.named_children() if is_layer(child)]
+    return _attribute(module, _COUNTS) > 1 and len(own) > 1 and any(name not in shapes for name in own)
+
+
+def _unit(
+    model: nn.Module,
+    path: str,
+    found: tuple[tuple[str, ...], str],
+    shapes: dict[str, tuple[int, ...]],
+    macs: dict[str, int],
+) -> Unit:
+    makers, reader = found
+    attention, layer = module_at(model, path), module_at(model, reader)
+    n_inputs = matrix_of(layer).shape[1]
+    heads = _attribute(attention, _COUNTS)
+    members = min(heads, *(matrix_of(module_at(model, name)).shape[0] // (n_inputs // heads) for name in makers))
+    within = reader.startswith(f"{path}.")
+    unit = Unit(
+        kind="head",
+        path=reader,
+        module=type(attention).__name__,
+        shape=shapes[reader],
+        layout="channels_first" if isinstance(layer, nn.Conv2d) else "channels_last",
+        activation="",
+        n_params=sum(p.numel() for name in makers for p in module_at(model, name).parameters(recurse=False)),
+        macs=macs.get(path, 0) + (0 if within else macs.get(reader, 0)),
+        members=members,
+        feeders=makers,
+    )
+    parts = _per_head(attention, unit, range(members), n_inputs)
+    owned = sum(value.numel() for o, n, *_ in parts if isinstance(value := getattr(o, n), nn.Parameter))
+    return dataclasses.replace(unit, n_params=unit.n_params + matrix_of(layer).numel() + owned)
+
+
+def _take_rows(layer: nn.Module, unit: Unit, kept: Sequence[int], n_inputs: int) -> None:
+    n_outputs = matrix_of(layer).shape[0]
+    n_parts = 3 if n_outputs == 3 * n_inputs else 1
+    size = n_outputs // n_parts
+    index = spread_out(kept, size // unit.members)
+    take_outputs(layer, torch.cat([index + part * size for part in range(n_parts)]))
+
+
+def _per_head(
+    attention: nn.Module, unit: Unit, kept: Sequence[int], n_inputs: int
+) -> Iterator[tuple[nn.Module, str, int, Tensor]]:
+    """(module, name, axis, index) of parameters and buffers that hold something for each head: tables, biases."""
+    heads = _attribute(attention, _COUNTS)
+    for name, value in [*attention.named_parameters(recurse=False), *attention.named_buffers(recurse=False)]:
+        for size in dict.fromkeys((heads, n_inputs)):
+            axes = [axis for axis, n in enumerate(value.shape) if n == size]
+            if len(axes) == 1 and value.is_floating_point():
+                yield attention, name, axes[0], spread_out(kept, size // unit.members)
+                break
+
+
+def _set(owner: nn.Module, name: str, axis: int, index: Tensor) -> None:
+    value = getattr(owner, name)
+    taken = value.detach().index_select(axis, index.to(value.device)).clone()
+    setattr(owner, name, nn.Parameter(taken, value.requires_grad) if isinstance(value, nn.Parameter) else taken)
+
+
+def _count(attention: nn.Module, n_inputs: int, before: int, now: int) -> None:
+    """Numbers of heads and widths in the module's own attributes."""
+    size = n_inputs // _attribute(attention, _COUNTS)
+    rate = now / before
+    for name in (*_COUNTS, *_GROUPS, *_SIZES):
+        value: Any = attention.__dict__.get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            whole = name in _SIZES
+            if not whole or value in (n_inputs, before * size):
+                setattr(attention, name, round(value * rate))

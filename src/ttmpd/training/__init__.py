@@ -1,0 +1,1 @@
+"""Gradient descent, and what it is checked by."""

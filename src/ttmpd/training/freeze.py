@@ -1,0 +1,58 @@
+"""The guard of distillation: the head stays frozen, and held-out agreement with the teacher decides what is kept."""
+
+from torch import Tensor, nn
+
+from ttmpd.models.modules import hooks, module_at
+from ttmpd.models.run import call, evaluating
+from ttmpd.models.taps import find_head
+
+
+def freeze(student: nn.Module, first: str, batch: Tensor) -> list[nn.Parameter]:
+    """Stop training the head and, where ``first`` names a module, all that runs before it; returns what was training.
+
+    Where nothing could learn then, what runs before is trained after all.
+    """
+    frozen = freeze_head(student, batch)
+    if not first:
+        return frozen
+    before = freeze_before(student, first, batch)
+    if any(parameter.requires_grad for parameter in student.parameters()):
+        return frozen + before
+    for parameter in before:
+        parameter.requires_grad_(True)
+    return frozen
+
+
+def freeze_head(student: nn.Module, batch: Tensor) -> list[nn.Parameter]:
+    """Stop training the layer that gives the logits; returns the parameters that were training before."""
+    head = find_head(student, batch)
+    if head is None:
+        return []
+    frozen = [p for p in module_at(student, head).parameters() if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return frozen
+
+
+def freeze_before(student: nn.Module, path: str, batch: Tensor) -> list[nn.Parameter]:
+    """Stop training the layers that run before the module at ``path``; returns the parameters that were training.
+
+    Before the first removed unit the student *is* the teacher. Nothing there needs to change, and neither gradients nor
+    activations have to be kept: in networks whose first layers are the largest, that is most of a step.
+    """
+    calls: list[str] = []
+    layers = {name: m for name, m in student.named_modules() if any(True for _ in m.parameters(recurse=False))}
+    handles = [module_at(student, path).register_forward_pre_hook(lambda *_: calls.append(""))]
+    handles += [m.register_forward_pre_hook(lambda *_, name=name: calls.append(name)) for name, m in layers.items()]
+    with evaluating(student), hooks(handles):
+        call(student, batch)
+    here = calls.index("")
+    frozen = []
+    for name in sorted(set(calls[:here]) - set(calls[here:])):
+        layers[name].eval()
+        own = [p for p in layers[name].parameters(recurse=False) if p.requires_grad]
+        if not list(layers[name].children()):  # what a container holds by itself may be used anywhere
+            frozen += own
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return frozen

@@ -1,0 +1,63 @@
+"""Held-out checks during training, and weights averaged with the start."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.data.samples import Samples
+from ttmpd.models.run import logits_of
+from ttmpd.training.loop import SHOWN, Check
+from ttmpd.training.losses import tempered_loss
+from ttmpd.training.teacher_outputs import Targets
+
+
+def held_out_check(
+    student: nn.Module, held_out: Samples, targets: Targets, batch_size: int
+) -> Callable[[], Check] | None:
+    """A check of the student against the stored answers on the held-out samples; None when there are none."""
+    if not len(held_out):
+        return None
+
+    def check() -> Check:
+        logits = logits_of(student, held_out, batch_size)
+        alike = float((logits.argmax(-1) == targets.held_out.argmax(-1)).float().mean())
+        return Check(alike, tempered_loss(logits, targets.held_out), len(held_out))
+
+    return check
+
+
+def mixture(end: Mapping[str, Tensor], start: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """The weights that lie by ``share`` of the way from ``end`` to ``start``; what is counted stays as in ``end``."""
+    return {
+        name: torch.lerp(value, start[name], share) if value.is_floating_point() else value.clone()
+        for name, value in end.items()
+    }
+
+
+def mix_with_start(
+    student: nn.Module, start: Mapping[str, Tensor], share: float, check: Callable[[], Check], end: Check
+) -> bool:
+    """Move a trained student back to where it started by that share of the way, unless it is shown to be worse there.
+
+    Args:
+        student: changed in place.
+        start: its state before training.
+        share: 0 leaves it as it is, 1 would be the start.
+        check: measures it.
+        end: what the check said of it at the end of training.
+
+    Returns:
+        Whether the student was moved.
+
+    Source: WiSE-FT (Wortsman et al., CVPR 2022, arXiv 2109.01903): the mean of the weights before and after
+    fine-tuning is often better than both. Here without its choice of the share on labelled samples.
+    """
+    if not share:
+        return False
+    trained = {name: value.detach().clone() for name, value in student.state_dict().items()}
+    student.load_state_dict(mixture(trained, start, share))
+    if end.better_than(check(), by=SHOWN):
+        student.load_state_dict(trained)
+        return False
+    return True

@@ -1,0 +1,346 @@
+"""The one training loop: schedule, mixed precision, checks with the best state kept, deadline, resume."""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ttmpd.method import check_fields
+from ttmpd.progress import tell
+from ttmpd.records import Fit
+
+Clock = Callable[[], float]
+
+
+SHOWN = 0.25
+"""By what share a held-out loss must be lower to count against the end of a training run: a choice. Of a few dozen
+samples a few make most of the loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The student on held-out samples: share of answers like the teacher's, and the loss that breaks ties."""
+
+    agreement: float
+    loss: float
+    n_samples: int = 1
+
+    def better_than(self, other: "Check", by: float = 0.0) -> bool:
+        """More agreement by two standard errors, or not less by two and a loss lower by that share; never with NaN.
+
+        A few dozen held-out samples cannot tell agreements apart that lie closer, and the luckiest of ten checks is
+        not the best student; the loss tells them apart.
+        """
+        if not (math.isfinite(self.loss) and math.isfinite(other.loss)):
+            return math.isfinite(self.loss)
+        # Laplace's estimate: the noise is not zero where all samples happen to agree.
+        share = (other.agreement * self.n_samples + 1) / (self.n_samples + 2)
+        if abs(self.agreement - other.agreement) > 2 * math.sqrt(share * (1 - share) / self.n_samples):
+            return self.agreement > other.agreement
+        return self.loss < other.loss * (1 - by)
+
+    def ruined(self, best: "Check") -> bool:
+        """Whether training has gone astray: far worse than the best so far, in loss and in agreement."""
+        return not self.loss <= 2 * best.loss and self.agreement <= best.agreement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """Optimizer and learning rate over the steps.
+
+    Args:
+        steps: optimizer steps.
+        lr: peak learning rate.
+        optimizer: "sgd" (momentum 0.9), "nesterov" (the same, looking ahead) or "adamw".
+        weight_decay: on every trained parameter.
+        shape: "one_cycle" (linear warm-up over the first fifth, cosine to zero) or "thirds" (x0.1 every 40 %: MiR).
+        clip: largest gradient norm; 0 leaves gradients as they are.
+    """
+
+    steps: int
+    lr: float
+    optimizer: Literal["sgd", "nesterov", "adamw"] = "sgd"
+    weight_decay: float = 1e-4
+    shape: Literal["one_cycle", "thirds"] = "one_cycle"
+    clip: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, steps=0, lr=0.0)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step 0, 1, ..."""
+        if self.shape == "thirds":
+            return self.lr * 0.1 ** int(step / max(1, self.steps) / 0.4)
+        warm = max(1, self.steps // 5)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+    def build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer over ``parameters``."""
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        ahead = self.optimizer == "nesterov"
+        return torch.optim.SGD(parameters, self.lr, 0.9, weight_decay=self.weight_decay, nesterov=ahead)
+
+
+def batch_order(n_samples: int, batch_size: int, step: int, seed: int) -> Tensor:
+    """Positions of the samples of one step: epochs of seeded permutations, the last partial batch left out.
+
+    A function of its arguments alone, so a resumed run goes on exactly where it was.
+    """
+    size = min(batch_size, n_samples)
+    per_epoch = max(1, n_samples // size)
+    epoch, place = divmod(step, per_epoch)
+    order = torch.randperm(n_samples, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+    return order[place * size : (place + 1) * size]
+
+
+def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[object]:
+    """bfloat16 autocast on ``device``, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def choose_amp(step: Callable[[bool], object], device: torch.device, wanted: str = "auto") -> bool:
+    """Whether bfloat16 autocast makes a step faster *here*: measured, since many processors emulate it slowly.
+
+    Args:
+        step: runs one training step with or without autocast.
+        device: where it runs.
+        wanted: "on", "off", or "auto" to measure.
+    """
+    if wanted != "auto":
+        return wanted == "on"
+    if device.type == "cpu" and not _native_bfloat16():
+        return False
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(3):
+        for amp in (True, False):
+            start = time.perf_counter()
+            step(amp)
+            if number:  # the first round warms up
+                seconds[amp].append(time.perf_counter() - start)
+    return min(seconds[True]) < 0.9 * min(seconds[False])
+
+
+def _native_bfloat16() -> bool:
+    """Without it one bfloat16 step is ten times slower than a float32 step: not worth a measurement."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Loop:
+    """What the loop does besides stepping.
+
+    Args:
+        check: measures the student on held-out samples; None trains to the end and keeps the last state.
+        check_every: steps between checks.
+        patience: checks without progress after which training stops; 0 never stops early.
+        deadline: ``time.monotonic()`` value at which training ends with the best state so far.
+        state: file in which the run is kept every ``save_seconds``, so that it can go on after a kill.
+        save_seconds: between two writes of ``state``.
+        stage: name for the progress display.
+    """
+
+    check: Callable[[], Check] | None = None
+    check_every: int = 20
+    patience: int = 0
+    deadline: float = math.inf
+    state: Path | None = None
+    save_seconds: float = 5.0
+    stage: str = "distill"
+    clock: Clock = time.monotonic
+
+
+def train(model: nn.Module, loss_at: Callable[[int], Tensor], schedule: Schedule, loop: Loop) -> Fit:
+    """Train the parameters of ``model`` that require gradients, in place, and leave it with its best state.
+
+    Args:
+        model: in the train or eval mode the caller wants; the mode is kept.
+        loss_at: the loss of step 0, 1, ...; it runs the model.
+        schedule: optimizer and learning rate.
+        loop: checks, deadline, resume.
+
+    Returns:
+        What was done. ``rolled_back`` is true when the start is restored: shown to be better than the end, or, where
+        training stopped early, better than all that came after it.
+    """
+    run = _Run(model, schedule, loop)
+    run.resume()
+    saved = loop.clock()
+    while run.step < schedule.steps and not run.stopped:
+        run.take(loss_at)
+        last = run.step == schedule.steps
+        if loop.check is not None and (run.step % loop.check_every == 0 or last):
+            run.look()
+        if loop.clock() > loop.deadline:
+            run.stopped = "time budget"
+        if loop.state is not None and loop.clock() - saved > loop.save_seconds:
+            run.save(loop.state)
+            saved = loop.clock()
+        tell(loop.stage, run.step, schedule.steps)
+    return run.finish()
+
+
+class _Run:
+    """State of one training run: everything that a resumed run needs."""
+
+    def __init__(self, model: nn.Module, schedule: Schedule, loop: Loop) -> None:
+        self.model, self.schedule, self.loop = model, schedule, loop
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = self._fresh_optimizer()
+        self.step, self.stopped, self.best_step, self.idle = 0, "", 0, 0
+        self.losses: list[float] = []
+        self.checks: list[tuple[int, float, float]] = []
+        self.running: list[float] = []
+        self.best: Check | None = None
+        self.best_state: dict[str, Tensor] = {}
+        self.lr_scale = 1.0
+
+    def take(self, loss_at: Callable[[int], Tensor]) -> None:
+        """One optimizer step; a step whose loss is not finite, or whose clipped gradient is not, is left out.
+
+        Dropout draws by the number of the step: a resumed run goes on exactly, and the caller's random state stays.
+        """
+        with torch.random.fork_rng():
+            torch.manual_seed(self.step)
+            loss = loss_at(self.step)
+        self.step += 1
+        if self.optimizer is None or not bool(torch.isfinite(loss.detach())):
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr_at(self.step - 1) * self.lr_scale
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.schedule.clip:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip)
+            if not bool(torch.isfinite(norm)):
+                return
+        self.optimizer.step()
+        self.running.append(float(loss.detach()))
+
+    def look(self) -> None:
+        """Check the student and keep it if it is the best so far."""
+        assert self.loop.check is not None
+        now = self.loop.check()
+        self.checks.append((self.step, now.agreement, now.loss))
+        if self.running:
+            self.losses.append(sum(self.running) / len(self.running))
+            self.running.clear()
+        # Gains in loss must not add up to a loss of agreement: the start stays the measure.
+        start = Check(self.checks[0][1], self.checks[0][2], now.n_samples)
+        if self.best is None or (now.better_than(self.best) and not start.better_than(now)):
+            self.best, self.best_step, self.idle = now, self.step, 0
+            self.best_state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        else:
+            self.idle += 1
+            if now.ruined(self.best):
+                self._back_off()
+            if self.loop.patience and self.idle >= self.loop.patience:
+                self.stopped = "no progress"
+
+    def _back_off(self) -> None:
+        """Go on from the best state at a third of the learning rate, without the old momentum."""
+        self.model.load_state_dict(self.best_state)
+        self.optimizer = self._fresh_optimizer()
+        self.lr_scale /= 3
+
+    def _fresh_optimizer(self) -> torch.optim.Optimizer | None:
+        """None where nothing can learn."""
+        return self.schedule.build(self.parameters) if self.parameters else None
+
+    def finish(self) -> Fit:
+        """Restore the best state and tell what was done."""
+        if self.loop.check is not None and self.checks[-1][0] != self.step:
+            self.look()
+        if self._ended_well():
+            self.best_step = self.step
+        elif self.best_state:
+            self.model.load_state_dict(self.best_state)
+        return Fit(
+            steps=self.step,
+            stopped=self.stopped or "finished",
+            rolled_back=self.loop.check is not None and self.best_step == 0 and self.step > 0,
+            best_step=self.best_step if self.loop.check is not None else self.step,
+            losses=tuple(self.losses),
+            checks=tuple(self.checks),
+        )
+
+    def _ended_well(self) -> bool:
+        """Whether the last state is kept though a check before it was better.
+
+        Once the learning rate has fallen to nothing the weights are quiet; of the ten checks on the way the luckiest
+        was better by chance, unless it was so by `SHOWN`. So with the start: a closed form is fitted to the teacher's
+        answers themselves and comes nearer to them than training does, errors included.
+        """
+        if self.best is None or self.stopped or not self.step:
+            return False
+        start, last = (Check(*self.checks[i][1:], self.best.n_samples) for i in (0, -1))
+        return math.isfinite(last.loss) and not any(seen.better_than(last, by=SHOWN) for seen in (self.best, start))
+
+    def resume(self) -> None:
+        """Go on from the saved state if there is one that fits, else look at the start."""
+        if self.loop.state is not None and self.loop.state.exists() and self._load(self.loop.state):
+            return
+        if self.loop.check is not None:
+            self.look()
+
+    def save(self, path: Path) -> None:
+        """Write the run under a temporary name and rename it."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best_state.items()}
+        tensors |= {f"optimizer.{i}.{key}": value for i, key, value in self._optimizer_tensors()}
+        facts = {
+            "step": self.step, "best_step": self.best_step, "idle": self.idle, "lr_scale": self.lr_scale,
+            "losses": self.losses, "checks": self.checks,
+            "best": None if self.best is None else dataclasses.astuple(self.best),
+        }  # fmt: skip
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, temporary, {"facts": json.dumps(facts)})
+        temporary.replace(path)
+
+    def _optimizer_tensors(self) -> Iterator[tuple[int, str, Tensor]]:
+        if self.optimizer is None:
+            return
+        for number, parameter in enumerate(self.parameters):
+            for key, value in self.optimizer.state[parameter].items():
+                if isinstance(value, Tensor):
+                    yield number, key, value
+
+    def _load(self, path: Path) -> bool:
+        from safetensors import safe_open
+
+        try:
+            tensors = load_file(path)
+            with safe_open(path, "pt") as file:
+                facts = json.loads(file.metadata()["facts"])
+            device = next(self.model.parameters()).device
+            model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+            self.model.load_state_dict(model)
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError):
+            return False  # an unreadable or foreign state is as good as none: start again
+        self.best_state = {k.removeprefix("best."): v.to(device) for k, v in tensors.items() if k.startswith("best.")}
+        for key, value in tensors.items():
+            if key.startswith("optimizer.") and self.optimizer is not None:
+                _, number, name = key.split(".", 2)
+                parameter = self.parameters[int(number)]
+                self.optimizer.state[parameter][name] = value if name == "step" else value.to(device)
+        self.step, self.best_step, self.idle = facts["step"], facts["best_step"], facts["idle"]
+        self.lr_scale = facts["lr_scale"]
+        self.losses, self.checks = facts["losses"], [(s, a, b) for s, a, b in facts["checks"]]
+        self.best = None if facts["best"] is None else Check(*facts["best"])
+        return True

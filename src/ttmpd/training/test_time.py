@@ -1,0 +1,265 @@
+"""Learning from answers alone, by scale and shift of the normalisation layers: what Tent, EATA and EATA-C share.
+
+:class:`Adaptation` makes one step per batch: for a stream, or for a fixed set that the adapters pass
+several times.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ttmpd.data.samples import Samples
+from ttmpd.errors import InvalidValueError
+from ttmpd.models.norms import learning, norm_parameters
+from ttmpd.models.run import call, logits_of
+from ttmpd.training.losses import entropy_of
+
+OPTIMIZERS = ("adam", "sgd")
+Again = Callable[[], Tensor]
+Loss = Callable[[Tensor, Again, int], Tensor]
+"""``loss(before, again, step)``: the selected samples' logits before the step, (n, n_classes), without gradients; a
+function that runs these samples with gradients; the number of the step, to draw by."""
+
+
+def pieces(n_samples: int, batch: int) -> tuple[Tensor, ...]:
+    """Positions 0, 1, ... in pieces of about equal size, at least ``batch`` and at least two: no batch of one."""
+    return torch.arange(n_samples).tensor_split(max(1, n_samples // max(2, batch)))
+
+
+def n_classes(model: nn.Module, samples: Samples) -> int:
+    """How many classes the model tells apart, seen by running a sample."""
+    return logits_of(model, samples.first(1), 1).shape[-1]
+
+
+def redundancy_for(n_classes: int) -> float:
+    """Cosine below which an answer is unlike the mean answer, by the number of classes.
+
+    The cosine between a sure answer and an even mean is 1 / sqrt(n_classes), and the values that are known to work lie
+    a little above: 0.4 for 10 classes, 0.1 for 100, 0.05 for 1000. Their factors over it are interpolated over
+    log(n_classes), and kept beyond.
+    """
+    known = (10, 0.4), (100, 0.1), (1000, 0.05)
+    factors = [value * math.sqrt(number) for number, value in known]
+    place = min(max(math.log10(max(n_classes, 1)) - 1, 0.0), 2.0)
+    low = min(int(place), 1)
+    factor = factors[low] + (factors[low + 1] - factors[low]) * (place - low)
+    return min(1.0, factor / math.sqrt(n_classes))
+
+
+class Selection:
+    """Which samples are worth a backward pass: sure ones, unlike what was learned from before.
+
+    Args:
+        margin: largest entropy of a sure answer, in nats.
+        redundancy: the cosine between an answer and the mean of those selected before must be smaller in size.
+
+    Source: EATA (arXiv 2204.02610), equations 3 to 6.
+    """
+
+    def __init__(self, margin: float = math.inf, redundancy: float = math.inf) -> None:
+        self.margin, self.redundancy = margin, redundancy
+        self.mean: Tensor | None = None
+
+    def choose(self, probabilities: Tensor) -> Tensor:
+        """Positions of the samples to learn from; the moving average takes them in.
+
+        Args:
+            probabilities: (B, n_classes).
+        """
+        sure = entropy_of(probabilities) < self.margin
+        if self.mean is not None:
+            alike = F.cosine_similarity(probabilities, self.mean[None], dim=-1).abs()
+            sure &= alike < self.redundancy
+        chosen = sure.nonzero().squeeze(-1)
+        if len(chosen):
+            new = probabilities[chosen].mean(0)
+            self.mean = new if self.mean is None else 0.9 * self.mean + 0.1 * new
+        return chosen
+
+    def reset(self) -> None:
+        """Forget what was selected."""
+        self.mean = None
+
+
+@dataclass(frozen=True, eq=False)
+class Anchor:
+    """Where scale and shift started, and how much each matters to the answers: keeps what the model knew.
+
+    Args:
+        parameters: scale and shift, as they change.
+        start: their values at the start.
+        importance: of each value, with a mean of one over all.
+    """
+
+    parameters: tuple[nn.Parameter, ...]
+    start: tuple[Tensor, ...]
+    importance: tuple[Tensor, ...]
+
+    def penalty(self) -> Tensor:
+        """Sum over all values of importance x (value - start)^2."""
+        pairs = zip(self.importance, self.parameters, self.start, strict=True)
+        return torch.stack([(i * (p - s).square()).sum() for i, p, s in pairs]).sum()
+
+
+def anchor(model: nn.Module, samples: Samples, batch: int, batch_statistics: bool = False) -> Anchor:
+    """An anchor at the present values, with the Fisher information of the model's own pseudo labels as importance.
+
+    F = mean over batches of the squared gradient of the batch's mean cross entropy: the definition of the authors'
+    code, which is not the Fisher information per sample. It is divided by its mean, so that a weight of the penalty
+    suits models and batches of any size.
+
+    Cost: one forward and one backward pass per sample.
+    """
+    parameters = norm_parameters(model)
+    total = [torch.zeros_like(p) for p in parameters]
+    with learning(model, batch_statistics):
+        for index in pieces(len(samples), batch):
+            logits = call(model, samples.trimmed(index, parameters[0].device))
+            loss = F.cross_entropy(logits, logits.detach().argmax(-1))
+            for summed, gradient in zip(total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+                summed += 0 if gradient is None else gradient.square()
+    mean = torch.cat([summed.flatten() for summed in total]).mean().clamp_min(1e-30)
+    start = tuple(p.detach().clone() for p in parameters)
+    return Anchor(tuple(parameters), start, tuple(summed / mean for summed in total))
+
+
+class Adaptation:
+    """A model that learns from every batch it answers, without labels.
+
+    Args:
+        model: is changed in place by steps, scale and shift of its normalisation layers alone; between steps it is an
+            ordinary model in the mode in which it came.
+        loss: what a step makes smaller.
+        lr: learning rate.
+        optimizer: "adam", or "sgd" with momentum 0.9.
+        selection: which samples are learned from; None takes all.
+        anew: the loss runs the samples in another way than they were answered, and not in the same run.
+        batch_statistics: batch normalisation takes the statistics of the batch instead of those it holds.
+
+    Raises:
+        InvalidValueError: the model has no normalisation layer with scale and shift, or no such optimizer is known.
+
+    Example:
+        >>> from ttmpd.training.losses import entropy
+        >>> from ttmpd.testing.tiny_models import tiny_model, tiny_samples
+        >>> service = Adaptation(tiny_model(), lambda before, again, step: entropy(again()).mean())
+        >>> for batch in tiny_samples(12).batches(6):
+        ...     logits = service.step(batch)
+        >>> service.reset()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        *,
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        selection: Selection | None = None,
+        anew: bool = False,
+        batch_statistics: bool = False,
+    ) -> None:
+        self.model, self.loss, self.lr, self.optimizer_name, self.anew = model, loss, lr, optimizer, anew
+        self.selection, self.batch_statistics = selection, batch_statistics
+        self.parameters = norm_parameters(model)
+        if not self.parameters:
+            raise InvalidValueError(
+                f"{type(model).__name__} must have a normalisation layer with scale and shift, but has none; "
+                "answer with it as it is"
+            )
+        self._start = self.state()
+        self._begin()
+
+    def _begin(self) -> None:
+        self.optimizer = _optimizer(self.optimizer_name, self.parameters, self.lr)
+        self.steps = self.n_seen = self.n_selected = self.n_forward = self.n_backward = 0
+
+    def step(self, batch: Tensor) -> Tensor:
+        """The logits of the batch, (B, n_classes), from before the step that is then made on it.
+
+        No step is made where no sample is selected or the loss is not finite. A lone sample has no statistics of its
+        own: where steps use those of the batch, it is answered with the statistics that the model holds.
+
+        Cost: one forward pass per sample; one backward pass per selected sample, and with a selection one more forward
+        pass for these.
+        """
+        self.n_seen += len(batch)
+        lone = self.batch_statistics and len(batch) < 2
+        if self.selection is None and not lone:
+            return self.learn(batch)
+        with learning(self.model, self.batch_statistics and not lone):
+            with torch.no_grad():
+                before = self._run(batch)
+            if self.selection is not None and not lone:
+                self._learn_from(batch, before, self.selection.choose(before.float().softmax(-1)))
+        return before
+
+    def learn(self, batch: Tensor) -> Tensor:
+        """The logits of a batch that was selected already, from before the step that is made on all of it.
+
+        Cost: one forward and one backward pass per sample; two forward passes where the loss runs them anew.
+        """
+        self.n_selected += len(batch)
+        with learning(self.model, self.batch_statistics):
+            with torch.set_grad_enabled(not self.anew):
+                logits = self._run(batch)
+            self._learn(logits.detach(), (lambda: self._run(batch)) if self.anew else (lambda: logits), len(batch))
+        return logits.detach()
+
+    def _run(self, batch: Tensor) -> Tensor:
+        self.n_forward += len(batch)
+        return call(self.model, batch)
+
+    def _learn_from(self, batch: Tensor, before: Tensor, chosen: Tensor) -> None:
+        self.n_selected += len(chosen)
+        # Statistics need two samples; where steps use those of the batch, they are now those of the selected.
+        if len(chosen) > self.batch_statistics:
+            self._learn(before[chosen], lambda: self._run(batch[chosen]), len(chosen))
+
+    def _learn(self, before: Tensor, again: Again, n_backward: int) -> None:
+        loss = self.loss(before, again, self.steps)
+        self.steps += 1
+        if bool(torch.isfinite(loss.detach())):
+            self.n_backward += n_backward
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+
+    def charge(self, n_samples: int) -> None:
+        """Count a forward and a backward pass of so many samples that were made for the loss, outside of steps."""
+        self.n_forward += n_samples
+        self.n_backward += n_samples
+
+    def state(self) -> list[Tensor]:
+        """A copy of scale and shift, for :meth:`load`."""
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+    def load(self, state: list[Tensor]) -> None:
+        """Set scale and shift to an earlier state."""
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, state, strict=True):
+                parameter.copy_(value)
+
+    def reset(self) -> None:
+        """Back to the beginning: weights, optimizer, what was selected, and all counts."""
+        self.load(self._start)
+        if self.selection is not None:
+            self.selection.reset()
+        self._begin()
+
+
+def _optimizer(name: str, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    check_optimizer("optimizer", name)
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr=lr)
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+
+
+def check_optimizer(name: str, value: str) -> None:
+    """Raise :class:`InvalidValueError` unless ``value`` is a known optimizer."""
+    if value not in OPTIMIZERS:
+        raise InvalidValueError(f"{name} must be one of {', '.join(OPTIMIZERS)}, but got {value!r}")

@@ -1,0 +1,414 @@
+"""Text as ids: tokenizers, padding, the mask hook; answers and fits never depend on the padding that follows."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ttmpd.data.open import open_samples
+from ttmpd.data.preprocessing import preparation_from
+from ttmpd.data.samples import Samples
+from ttmpd.data.tokenization import Tokenization, kept_tokens, trimmed
+from ttmpd.distill.base import Work
+from ttmpd.distill.one_time import OneTime
+from ttmpd.errors import InvalidValueError, ModelError, SamplesError
+from ttmpd.models.config import make_ready, preprocessing_of
+from ttmpd.models.modules import clone
+from ttmpd.models.open import open_model
+from ttmpd.models.opened import OpenedModel
+from ttmpd.models.run import call
+from ttmpd.models.taps import find_feature_tap, find_head, read, tapped
+from ttmpd.models.tokens import PaddingMask, mask_of, mask_padding, random_ids
+from ttmpd.records import Removal, Tap
+from ttmpd.repair.linear import NormalEquations
+from ttmpd.repair.positions import rows_at
+from ttmpd.repair.sequential import repaired
+from ttmpd.score.ttmpd import TTMPD, fit_stand_ins
+from ttmpd.surgery.units.block import Block
+
+KINDS = ("bert", "roberta", "distilbert", "gpt2", "llama")
+ENCODERS = KINDS[:3]
+Folder = Callable[[str], Path]
+Sentences = Callable[..., list[str]]
+
+
+def _opened(text_folder: Folder, name: str) -> OpenedModel:
+    return open_model(f"hf:{text_folder(name)}")
+
+
+def _widened(samples: Samples, by: int = 9) -> Samples:
+    """The same samples with more padding."""
+    assert samples.padding is not None
+    return dataclasses.replace(samples, inputs=F.pad(samples.inputs, (0, by), value=samples.padding))
+
+
+# --- the record
+
+
+def test_a_tokenization_survives_a_round_trip() -> None:
+    given = Tokenization("org/name", 3, 64, 512, "token")
+    assert preparation_from(json.loads(json.dumps(given.to_dict()))) == given
+    assert Tokenization.from_dict({"tokenizer": "a", "padding": 0, "other": 1}) == Tokenization("a", 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        ({"tokenizer": "a", "padding": 0, "task": "translation"}, "task must be one of sequence, token, next"),
+        ({"tokenizer": "a", "padding": -1}, "padding must be"),
+        ({"tokenizer": "a", "padding": 0, "max_length": 3}, "max_length"),
+        ({"tokenizer": "a", "padding": 0, "max_length": 65, "limit": 64}, "from 4 to 64"),
+        ({"tokenizer": "a"}, "id of its padding"),
+        ({"tokenizer": "a", "padding": None}, "id of its padding"),
+    ],
+)
+def test_a_tokenization_checks_itself(data: dict[str, Any], word: str) -> None:
+    with pytest.raises(InvalidValueError, match=word):
+        Tokenization.from_dict(data)
+
+
+def test_texts_become_ids_and_text_again(text_folder: Folder) -> None:
+    how = _opened(text_folder, "bert").preprocessing
+    assert isinstance(how, Tokenization)
+    how = dataclasses.replace(how, max_length=5)
+    (short, cut), (exact, exact_cut), (long, long_cut) = how.encode(
+        ["the FILM", "the film was", "the film was not dull"]
+    )
+    assert (len(short), len(exact), len(long)) == (4, 5, 5)
+    assert (cut, exact_cut, long_cut) == (False, False, True)
+    assert (int(long[0]), int(long[-1])) == (2, 3)  # [CLS] and [SEP] stay where a text is cut
+    assert how.text_of(F.pad(short, (0, 3), value=0)) == "the film"
+    assert how.encode([]) == []
+
+
+# --- opening
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_text_models_open_with_their_tokenizer(text_folder: Folder, name: str) -> None:
+    opened = _opened(text_folder, name)
+    limit = 39 if name == "roberta" else 40  # its positions count from behind the padding's
+    assert opened.preprocessing == Tokenization(str(text_folder(name)), 0, limit, limit)
+    assert opened.rebuildable
+    assert opened.class_names == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert mask_of(opened.module) is not None
+    assert mask_of(open_model(opened.id, pretrained=False).module) is not None
+    assert not opened.module.training
+    with torch.no_grad():  # parts of such a call may be run again: nothing is kept for a next one
+        answer = opened.module(torch.tensor([[5, 6, 7]]))
+    assert not any(hasattr(value, "get_seq_length") for value in answer.values())
+    longest = torch.full((2, limit), 5)
+    assert call(opened.module, longest).shape == (2, 3)
+
+
+def test_a_model_stays_the_one_of_its_library(text_folder: Folder, tmp_path: Path) -> None:
+    hf = pytest.importorskip("transformers")
+    opened = _opened(text_folder, "bert")
+    stock = hf.BertForSequenceClassification.from_pretrained(text_folder("bert"))
+    assert type(opened.module) is type(stock)
+    assert opened.module.state_dict().keys() == stock.state_dict().keys()
+    opened.module.save_pretrained(tmp_path / "again")
+    again = hf.BertForSequenceClassification.from_pretrained(tmp_path / "again").eval()
+    ids = torch.tensor([[2, 6, 7, 3]])
+    assert torch.equal(again(ids, attention_mask=torch.ones_like(ids)).logits, call(opened.module, ids))
+
+
+def test_a_module_without_a_tokenizer_takes_token_ids(text_folder: Folder) -> None:
+    hf = pytest.importorskip("transformers")
+    stock = hf.BertForSequenceClassification.from_pretrained(text_folder("bert")).eval()
+    ids = torch.tensor([[2, 6, 7, 3], [2, 5, 3, 0]])
+    with pytest.raises(SamplesError, match="int64"):  # numbers, as far as anybody knows
+        open_samples(ids, open_model(stock).preprocessing)
+    stock.pretrained_cfg = {"tokenizer": "", "padding": 0, "max_length": 8}
+    opened = open_model(stock)
+    samples = open_samples(ids, opened.preprocessing)
+    wanted = stock(ids, attention_mask=(ids != 0).long()).logits
+    torch.testing.assert_close(call(opened.module, samples.batch(slice(None))), wanted, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ModelError, match="or give token ids"):
+        open_samples(["a film"], opened.preprocessing)
+
+
+def test_half_precision_becomes_single(text_folder: Folder, tmp_path: Path) -> None:
+    hf = pytest.importorskip("transformers")
+    hf.AutoModelForSequenceClassification.from_pretrained(text_folder("bert")).half().save_pretrained(tmp_path)
+    hf.AutoTokenizer.from_pretrained(text_folder("bert")).save_pretrained(tmp_path)
+    assert {p.dtype for p in open_model(f"hf:{tmp_path}").module.parameters()} == {torch.float32}
+
+
+def test_a_length_can_be_asked_for(text_folder: Folder) -> None:
+    opened = _opened(text_folder, "bert")
+    shorter = opened.reading(16)
+    assert shorter.preprocessing == dataclasses.replace(opened.preprocessing, max_length=16)  # type: ignore[type-var]
+    assert preprocessing_of(shorter.module) == shorter.preprocessing
+    assert opened.reading(None) is opened
+    with pytest.raises(InvalidValueError, match="from 4 to 40"):
+        opened.reading(41)
+    with pytest.raises(InvalidValueError, match="takes no text"):
+        open_model(nn.Linear(2, 2)).reading(16)
+
+
+def test_tokenizers_that_cannot_be_used_are_refused(text_folder: Folder, tmp_path: Path) -> None:
+    hf = pytest.importorskip("transformers")
+    for name, files, word in (
+        ("broken", {"tokenizer.json": "{"}, "cannot be loaded"),
+        ("wordless", {"tokenizer_config.json": '{"tokenizer_class": "BertTokenizer"}'}, "knows no words"),
+    ):
+        hf.AutoModelForSequenceClassification.from_pretrained(text_folder("bert")).save_pretrained(tmp_path / name)
+        for file, content in files.items():
+            (tmp_path / name / file).write_text(content)
+        with pytest.raises(ModelError, match=rf"must hold a tokenizer.*{word}.*tokenizer\.json"):
+            open_model(f"hf:{tmp_path / name}")
+
+
+def test_a_body_without_a_head_is_refused(text_folder: Folder, tmp_path: Path) -> None:
+    hf = pytest.importorskip("transformers")
+    hf.AutoModel.from_pretrained(text_folder("bert")).save_pretrained(tmp_path)
+    hf.AutoTokenizer.from_pretrained(text_folder("bert")).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"missing.*classifier"):
+        open_model(f"hf:{tmp_path}")
+
+
+def test_a_tokenizer_without_any_end_is_refused(text_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bare:
+        pad_token_id = eos_token_id = None
+
+    class Config:
+        pad_token_id, eos_token_id, vocab_size = -1, None, 10
+
+    monkeypatch.setattr("ttmpd.models.config.load_tokenizer", lambda _place: Bare())
+    with pytest.raises(ModelError, match="pad_token"):
+        make_ready(Config(), "place")
+    monkeypatch.setattr(Bare, "pad_token_id", 10)  # no row of the embedding
+    monkeypatch.setattr(Bare, "eos_token_id", 9)
+    config = Config()
+    make_ready(config, "place")
+    assert config.pad_token_id == 9
+
+
+def test_a_module_of_ones_own_says_how_it_wants_text(text_folder: Folder) -> None:
+    hf = pytest.importorskip("transformers")
+    net = hf.BertForSequenceClassification.from_pretrained(text_folder("bert"))
+    net.pretrained_cfg = {"tokenizer": str(text_folder("bert")), "max_length": 16}
+    opened = open_model(net)
+    assert opened.preprocessing == Tokenization(str(text_folder("bert")), 0, 16, 40)
+    assert mask_of(opened.module) is not None
+    assert mask_of(net) is None
+    assert open_model(opened.module).module is opened.module
+
+
+# --- padding
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_answers_do_not_depend_on_padding(text_folder: Folder, sentences: Sentences, name: str) -> None:
+    opened = _opened(text_folder, name)
+    samples = open_samples(sentences(6), opened.preprocessing)
+    batch = samples.batch(slice(None))
+    assert batch.dtype == torch.int64
+    with torch.no_grad():
+        wanted = call(opened.module, batch)
+        wider = call(opened.module, _widened(samples).batch(slice(None)))
+        alone = torch.cat([call(opened.module, trimmed(row[None], samples.padding)) for row in batch])
+    torch.testing.assert_close(wider, wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(alone, wanted, atol=1e-5, rtol=1e-4)
+    assert float(wanted.std(0).max()) > 1e-3  # answers differ, or the above would say nothing
+
+
+def test_a_mask_of_the_caller_wins(text_folder: Folder) -> None:
+    net = _opened(text_folder, "bert").module
+    ids, all_ones = torch.tensor([[2, 6, 3, 0, 0]]), torch.ones(1, 5, dtype=torch.long)
+    with torch.no_grad():
+        own = call(net, ids)
+        by_name = net(input_ids=ids).logits
+        explicit, positional = net(ids, attention_mask=all_ones).logits, net(ids, all_ones).logits
+        masked = net(ids, attention_mask=(ids != 0).long()).logits
+    assert torch.equal(own, by_name) and torch.equal(own, masked)
+    assert torch.equal(explicit, positional)
+    assert not torch.allclose(own, explicit, atol=1e-4)
+
+
+def test_the_mask_survives_copies_and_comes_once(text_folder: Folder) -> None:
+    net = clone(_opened(text_folder, "gpt2").module)
+    assert [hook for hook in net._forward_pre_hooks.values() if isinstance(hook, PaddingMask)] == [
+        PaddingMask(0, caches=True)
+    ]
+    mask_padding(net, Tokenization("a", 1))
+    assert list(net._forward_pre_hooks.values()) == [PaddingMask(1, caches=True)]
+    assert len(net._forward_pre_hooks_with_kwargs) == 1
+    plain = mask_padding(nn.Linear(2, 2), Tokenization("a", 0))  # takes no mask
+    assert mask_of(plain) is None
+
+
+def test_kept_and_trimmed() -> None:
+    batch = torch.tensor([[5, 0, 6, 0, 0], [7, 0, 0, 0, 0]])
+    kept = kept_tokens(batch, 0)
+    assert kept is not None and kept.sum().item() == 3
+    assert kept_tokens(batch, None) is None
+    assert trimmed(batch, 0).tolist() == [[5, 0, 6], [7, 0, 0]]
+    assert trimmed(batch, None) is batch
+    assert trimmed(torch.zeros(2, 3, dtype=torch.long), 0).shape == (2, 1)
+    samples = Samples(batch, ("a", "b"), padding=0)
+    assert samples.is_text and not samples.is_image
+    assert torch.equal(samples.kept(batch), kept)  # type: ignore[arg-type]
+    assert samples.first(1).padding == samples.subset([1]).padding == 0
+    with pytest.raises(InvalidValueError, match="int64"):
+        Samples(torch.zeros(2, 3), ("a", "b"), padding=0)
+
+
+def test_random_ids_are_tokens_and_no_padding(text_folder: Folder) -> None:
+    opened = _opened(text_folder, "bert")
+    assert isinstance(opened.preprocessing, Tokenization)
+    ids = random_ids(opened.module, opened.preprocessing, (50, 9))
+    assert ids.shape == (50, 9) and bool((ids != 0).all()) and int(ids.max()) < opened.module.config.vocab_size
+
+
+# --- features and fits
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_features_are_what_the_head_reads(text_folder: Folder, sentences: Sentences, name: str) -> None:
+    opened = _opened(text_folder, name)
+    batch = open_samples(sentences(5), opened.preprocessing).batch(slice(None))
+    tap = find_feature_tap(opened.module, batch)
+    head = find_head(opened.module, batch)
+    assert head == {"roberta": "classifier.out_proj", "gpt2": "score", "llama": "score"}.get(name, "classifier")
+    assert tap == Tap(head, "input", "all" if name in ENCODERS else "last")
+    with torch.no_grad(), tapped(opened.module, {"f": tap}) as seen:
+        logits = call(opened.module, batch)
+        assert seen["f"].shape == (5, 16)
+        layer = opened.module.get_submodule(head)
+        torch.testing.assert_close(layer(seen["f"]), logits)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_sensitivities_do_not_depend_on_padding(text_folder: Folder, sentences: Sentences, name: str) -> None:
+    opened = _opened(text_folder, name)
+    samples = open_samples(sentences(8), opened.preprocessing)
+    found = []
+    for one in (samples, _widened(samples)):
+        units = Block().find(opened.module, one.batch(slice(0, 2))).units
+        entering = rows_at(opened.module, units, one, 0.9, limit=5)
+        n_rows = [len(one) * len(entering.index(unit, one.inputs)) for unit in units]
+        weights = [entering.weights(unit, one.inputs, n) for unit, n in zip(units, n_rows, strict=True)]
+        found.append((units, entering, weights))
+    (units, entering, weights), (wide_units, wide, wide_weights) = found
+    kept = samples.kept(samples.inputs)
+    assert kept is not None
+    width = samples.inputs.shape[1]
+    for number, unit in enumerate(units):
+        torch.testing.assert_close(wide.pattern[unit.id][:width], entering.pattern[unit.id], rtol=1e-3, atol=1e-5)
+        assert not wide.pattern[unit.id][width:].any()
+        assert torch.equal(wide.chosen[unit.id], entering.chosen[unit.id])
+        assert entering.n_rows(unit) == wide.n_rows(wide_units[number]) == int((weights[number] > 0).sum())
+        torch.testing.assert_close(wide_weights[number], weights[number], rtol=1e-3, atol=1e-5)
+        # Over the tokens that are there the weights of a whole pass have mean one.
+        whole = dataclasses.replace(entering, chosen={unit.id: torch.arange(width)})
+        everywhere = whole.weights(unit, samples.inputs, len(samples) * width)
+        assert float(everywhere.sum() / kept.sum()) == pytest.approx(1.0, rel=1e-4)
+        assert not everywhere.view(len(samples), width)[~kept].any()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_fits_do_not_depend_on_padding(text_folder: Folder, sentences: Sentences, name: str) -> None:
+    opened = _opened(text_folder, name)
+    samples = open_samples(sentences(24), opened.preprocessing)
+    maps, answers = [], []
+    for one in (samples, _widened(samples)):
+        units = Block().find(opened.module, one.batch(slice(0, 2))).units
+        maps.append(fit_stand_ins(opened.module, units, one, 1e-3, 0.9, 8, 0))
+        student = repaired(opened.module, [Removal(units[1], "linear"), Removal(units[2], "linear")], one, batch_size=8)
+        with torch.no_grad():
+            answers.append(call(student, samples.batch(slice(None))))
+    for unit, fits in maps[0].items():
+        torch.testing.assert_close(maps[1][unit]["linear"].weight, fits["linear"].weight, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(answers[1], answers[0], atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_passes_are_as_long_as_the_texts_in_them(text_folder: Folder, sentences: Sentences, name: str) -> None:
+    opened = _opened(text_folder, name)
+    few = open_samples(sentences(12), opened.preprocessing)
+    assert few.padding is not None
+    inputs = few.inputs.clone()
+    inputs[4:, 6:] = few.padding  # one batch of long texts and two of short ones
+    samples, seen = dataclasses.replace(few, inputs=inputs), list[tuple[int, ...]]()
+    units = Block().find(opened.module, samples.batch(slice(0, 2))).units
+    opened.module.get_submodule(units[0].path).register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape))
+    list(TTMPD(max_samples=12, tail_samples=12).score(opened.module, units, samples, batch_size=4))
+    repaired(opened.module, [Removal(units[1], "linear")], samples, batch_size=4)
+    longest = trimmed(inputs[:4], few.padding).shape[1]
+    assert {shape[1] for shape in seen if shape[0] == 4} == {longest, 6} and longest > 6
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_batch_without_any_of_the_chosen_tokens_takes_no_part(
+    text_folder: Folder, sentences: Sentences, name: str
+) -> None:
+    opened = _opened(text_folder, name)
+    samples = open_samples(sentences(12), opened.preprocessing)
+    units = Block().find(opened.module, samples.batch(slice(0, 2))).units
+    seen = list[int]()
+
+    def the_last(site: Any, *_args: Any, **_kwargs: Any) -> Tensor:
+        return torch.tensor([math.prod(site.shape[:-1]) - 1])  # a token that only the longest text has
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("ttmpd.repair.positions.positions", the_last)
+        patched.setattr("ttmpd.repair.sequential.refit", lambda _s, site, given, _r: seen.append(len(given.x)) or None)
+        repaired(opened.module, [Removal(units[1], "linear")], samples, batch_size=1)
+    longest = int((samples.inputs[:, -1] != samples.padding).sum())
+    assert longest < len(samples)
+    assert longest in seen and set(seen) <= {longest, len(samples)}  # the layers that read pooled tokens have all
+
+
+def test_a_fit_is_that_of_the_tokens_that_are_there(text_folder: Folder, sentences: Sentences) -> None:
+    opened = _opened(text_folder, "bert")
+    samples = open_samples(sentences(30), opened.preprocessing)
+    batch = samples.batch(slice(None))
+    unit = Block().find(opened.module, batch[:2]).units[1]
+    found = fit_stand_ins(opened.module, [unit], samples, 1e-3, 0.0, 8, 0)[unit.id]["linear"]
+    with torch.no_grad():
+        seen = read(opened.module, batch, {"x": Tap(unit.path, "input"), "y": Tap(unit.path, "output")})
+    there, everywhere = (NormalEquations(unit.channels) for _ in range(2))
+    there.add(seen["x"][batch != 0], seen["y"][batch != 0])
+    everywhere.add(seen["x"].flatten(0, 1), seen["y"].flatten(0, 1))
+    torch.testing.assert_close(found.weight, there.solve(1e-3).weight, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(found.weight, everywhere.solve(1e-3).weight, atol=1e-2)
+
+
+def test_scores_do_not_depend_on_padding(text_folder: Folder, sentences: Sentences) -> None:
+    opened = _opened(text_folder, "gpt2")
+    samples = open_samples(sentences(16), opened.preprocessing)
+    found: list[Tensor] = []
+    for one in (samples, _widened(samples)):
+        units = Block().find(opened.module, one.batch(slice(0, 2))).units
+        found.append(torch.tensor([s.harm for s in TTMPD().score(opened.module, units, one, batch_size=8)]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-2, atol=1e-4)
+    assert bool((found[0] > 0).all())
+
+
+def test_distillation_takes_one_view_and_pooled_features(
+    text_folder: Folder, sentences: Sentences, tmp_path: Path
+) -> None:
+    opened = _opened(text_folder, "llama")
+    samples = open_samples(sentences(16), opened.preprocessing)
+    teacher = opened.module
+    unit = Block().find(teacher, samples.batch(slice(0, 2))).units[1]
+    student = Block().cut(teacher, [unit])
+    method, work = OneTime(steps=30, batch=8, lr_without_norm=3e-3), Work(folder=tmp_path)
+    targets = method.prepare(teacher, samples, samples, work)
+    assert targets.features is not None
+    assert targets.features.shape == (1, 16, 16)  # one view, 16 samples, 16 channels
+    before = call(student.eval(), samples.batch(slice(None))).detach()
+    fit = method.fit(student, samples, samples, targets, work)
+    after = call(student, samples.batch(slice(None))).detach()
+    wanted = targets.held_out
+    assert fit.steps == 30 and not fit.rolled_back
+    assert float((after - wanted).square().mean()) < float((before - wanted).square().mean())

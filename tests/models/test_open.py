@@ -1,0 +1,385 @@
+"""Opening models: every form of id, with the model's own preprocessing."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from ttmpd.data.preprocessing import INTERPOLATIONS, Preprocessing
+from ttmpd.errors import InvalidValueError, MissingPackageError, ModelError, UnsupportedError
+from ttmpd.models.config import preprocessing_of
+from ttmpd.models.open import open_model
+from ttmpd.models.opened import OpenedModel
+
+DATA = Path(os.environ.get("TTMPD_DATA", Path(__file__).resolve().parents[2] / "../shared/data"))
+HALF = (0.5, 0.5, 0.5)
+
+
+def _photo(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+FACTORIES = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+import ttmpd_test_sibling
+
+@dataclass
+class Settings:
+    width: "int" = 3
+
+class Net(nn.Linear):
+    def __init__(self):
+        super().__init__(ttmpd_test_sibling.WIDTH, 2)
+        self.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+def good():
+    return Net().train()
+
+def raising():
+    raise RuntimeError("no weights here\\nsecond line")
+
+def number():
+    return 7
+"""
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    (tmp_path / "ttmpd_test_sibling.py").write_text("WIDTH = 4\n")
+    path = tmp_path / "my zoo.py"
+    path.write_text(FACTORIES)
+    return path
+
+
+# --- preprocessing
+
+
+def test_preprocessing_survives_a_round_trip() -> None:
+    given = Preprocessing((3, 24, 32), HALF, (0.2, 0.3, 0.4), "bicubic", 0.9, "squash")
+    assert Preprocessing.from_dict(given.to_dict()) == given
+    assert given.to_dict()["input_size"] == [3, 24, 32]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"input_size": (3, 32)}, "numbers"),
+        ({"input_size": (3, 0, 32)}, "input_size"),
+        ({"mean": (0.5,)}, "mean"),
+        ({"std": (0.5, 0.0, 0.5)}, "std"),
+        ({"std": (0.5, float("nan"), 0.5)}, "std"),
+        ({"std": None}, "no std"),
+        ({"mean": ("a", "b", "c")}, "numbers"),
+        ({"interpolation": "cubic"}, "bicubic"),
+        ({"crop_pct": 1.5}, "crop_pct"),
+        ({"crop_mode": "fancy"}, "squash"),
+    ],
+)
+def test_preprocessing_checks_itself(change: dict[str, object], word: str) -> None:
+    with pytest.raises(InvalidValueError, match=word):
+        Preprocessing.from_dict({"input_size": (3, 32, 32), "mean": HALF, "std": HALF} | change)
+
+
+@pytest.mark.parametrize("size", [(40, 31), (31, 40), (300, 40), (33, 33), (9, 12)])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875, 0.95])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_pixels_are_those_of_timm(size: tuple[int, int], crop_pct: float, interpolation: str) -> None:
+    timm_data = pytest.importorskip("timm.data")
+    for mode in ("center", "squash"):
+        ours = Preprocessing((3, 28, 28), HALF, HALF, interpolation, crop_pct, mode)
+        theirs = timm_data.create_transform(
+            (3, 28, 28), interpolation=interpolation, mean=HALF, std=HALF, crop_pct=crop_pct, crop_mode=mode
+        )
+        image = _photo(*size)
+        torch.testing.assert_close((ours.pixels(image).float() / 255 - 0.5) / 0.5, theirs(image), atol=1e-6, rtol=0)
+
+
+def test_pixels_of_an_oblong_input_cover_it() -> None:
+    ours = Preprocessing((3, 16, 48), HALF, HALF)
+    for size in ((20, 60), (60, 20), (48, 17), (49, 16)):
+        assert ours.pixels(_photo(*size)).shape == (3, 16, 48)
+
+
+def test_an_image_of_the_right_size_is_not_resized() -> None:
+    image = _photo(32, 32)
+    pixels = Preprocessing((3, 32, 32), HALF, HALF, "bicubic", 0.875).pixels(image)
+    assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(image))
+
+
+def test_other_image_modes_become_what_the_model_takes() -> None:
+    rgb, gray = Preprocessing((3, 8, 8), HALF, HALF), Preprocessing((1, 8, 8), (0.5,), (0.5,))
+    for mode in ("L", "LA", "RGBA", "P", "CMYK", "1"):
+        assert (
+            rgb.pixels(_photo(8, 8).convert("RGB").convert("L" if mode == "LA" else "RGB").convert(mode)).shape[0] == 3
+        )
+    assert gray.pixels(_photo(8, 8)).shape == (1, 8, 8)
+    deep = Image.fromarray(np.full((8, 8), 0x8000, dtype=np.uint16))
+    assert set(gray.pixels(deep).flatten().tolist()) == {128}
+    with pytest.raises(ValueError, match="floating"):
+        gray.pixels(Image.fromarray(np.zeros((8, 8), dtype=np.float32)))
+    with pytest.raises(UnsupportedError, match="takes 5"):
+        Preprocessing((5, 8, 8), (0.5,) * 5, (0.5,) * 5).pixels(_photo(8, 8))
+
+
+# --- modules and factories
+
+
+def test_a_module_is_used_as_it_is() -> None:
+    module = nn.Linear(2, 2)
+    opened = open_model(module)
+    assert opened.module is module
+    assert module.training
+    assert (opened.id, opened.rebuildable, opened.preprocessing) == ("", False, None)
+
+
+def test_preprocessing_of_reads_either_dict() -> None:
+    module = nn.Linear(2, 2)
+    module.pretrained_cfg = {}  # type: ignore[assignment]
+    module.default_cfg = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (1.0,)}  # type: ignore[assignment]
+    assert preprocessing_of(module) == Preprocessing((1, 8, 8), (0.5,), (1.0,))
+
+
+def test_a_factory_in_a_file(zoo: Path) -> None:
+    path_before = list(sys.path)
+    opened = open_model(f"{zoo}:good")
+    assert isinstance(opened, OpenedModel)
+    assert not opened.module.training
+    assert not opened.rebuildable
+    assert opened.preprocessing == Preprocessing((3, 8, 8), HALF, HALF)
+    assert sys.path == path_before
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("raising", "raised RuntimeError: no weights here$"),
+        ("number", "returned int"),
+        ("god", "good"),
+    ],
+)
+def test_a_factory_that_fails_says_how(zoo: Path, name: str, word: str) -> None:
+    with pytest.raises(ModelError, match=word):
+        open_model(f"{zoo}:{name}")
+
+
+def test_a_file_that_cannot_be_imported(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import no_such_package_at_all\n")
+    with pytest.raises(ModelError, match="no_such_package_at_all"):
+        open_model(f"{tmp_path / 'broken.py'}:net")
+    with pytest.raises(ModelError, match="must exist"):
+        open_model(f"{tmp_path / 'absent.py'}:net")
+
+
+def test_a_factory_in_a_package(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (zoo.parent / "ttmpd_test_package.py").write_text(FACTORIES)
+    monkeypatch.syspath_prepend(str(zoo.parent))
+    assert isinstance(open_model("ttmpd_test_package:good").module, nn.Linear)
+    with pytest.raises(ModelError, match="PYTHONPATH"):
+        open_model("ttmpd_test_absent.package:good")
+
+
+@pytest.mark.parametrize("model", ["net", "", "timm:", "a b:c", "model.pt", "dir/model:net", "x:y z", ":f", "file.py:"])
+def test_an_id_of_no_known_form_lists_the_forms(model: str) -> None:
+    with pytest.raises(InvalidValueError, match="torchvision:NAME"):
+        open_model(model)
+
+
+# --- libraries
+
+
+def test_timm_without_weights_keeps_its_preprocessing() -> None:
+    pytest.importorskip("timm")
+    opened = open_model("timm:resnet10t.c3_in1k", pretrained=False)
+    assert opened.preprocessing == Preprocessing(
+        (3, 176, 176), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic", 0.875
+    )
+    assert opened.rebuildable
+    assert not opened.module.training
+
+
+def test_unknown_and_bare_timm_names_get_a_suggestion() -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(InvalidValueError, match="resnet18"):
+        open_model("timm:resnet18x", pretrained=False)
+    with pytest.raises(InvalidValueError, match=r"did you mean timm:resnet18\?"):
+        open_model("resnet18")
+
+
+def test_torchvision_without_weights_keeps_its_preprocessing() -> None:
+    pytest.importorskip("torchvision")
+    opened = open_model("torchvision:squeezenet1_1", pretrained=False)
+    assert opened.preprocessing == Preprocessing(
+        (3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear", 0.875
+    )
+    assert len(opened.class_names) == 1000
+    assert opened.rebuildable
+    with pytest.raises(InvalidValueError, match="squeezenet1_1"):
+        open_model("torchvision:squeezenet11", pretrained=False)
+    with pytest.raises(UnsupportedError, match="image classifier"):
+        open_model("torchvision:lraspp_mobilenet_v3_large", pretrained=False)
+
+
+def test_a_resize_that_timm_would_round_down_is_kept() -> None:
+    models = pytest.importorskip("torchvision.models")
+    transforms = models.get_model_weights("resnet50").DEFAULT.transforms()  # 232, then 224
+    ours = Preprocessing((3, 224, 224), tuple(transforms.mean), tuple(transforms.std), "bilinear", 224 / 232)
+    image = _photo(301, 257)
+    expected = transforms(image)
+    mean, std = (torch.tensor(value)[:, None, None] for value in (ours.mean, ours.std))
+    torch.testing.assert_close((ours.pixels(image).float() / 255 - mean) / std, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("model", ["timm:resnet10t", "torchvision:squeezenet1_1"])
+def test_a_failed_download_says_what_to_do(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = pytest.importorskip(model.partition(":")[0].replace("torchvision", "torchvision.models"))
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    seen = []
+
+    def offline(*_: object, **__: object) -> None:
+        seen.append(os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD"))
+        raise OSError("Name or service not known\nmore")
+
+    monkeypatch.setattr(library, "create_model" if model.startswith("timm") else "get_model", offline)
+    with pytest.raises(ModelError, match=r"--no-pretrained.*--weights FILE.safetensors") as raised:
+        open_model(model)
+    assert "OSError: Name or service not known;" in str(raised.value)
+    assert seen == ["1"]
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(MissingPackageError, match=r'pip install "ttmpd\[timm\]"'):
+        open_model("timm:resnet18")
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    hf = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("hf") / "vit"
+    config = hf.ViTConfig(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=32,
+        patch_size=8,
+        id2label={0: "cat", 1: "dog", 2: "elk"},
+    )
+    hf.ViTForImageClassification(config).half().save_pretrained(folder)
+    hf.ViTImageProcessor(size={"height": 32, "width": 32}, image_std=(0.25, 0.5, 0.5)).save_pretrained(folder)
+    return folder
+
+
+def test_a_hugging_face_directory(vit: Path) -> None:
+    opened = open_model(f"hf:{vit}")
+    assert opened.class_names == ("cat", "dog", "elk")
+    assert opened.preprocessing == Preprocessing((3, 32, 32), HALF, (0.25, 0.5, 0.5), "bilinear", 1.0, "squash")
+    assert opened.rebuildable
+    assert not opened.module.training
+    assert {parameter.dtype for parameter in opened.module.parameters()} == {torch.float32}
+    fresh = open_model(f"hf:{vit}", pretrained=False).module.state_dict()
+    assert any(not torch.equal(fresh[key], value) for key, value in opened.module.state_dict().items())
+
+
+def test_a_hugging_face_directory_without_a_head_is_refused(vit: Path, tmp_path: Path) -> None:
+    hf = pytest.importorskip("transformers")
+    body = hf.ViTModel.from_pretrained(vit)
+    body.save_pretrained(tmp_path / "body")
+    with pytest.raises(ModelError, match=r"missing.*classifier"):
+        open_model(f"hf:{tmp_path / 'body'}")
+
+
+def test_hugging_face_directories_that_cannot_be_opened(tmp_path: Path) -> None:
+    hf = pytest.importorskip("transformers")
+    with pytest.raises(ModelError, match=r"config\.json"):
+        open_model(f"hf:{tmp_path}")
+    hf.WhisperConfig().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match=r"images or text, or a decoder, but .* is a WhisperConfig"):
+        open_model(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "crop_pct", "mode"),
+    [
+        (
+            "BitImageProcessor",
+            {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}},
+            32 / 36,
+            "center",
+        ),
+        ("ConvNextImageProcessor", {"size": {"shortest_edge": 32}, "crop_pct": 0.8}, 0.8, "center"),
+        ("ConvNextImageProcessor", {"size": {"shortest_edge": 384}}, 1.0, "squash"),
+        ("ViTImageProcessor", {"size": {"height": 32, "width": 48}}, 1.0, "squash"),
+    ],
+)
+def test_image_processors_are_read_as_they_act(
+    vit: Path, tmp_path: Path, kind: str, settings: dict[str, object], crop_pct: float, mode: str
+) -> None:
+    hf = pytest.importorskip("transformers")
+    hf.AutoConfig.from_pretrained(vit).save_pretrained(tmp_path)
+    getattr(hf, kind)(**settings).save_pretrained(tmp_path)
+    ours = open_model(f"hf:{tmp_path}", pretrained=False).preprocessing
+    assert ours is not None
+    assert (ours.crop_pct, ours.crop_mode) == (crop_pct, mode)
+    image = _photo(72, 48)  # no half pixels in the crop: there the libraries round differently
+    theirs = hf.AutoImageProcessor.from_pretrained(tmp_path)(images=image, return_tensors="pt")["pixel_values"][0]
+    mean, std = (torch.tensor(value)[:, None, None] for value in (ours.mean, ours.std))
+    mine = (ours.pixels(image).float() / 255 - mean) / std
+    assert mine.shape == theirs.shape
+    assert (mine - theirs).abs().mean() < 0.02  # they resize tensors, we resize images
+
+
+# --- weights
+
+
+def test_weights_are_loaded_from_safetensors(zoo: Path, tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = {"weight": torch.ones(2, 4), "bias": torch.zeros(2)}
+    safetensors.save_file(state, tmp_path / "good.safetensors")
+    opened = open_model(f"{zoo}:good", weights=tmp_path / "good.safetensors")
+    assert torch.equal(opened.module.state_dict()["weight"], state["weight"])
+
+
+def test_weights_that_do_not_fit_are_named(zoo: Path, tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file({"weight": torch.ones(2, 5), "head": torch.ones(1)}, tmp_path / "bad.safetensors")
+    with pytest.raises(ModelError, match=r"1 missing \(bias\) and 2 unexpected \(head \(1,\), weight \(2, 5\)\)"):
+        open_model(f"{zoo}:good", weights=tmp_path / "bad.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 4)
+    with pytest.raises(ModelError, match="readable"):
+        open_model(f"{zoo}:good", weights=tmp_path / "broken.safetensors")
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.pth", "pytorch_model.bin", "weights.pkl", "weights"])
+def test_pickled_weights_are_refused_unopened(zoo: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"never read")
+    with pytest.raises(InvalidValueError, match=r"must be a \.safetensors file"):
+        open_model(f"{zoo}:good", weights=tmp_path / name)
+
+
+def test_weights_that_are_not_there(zoo: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidValueError, match="existing file"):
+        open_model(f"{zoo}:good", weights=tmp_path / "absent.safetensors")
+
+
+def test_every_interpolation_of_timm_is_known() -> None:
+    assert {"nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"} <= set(INTERPOLATIONS)
+
+
+def test_the_real_zoo_opens() -> None:
+    if not (DATA / "zoo.py").is_file():
+        pytest.skip(f"no real data at {DATA}: set TTMPD_DATA")
+    opened = open_model(f"{DATA / 'zoo.py'}:resnet20")
+    assert opened.preprocessing is not None
+    assert opened.preprocessing.input_size == (3, 32, 32)
+    assert opened.module(torch.zeros(1, 3, 32, 32)).shape == (1, 10)

@@ -1,0 +1,134 @@
+"""Stages on disk: what is finished is not computed again, what is broken is."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from ttmpd.errors import InvalidValueError
+from ttmpd.pipeline.stages import Stages
+from ttmpd.storage import fingerprint, locked, weights_fingerprint, write_json
+from ttmpd.testing.tiny_models import tiny_model
+
+
+class Work:
+    """Counts how often it is done."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def data(self):
+        self.done += 1
+        return {"n": self.done}
+
+    def tensors(self):
+        self.done += 1
+        return {"w": torch.full((2,), float(self.done))}, {"n": self.done}
+
+
+def test_a_finished_stage_is_not_computed_again(tmp_path):
+    work = Work()
+    first = Stages(tmp_path / "w", "run", resume=True)
+    assert first.json("a", work.data) == {"n": 1}
+    assert first.tensors("b", work.tensors)[1] == {"n": 2}
+    assert first.reused == []
+    again = Stages(tmp_path / "w", "run", resume=True)
+    assert again.json("a", work.data) == {"n": 1}
+    tensors, data = again.tensors("b", work.tensors)
+    assert (tensors["w"].tolist(), data) == ([2.0, 2.0], {"n": 2})
+    assert work.done == 2
+    assert again.reused == ["a", "b"]
+    assert again.seconds() == first.seconds()
+
+
+def test_stages_of_one_target_are_kept_apart_from_those_of_another(tmp_path):
+    work = Work()
+    stages = Stages(tmp_path / "w", "run")
+    stages.json("time", work.data)
+    assert stages.json("plan", work.data, "a") == {"n": 2}
+    assert stages.json("plan", work.data, "b") == {"n": 3}
+    assert stages.json("plan", work.data, "a") == {"n": 2}
+    assert stages.tensors("fit", work.tensors, "a")[1] == {"n": 4}
+    assert stages.tensors("fit", work.tensors, "b")[1] == {"n": 5}
+    assert set(stages.seconds("a")) == {"time", "plan", "fit"}
+    assert set(stages.seconds()) == {"time"}
+    assert stages.reused == ["plan-a"]
+
+
+@pytest.mark.parametrize(("run", "resume"), [("other", True), ("run", False)])
+def test_another_run_or_a_new_start_keeps_nothing(tmp_path, run, resume):
+    work = Work()
+    Stages(tmp_path / "w", "run").json("a", work.data)
+    assert Stages(tmp_path / "w", run, resume).json("a", work.data) == {"n": 2}
+
+
+@pytest.mark.parametrize("broken", [b"", b"{", b"[1", b"null", b'{"data": 1}', b"\xff\xfe"])
+def test_a_broken_file_is_computed_again(tmp_path, broken):
+    work = Work()
+    stages = Stages(tmp_path / "w", "run")
+    stages.json("a", work.data)
+    stages.tensors("b", work.tensors)
+    (tmp_path / "w" / "a.json").write_bytes(broken)
+    (tmp_path / "w" / "b.safetensors").write_bytes(broken)
+    again = Stages(tmp_path / "w", "run", resume=True)
+    assert again.json("a", work.data) == {"n": 3}
+    assert again.tensors("b", work.tensors)[1] == {"n": 4}
+    assert again.reused == []
+
+
+def test_a_truncated_tensor_file_is_computed_again(tmp_path):
+    work = Work()
+    stages = Stages(tmp_path / "w", "run")
+    stages.tensors("b", work.tensors)
+    path = tmp_path / "w" / "b.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    assert Stages(tmp_path / "w", "run", resume=True).tensors("b", work.tensors)[1] == {"n": 2}
+
+
+def test_a_broken_marker_is_another_run(tmp_path):
+    work = Work()
+    Stages(tmp_path / "w", "run").json("a", work.data)
+    (tmp_path / "w" / "run.json").write_text("{")
+    assert Stages(tmp_path / "w", "run", resume=True).json("a", work.data) == {"n": 2}
+
+
+def test_a_failing_stage_leaves_nothing(tmp_path):
+    stages = Stages(tmp_path / "w", "run")
+
+    def fail():
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        stages.json("a", fail)
+    assert [path.name for path in (tmp_path / "w").iterdir()] == ["run.json"]
+    assert stages.json("a", lambda: 5) == 5
+
+
+def test_json_is_strict(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "x.json", {"harm": math.nan})
+    assert not (tmp_path / "x.json").exists()
+    write_json(tmp_path / "x.json", {"harm": 1.5})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"harm": 1.5}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_one_run_per_folder(tmp_path):
+    with locked(tmp_path / "out"):
+        with pytest.raises(InvalidValueError, match="no other run"), locked(tmp_path / "out"):
+            raise AssertionError("two runs hold one folder")
+        with locked(tmp_path / "elsewhere"):
+            pass
+    with locked(tmp_path / "out"):
+        assert (tmp_path / "out").is_dir()
+
+
+def test_fingerprints_tell_weights_apart():
+    assert weights_fingerprint(tiny_model(0)) == weights_fingerprint(tiny_model(0))
+    assert weights_fingerprint(tiny_model(0)) != weights_fingerprint(tiny_model(1))
+    swapped = tiny_model(0)
+    weight = swapped.head.weight.data
+    weight[[0, 1]] = weight[[1, 0]]
+    assert weights_fingerprint(swapped) != weights_fingerprint(tiny_model(0))
+    assert fingerprint(1, "a") == fingerprint(1, "a") != fingerprint("a", 1)
