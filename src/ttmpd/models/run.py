@@ -1,6 +1,7 @@
 """One batch through a model."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -23,6 +24,29 @@ def logits_of(model: nn.Module, samples: Samples, batch_size: int) -> Tensor:
 
 class StopForwardError(Exception):
     """Ends a forward pass early, once everything that was asked for has been seen; never leaves this package."""
+
+
+def output_tensors(value: Any) -> tuple[Tensor, ...]:
+    """All tensors in a model's output, in their order: of tuples, lists, dicts and dataclasses, however nested.
+
+    For proofs that two models answer alike: what no task predicts is compared, too.
+
+    Args:
+        value: the output, as the model returned it.
+
+    Example:
+        >>> [tensor.shape[-1] for tensor in output_tensors({"logits": torch.zeros(2, 5), "more": (torch.zeros(2, 3),)})]
+        [5, 3]
+    """
+    if isinstance(value, Tensor):
+        return (value,)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type | Mapping):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return tuple(tensor for part in value for tensor in output_tensors(part))
+    return ()
 
 
 def first_tensor(value: Any) -> Tensor | None:
