@@ -50,7 +50,16 @@ def test_contract(verb, name, check):
 
 def test_every_verb_has_methods():
     found = methods_found()
-    assert {verb for verb, _ in found} == {"select", "adapt", "units", "score", "plan", "distill", "early_exit"}
+    assert {verb for verb, _ in found} == {
+        "select",
+        "adapt",
+        "units",
+        "score",
+        "plan",
+        "distill",
+        "early_exit",
+        "runtimes",
+    }
     assert {("score", "ttmpd"), ("plan", "knapsack"), ("distill", "one_time"), ("units", "block")} <= set(found)
 
 

@@ -4,14 +4,18 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
+import sys
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, ClassVar, Self, dataclass_transform
 
-from ttmpd.errors import InvalidValueError, UnknownMethodError
+from ttmpd.errors import InvalidValueError, UnknownMethodError, cause
 
-VERBS = ("select", "adapt", "units", "score", "plan", "distill", "early_exit")
+VERBS = ("select", "adapt", "units", "score", "plan", "distill", "early_exit", "runtimes")
 _FOLDERS = {"units": "surgery.units"}
 """Verbs whose folder is not the room of their name."""
+_SETTINGS = {verb: verb for verb in VERBS if verb != "units"} | {"runtime": "runtimes"}
+"""Setting -> the verb whose methods it takes."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -19,6 +23,7 @@ class Method:
     """A frozen value with one verb; annotated fields are its hyper-parameters and every field has a default.
 
     A file ``ttmpd/<verb>/<name>.py`` holds one concrete method. Nothing is registered: adding the file adds the method.
+    A method in your own code is named by its place, ``package.module:Class``, wherever a name is taken.
     """
 
     source: ClassVar[str] = ""
@@ -32,8 +37,10 @@ class Method:
 
     @property
     def name(self) -> str:
-        """The name of the file that holds the method."""
-        return type(self).__module__.rpartition(".")[2]
+        """The name of the file that holds the method; ``package.module:Class`` for one in your own code."""
+        cls = type(self)
+        package, _, name = cls.__module__.rpartition(".")
+        return name if package.partition(".")[0] == "ttmpd" else f"{cls.__module__}:{cls.__qualname__}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that :func:`from_dict` turns back into an equal method."""
@@ -46,13 +53,13 @@ class Method:
         Raises:
             InvalidValueError: a name is not a hyper-parameter of this method, or a value has the wrong type.
         """
-        known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        current = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         for key, value in settings.items():
-            if key not in known:
+            if key not in current:
                 raise InvalidValueError(
-                    f"a setting of {self.name} must be one of {sorted(known) or 'none'}, but got {key!r}"
+                    f"a setting of {self.name} must be one of {sorted(current) or 'none'}, but got {key!r}"
                 )
-            settings[key] = _coerced(f"{self.name}.{key}", value, known[key])
+            settings[key] = _coerced(f"{self.name}.{key}", value, current[key])
         return dataclasses.replace(self, **settings)  # type: ignore[type-var]
 
 
@@ -99,36 +106,110 @@ def names(verb: str) -> tuple[str, ...]:
     )
 
 
+def verb_of(method: type[Method]) -> str | None:
+    """The verb whose base a method's class is derived from; None for a class that is no method of any verb."""
+    bases = {f"ttmpd.{_FOLDERS.get(verb, verb)}.base": verb for verb in VERBS}
+    return next((bases[cls.__module__] for cls in method.__mro__ if cls.__module__ in bases), None)
+
+
 def method_class(verb: str, name: str) -> type[Method]:
-    """The method class in the file ``ttmpd/<verb>/<name>.py``.
+    """The method class in the file ``ttmpd/<verb>/<name>.py``, or in your own code under ``package.module:Class``.
+
+    Args:
+        verb: what the method does.
+        name: of the file; or the place of a class that is imported.
 
     Raises:
-        UnknownMethodError: there is no such file.
+        UnknownMethodError: there is no such file, or no method of this verb in that place.
     """
-    known = names(verb)
-    if name not in known:
-        raise UnknownMethodError(f"{verb} must be one of {', '.join(known)}, but got {name!r}", known)
+    if ":" in name:
+        return _own_class(verb, name, _imported(name))
+    choices = names(verb)
+    if name not in choices:
+        raise UnknownMethodError(
+            f"{verb} must be one of {', '.join(choices)}, or package.module:Class of your own, but got {name!r}",
+            choices,
+        )
     module = importlib.import_module(f"ttmpd.{_FOLDERS.get(verb, verb)}.{name}")
-    found = [
+    classes = [
         value
         for value in vars(module).values()
         if inspect.isclass(value) and issubclass(value, Method) and value.__module__ == module.__name__
     ]
-    if len(found) != 1:
-        raise UnknownMethodError(f"ttmpd/{verb}/{name}.py must hold one method, but holds {len(found)}", known)
-    return found[0]
+    if len(classes) != 1:
+        raise UnknownMethodError(f"ttmpd/{verb}/{name}.py must hold one method, but holds {len(classes)}", choices)
+    return classes[0]
 
 
-def named(given: Mapping[str, Any]) -> dict[str, Any]:
+def method_of(setting: str, name: str) -> Method:
+    """The method with default hyper-parameters that a setting's value names: ``method_of("runtime", "eager")``.
+
+    Args:
+        setting: a field of the settings or of a recipe that takes a method.
+        name: see :func:`method_class`.
+
+    Raises:
+        UnknownMethodError: no file bears the name.
+    """
+    return method_class(_SETTINGS[setting], name)()
+
+
+def loaded_class(verb: str, name: str) -> type[Method]:
+    """As :func:`method_class`, but nothing is imported that a name of your own code points to.
+
+    For names that stand in files: what a file names must not run. The user imports the module first.
+
+    Raises:
+        UnknownMethodError: no file bears the name, or the module is not imported yet.
+    """
+    if ":" not in name:
+        return method_class(verb, name)
+    module = name.partition(":")[0]
+    if module not in sys.modules:
+        raise UnknownMethodError(
+            f"the module of {name!r} must be imported before it is asked for by a file, but is not; if you trust it, "
+            f"import {module} first",
+            names(verb),
+        )
+    return _own_class(verb, name, sys.modules[module])
+
+
+def _imported(name: str) -> ModuleType:
+    place = name.partition(":")[0]
+    try:
+        return importlib.import_module(place)
+    except Exception as error:  # whatever the user's own code raises
+        raise UnknownMethodError(
+            f"the module of {name!r} must be importable, but raised {cause(error)}; install it or set PYTHONPATH", ()
+        ) from error
+
+
+def _own_class(verb: str, name: str, module: ModuleType) -> type[Method]:
+    """The concrete method of a verb that a module of the user's holds under a name."""
+    value: Any = module
+    for part in name.partition(":")[2].split("."):
+        value = getattr(value, part, None)
+    if not (inspect.isclass(value) and issubclass(value, Method) and verb_of(value) == verb):
+        what = "no such name" if value is None else f"{value!r}"
+        base = f"ttmpd.{_FOLDERS.get(verb, verb)}.base"
+        raise UnknownMethodError(f"{name!r} must be a class derived from that in {base}, but is {what}", names(verb))
+    if inspect.isabstract(value):
+        missing = ", ".join(
+            n for n, member in inspect.getmembers(value) if getattr(member, "__isabstractmethod__", False)
+        )
+        raise UnknownMethodError(f"{name!r} must define {missing}, but does not", names(verb))
+    return value
+
+
+def named(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The same settings, with the method in place of its name: ``adapt="tent"`` is ``adapt=Tent()``.
 
     Raises:
         UnknownMethodError: no file bears a name.
     """
-    verbs = set(VERBS) - {"units"}
     return {
-        key: method_class(key, value)() if key in verbs and isinstance(value, str) else value
-        for key, value in given.items()
+        key: method_of(key, value) if key in _SETTINGS and isinstance(value, str) else value
+        for key, value in settings.items()
     }
 
 
@@ -148,10 +229,10 @@ def listing() -> list[dict[str, str]]:
     rows = []
     for verb in VERBS:
         for name in names(verb):
-            found = method_class(verb, name)
-            what = (inspect.getdoc(found) or "").partition("\n")[0]
+            method = method_class(verb, name)
+            what = (inspect.getdoc(method) or "").partition("\n")[0]
             rows.append(
-                {"verb": verb, "name": name, "what": what, "needs": ", ".join(found.needs), "source": found.source}
+                {"verb": verb, "name": name, "what": what, "needs": ", ".join(method.needs), "source": method.source}
             )
     return rows
 

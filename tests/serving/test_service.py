@@ -139,7 +139,7 @@ def made(folder: Path) -> Path:
         patch.setattr(ready, "time_units", time_units)
         ms = compare(tiny_model(n_blocks=4), tiny_model(n_blocks=4), tiny_samples(2).batch(slice(0, 2))).ms["original"]
         patch.setattr(
-            ready, "find_lossless", lambda *_: (UNCHANGED, Rounds(dict.fromkeys(("original", "lossless"), ms)))
+            ready, "find_lossless", lambda *_, **_k: (UNCHANGED, Rounds(dict.fromkeys(("original", "lossless"), ms)))
         )
         ttmpd.compress(tiny_model(n_blocks=4), tiny_samples(40), speedup=1.3, output=folder, num_samples=40, **SETTINGS)
     return folder

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
+from ttmpd.errors import UnsupportedError
 from ttmpd.latency.device import synchronize
 from ttmpd.latency.timing import Rounds, interleaved, quartiles, time_models
 from ttmpd.models.run import evaluating
+from ttmpd.runtimes.base import Runtime
+from ttmpd.runtimes.eager import Eager
 from ttmpd.surgery.exits.model import EarlyExitModel
 
 MAX_BYTES = 1 << 26
@@ -22,6 +25,15 @@ _FEWEST = 4
 
 Batches = list[tuple[Tensor, Tensor]]
 """(inputs, exit of each sample)."""
+
+
+def check_runtime(runtime: Runtime) -> None:
+    """Raise :class:`UnsupportedError` unless a model with exits can be timed in this runtime."""
+    if not isinstance(runtime, Eager):
+        raise UnsupportedError(
+            "a model with exits must run in eager PyTorch, since the data decide which of its layers run, but got the "
+            f"runtime {runtime.name!r}; leave the runtime out"
+        )
 
 
 def exit_ms(

@@ -10,6 +10,8 @@ from ttmpd.latency.timing import Rounds, time_models
 from ttmpd.models.modules import prefers_channels_last
 from ttmpd.models.run import call, evaluating
 from ttmpd.records import UNCHANGED, Lossless
+from ttmpd.runtimes.base import Runtime
+from ttmpd.runtimes.eager import Eager
 from ttmpd.surgery.lossless import applied, foldable
 
 GAIN = 1.02
@@ -21,12 +23,13 @@ MOST = 16
 the memory that they free in pieces, the more the larger the batch."""
 
 
-def find_lossless(model: nn.Module, batch: Tensor) -> tuple[Lossless, Rounds]:
+def find_lossless(model: nn.Module, batch: Tensor, *, runtime: Runtime = Eager()) -> tuple[Lossless, Rounds]:
     """What makes the model faster here without changing it, and the rounds in which that was found.
 
     Args:
         model: as it is used now; left untouched.
         batch: of the size that latency is promised for, on the model's device.
+        runtime: runs the models that are compared.
 
     Returns:
         The fastest choice, and interleaved milliseconds of "original" and "lossless".
@@ -37,28 +40,29 @@ def find_lossless(model: nn.Module, batch: Tensor) -> tuple[Lossless, Rounds]:
     if prefers_channels_last(model):
         choices += [dataclasses.replace(choice, channels_last=True) for choice in choices]
     changed = [choice for choice in choices[1:] if _same(model, applied(model, choice), batch[:2])]
-    best = _fastest(model, changed, batch[:MOST])
+    best = _fastest(model, changed, batch[:MOST], runtime)
     if best == UNCHANGED:
-        return unchanged(model, batch)
+        return unchanged(model, batch, runtime=runtime)
     models = {"original": model, "lossless": applied(model, best)}
-    rounds = time_models(models, batch, rounds=7, min_seconds=1.0, max_seconds=5.0)
+    rounds = time_models(models, batch, rounds=7, min_seconds=1.0, max_seconds=5.0, runtime=runtime)
     return (best, rounds) if rounds.ratio("original", "lossless").median_ms >= GAIN else _as_it_is(rounds)
 
 
-def _fastest(model: nn.Module, changed: Sequence[Lossless], batch: Tensor) -> Lossless:
+def _fastest(model: nn.Module, changed: Sequence[Lossless], batch: Tensor, runtime: Runtime) -> Lossless:
     """The change under which the batch takes the least time; none where that gains too little."""
     if not changed:
         return UNCHANGED
     models = {str(choice): applied(model, choice) for choice in changed} | {"original": model}
-    rounds = time_models(models, batch, rounds=7, min_seconds=1.0, max_seconds=4.0)
+    rounds = time_models(models, batch, rounds=7, min_seconds=1.0, max_seconds=4.0, runtime=runtime)
     gains = {choice: rounds.ratio("original", str(choice)).median_ms for choice in changed}
     best = max(changed, key=lambda choice: gains[choice])
     return best if gains[best] >= GAIN else UNCHANGED
 
 
-def unchanged(model: nn.Module, batch: Tensor) -> tuple[Lossless, Rounds]:
+def unchanged(model: nn.Module, batch: Tensor, *, runtime: Runtime = Eager()) -> tuple[Lossless, Rounds]:
     """The model as it is, and its milliseconds under both names."""
-    return _as_it_is(time_models({"original": model}, batch, rounds=7, min_seconds=1.0, max_seconds=5.0))
+    models = {"original": model}
+    return _as_it_is(time_models(models, batch, rounds=7, min_seconds=1.0, max_seconds=5.0, runtime=runtime))
 
 
 def _as_it_is(rounds: Rounds) -> tuple[Lossless, Rounds]:

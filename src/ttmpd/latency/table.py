@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.latency.device import synchronize
-from ttmpd.latency.timing import Rounds, interleaved, time_models
+from ttmpd.latency.timing import Rounds, forward_call, interleaved, time_models
 from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import common_path, hooks, module_at
 from ttmpd.models.run import evaluating, first_tensor
 from ttmpd.models.taps import read
 from ttmpd.records import KERNELS, UNCHANGED, Action, Lossless, Saving, Tap, Timing, Unit
+from ttmpd.runtimes.base import Runtime
+from ttmpd.runtimes.eager import Eager
 from ttmpd.surgery.cut import WHOLE
 from ttmpd.surgery.find import narrow_kind
 from ttmpd.surgery.lossless import applied, apply, within
@@ -45,6 +47,13 @@ class UnitTiming:
     stand_ins: Mapping[str, float]
     widths: Mapping[str, float] = field(default_factory=dict)
 
+    def times(self, factor: float) -> "UnitTiming":
+        """All of these milliseconds multiplied by a factor."""
+        replacements, widths = (
+            {name: ms * factor for name, ms in values.items()} for values in (self.stand_ins, self.widths)
+        )
+        return UnitTiming(self.unit, self.ms * factor, replacements, widths)
+
     def offers(self, action: Action, n_kept: int = 0) -> bool:
         """Whether the action can be taken."""
         if action == "narrow":
@@ -66,7 +75,7 @@ def time_units(
     rounds: int = 7,
     min_seconds: float = 1.0,
 ) -> tuple[UnitTiming, ...]:
-    """Time every unit, its stand-ins and its widths on the input it really gets.
+    """Time every unit, its stand-ins and its widths on the input it really gets, in eager PyTorch.
 
     Units alike in class, shape, weights and operations are timed as one: they differ by noise alone. Members are timed
     with everything in the smallest module that holds them and what reads them; where that is most of the network, which
@@ -96,6 +105,24 @@ def time_units(
             median |= {name: statistics.median(values) for name, values in found.ms.items()}
     numbers = {signature: number for number, signature in enumerate(representatives)}
     return _bounded(units, [_timing(unit, numbers[_signature(unit)], median) for unit in units])
+
+
+def runtime_ratio(model: nn.Module, batch: Tensor, runtime: Runtime) -> float:
+    """Milliseconds of a model in a runtime divided by those in eager PyTorch, in which single units are timed.
+
+    Args:
+        model: on the batch's device, in the form in which it is used.
+        batch: of the size that latency is promised for.
+        runtime: runs whole models.
+
+    Returns:
+        What the milliseconds of units are multiplied by; 1 for eager PyTorch, which is not timed against itself.
+    """
+    if isinstance(runtime, Eager):
+        return 1.0
+    with evaluating(model):
+        calls = {name: forward_call(model, batch, runtime=one) for name, one in (("run", runtime), ("eager", Eager()))}
+        return interleaved(calls, rounds=7, min_seconds=1.0, max_seconds=5.0).ratio("run", "eager").median_ms
 
 
 def _bounded(units: Sequence[Unit], timings: Sequence[UnitTiming]) -> tuple[UnitTiming, ...]:
@@ -339,6 +366,7 @@ def compare(
     batch: Tensor,
     *,
     unpruned: nn.Module | None = None,
+    runtime: Runtime = Eager(),
     rounds: int = 15,
     min_seconds: float = 2.0,
     max_seconds: float = 10.0,
@@ -346,10 +374,26 @@ def compare(
     """Interleaved forward passes under the names "original" and "compressed", and "lossless" where that is given.
 
     It takes longer, up to twice ``max_seconds``, until the speedup is known to ``PRECISION``.
+
+    Args:
+        original: the model before.
+        student: the compressed model.
+        batch: what all of them are run on.
+        unpruned: the model with the lossless changes alone.
+        runtime: runs all of them.
+        rounds: see :func:`ttmpd.latency.timing.interleaved`.
+        min_seconds: of the counted rounds together.
+        max_seconds: of the counted rounds together.
     """
     models = {"original": original, "compressed": student} | ({} if unpruned is None else {"lossless": unpruned})
     return time_models(
-        models, batch, rounds=rounds, min_seconds=min_seconds, max_seconds=max_seconds, precision=PRECISION
+        models,
+        batch,
+        rounds=rounds,
+        min_seconds=min_seconds,
+        max_seconds=max_seconds,
+        precision=PRECISION,
+        runtime=runtime,
     )
 
 

@@ -9,6 +9,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from ttmpd.latency.memory import release_freed_memory
 from ttmpd.models.run import evaluating
 from ttmpd.progress import tell
 from ttmpd.records import Timing
+from ttmpd.runtimes.base import Runtime
+from ttmpd.runtimes.eager import Eager
 
 Clock = Callable[[], float]
 
@@ -117,12 +120,20 @@ def _known(ms: Mapping[str, Sequence[float]], precision: float) -> bool:
     return all(ratio.error_ms <= precision * ratio.median_ms for ratio in ratios)
 
 
-def forward_call(model: nn.Module, batch: Tensor) -> Callable[[], object]:
-    """A call that runs one forward pass without gradients and waits for the device."""
+def forward_call(model: nn.Module, batch: Tensor, *, runtime: Runtime = Eager()) -> Callable[[], object]:
+    """A call that runs one forward pass without gradients and waits for the device.
+
+    Args:
+        model: in eval mode; prepared for the runtime here, outside of what is timed.
+        batch: what the model is run on.
+        runtime: runs the model.
+    """
+    with torch.no_grad():
+        prepared = runtime.prepare(model, batch)
 
     def run() -> None:
         with torch.no_grad():
-            model(batch)
+            prepared(batch)
         synchronize(batch.device)
 
     return run
@@ -136,22 +147,25 @@ def time_models(
     min_seconds: float = 2.0,
     max_seconds: float = 10.0,
     precision: float = math.inf,
+    runtime: Runtime = Eager(),
     clock: Clock = time.perf_counter,
 ) -> Rounds:
-    """Interleaved forward passes of several models (or modules) on the same batch, in eval mode."""
-    stack = [evaluating(model) for model in models.values()]
-    for manager in stack:
-        manager.__enter__()
-    try:
-        calls = {name: forward_call(model, batch) for name, model in models.items()}
+    """Interleaved forward passes of several models on the same batch, in eval mode.
+
+    Args:
+        models: name -> model.
+        batch: what all of them are run on.
+        rounds: see :func:`interleaved`, as are all that are not named here.
+        min_seconds: of the counted rounds together.
+        max_seconds: of the counted rounds together.
+        precision: of the ratios to the first model.
+        runtime: runs the models; preparing them is not timed.
+        clock: returns seconds; injected by tests.
+    """
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(evaluating(model))
+        calls = {name: forward_call(model, batch, runtime=runtime) for name, model in models.items()}
         return interleaved(
-            calls,
-            rounds=rounds,
-            min_seconds=min_seconds,
-            max_seconds=max_seconds,
-            precision=precision,
-            clock=clock,
+            calls, rounds=rounds, min_seconds=min_seconds, max_seconds=max_seconds, precision=precision, clock=clock
         )
-    finally:
-        for manager in reversed(stack):
-            manager.__exit__(None, None, None)

@@ -16,7 +16,7 @@ from ttmpd.data.samples import Samples
 from ttmpd.errors import ModelError, SamplesError, UnsupportedError
 from ttmpd.latency.device import choose_device
 from ttmpd.latency.lossless import find_lossless, unchanged
-from ttmpd.latency.table import UnitTiming, time_units
+from ttmpd.latency.table import UnitTiming, runtime_ratio, time_units
 from ttmpd.models.batch_size import samples_that_fit
 from ttmpd.models.modules import clone, has_nan, to_fast_format
 from ttmpd.models.opened import OpenedModel
@@ -26,6 +26,7 @@ from ttmpd.pipeline.stages import Stages
 from ttmpd.records import Lossless, Option, Removal, Score, Unit
 from ttmpd.surgery.exits.model import check_without_exits
 from ttmpd.surgery.find import find_units, whole_of
+from ttmpd.surgery.lossless import applied
 from ttmpd.surgery.units.base import Found
 
 PASS_SIZE = 64
@@ -48,6 +49,7 @@ class Ready:
     original_ms: float
     lossless: Lossless
     lossless_ms: float
+    runtime_ratio: float
     adapt_note: str
     adapt_facts: dict[str, float]
     settings: Settings
@@ -110,7 +112,7 @@ def get_ready(
     teacher.load_state_dict(state)
     to_fast_format(teacher)
     batch = latency_batch(source, samples, settings)
-    timed = stages.json("timing", lambda: _time(source, found, batch, settings.lossless))
+    timed = stages.json("timing", lambda: _time(source, found, batch, settings))
     size = pass_size(source, samples, max(settings.batch_size, PASS_SIZE))
     if samples.is_text:
         size = min(size, TEXTS_ALIKE)
@@ -126,6 +128,7 @@ def get_ready(
         original_ms=timed["original_ms"],
         lossless=Lossless(tuple(map(tuple, timed["folded"])), timed["channels_last"]),
         lossless_ms=timed["lossless_ms"],
+        runtime_ratio=timed["runtime_ratio"],
         adapt_note=told["note"],
         adapt_facts=told["facts"],
         settings=settings,
@@ -214,9 +217,14 @@ def _adapt(teacher: nn.Module, samples: Samples, settings: Settings) -> tuple[di
     return adapted.model.state_dict(), {"note": adapted.note, "facts": adapted.facts}
 
 
-def _time(source: nn.Module, found: Found, batch: Tensor, may_change: bool) -> dict[str, Any]:
-    """Milliseconds of the model as it was given and after what is lossless, and of its units after that."""
-    how, rounds = find_lossless(source, batch) if may_change else unchanged(source, batch)
+def _time(source: nn.Module, found: Found, batch: Tensor, settings: Settings) -> dict[str, Any]:
+    """Milliseconds of the model as it was given and after what is lossless, and of its units after that.
+
+    Units are timed in eager PyTorch; their milliseconds are scaled by how the runtime changes the whole model's.
+    """
+    runtime = settings.runtime
+    how, rounds = (find_lossless if settings.lossless else unchanged)(source, batch, runtime=runtime)
+    ratio = runtime_ratio(applied(source, how), batch, runtime)
     units = time_units(source, found.units, batch, how=how)
     original_ms = rounds.timing("original").median_ms
     return {
@@ -224,7 +232,8 @@ def _time(source: nn.Module, found: Found, batch: Tensor, may_change: bool) -> d
         "lossless_ms": original_ms / rounds.ratio("original", "lossless").median_ms,
         "folded": how.folded,
         "channels_last": how.channels_last,
-        "units": [dataclasses.asdict(timing) for timing in units],
+        "runtime_ratio": ratio,
+        "units": [dataclasses.asdict(timing.times(ratio)) for timing in units],
     }
 
 

@@ -11,12 +11,15 @@ from ttmpd.data.samples import Samples
 from ttmpd.data.tokenization import Tokenization
 from ttmpd.errors import InvalidValueError, SamplesError
 from ttmpd.latency.device import choose_device
-from ttmpd.latency.exits import own_rounds
+from ttmpd.latency.exits import check_runtime, own_rounds
 from ttmpd.latency.table import compare
+from ttmpd.method import method_of
 from ttmpd.models.example import example_batch
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.tokens import mask_padding
 from ttmpd.records import Timing
+from ttmpd.runtimes.base import Runtime
+from ttmpd.runtimes.eager import Eager
 from ttmpd.surgery.exits.model import EarlyExitModel
 
 _TIMED = 256
@@ -39,6 +42,7 @@ def bench(
     *,
     batch_sizes: Sequence[int] = (),
     data: Any = None,
+    runtime: Runtime | str = Eager(),
     device: str = "auto",
 ) -> tuple[BenchRow, ...]:
     """The original against the compressed model of an artifact, interleaved on this machine.
@@ -49,14 +53,18 @@ def bench(
         batch_sizes: one row each; 1 and the artifact's own when empty.
         data: real inputs; random values when None. A model with exits needs them: the mean over those that the exits
             were not trained on counts.
+        runtime: runs both models; a runtime or its name.
         device: "auto", "cpu", "cuda", "mps".
 
     Raises:
         CheckpointError: the artifact cannot be loaded.
         InvalidValueError: a batch size is not positive, or nothing says how large an input is.
+        UnsupportedError: the runtime cannot run one of the models.
     """
     if any(size < 1 for size in batch_sizes):
         raise InvalidValueError(f"batch_sizes must be at least 1, but got {tuple(batch_sizes)}")
+    runs = method_of("runtime", runtime) if isinstance(runtime, str) else runtime
+    assert isinstance(runs, Runtime)
     artifact = read_artifact(folder)
     where = choose_device(device)
     stock = stock_model(artifact, source)
@@ -64,13 +72,16 @@ def bench(
         mask_padding(stock, artifact.preprocessing)
     student = load(folder, stock)
     original, compressed = (net.to(where).eval() for net in (stock, student))
+    if isinstance(compressed, EarlyExitModel):
+        check_runtime(runs)
     opened = OpenedModel(stock, artifact.model_id, artifact.rebuildable, artifact.preprocessing)
     rows = []
     for size in batch_sizes or dict.fromkeys((1, artifact.batch_size)):
         if isinstance(compressed, EarlyExitModel):
             rounds = own_rounds(original, compressed, _unseen(data, opened, artifact), size)
         else:
-            rounds = compare(original, compressed, example_batch(opened, data, size, artifact.input_shape).to(where))
+            batch = example_batch(opened, data, size, artifact.input_shape).to(where)
+            rounds = compare(original, compressed, batch, runtime=runs)
         ratio = rounds.ratio("original", "compressed")
         rows.append(BenchRow(size, rounds.timing("original"), rounds.timing("compressed"), ratio))
     return tuple(rows)

@@ -66,9 +66,9 @@ def compress(
         output: folder for the artifact; finished stages are kept there while the run lasts.
         resume: go on with what an interrupted run left in ``output``.
         command: recorded in the report.
-        **settings: the fields of :class:`Settings`: ``select``, ``adapt``, ``score``, ``plan``, ``distill`` (methods or
-            their names), ``units``, ``actions``, ``num_samples``, ``pool``, ``holdout``, ``batch_size``, ``device``,
-            ``seed``, ``amp``, ``time_budget`` (seconds).
+        **settings: the fields of :class:`Settings`: ``select``, ``adapt``, ``score``, ``plan``, ``distill``,
+            ``runtime`` (methods or their names), ``units``, ``actions``, ``num_samples``, ``pool``, ``holdout``,
+            ``batch_size``, ``device``, ``seed``, ``amp``, ``time_budget`` (seconds).
 
     Returns:
         The result; it is saved already when ``output`` is given.
@@ -200,7 +200,7 @@ def finish(ready: Ready, planned: Planned, start: Start, stages: Stages, work: W
     final = logits_of(student, ready.held_out, ready.pass_size)
     with stages.timed("measure", key):
         unpruned = applied(ready.source, ready.lossless) if ready.lossless != UNCHANGED and plan.removals else None
-        rounds = compare(ready.source, student, ready.batch, unpruned=unpruned)
+        rounds = compare(ready.source, student, ready.batch, unpruned=unpruned, runtime=ready.settings.runtime)
         if ready.lossless != UNCHANGED and not plan.removals:  # then the student is all that it is
             rounds = Rounds({**rounds.ms, "lossless": rounds.ms["compressed"]})
     facts = collect(

@@ -211,9 +211,9 @@ def _unreachable(ready: Ready, target: Target, best_ms: float) -> str:
 def _try(ready: Ready, chosen: Sequence[Option]) -> Attempt:
     removals = ready.removals(chosen)
     cut = skeleton(ready.source, removals, ready.lossless)
-    ratio = compare(ready.source, cut, ready.batch, rounds=15, min_seconds=3.0, max_seconds=6.0).ratio(
-        "original", "compressed"
-    )
+    runtime = ready.settings.runtime
+    timings = compare(ready.source, cut, ready.batch, runtime=runtime, rounds=15, min_seconds=3.0, max_seconds=6.0)
+    ratio = timings.ratio("original", "compressed")
     predicted = ready.lossless_ms - sum(option.saved_ms for option in chosen)
     measured = ready.original_ms / ratio.median_ms
     return Attempt(predicted, measured, measured * ratio.error_ms / ratio.median_ms, removals)

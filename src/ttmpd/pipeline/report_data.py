@@ -175,6 +175,7 @@ def _known(
         | {"id": opened.id, "class": type(source).__name__, "rebuildable": opened.rebuildable},
         "student": _model(student, batch),
         "machine": machine(batch.device) | {"batch_size": settings.batch_size},
+        "runtime": {"name": settings.runtime.name, "version": settings.runtime.version},
         "settings": {k: v for k, v in plain.items() if not isinstance(v, dict)},
         "methods": {k: v for k, v in plain.items() if isinstance(v, dict)},
         "samples": {

@@ -14,6 +14,8 @@ from ttmpd.method import check_fields, named, names
 from ttmpd.plan.base import Planner
 from ttmpd.plan.knapsack import Knapsack
 from ttmpd.records import ACTIONS, DEFAULT_ACTIONS, Action
+from ttmpd.runtimes.base import Runtime
+from ttmpd.runtimes.eager import Eager
 from ttmpd.score.base import Scorer
 from ttmpd.score.ttmpd import TTMPD
 from ttmpd.select.base import Selector
@@ -119,6 +121,8 @@ class Settings:
     score: Scorer = TTMPD()
     plan: Planner = Knapsack()
     distill: Distiller = OneTime()
+    runtime: Runtime = Eager()
+    """Runs the whole models whose latency is measured."""
     units: tuple[str, ...] = DEFAULT_UNITS
     """What may be removed: names of files in ``ttmpd/surgery/units``; of them, what the scorer can judge."""
     actions: tuple[Action, ...] = DEFAULT_ACTIONS

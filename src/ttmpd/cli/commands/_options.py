@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ttmpd.errors import InvalidValueError
+from ttmpd.method import names
 
 if TYPE_CHECKING:
     from ttmpd.models.opened import OpenedModel
@@ -41,6 +42,9 @@ Speedup = Annotated[float | None, typer.Option("--speedup", help="Times faster, 
 Latency = Annotated[str | None, typer.Option("--latency", help='"12ms" per batch, or "0.5x" of now.')]
 Steps = Annotated[int | None, typer.Option("--steps", min=0, help="Distillation steps [default: 400].")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per batch.")]
+Runtime = Annotated[
+    str, typer.Option("--runtime", help=f"Runs the models that are timed: {', '.join(names('runtimes'))}.")
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Say more, and show where an error came from.")]
 

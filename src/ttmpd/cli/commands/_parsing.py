@@ -48,10 +48,10 @@ def parts_of(text: str) -> tuple[str, ...]:
 
 
 def choose_methods(names: dict[str, str], settings: Sequence[str], steps: int | None) -> dict[str, Any]:
-    """A method per verb with its settings.
+    """A method per setting with its hyper-parameters.
 
     Args:
-        names: file name per verb.
+        names: the method's name per setting: of its file, or package.module:Class.
         settings: VERB.FIELD=VALUE each.
         steps: of the distiller, however long they take; None keeps its default.
 
@@ -59,7 +59,7 @@ def choose_methods(names: dict[str, str], settings: Sequence[str], steps: int | 
         UnknownMethodError: no file bears a name.
         InvalidValueError: a setting has another form, verb or field.
     """
-    from ttmpd.method import method_class
+    from ttmpd.method import method_of
 
     given: dict[str, dict[str, str]] = {verb: {} for verb in names}
     for text in settings:
@@ -70,6 +70,6 @@ def choose_methods(names: dict[str, str], settings: Sequence[str], steps: int | 
             raise InvalidValueError(f"a setting must be VERB.FIELD=VALUE with VERB one of {known}, but got {text!r}")
         given[verb][field] = value.strip()
     if steps is not None:
-        limit = {"seconds": "0"} if hasattr(method_class("distill", names["distill"]), "seconds") else {}
+        limit = {"seconds": "0"} if hasattr(method_of("distill", names["distill"]), "seconds") else {}
         given["distill"] = limit | {"steps": str(steps)} | given["distill"]
-    return {verb: method_class(verb, name)().with_settings(**given[verb]) for verb, name in names.items()}
+    return {verb: method_of(verb, name).with_settings(**given[verb]) for verb, name in names.items()}

@@ -15,6 +15,7 @@ def command(
     batch_size: Annotated[list[int] | None, typer.Option("--batch-size", help="As often as wanted.")] = None,
     data: option.MaybeData = None,
     device: option.Device = "auto",
+    runtime: option.Runtime = "eager",
     source: option.Source = None,
     verbose: option.Verbose = False,
 ) -> None:
@@ -23,5 +24,5 @@ def command(
         from ttmpd.latency.device import choose_device, machine
         from ttmpd.pipeline.bench import bench
 
-        rows = bench(folder, source, batch_sizes=batch_size or (), data=data, device=device)
+        rows = bench(folder, source, batch_sizes=batch_size or (), data=data, runtime=runtime, device=device)
         display.show_bench(rows, machine(choose_device(device)))

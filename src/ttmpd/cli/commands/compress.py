@@ -28,6 +28,7 @@ def command(
     holdout: option.Holdout = 0.15,
     batch_size: option.BatchSize = 64,
     device: option.Device = "auto",
+    runtime: option.Runtime = "eager",
     seed: option.Seed = 0,
     steps: option.Steps = None,
     select: Annotated[str, typer.Option("--select", help="A selector: which samples of the pool.")] = "random",
@@ -62,7 +63,9 @@ def command(
     kept = None if dry_run else output
     with reporting(verbose, resumable=kept):
         methods = choose_methods(
-            {"select": select, "adapt": adapt, "score": score, "plan": plan, "distill": distill}, settings or [], steps
+            {"select": select, "adapt": adapt, "score": score, "plan": plan, "distill": distill, "runtime": runtime},
+            settings or [],
+            steps,
         )
         goals = parse_targets(speedup, latency, macs, targets)
         given: dict[str, Any] = methods | {

@@ -1,0 +1,41 @@
+"""The contract of a runtime."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ttmpd.method import Method
+
+
+class Runtime(Method, abc.ABC):
+    """Runs a model: latency is measured through it, and the report names it with its version.
+
+    Only whole models are timed by it. The latencies of single units are measured in eager PyTorch, since a runtime may
+    merge what lies on both sides of a unit's border.
+    """
+
+    @property
+    @abc.abstractmethod
+    def version(self) -> str:
+        """Version of the software that runs the model, as text; milliseconds of two versions are not compared."""
+
+    @abc.abstractmethod
+    def prepare(self, module: nn.Module, batch: Tensor) -> Callable[[Tensor], Any]:
+        """A call that answers a batch as the module does, prepared once and run many times.
+
+        Whatever is slow and done once (tracing, compiling, converting) belongs here and not into the call.
+
+        Args:
+            module: on the device of the batch, in eval mode; it is left as it is.
+            batch: (B, ...) inputs of the shape and type that the call will get.
+
+        Returns:
+            Takes a batch and returns what ``module(batch)`` returns. It may return before an accelerator is done: who
+            measures waits for the device.
+
+        Raises:
+            UnsupportedError: this runtime cannot run the module; the message says why.
+            MissingPackageError: a package is missing.
+        """
