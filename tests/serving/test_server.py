@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fastapi.testclient import TestClient
 from PIL import Image
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from ttmpd.cli import app as cli
@@ -362,7 +362,7 @@ def test_an_unexpected_error_tells_nothing_of_the_inside(service, monkeypatch):
     monkeypatch.setattr(service, "answer", lambda _: {}["secret"])
     with TestClient(create_app(service), raise_server_exceptions=False) as client:
         response = client.post("/predict", json={"inputs": torch.zeros(3, 8, 8).tolist()})
-        assert 'ttmpd_responses_total{status="500"} 1' in client.get("/metrics").text
+        assert 'ttmpd_responses_total{status="500"} 1.0' in client.get("/metrics").text
     problem(response, 500, "the server failed")
     assert "secret" not in response.text
 
@@ -441,15 +441,15 @@ def test_metrics_count_what_was_answered_and_refused(client):
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     lines = response.text.splitlines()
     for line in (
-        'ttmpd_responses_total{status="200"} 1',
-        'ttmpd_responses_total{status="413"} 1',
-        'ttmpd_responses_total{status="422"} 1',
-        'ttmpd_samples_total{by="source"} 3',
-        'ttmpd_answer_seconds_bucket{le="+Inf"} 1',
-        "ttmpd_answer_seconds_count 1",
-        'ttmpd_phase{phase="collecting"} 1',
-        'ttmpd_phase{phase="serving"} 0',
-        "ttmpd_collected_samples 3",
+        'ttmpd_responses_total{status="200"} 1.0',
+        'ttmpd_responses_total{status="413"} 1.0',
+        'ttmpd_responses_total{status="422"} 1.0',
+        'ttmpd_samples_total{by="source"} 3.0',
+        'ttmpd_answer_seconds_bucket{le="+Inf"} 1.0',
+        "ttmpd_answer_seconds_count 1.0",
+        'ttmpd_phase{phase="collecting"} 1.0',
+        'ttmpd_phase{phase="serving"} 0.0',
+        "ttmpd_collected_samples 3.0",
     ):
         assert line in lines, response.text
     assert all(line.startswith(("#", "ttmpd_")) for line in lines)
@@ -460,9 +460,9 @@ def test_buckets_of_the_histogram_add_up():
     for seconds in (0.0005, 0.001, 0.003, 100.0):
         metrics.answered("student", 1, seconds)
     text = metrics.text({})
-    assert 'le="0.001"} 2' in text
-    assert 'le="0.005"} 3' in text
-    assert 'le="+Inf"} 4' in text
+    assert 'le="0.001"} 2.0' in text
+    assert 'le="0.005"} 3.0' in text
+    assert 'le="+Inf"} 4.0' in text
 
 
 def test_shutting_down_closes_the_service(service):

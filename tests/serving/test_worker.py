@@ -109,13 +109,22 @@ def _alive(pid: int) -> bool:
 
 def test_a_model_that_cannot_be_pickled_needs_a_thread(tmp_path):
     model = tiny_model()
-    model.own = lambda x: x
+    model.guard = threading.Lock()
     worker = ProcessWorker(work(tmp_path, model))
     outcome = worker.outcome()
     assert outcome is not None
     assert outcome.elsewhere and "cannot be sent to a process" in outcome.error
     assert (worker.pid, worker.progress()) == (None, Progress())
     worker.stop()
+
+
+def test_what_a_script_defines_is_sent_along(tmp_path):
+    script = type("Net", (TinyNet,), {"__module__": "__main__", "scale": lambda _, x: 2 * x})
+    worker = ProcessWorker(work(tmp_path, script(), speedup=None, macs=1e-9))  # out of reach, and said only there
+    wait_for(lambda: worker.outcome() is not None)
+    outcome = worker.outcome()
+    assert outcome is not None
+    assert "MACs" in outcome.error and not outcome.elsewhere
 
 
 def test_a_model_that_cannot_be_rebuilt_needs_a_thread(tmp_path, monkeypatch):

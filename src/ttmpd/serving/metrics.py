@@ -1,89 +1,101 @@
 """Counts of a server in the text format of Prometheus; all names and labels are from closed sets."""
 
 import math
-import threading
-from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
+from prometheus_client.registry import Collector
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Upper ends of the histogram of seconds."""
 PHASES = ("collecting", "adapting", "compressing", "retrying", "serving", "settled", "fallback", "closed")
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+__all__ = ["BUCKETS", "CONTENT_TYPE", "PHASES", "Metrics"]
 
 
 class Metrics:
-    """Counters of a server; safe under concurrent calls.
+    """Counters of a server in a registry of its own; safe under concurrent calls.
 
     Example:
         >>> metrics = Metrics()
         >>> metrics.answered("source", 2, 0.004)
         >>> metrics.responded(200)
         >>> print(metrics.text({}).splitlines()[2])
-        ttmpd_responses_total{status="200"} 1
+        ttmpd_responses_total{status="200"} 1.0
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._samples: Counter[str] = Counter()
-        self._responses: Counter[int] = Counter()
-        self._buckets = [0] * (len(BUCKETS) + 1)
-        self._seconds = 0.0
+        self._registry = CollectorRegistry()
+        self._responses = Counter("ttmpd_responses", "Responses to predictions by status.", ["status"], registry=None)
+        self._samples = Counter("ttmpd_samples", "Samples that were answered, by model.", ["by"], registry=None)
+        self._seconds = Histogram(
+            "ttmpd_answer_seconds", "Seconds that the model took for a batch.", buckets=BUCKETS, registry=None
+        )
+        for counts in (self._responses, self._samples, self._seconds):
+            self._registry.register(_WithoutTimes(counts))
 
     def answered(self, by: str, n_samples: int, seconds: float) -> None:
-        """Note a batch that a model answered."""
-        with self._lock:
-            self._samples[by] += n_samples
-            self._buckets[bisect_left(BUCKETS, seconds)] += 1
-            self._seconds += seconds
+        """Count a batch that a model answered."""
+        self._samples.labels(by=by).inc(n_samples)
+        self._seconds.observe(seconds)
 
     def responded(self, status: int) -> None:
-        """Note the status of a response to a prediction."""
-        with self._lock:
-            self._responses[status] += 1
+        """Count the status of a response to a prediction."""
+        self._responses.labels(status=str(status)).inc()
 
     def text(self, state: Mapping[str, Any]) -> str:
-        """The exposition, with the gauges of a service's state."""
-        with self._lock:
-            lines = [*self._counters(), *_gauges(state)]
-        return "\n".join(lines) + "\n"
+        """The exposition: the counters, and what a service's state says at this moment.
 
-    def _counters(self) -> Iterator[str]:
-        yield from _head("ttmpd_responses_total", "counter", "Responses to predictions by status.")
-        yield from (f'ttmpd_responses_total{{status="{status}"}} {n}' for status, n in sorted(self._responses.items()))
-        yield from _head("ttmpd_samples_total", "counter", "Samples that were answered, by model.")
-        yield from (f'ttmpd_samples_total{{by="{by}"}} {n}' for by, n in sorted(self._samples.items()))
-        yield from _head("ttmpd_answer_seconds", "histogram", "Seconds that the model took for a batch.")
-        total = 0
-        for end, n in zip((*BUCKETS, math.inf), self._buckets, strict=True):
-            total += n
-            yield f'ttmpd_answer_seconds_bucket{{le="{"+Inf" if end == math.inf else end}"}} {total}'
-        yield f"ttmpd_answer_seconds_sum {self._seconds:.6f}"
-        yield f"ttmpd_answer_seconds_count {total}"
+        Args:
+            state: of :meth:`ttmpd.OnlineService.state`; what it does not hold is left out.
+        """
+        moment = CollectorRegistry()
+        moment.register(_StateCollector(state))
+        return (generate_latest(self._registry) + generate_latest(moment)).decode()
 
 
-def _gauges(state: Mapping[str, Any]) -> Iterator[str]:
-    if "phase" in state:
-        yield from _head("ttmpd_phase", "gauge", "1 for the phase that the service is in.")
-        yield from (f'ttmpd_phase{{phase="{phase}"}} {int(phase == state["phase"])}' for phase in PHASES)
-    student, drift = state.get("student") or {}, state.get("drift") or {}
-    values = {
-        "ttmpd_collected_samples": (state.get("n_collected"), "Samples in the reservoir."),
-        "ttmpd_rounds_total": (state.get("n_rounds"), "Compressions that were begun."),
-        "ttmpd_moves_total": (state.get("n_moves"), "How often the data moved."),
-        "ttmpd_swaps_total": (state.get("n_swaps"), "How often another model took over."),
-        "ttmpd_student_agreement": (student.get("agreement"), "Agreement with the teacher on held samples."),
-        "ttmpd_student_speedup": (student.get("speedup"), "Times faster than the teacher, measured in service."),
-        "ttmpd_drift_statistic": (drift.get("statistic"), "Largest z-value of the last window."),
-        "ttmpd_drift_threshold": (drift.get("threshold"), "What it exceeds when answers changed."),
-    }
-    for name, (value, said) in values.items():
-        if isinstance(value, int | float) and math.isfinite(value):
-            yield from _head(name, "counter" if name.endswith("_total") else "gauge", said)
-            yield f"{name} {value}"
+class _WithoutTimes(Collector):
+    """Counters without the times at which they began, which this text format has no place for."""
+
+    def __init__(self, counts: Counter | Histogram) -> None:
+        self.counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self.counts.collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric
 
 
-def _head(name: str, kind: str, said: str) -> Iterator[str]:
-    yield f"# HELP {name} {said}"
-    yield f"# TYPE {name} {kind}"
+class _StateCollector(Collector):
+    """The numbers in a service's state."""
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self.state = state
+
+    def collect(self) -> Iterator[Metric]:
+        if "phase" in self.state:
+            phases = GaugeMetricFamily("ttmpd_phase", "1 for the phase that the service is in.", labels=["phase"])
+            for phase in PHASES:
+                phases.add_metric([phase], phase == self.state["phase"])
+            yield phases
+        for name, (value, text) in self._values().items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+                yield family(name, text, value=value)
+
+    def _values(self) -> dict[str, tuple[Any, str]]:
+        state = self.state
+        student, drift = state.get("student") or {}, state.get("drift") or {}
+        return {
+            "ttmpd_collected_samples": (state.get("n_collected"), "Samples in the reservoir."),
+            "ttmpd_rounds_total": (state.get("n_rounds"), "Compressions that were begun."),
+            "ttmpd_moves_total": (state.get("n_moves"), "How often the data moved."),
+            "ttmpd_swaps_total": (state.get("n_swaps"), "How often another model took over."),
+            "ttmpd_student_agreement": (student.get("agreement"), "Agreement with the teacher on held-out samples."),
+            "ttmpd_student_speedup": (student.get("speedup"), "Times faster than the teacher, measured in service."),
+            "ttmpd_drift_statistic": (drift.get("statistic"), "Largest z-value of the last window."),
+            "ttmpd_drift_threshold": (drift.get("threshold"), "What it exceeds when answers changed."),
+        }

@@ -5,18 +5,19 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Any
 
 import anyio
 import torch
 import uvicorn
 from anyio.to_thread import run_sync
-from fastapi import FastAPI, Query, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
-from starlette.datastructures import UploadFile
+from starlette.applications import Starlette
+from starlette.datastructures import QueryParams, UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
@@ -28,9 +29,11 @@ from ttmpd.serving.service import TestTime
 
 TYPES = 'application/json with "inputs", image/png, image/jpeg, multipart/form-data with images, application/x-npy'
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+MAX_TOP = 1000
+"""Most classes that an answer lists."""
 
 
-def create_app(service: TestTime, limits: Limits | None = None) -> FastAPI:
+def create_app(service: TestTime, limits: Limits | None = None) -> Starlette:
     """The application: ``POST /predict``, ``GET /state``, ``/report``, ``/health`` and ``/metrics``.
 
     Args:
@@ -40,17 +43,17 @@ def create_app(service: TestTime, limits: Limits | None = None) -> FastAPI:
     limits = limits or Limits()
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
         await run_sync(service.close)
 
-    app = FastAPI(title="ttmpd", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     metrics = Metrics()
-    app.add_middleware(Gate, max_bytes=limits.max_bytes, responded=metrics.responded)
-    _add_errors(app)
-    _add_predict(app, service, limits, metrics)
-    _add_views(app, service, metrics)
-    return app
+    return Starlette(
+        routes=[_predict_route(service, limits, metrics), *_view_routes(service, metrics)],
+        middleware=[Middleware(Gate, max_bytes=limits.max_bytes, responded=metrics.responded)],
+        exception_handlers={HTTPException: _refused, TTMPDError: _stated, Exception: _unexpected},  # type: ignore[dict-item]
+        lifespan=lifespan,
+    )
 
 
 def serve(service: TestTime, *, host: str = "127.0.0.1", port: int = 8000, limits: Limits | None = None) -> None:
@@ -62,24 +65,20 @@ def serve(service: TestTime, *, host: str = "127.0.0.1", port: int = 8000, limit
 # ------------------------------------------------------------------------------------------------------------- predict
 
 
-def _add_predict(app: FastAPI, service: TestTime, limits: Limits, metrics: Metrics) -> None:
+def _predict_route(service: TestTime, limits: Limits, metrics: Metrics) -> Route:
     limiter = anyio.CapacityLimiter(limits.running)
     under_way = 0
 
-    @app.post("/predict")
-    async def predict(
-        request: Request,
-        top: Annotated[int, Query(ge=1, le=1000)] = 5,
-        scores: Annotated[bool, Query()] = True,
-    ) -> JSONResponse:
+    async def predict(request: Request) -> JSONResponse:
         nonlocal under_way
+        top, with_scores = _query(request.query_params)
         if under_way >= limits.running + limits.waiting:
             raise HTTPException(503, "the server must have a place for a request, but is busy; try again")
         under_way += 1
         try:
             with anyio.fail_after(limits.body_seconds):
                 read = await _reader(request, service, limits)
-            answer = await run_sync(_answer, service, read, top, scores, metrics, limiter=limiter)
+            answer = await run_sync(_answer, service, read, top, with_scores, metrics, limiter=limiter)
         except ClientDisconnect:
             raise HTTPException(400, "a body must arrive whole, but the connection was closed; send it again") from None
         except TimeoutError:
@@ -87,6 +86,18 @@ def _add_predict(app: FastAPI, service: TestTime, limits: Limits, metrics: Metri
         finally:
             under_way -= 1
         return JSONResponse(answer)
+
+    return Route("/predict", predict, methods=["POST"])
+
+
+def _query(parameters: QueryParams) -> tuple[int, bool]:
+    """How many classes an answer lists, and whether it holds the scores."""
+    top, scores = parameters.get("top", "5"), parameters.get("scores", "true").lower()
+    if not (top.isascii() and top.isdigit() and len(top) < 9 and 1 <= int(top) <= MAX_TOP):
+        raise HTTPException(422, f"query.top must be a whole number from 1 to {MAX_TOP}; correct the query")
+    if scores not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+        raise HTTPException(422, "query.scores must be true or false; correct the query")
+    return int(top), scores in ("true", "1", "yes", "on")
 
 
 async def _reader(request: Request, service: TestTime, limits: Limits) -> Callable[[], Tensor]:
@@ -159,13 +170,11 @@ def _number(value: float) -> float | None:
 # --------------------------------------------------------------------------------------------------------------- views
 
 
-def _add_views(app: FastAPI, service: TestTime, metrics: Metrics) -> None:
-    @app.get("/state")
-    def state() -> JSONResponse:
+def _view_routes(service: TestTime, metrics: Metrics) -> list[Route]:
+    def state(_: Request) -> Response:
         return JSONResponse(service.state())
 
-    @app.get("/report")
-    def report() -> Response:
+    def report(_: Request) -> Response:
         artifact = service.artifact
         try:
             page = None if artifact is None else (artifact / "report.html").read_bytes()
@@ -177,42 +186,35 @@ def _add_views(app: FastAPI, service: TestTime, metrics: Metrics) -> None:
         headers = {"content-security-policy": REPORT_POLICY, "x-content-type-options": "nosniff"}
         return Response(page, media_type="text/html; charset=utf-8", headers=headers)
 
-    @app.get("/health")
-    def health() -> JSONResponse:
+    def health(_: Request) -> Response:
         phase = service.state()["phase"]
         ready = phase != "closed"
         return JSONResponse({"live": True, "ready": ready, "phase": phase}, 200 if ready else 503)
 
-    @app.get("/metrics")
-    def show_metrics() -> Response:
+    def show_metrics(_: Request) -> Response:
         return Response(metrics.text(service.state()), media_type=CONTENT_TYPE)
+
+    views = {"/state": state, "/report": report, "/health": health, "/metrics": show_metrics}
+    return [Route(path, view) for path, view in views.items()]
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
-def _add_errors(app: FastAPI) -> None:
-    """Every error is JSON of what is wrong and what to do next."""
+async def _refused(_: Request, error: HTTPException) -> JSONResponse:
+    return _problem(error.status_code, str(error.detail), error.headers)
 
-    @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
-        return _problem(error.status_code, str(error.detail), error.headers)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        return _problem(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}; correct the query")
+async def _stated(_: Request, error: TTMPDError) -> JSONResponse:
+    return _problem(422 if isinstance(error, InvalidValueError | UnsupportedError) else 500, str(error))
 
-    @app.exception_handler(TTMPDError)
-    async def stated(_: Request, error: TTMPDError) -> JSONResponse:
-        return _problem(422 if isinstance(error, InvalidValueError | UnsupportedError) else 500, str(error))
 
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, __: Exception) -> JSONResponse:  # it is raised again, and logged by what serves
-        return _problem(500, "the server failed; look at its log")
+async def _unexpected(_: Request, __: Exception) -> JSONResponse:  # it is raised again, and logged by what serves
+    return _problem(500, "the server failed; look at its log")
 
 
 def _problem(status: int, message: str, headers: Any = None) -> JSONResponse:
+    """What is wrong and what to do next, as JSON; every error is answered so."""
     error, _, step = message.rpartition("; ")
     steps = {404: "GET /state, /report, /health, /metrics or POST /predict", 405: "POST /predict, GET everything else"}
     plain = {"error": error or message, "next": step if error else steps.get(status, f"send {TYPES}")}

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import cloudpickle
 import torch
 
 from ttmpd.data.samples import Samples
@@ -175,7 +176,7 @@ def outcome_of(error: Exception) -> Outcome:
 class ProcessWorker:
     """A fresh interpreter, which knows the caller's import paths and gets the work through its standard input.
 
-    The caller's main module is not imported there, so scripts need no guard; what is defined in it cannot be rebuilt.
+    The caller's main module is not imported there, so scripts need no guard; what it defines is sent along.
     """
 
     kind = "process"
@@ -191,8 +192,9 @@ class ProcessWorker:
             on_cpu = {p.device.type for p in module.parameters()} <= {"cpu"}
             opened = work.opened if on_cpu else dataclasses.replace(work.opened, module=clone(module).cpu())
             sent = pickle.dumps((work.opened.id, freed_memory() == "kept", work.threads, work.nice))
-            sent_work = pickle.dumps(dataclasses.replace(work, opened=opened))
-        except Exception as error:  # anything a module may hold can refuse to be pickled
+            # By value what a script or a notebook defines, which plain pickle would only name.
+            sent_work = cloudpickle.dumps(dataclasses.replace(work, opened=opened))
+        except Exception as error:  # what a module may hold can still refuse: locks, open files, generators
             self._broken = Outcome(f"the model cannot be sent to a process: {cause(error)}", elsewhere=True)
             return
         with (work.folder / LOG).open("wb") as log:
