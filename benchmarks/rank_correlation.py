@@ -33,7 +33,7 @@ from ttmpd.models.modules import to_fast_format
 from ttmpd.models.open import open_model
 from ttmpd.models.run import logits_of
 from ttmpd.quality.damage import student_distances
-from ttmpd.records import DEFAULT_ACTIONS, Removal, Unit
+from ttmpd.records import ACTIONS, Removal, Unit
 from ttmpd.repair.sequential import repaired
 from ttmpd.score.base import Job, Scorer
 from ttmpd.score.damage import Damage
@@ -123,7 +123,7 @@ def trained(bench: Bench, paths: list[str], action: str) -> dict[str, Any]:
     """One plan: predictions that need the whole plan, and the accuracy after distillation."""
     removals = [Removal(unit, action) for unit in bench.units if unit.path in paths]  # type: ignore[arg-type]
     found = {f"removed_{key}": value for key, value in bench.stand_ins_alone(removals).items()}
-    job = Job(bench.teacher, (), bench.fit, DEFAULT_ACTIONS, bench.case.batch, SEED)
+    job = Job(bench.teacher, (), bench.fit, ACTIONS, bench.case.batch, SEED)
     found["ttmpd"] = TTMPD().of_plan(job, removals)
     student = repaired(bench.teacher, removals, bench.fit, batch_size=bench.case.batch, rows=ROWS)
     found["untrained_accuracy"] = bench.accuracy(student)

@@ -8,18 +8,10 @@ from typing import Literal, Protocol
 
 from ttmpd.errors import InvalidValueError
 
-Action = Literal["drop", "linear", "conv", "narrow"]
+Action = Literal["drop", "linear", "narrow"]
 
 
-ACTIONS: tuple[Action, ...] = ("drop", "linear", "conv", "narrow")
-
-
-DEFAULT_ACTIONS: tuple[Action, ...] = ("drop", "linear", "narrow")
-"""Without "conv": it repairs far more, but what training recovers afterwards costs fewer milliseconds without it."""
-
-
-KERNELS: Mapping[Action, int] = {"linear": 1, "conv": 3}
-"""The side of the kernel of each stand-in; in a token model a kernel of 1 is a square matrix."""
+ACTIONS: tuple[Action, ...] = ("drop", "linear", "narrow")
 
 
 Layout = Literal["channels_first", "channels_last"]

@@ -259,6 +259,12 @@ def test_removal_with_an_unknown_value(artifact, key, value):
         load(artifact)
 
 
+def test_a_3x3_replacement_of_an_older_artifact_is_refused_with_the_version_that_reads_it(artifact):
+    change(artifact, lambda data: data["plan"]["removals"][1].update(action="conv"))
+    with pytest.raises(CheckpointError, match=r"got 'conv': 3x3 replacements were dropped; ttmpd 0\.1\.0"):
+        load(artifact)
+
+
 def test_removal_with_another_key(artifact):
     change(artifact, lambda data: data["plan"]["removals"][0].update(more=1))
     with pytest.raises(CheckpointError, match="differs in more"):

@@ -373,7 +373,7 @@ def test_a_fit_is_that_of_the_tokens_that_are_there(text_folder: Folder, sentenc
     samples = open_samples(sentences(30), opened.preprocessing)
     batch = samples.batch(slice(None))
     unit = Block().find(opened.module, batch[:2]).units[1]
-    found = fit_stand_ins(opened.module, [unit], samples, 1e-3, 0.0, 8, 0)[unit.id]["linear"]
+    found = fit_stand_ins(opened.module, [unit], samples, 1e-3, 0.0, 8, 0)[unit.id]
     with torch.no_grad():
         seen = read(opened.module, batch, {"x": Tap(unit.path, "input"), "y": Tap(unit.path, "output")})
     there, everywhere = (NormalEquations(unit.channels) for _ in range(2))

@@ -194,6 +194,11 @@ def _check_format(folder: Path, data: Any) -> None:
 
 
 def _removal(row: Mapping[str, Any]) -> Removal:
+    if row.get("action") == "conv":
+        raise CheckpointError(
+            f"action of {row.get('path')!r} must be one of {', '.join(ACTIONS)}, but got 'conv': 3x3 replacements were "
+            "dropped; ttmpd 0.1.0 still reads this artifact, or compress the model again"
+        )
     fields = {field.name for field in dataclasses.fields(Unit)}
     row = {"members": 0, "feeders": [], "widths": [], "kept": [], **row}
     if set(row) != fields | {"action", "kept"}:

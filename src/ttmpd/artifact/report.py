@@ -17,10 +17,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from ttmpd.artifact.format import _UNKNOWN, _count, _ms, _number, _percent
-from ttmpd.records import KERNELS
 
 _ACTIONS = {
-    "keep": "kept", "drop": "dropped", "linear": "linear stand-in", "conv": "3x3 stand-in", "narrow": "narrowed",
+    "keep": "kept", "drop": "dropped", "linear": "linear stand-in", "narrow": "narrowed",
 }  # fmt: skip
 
 
@@ -155,7 +154,7 @@ def _sentences(facts: Any) -> list[str]:
     n_removed = sum(actions.values()) - actions["keep"]
     removed = f"{n_removed} of {sum(actions.values())} removable units were {'cut' if actions['narrow'] else 'removed'}"
     kinds = [f"{actions['drop']} dropped"]
-    kinds += [f"{actions[a]} replaced by a {_ACTIONS[a]}" for a in KERNELS if actions[a]]
+    kinds += [f"{actions['linear']} replaced by a {_ACTIONS['linear']}"] if actions["linear"] else []
     kinds += [f"{actions['narrow']} narrowed"] if actions["narrow"] else []
     done = f"{removed}: {', '.join(kinds)}." if n_removed else "Nothing was removed."
     done = _exits_sentence(facts) or _lossless_sentence(facts) + done

@@ -144,12 +144,12 @@ def show_inspection(found: "Inspection") -> None:
     size = f"{count(found.parameters)} parameters, {count(found.macs)} MACs"
     console.print(f"{escape(found.model)}: {size} for an input of {found.input_shape}{whole}")
     if found.units:
-        extra = ("ms", "of ms", "linear ms", "3x3 ms") if timed else ()
+        extra = ("ms", "of ms", "linear ms") if timed else ()
         numbers = ("parameters", "MACs", "of MACs", *extra)
         table = _table("unit", "class", "shape", *numbers, right=numbers)
         for unit in found.to_dict()["units"]:
-            stand_ins = [ms(unit[key]) if key in unit else "" for key in ("linear_ms", "conv_ms")]
-            times = (ms(unit["ms"]), f"{unit['ms_share']:.1%}", *stand_ins) if timed else ()
+            linear = ms(unit["linear_ms"]) if "linear_ms" in unit else ""
+            times = (ms(unit["ms"]), f"{unit['ms_share']:.1%}", linear) if timed else ()
             shape = "x".join(map(str, unit["shape"]))
             sizes = (count(unit["n_params"]), count(unit["macs"]), f"{unit['macs_share']:.1%}")
             table.add_row(escape(unit["id"]), escape(unit["module"]), shape, *sizes, *times)

@@ -19,7 +19,7 @@ from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import common_path, hooks, module_at
 from ttmpd.models.run import evaluating, first_tensor
 from ttmpd.models.taps import read
-from ttmpd.records import KERNELS, UNCHANGED, Action, Lossless, Saving, Tap, Timing, Unit
+from ttmpd.records import UNCHANGED, Action, Lossless, Saving, Tap, Timing, Unit
 from ttmpd.runtimes.base import Runtime
 from ttmpd.runtimes.eager import Eager
 from ttmpd.surgery.cut import WHOLE
@@ -199,7 +199,7 @@ def _counted(unit: Unit) -> UnitTiming:
     if unit.members:
         return UnitTiming(unit.id, millions, {}, {str(n): millions * n / unit.members for n in unit.widths})
     per_weight = math.prod(unit.shape) * unit.channels / 1e6
-    return UnitTiming(unit.id, millions, {a: per_weight * KERNELS[a] ** 2 for a in WHOLE.stand_ins(unit)})
+    return UnitTiming(unit.id, millions, {"linear": per_weight})
 
 
 def _far_apart(model: nn.Module, units: Iterable[Unit], batch: Tensor) -> frozenset[str]:
@@ -257,16 +257,15 @@ def _variants(timed: _Timed, unit: Unit, given: Mapping[str, _Given]) -> dict[st
         return runs
     x = first_tensor(args or kwargs)
     assert x is not None
-    for action in WHOLE.stand_ins(unit):
-        stand_in = apply(WHOLE.stand_in(unit, action).to(x.device).eval(), within(timed.how, place))
-        runs[action] = functools.partial(stand_in, x)
+    stand_in = apply(WHOLE.stand_in(unit).to(x.device).eval(), within(timed.how, place))
+    runs["linear"] = functools.partial(stand_in, x)
     return runs
 
 
 def _timing(unit: Unit, number: int, median: Mapping[str, float]) -> UnitTiming:
     whole = median[f"{number} unit"]
     if not unit.members:
-        return UnitTiming(unit.id, whole, {a: median[f"{number} {a}"] for a in WHOLE.stand_ins(unit)})
+        return UnitTiming(unit.id, whole, {"linear": median[f"{number} linear"]})
     timed = _timed_widths(unit)
     left = _falling([whole, *(median[f"{number} {width}"] for width in timed)])
     ms = (left[0] - left[-1]) * unit.members / (unit.members - timed[-1])

@@ -202,8 +202,8 @@ def tidied(
     """The same units with one linear stand-in at the end of every run of removed units, and none before it.
 
     The stand-in at the end is fitted to what the whole run did: the ones before it add milliseconds and repair hardly
-    more, while a run without any leaves the student far from the teacher. A 3x3 stand-in widens what the run sees and
-    stays where it was chosen. With ``ends`` false the ends stay as they were chosen, too.
+    more, while a run without any leaves the student far from the teacher. With ``ends`` false the ends stay as they
+    were chosen, too.
     """
     if not {"drop", "linear"} <= set(ready.settings.actions):
         return tuple(chosen)
@@ -217,7 +217,7 @@ def tidied(
         at_end = _ends_run(ready, option.unit, gone)
         action: Action = "drop" if not at_end else "linear" if ends else option.action
         wanted = known.get((option.unit, action), option)
-        found.append(wanted if wanted.saved_ms > 0 and option.action != "conv" else option)
+        found.append(wanted if wanted.saved_ms > 0 else option)
     return tuple(found)
 
 

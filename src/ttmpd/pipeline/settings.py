@@ -13,7 +13,7 @@ from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_fields, named, names
 from ttmpd.plan.base import Planner
 from ttmpd.plan.knapsack import Knapsack
-from ttmpd.records import ACTIONS, DEFAULT_ACTIONS, Action
+from ttmpd.records import ACTIONS, Action
 from ttmpd.runtimes.base import Runtime
 from ttmpd.runtimes.eager import Eager
 from ttmpd.score.base import Scorer
@@ -125,7 +125,7 @@ class Settings:
     """Runs the whole models whose latency is measured."""
     units: tuple[str, ...] = DEFAULT_UNITS
     """What may be removed: names of files in ``ttmpd/surgery/units``; of them, what the scorer can judge."""
-    actions: tuple[Action, ...] = DEFAULT_ACTIONS
+    actions: tuple[Action, ...] = ACTIONS
     lossless: bool = True
     """Take first what makes the model faster and leaves its answers as they are: see :mod:`ttmpd.surgery.lossless`."""
     num_samples: int = 500

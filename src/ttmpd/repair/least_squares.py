@@ -72,13 +72,6 @@ class Moments:
             part = F.pad(x[few].to(self.at, precision), (0, 1), value=1.0)
             yield (part if weight is None else part * weight[few].to(part)[:, None]), part, y[few].to(part)
 
-    def part(self, index: Tensor) -> "Moments":
-        """The sums of the regression on the inputs at ``index`` alone."""
-        few = Moments(len(index), self.n_outputs, self.device)
-        rows = torch.cat([index.to(self.at), torch.tensor([self.n_inputs], device=self.at)])
-        few.gram, few.cross = self.gram[rows][:, rows], self.cross[rows]
-        return few
-
     def penalty(self, ridge: float) -> float:
         """``ridge`` times the mean square of an input, over all rows; never quite nothing."""
         return (ridge * float(self.gram.diagonal()[:-1].mean()) if self.n_inputs else 0.0) + 1e-12

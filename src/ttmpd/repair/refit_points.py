@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ttmpd.models.modules import clone, common_path, hooks, module_at
 from ttmpd.models.run import call, evaluating, first_tensor
 from ttmpd.models.taps import find_head
-from ttmpd.records import KERNELS, Layout, Removal
+from ttmpd.records import Layout, Removal
 from ttmpd.surgery.cut import cut
 from ttmpd.surgery.dataflow import ADDING, Layer, layers_of
 from ttmpd.surgery.layers import is_convolution, is_layer, matrix_of, set_matrix
@@ -83,7 +83,7 @@ def find_sites(
         behind: all layers behind the first removal but the one that gives the logits; else the stand-ins and the layers
             that read the members of narrowed units alone.
     """
-    stand_ins = {_stand_in_path(student, removal): removal for removal in removals if removal.action in KERNELS}
+    stand_ins = {_stand_in_path(student, removal): removal for removal in removals if removal.action == "linear"}
     readers = {removal.unit.path: removal for removal in removals if removal.action == "narrow"}
     starts = {path for removal in removals for path in (removal.unit.path, *removal.unit.feeders)}
     calls = _calls(student, batch, starts)

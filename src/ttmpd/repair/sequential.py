@@ -17,7 +17,7 @@ from ttmpd.data.samples import Samples
 from ttmpd.models.modules import module_at
 from ttmpd.models.run import StopForwardError, evaluating
 from ttmpd.progress import track
-from ttmpd.records import KERNELS, Removal, Repair
+from ttmpd.records import Removal, Repair
 from ttmpd.repair.positions import RowsAt, rows_at
 from ttmpd.repair.refit import Given, refit, rescale_members
 from ttmpd.repair.refit_points import Site, find_sites, reading
@@ -75,8 +75,8 @@ def repaired(
     student = cut(teacher, removals).eval()
     device = next(teacher.parameters()).device
     for removal in removals:
-        if removal.action in KERNELS:
-            put(student, removal.unit, _as_identity(WHOLE.stand_in(removal.unit, removal.action)).to(device))
+        if removal.action == "linear":
+            put(student, removal.unit, _as_identity(WHOLE.stand_in(removal.unit)).to(device))
     few = samples.batch(slice(0, 2), device)
     sites = find_sites(teacher, student, removals, few, behind=how == "behind") if removals else []
     fits = _Fits(teacher, student, samples, batch_size, sensitivity, rows)

@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ttmpd.records import Place
 from ttmpd.surgery.layers import kernel_area
@@ -40,25 +39,9 @@ def under_kernel(value: Tensor, index: Tensor, layer: nn.Conv2d) -> Tensor:
     return padded.flatten(2)[:, :, corner[None] + around[:, None]].flatten(1, 2)
 
 
-def rows(value: Tensor, unit: Place, index: Tensor, side: int = 1) -> Tensor:
-    """The chosen positions of a batch as (B x positions, channels x side^2), zeros around the border."""
+def rows(value: Tensor, unit: Place, index: Tensor) -> Tensor:
+    """The chosen positions of a batch as (B x positions, channels)."""
     index = index.to(value.device)
     if unit.layout == "channels_last":
         return value.reshape(len(value), -1, unit.channels)[:, index].reshape(-1, unit.channels)
-    if side > 1:
-        value, index = _neighbourhoods(value, index, side)
-    return value.flatten(2)[:, :, index].transpose(1, 2).reshape(-1, unit.channels * side**2)
-
-
-def _neighbourhoods(value: Tensor, index: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """(B, channels x side^2, positions) around the positions at ``index``, and the index of all of them.
-
-    Only what was chosen is copied: whole maps would be ``side^2`` times as large as the input.
-    """
-    width, reach = value.shape[3], side // 2
-    padded = F.pad(value, (reach, reach, reach, reach))
-    corner = index // width * padded.shape[3] + index % width
-    steps = torch.arange(side, device=index.device)
-    around = (steps[:, None] * padded.shape[3] + steps).flatten()
-    found = padded.flatten(2)[:, :, corner[None] + around[:, None]]  # (B, channels, side^2, positions)
-    return found.flatten(1, 2), torch.arange(len(index), device=index.device)
+    return value.flatten(2)[:, :, index].transpose(1, 2).reshape(-1, unit.channels)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.method import Method
-from ttmpd.records import DEFAULT_ACTIONS, Action, Removal, Repair, Score, Unit
+from ttmpd.records import ACTIONS, Action, Removal, Repair, Score, Unit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +48,7 @@ class Scorer(Method, abc.ABC):
         units: Sequence[Unit],
         samples: Samples,
         *,
-        actions: Sequence[Action] = DEFAULT_ACTIONS,
+        actions: Sequence[Action] = ACTIONS,
         batch_size: int = 64,
         seed: int = 0,
     ) -> tuple[Score, ...]:

@@ -15,7 +15,7 @@ from ttmpd.models.run import evaluating
 from ttmpd.models.taps import read
 from ttmpd.progress import track
 from ttmpd.quality.damage import Replacement, distances, student_distances, teacher_tails
-from ttmpd.records import KERNELS, Action, Removal, Score, Tap, Unit
+from ttmpd.records import Action, Removal, Score, Tap, Unit
 from ttmpd.repair.least_squares import Moments
 from ttmpd.repair.linear import NormalEquations
 from ttmpd.repair.obs import Choice, choices, narrowed_answer
@@ -23,7 +23,6 @@ from ttmpd.repair.positions import rows_at
 from ttmpd.repair.sequential import repaired
 from ttmpd.repair.unfold import input_rows, rows
 from ttmpd.score.base import Job, Scorer
-from ttmpd.surgery.cut import WHOLE
 from ttmpd.surgery.layers import bias_of, is_convolution, matrix_of
 from ttmpd.surgery.replacements import LinearMap
 
@@ -33,8 +32,7 @@ class TTMPD(Scorer):
 
     *Damage* is how far the final features move when the unit is dropped; *repaired damage* is the
     same with the unit replaced by its best linear stand-in, a ridge regression on the unit's inputs and outputs. What
-    no linear map repairs, a short distillation does not repair either. A stand-in sees one position, or the 3x3
-    neighbourhood where the unit offers it.
+    no linear map repairs, a short distillation does not repair either. A stand-in sees one position.
 
     Heads and neurons are judged in bulk: from the second moments of a layer's inputs follows which of them the others
     can stand in for, and how much is lost at every width; a few widths are run to tell how much that moves the final
@@ -46,7 +44,7 @@ class TTMPD(Scorer):
         "their formulas are not public, these are this project's own, chosen by rank correlation"
     )
     needs: ClassVar[tuple[str, ...]] = ("gradients",)
-    actions: ClassVar[tuple[Action, ...]] = ("drop", "linear", "conv")
+    actions: ClassVar[tuple[Action, ...]] = ("drop", "linear")
     judges_plans: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("block", "head", "neuron", "channel")
     ridge: float = 1e-3
@@ -74,7 +72,7 @@ class TTMPD(Scorer):
                      sensitivity=(0.0, 1.0),                     channels=0.0)  # fmt: skip
 
     def scores(self, job: Job) -> Iterable[Score]:
-        """Scores for "drop" and for each stand-in of every whole unit, and for each width of those with members.
+        """Scores for "drop" and for the stand-in of every whole unit, and for each width of those with members.
 
         Cost: one batch with gradients and two teacher passes; two runs of the layers behind each unit, up to three
         behind the whole that holds the members, and for these a factorisation of their second moments.
@@ -104,12 +102,10 @@ class TTMPD(Scorer):
             self.sensitivity,
             job.batch_size,
             job.seed,
-            conv="conv" in job.actions,
         )
 
         def replacements(unit: Unit) -> dict[str, Replacement]:
-            stand_ins = {action: functools.partial(fit, unit) for action, fit in fits[unit.id].items()}
-            return {"drop": lambda x: x} | stand_ins
+            return {"drop": lambda x: x, "linear": functools.partial(fits[unit.id], unit)}
 
         few = job.samples.first(self.tail_samples)
         found = teacher_tails(job.teacher, job.units, few, replacements, batch_size=job.batch_size)
@@ -122,8 +118,7 @@ class TTMPD(Scorer):
                 "repaired_prediction_damage": found[unit.id, "linear"]["prediction"],
             }
             yield Score(unit.id, "drop", repaired + self.drop_share * max(0.0, damage - repaired), parts)
-            for action in fits[unit.id]:
-                yield Score(unit.id, action, distances(found[unit.id, action]), parts)
+            yield Score(unit.id, "linear", repaired, parts)
 
     def _of_members(self, job: Job, wholes: Sequence[Unit]) -> Iterable[Score]:
         """Repaired damage of every width: measured at three of them, on the lines through these for the others."""
@@ -212,32 +207,21 @@ def fit_stand_ins(
     sensitivity: float,
     batch_size: int,
     seed: int,
-    conv: bool = False,
-) -> dict[str, dict[Action, LinearMap]]:
+) -> dict[str, LinearMap]:
     """The best stand-ins of every unit on the teacher's own inputs, in one pass over the samples.
 
     Rows are weighted by ``1 - sensitivity + sensitivity x g``, g the squared gradient of the final features at that
-    position, mean one. 3x3 stand-ins, whose equations are 81 times as large, are fitted when ``conv`` says so.
+    position, mean one.
     """
     device = next(teacher.parameters()).device
     entering = rows_at(teacher, units, samples, sensitivity, seed=seed)
-    actions = {unit.id: [a for a in WHOLE.stand_ins(unit) if conv or a != "conv"] for unit in units}
-    sides = {unit.id: max(KERNELS[action] for action in actions[unit.id]) for unit in units}
-    equations = {unit.id: NormalEquations(unit.channels, device, sides[unit.id]) for unit in units}
+    equations = {unit.id: NormalEquations(unit.channels, device) for unit in units}
     taps = {f"x {u.id}": Tap(u.path, "input") for u in units} | {f"y {u.id}": Tap(u.path, "output") for u in units}
     with evaluating(teacher):
         for batch in track(samples.batches(batch_size, device), "fit", -(-len(samples) // batch_size)):
             seen = read(teacher, batch, taps)
             for unit in units:
                 index = entering.index(unit, batch)
-                x, y = rows(seen[f"x {unit.id}"], unit, index, sides[unit.id]), rows(seen[f"y {unit.id}"], unit, index)
+                x, y = rows(seen[f"x {unit.id}"], unit, index), rows(seen[f"y {unit.id}"], unit, index)
                 equations[unit.id].add(x, y, entering.weights(unit, batch, len(y)))
-    return {
-        unit.id: {
-            action: (equations[unit.id] if KERNELS[action] == sides[unit.id] else equations[unit.id].pointwise()).solve(
-                ridge
-            )
-            for action in actions[unit.id]
-        }
-        for unit in units
-    }
+    return {unit.id: equations[unit.id].solve(ridge) for unit in units}

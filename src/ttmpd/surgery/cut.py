@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ttmpd.errors import InvalidValueError
 from ttmpd.models.modules import count_parameters, module_at, to_fast_format
-from ttmpd.records import KERNELS, UNCHANGED, Lossless, Removal, Unit
+from ttmpd.records import UNCHANGED, Lossless, Removal, Unit
 from ttmpd.surgery.find import narrow_kind
 from ttmpd.surgery.layers import matrix_of
 from ttmpd.surgery.lossless import apply, with_norms_gone
@@ -78,8 +78,8 @@ def replay(
     student = with_norms_gone(cut(model, removals), how)
     for removal in removals:
         path = removal.unit.path
-        if removal.action in KERNELS and any(key.startswith(f"{path}.") for key in state):
-            put(student, removal.unit, WHOLE.stand_in(removal.unit, removal.action))
+        if removal.action == "linear" and any(key.startswith(f"{path}.") for key in state):
+            put(student, removal.unit, WHOLE.stand_in(removal.unit))
     for key, value in state.items():
         layer, _, name = key.rpartition(".")
         module = _submodule(student, layer)
@@ -102,6 +102,6 @@ def skeleton(model: nn.Module, removals: Sequence[Removal], how: Lossless = UNCH
     student = cut(model, removals)
     device = next(model.parameters()).device
     for removal in removals:
-        if removal.action in KERNELS:
-            put(student, removal.unit, WHOLE.stand_in(removal.unit, removal.action).to(device))
+        if removal.action == "linear":
+            put(student, removal.unit, WHOLE.stand_in(removal.unit).to(device))
     return apply(student.eval(), how)

@@ -13,10 +13,10 @@ from ttmpd.records import Unit
 
 @dataclass(frozen=True, eq=False)
 class LinearMap:
-    """A fitted stand-in: ``y = weight * x + bias``, a map of the channels at every position or a small convolution.
+    """A fitted stand-in: ``y = weight * x + bias``, a map of the channels at every position.
 
     Args:
-        weight: (channels, channels), or (channels, channels, side, side).
+        weight: (channels, channels).
         bias: (channels,).
     """
 
@@ -29,8 +29,7 @@ class LinearMap:
         if unit.layout == "channels_last":
             y = F.linear(x, weight, bias)
         elif x.dim() == 4:
-            kernel = weight if weight.dim() == 4 else weight[:, :, None, None]
-            y = F.conv2d(x, kernel, bias, padding=kernel.shape[-1] // 2)
+            y = F.conv2d(x, weight[:, :, None, None], bias)
         else:
             y = F.conv1d(x, weight[:, :, None], bias)
         return {"": y, "relu": y.relu(), "relu6": F.relu6(y)}[unit.activation] if unit.activation else y

@@ -1,6 +1,5 @@
 """Blocks found, masked and cut in real architectures with random weights, and in hand-written corner cases."""
 
-import dataclasses
 import gc
 
 import pytest
@@ -532,17 +531,6 @@ def test_stand_ins_keep_the_shape(shape, layout, kind):
     assert isinstance(stand_in[0], kind)
     assert isinstance(stand_in[1], nn.ReLU)
     assert stand_in(torch.randn(2, *shape)).shape == (2, *shape)
-
-
-def test_3x3_stand_ins_are_offered_for_images_of_moderate_width_only():
-    unit = tiny_units(tiny_model())[0]
-    assert BLOCK.stand_ins(unit) == ("linear", "conv")
-    assert BLOCK.stand_ins(dataclasses.replace(unit, shape=(161, 4, 4))) == ("linear",)
-    assert BLOCK.stand_ins(dataclasses.replace(unit, shape=(6, 4))) == ("linear",)
-    assert BLOCK.stand_ins(dataclasses.replace(unit, shape=(4, 6), layout="channels_last")) == ("linear",)
-    stand_in = BLOCK.stand_in(unit, "conv")
-    assert stand_in[0].kernel_size == (3, 3)
-    assert stand_in(torch.randn(2, *unit.shape)).shape == (2, *unit.shape)
 
 
 # --- what goes wrong

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ttmpd.method import Method
-from ttmpd.records import KERNELS, Action, Unit
+from ttmpd.records import Action, Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,8 @@ class Whole(Kind):
     def mask(self, model: nn.Module, units: Sequence[Unit]) -> contextlib.AbstractContextManager[None]:
         """While active, ``model`` answers as the cut model would, with nothing removed."""
 
-    def stand_ins(self, unit: Unit) -> tuple[Action, ...]:
-        """The stand-ins that can take the unit's place."""
-        return tuple(action for action in KERNELS if action in self.actions)
-
     @abc.abstractmethod
-    def stand_in(self, unit: Unit, action: Action = "linear") -> nn.Module:
+    def stand_in(self, unit: Unit) -> nn.Module:
         """An untrained linear replacement of the right shape for the unit (for timing, and to load weights into).
 
         Raises:

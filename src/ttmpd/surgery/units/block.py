@@ -19,7 +19,7 @@ from ttmpd.errors import ModelError, first_line
 from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import count_parameters, has_nan, hooks, module_at, replace_module, stubbed
 from ttmpd.models.run import call, evaluating, first_tensor
-from ttmpd.records import KERNELS, Action, Layout, Unit
+from ttmpd.records import Action, Layout, Unit
 from ttmpd.surgery.replacements import _given, answering, put, wrapped
 from ttmpd.surgery.units.base import Found, Whole
 
@@ -29,10 +29,6 @@ _TRANSPARENT = {
     "ReshapeAlias", "Permute", "Transpose", "T", "Clone", "ToCopy", "Alias", "Slice", "Squeeze", "Unsqueeze", "Roll",
     "NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "NativeGroupNorm", "NativeDropout", "Contiguous",
 }  # fmt: skip
-
-
-MAX_CONV_CHANNELS = 160
-"""Wider units have no 3x3 stand-in: its cost and that of its fit grow with the squared width, and theirs do not."""
 
 
 @dataclass
@@ -59,7 +55,7 @@ class Block(Whole):
     """
 
     source: ClassVar[str] = "PRACTISE (arXiv 2202.07861), section 3: blocks of equal shape; found here by running"
-    actions: ClassVar[tuple[Action, ...]] = ("drop", "linear", "conv")
+    actions: ClassVar[tuple[Action, ...]] = ("drop", "linear")
 
     def find(self, model: nn.Module, batch: Tensor) -> Found:
         """The removable blocks, in the order of the network.
@@ -93,18 +89,12 @@ class Block(Whole):
         with stubbed(model, {unit.path: answering(unit, lambda x: x) for unit in units}):
             yield
 
-    def stand_ins(self, unit: Unit) -> tuple[Action, ...]:
-        """A map of the channels for every unit; a 3x3 convolution for images of moderate width."""
-        image = unit.layout == "channels_first" and len(unit.shape) == 3
-        return ("linear", "conv") if image and unit.channels <= MAX_CONV_CHANNELS else ("linear",)
-
-    def stand_in(self, unit: Unit, action: Action = "linear") -> nn.Module:
-        """A 1x1 or 3x3 convolution or a square matrix, followed by the block's own activation."""
+    def stand_in(self, unit: Unit) -> nn.Module:
+        """A 1x1 convolution or a square matrix, followed by the block's own activation."""
         linear: nn.Module
-        side = KERNELS[action]
         with torch.random.fork_rng():
             if unit.layout == "channels_first" and len(unit.shape) == 3:
-                linear = nn.Conv2d(unit.channels, unit.channels, side, padding=side // 2)
+                linear = nn.Conv2d(unit.channels, unit.channels, 1)
             elif unit.layout == "channels_first" and len(unit.shape) == 2:
                 linear = nn.Conv1d(unit.channels, unit.channels, 1)
             else:
