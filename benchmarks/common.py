@@ -14,6 +14,7 @@ import torch
 
 from ttmpd.latency.device import machine
 from ttmpd.latency.memory import keep_freed_memory
+from ttmpd.storage import replacing
 
 keep_freed_memory()  # as the commands do
 
@@ -55,9 +56,8 @@ def cached(key: str, compute: Callable[[], Any], *, stamped: bool = False) -> An
     if stamped:
         data = [row | stamp() for row in data] if isinstance(data, list) else data | stamp()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data))
-    temporary.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(data))
     return data
 
 

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,11 +32,39 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` for the block to write to; it takes the place of ``path`` when the block ends.
+
+    Another process that reads ``path`` finds the old file or the new one, never a part. When the block raises, the old
+    file stays and what was written is removed. A killed process leaves its temporary file, which nobody reads.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "note.txt")
+        >>> with replacing(path) as unfinished:
+        ...     _ = unfinished.write_text("whole")
+        >>> path.read_text()
+        'whole'
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def write_json(path: Path, data: Any) -> None:
-    """Write strict JSON under a temporary name and rename it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
-    temporary.replace(path)
+    """Write strict JSON to a file, whole or not at all."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
+
+
+def write_copy(source: Path, goal: Path) -> None:
+    """Copy a file, whole or not at all."""
+    with replacing(goal) as unfinished:
+        shutil.copyfile(source, unfinished)
 
 
 @contextmanager

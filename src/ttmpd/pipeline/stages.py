@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ttmpd.latency.memory import release_freed_memory
-from ttmpd.storage import _read_json, write_json
+from ttmpd.storage import _read_json, replacing, write_json
 
 Tensors = dict[str, Tensor]
 
@@ -87,10 +87,9 @@ class Stages:
         with self.timed(name, key):
             found, data = compute()
         kept = {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
-        temporary = path.with_name(f"{path.name}.tmp")
         facts = json.dumps({"data": data, "seconds": self._seconds[name, key]})
-        save_file(kept, temporary, {"stage": facts})
-        temporary.replace(path)
+        with replacing(path) as unfinished:
+            save_file(kept, unfinished, {"stage": facts})
         return kept, data
 
     def _again(self, name: str, key: str, stored: Any) -> Any:

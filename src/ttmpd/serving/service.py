@@ -34,8 +34,8 @@ from ttmpd.serving.job import Begin, Clock
 from ttmpd.serving.monitor import Served
 from ttmpd.serving.policy import Policy
 from ttmpd.serving.reservoir import Reservoir
-from ttmpd.serving.worker import Kind, start, write_copy
-from ttmpd.storage import disk_guarded
+from ttmpd.serving.worker import Kind, start
+from ttmpd.storage import disk_guarded, write_copy
 
 FEWEST = 8
 """Samples with which a compression can begin."""

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from ttmpd.models.modules import clone
 from ttmpd.models.opened import OpenedModel
 from ttmpd.pipeline.compress import compress
 from ttmpd.progress import Watcher, watched
-from ttmpd.storage import write_json
+from ttmpd.storage import write_copy, write_json
 
 TEACHER, STUDENT, NEWS, LOG = "teacher.safetensors", "student", "news.json", "worker.log"
 TELL_EVERY = 0.2
@@ -155,13 +154,6 @@ def carry_out(work: Work, tell: Watcher) -> None:
             command="made by a running service",
             **work.given,
         )
-
-
-def write_copy(source: Path, goal: Path) -> None:
-    """Copy a file under a temporary name and rename it."""
-    temporary = goal.with_name(f".{goal.name}.tmp")
-    shutil.copyfile(source, temporary)
-    temporary.replace(goal)
 
 
 def outcome_of(error: Exception) -> Outcome:

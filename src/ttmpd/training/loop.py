@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from ttmpd.method import check_fields
 from ttmpd.progress import tell
 from ttmpd.records import Fit
+from ttmpd.storage import replacing
 
 Clock = Callable[[], float]
 
@@ -300,7 +300,7 @@ class _Run:
             self.look()
 
     def save(self, path: Path) -> None:
-        """Write the run under a temporary name and rename it."""
+        """Write the state of the run, whole or not at all."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"best.{name}": value for name, value in self.best_state.items()}
         tensors |= {f"optimizer.{i}.{key}": value for i, key, value in self._optimizer_tensors()}
@@ -309,9 +309,8 @@ class _Run:
             "losses": self.losses, "checks": self.checks,
             "best": None if self.best is None else dataclasses.astuple(self.best),
         }  # fmt: skip
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, temporary, {"facts": json.dumps(facts)})
-        temporary.replace(path)
+        with replacing(path) as unfinished:
+            save_file({k: v.contiguous().clone() for k, v in tensors.items()}, unfinished, {"facts": json.dumps(facts)})
 
     def _optimizer_tensors(self) -> Iterator[tuple[int, str, Tensor]]:
         if self.optimizer is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.records import Tap
+from ttmpd.storage import write_json
 
 WIDE = 4096
 """Answers with more values than this are as large as features."""
@@ -96,9 +97,7 @@ def save_targets(targets: Targets, folder: Path) -> None:
         "feature_variance": targets.feature_variance,
         "arrays": ["logits", "held_out"] + (["features"] if targets.features is not None else []),
     }
-    temporary = folder / "targets.json.tmp"
-    temporary.write_text(json.dumps(facts), encoding="utf-8")
-    temporary.replace(folder / "targets.json")
+    write_json(folder / "targets.json", facts)
 
 
 def load_targets(folder: Path) -> Targets | None:
