@@ -167,8 +167,7 @@ def loaded_class(verb: str, name: str) -> type[Method]:
     module = name.partition(":")[0]
     if module not in sys.modules:
         raise UnknownMethodError(
-            f"the module of {name!r} must be imported before it is asked for by a file, but is not; if you trust it, "
-            f"import {module} first",
+            f"{name!r} must be imported before a file may name it, but is not; if you trust it: import {module}",
             names(verb),
         )
     return _own_class(verb, name, sys.modules[module])
@@ -188,7 +187,7 @@ def _own_class(verb: str, name: str, module: ModuleType) -> type[Method]:
     """The concrete method of a verb that a module of the user's holds under a name."""
     value: Any = module
     for part in name.partition(":")[2].split("."):
-        value = getattr(value, part, None)
+        value = inspect.getattr_static(value, part, None)  # runs no code, as a lazy module's would
     if not (inspect.isclass(value) and issubclass(value, Method) and verb_of(value) == verb):
         what = "no such name" if value is None else f"{value!r}"
         base = f"ttmpd.{_FOLDERS.get(verb, verb)}.base"

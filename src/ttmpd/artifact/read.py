@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ttmpd.artifact.write import FORMAT, PLAN, UNFINISHED, WEIGHTS, sha256
 from ttmpd.data.preprocessing import Preparation, preparation_from
 from ttmpd.data.tokenization import Tokenization
-from ttmpd.errors import CheckpointError, TTMPDError
-from ttmpd.method import names
+from ttmpd.errors import CheckpointError, TTMPDError, UnknownMethodError
+from ttmpd.method import loaded_class
 from ttmpd.models.config import preprocessing_of
 from ttmpd.models.open import is_rebuildable, open_model
 from ttmpd.models.opened import OpenedModel
@@ -204,7 +204,8 @@ def _removal(row: Mapping[str, Any]) -> Removal:
     if set(row) != fields | {"action", "kept"}:
         different = ", ".join(sorted(set(row) ^ (fields | {"action", "kept"})))
         raise CheckpointError(f"a removal must have the keys of a unit and an action, but differs in {different}")
-    known = {"kind": names("units"), "action": ACTIONS, "form": get_args(Form),
+    _check_kind(row["kind"])
+    known = {"action": ACTIONS, "form": get_args(Form),
              "layout": ("channels_first", "channels_last"), "activation": ("", "relu", "relu6")}  # fmt: skip
     for key, values in known.items():
         if row[key] not in values:
@@ -215,6 +216,14 @@ def _removal(row: Mapping[str, Any]) -> Removal:
     if not unit.shape or math.prod(unit.shape) < 1 or not isinstance(unit.path, str):
         raise CheckpointError(f"a removal must name a path and a shape, but got {unit.path!r} and {unit.shape}")
     return Removal(unit, row["action"], tuple(map(int, row["kept"])))
+
+
+def _check_kind(kind: Any) -> None:
+    """Refuse a kind of unit that is not there; what only the file names is never imported."""
+    try:
+        loaded_class("units", str(kind))
+    except UnknownMethodError as error:
+        raise CheckpointError(f"a removal must be of a kind of unit that is known here, but: {error}") from error
 
 
 def _lossless(data: Mapping[str, Any]) -> Lossless:

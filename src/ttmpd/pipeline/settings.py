@@ -10,7 +10,7 @@ from ttmpd.adapt.norm import Norm
 from ttmpd.distill.base import Distiller
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import InvalidValueError
-from ttmpd.method import check_fields, named, names
+from ttmpd.method import check_fields, method_class, named, names
 from ttmpd.plan.base import Planner
 from ttmpd.plan.knapsack import Knapsack
 from ttmpd.records import ACTIONS, Action
@@ -106,10 +106,12 @@ DEFAULT_UNITS = ("block", "head", "neuron", "channel")
 
 
 def check_kinds(units: Sequence[str]) -> None:
-    """Raise :class:`InvalidValueError` unless the units are one or more of those there are."""
-    known = names("units")
-    if not units or not set(units) <= set(known):
-        raise InvalidValueError(f"units must be some of {', '.join(known)}, but got {units!r}")
+    """Raise :class:`InvalidValueError` unless the units are one or more of those there are, or of a user's own."""
+    kinds = names("units")
+    if not units or not {name for name in units if ":" not in name} <= set(kinds):
+        raise InvalidValueError(f"units must be some of {', '.join(kinds)}, but got {units!r}")
+    for name in units:
+        method_class("units", name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
