@@ -223,7 +223,7 @@ def _check_kind(kind: Any) -> None:
     try:
         loaded_class("units", str(kind))
     except UnknownMethodError as error:
-        raise CheckpointError(f"a removal must be of a kind of unit that is known here, but: {error}") from error
+        raise CheckpointError(f"the kind of a removal must be one of this installation, but: {error}") from error
 
 
 def _lossless(data: Mapping[str, Any]) -> Lossless:
