@@ -1,0 +1,23 @@
+"""An artifact of format 1, written by 0.1.0, answers as it did then.
+
+``format_1/`` was made by ``compress("ttmpd.demo:demo_model", ..., speedup=3.0, distill=OneTime(steps=10))`` on the demo's
+digits: blocks dropped and replaced, channels narrowed, batch norms folded. ``outputs.safetensors`` holds eight inputs
+and what the student answered.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import ttmpd
+
+FOLDER = Path(__file__).parent / "format_1"
+
+
+def test_it_answers_as_it_did():
+    saved = load_file(FOLDER / "outputs.safetensors")
+    with torch.no_grad():
+        outputs = ttmpd.load(FOLDER)(saved["inputs"])
+    torch.testing.assert_close(outputs, saved["outputs"], rtol=1e-4, atol=1e-4)
+    assert float(saved["outputs"].abs().max()) > 1
