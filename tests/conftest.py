@@ -1,5 +1,6 @@
-"""What all tests share: one thread, and tiny models that are built once."""
+"""What all tests share: one thread, no network, and tiny models that are built once."""
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 from typer.testing import CliRunner, Result
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: a name that does not exist is not asked for again and again
 
 from ttmpd.cli import app as cli
 from ttmpd.data.samples import Samples

@@ -326,8 +326,8 @@ def test_fits_do_not_depend_on_padding(text_folder: Folder, sentences: Sentences
         student = repaired(opened.module, [Removal(units[1], "linear"), Removal(units[2], "linear")], one, batch_size=8)
         with torch.no_grad():
             answers.append(call(student, samples.batch(slice(None))))
-    for unit, fits in maps[0].items():
-        torch.testing.assert_close(maps[1][unit]["linear"].weight, fits["linear"].weight, atol=1e-3, rtol=1e-3)
+    for unit, linear in maps[0].items():
+        torch.testing.assert_close(maps[1][unit].weight, linear.weight, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(answers[1], answers[0], atol=2e-3, rtol=1e-3)
 
 
