@@ -146,7 +146,7 @@ def test_a_length_can_be_asked_for(text_folder: Folder) -> None:
     opened = _opened(text_folder, "bert")
     shorter = opened.reading(16)
     assert shorter.preprocessing == dataclasses.replace(opened.preprocessing, max_length=16)  # type: ignore[type-var]
-    assert preprocessing_of(shorter.module) == shorter.preprocessing
+    assert preprocessing_of(shorter.module) == opened.preprocessing  # the module is the user's
     assert opened.reading(None) is opened
     with pytest.raises(InvalidValueError, match="from 4 to 40"):
         opened.reading(41)

@@ -1,8 +1,13 @@
 """Opening models: every form of id, with the model's own preprocessing."""
 
+import importlib
 import os
 import sys
+import threading
+import time
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -252,7 +257,44 @@ def test_a_failed_download_says_what_to_do(model: str, monkeypatch: pytest.Monke
     with pytest.raises(ModelError, match=r"--no-pretrained.*--weights FILE.safetensors") as raised:
         open_model(model)
     assert "OSError: Name or service not known;" in str(raised.value)
-    assert seen == ["1"]
+    assert seen == ["1" if model.startswith("torchvision") else None]  # timm is asked for tensors only by itself
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_timm_takes_nothing_but_tensors_of_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    hub = importlib.import_module("timm.models._hub")
+    path = tmp_path / "weights.bin"
+    torch.save({"x": Fraction(1, 2)}, path)  # an object, as a file that runs code when opened holds one
+    monkeypatch.setattr(hub, "download_cached_file", lambda *_, **__: str(path), raising=False)
+    monkeypatch.setattr(hub, "_get_safe_alternatives", lambda _: (), raising=False)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: str(path))
+    with pytest.raises(ModelError, match=r"(?i)weights.only"):
+        open_model("timm:resnet10t")
+
+
+def test_threads_that_build_at_once_leave_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = pytest.importorskip("torchvision.models")
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    true, switches, start = models.get_model, [], threading.Barrier(4)
+
+    def build(*given: Any, **named: Any) -> nn.Module:
+        switches.append(os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD"))
+        time.sleep(0.002)
+        switches.append(os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD"))
+        return true(*given, **named)
+
+    def work() -> None:
+        start.wait()
+        open_model("torchvision:squeezenet1_1", pretrained=False)
+
+    monkeypatch.setattr(models, "get_model", build)
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert switches == ["1"] * 8
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ttmpd.pipeline.stages import Stages
+from ttmpd.progress import watched
 
 
 class Work:
@@ -97,3 +98,18 @@ def test_a_failing_stage_leaves_nothing(tmp_path):
         stages.json("a", fail)
     assert [path.name for path in (tmp_path / "w").iterdir()] == ["run.json"]
     assert stages.json("a", lambda: 5) == 5
+
+
+def test_a_watcher_hears_of_every_stage_whether_new_or_reused(tmp_path):
+    stages, finished = Stages(tmp_path / "w", "run"), []
+
+    def note(name, path):
+        finished.append((name, path.exists()))
+
+    work = Work()
+    with watched(lambda *_: None, note):
+        stages.json("a", work.data)
+        stages.tensors("b", work.tensors)
+        Stages(tmp_path / "w", "run", resume=True).tensors("b", work.tensors)
+    stages.json("c", work.data)
+    assert finished == [("a", True), ("b", True), ("b", True)]

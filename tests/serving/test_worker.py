@@ -17,8 +17,9 @@ import ttmpd
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import BudgetUnreachableError, TTMPDError
 from ttmpd.models.open import open_model
+from ttmpd.pipeline.stages import ADAPT_STAGE
 from ttmpd.plan.greedy import Greedy
-from ttmpd.progress import tell
+from ttmpd.progress import tell, tell_stage
 from ttmpd.serving import worker as background
 from ttmpd.serving.service import TestTime
 from ttmpd.serving.worker import NEWS, STUDENT, TEACHER, ProcessWorker, Progress, ThreadWorker, Work, carry_out
@@ -158,8 +159,11 @@ def test_a_thread_lays_the_teacher_down_as_soon_as_it_is_adapted(tmp_path, monke
     def compress(*_: Any, output: Path, **__: Any) -> None:
         (output / ".work").mkdir(parents=True)
         tell("adapting", 1, 1)
+        adapted = output / ".work" / "any-name"
+        adapted.write_bytes(b"teacher")
+        tell_stage("score", adapted)
         assert not (tmp_path / TEACHER).exists()
-        (output / ".work" / "adapt.safetensors").write_bytes(b"teacher")
+        tell_stage(ADAPT_STAGE, adapted)
         tell("timing", 1, 2)
 
     compressing(monkeypatch, compress)

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,7 @@ def _require(package: str, extra: str) -> Any:
 
 @contextlib.contextmanager
 def _building(model: str, pretrained: bool) -> Iterator[None]:
-    """Turn what goes wrong while a library builds a model into one error; downloads may hold nothing but tensors."""
-    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(key)
-    os.environ[key] = "1"
+    """Turn what goes wrong while a library builds a model into one error."""
     try:
         yield
     except TTMPDError:
@@ -47,10 +45,28 @@ def _building(model: str, pretrained: bool) -> Iterator[None]:
         raise ModelError(
             f"{model} must be possible to build, but got {cause(error)}; {step if pretrained else local}"
         ) from error
-    finally:
-        os.environ.pop(key)
-        if before is not None:
-            os.environ[key] = before
+
+
+_SWITCH = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_switching = threading.RLock()
+
+
+@contextlib.contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Refuse downloads that hold more than tensors, where a library has no argument for that: torchvision.
+
+    torch's switch is of the whole process, so only one thread at a time builds under it. timm passes ``weights_only``
+    itself, and from Hugging Face only safetensors are taken.
+    """
+    with _switching:
+        before = os.environ.get(_SWITCH)
+        os.environ[_SWITCH] = "1"
+        try:
+            yield
+        finally:
+            os.environ.pop(_SWITCH)
+            if before is not None:
+                os.environ[_SWITCH] = before
 
 
 def _from_timm(name: str, pretrained: bool) -> OpenedModel:
@@ -80,7 +96,7 @@ def _from_torchvision(name: str, pretrained: bool) -> OpenedModel:
     transforms = published.transforms() if published else None
     if transforms is not None and type(transforms).__name__ != "ImageClassification":
         raise UnsupportedError(f"the model must be an image classifier, but {model_id} is for another task")
-    with _building(model_id, pretrained):
+    with _building(model_id, pretrained), _tensors_only():
         module: nn.Module = models.get_model(name, weights=published if pretrained else None)
     if transforms is None:
         return OpenedModel(module, model_id, True)

@@ -36,7 +36,12 @@ class OpenedModel:
     lossless: Lossless = UNCHANGED
 
     def reading(self, max_length: int | None) -> "OpenedModel":
-        """The same model, of whose samples so many tokens are read; its module says so, too. None changes nothing.
+        """This model with a limit to the tokens that are read of a sample; None changes nothing.
+
+        The module is left as it is: the record says how samples are read, and an artifact carries it on.
+
+        Args:
+            max_length: tokens of a sample, no more than the model can take.
 
         Raises:
             InvalidValueError: it takes no text, or cannot read so many.
@@ -45,6 +50,4 @@ class OpenedModel:
             return self
         if not isinstance(self.preprocessing, Tokenization):
             raise InvalidValueError(f"max_length must be left out for a model that takes no text, but got {max_length}")
-        wanted = replace(self.preprocessing, max_length=max_length)
-        self.module.pretrained_cfg = wanted.to_dict()  # type: ignore[assignment]
-        return replace(self, preprocessing=wanted)
+        return replace(self, preprocessing=replace(self.preprocessing, max_length=max_length))

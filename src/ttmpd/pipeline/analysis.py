@@ -22,7 +22,7 @@ from ttmpd.models.modules import clone, has_nan, to_fast_format
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import logits_of
 from ttmpd.pipeline.settings import Settings
-from ttmpd.pipeline.stages import Stages
+from ttmpd.pipeline.stages import ADAPT_STAGE, Stages
 from ttmpd.records import Lossless, Option, Removal, Score, Unit
 from ttmpd.surgery.exits.model import check_without_exits
 from ttmpd.surgery.find import find_units, whole_of
@@ -108,7 +108,7 @@ def get_ready(
     if not found.units:
         raise UnsupportedError(_nothing_to_remove(source, found))
     teacher = clone(source)
-    state, told = stages.tensors("adapt", lambda: _adapt(teacher, samples, settings))
+    state, told = stages.tensors(ADAPT_STAGE, lambda: _adapt(teacher, samples, settings))
     teacher.load_state_dict(state)
     to_fast_format(teacher)
     batch = latency_batch(source, samples, settings)

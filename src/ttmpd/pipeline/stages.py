@@ -13,9 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ttmpd.latency.memory import release_freed_memory
+from ttmpd.progress import tell_stage
 from ttmpd.storage import _read_json, replacing, write_json
 
 Tensors = dict[str, Tensor]
+
+ADAPT_STAGE = "adapt"
+"""The stage whose file holds the weights of the adapted teacher; a watcher of ``progress`` hears when it is there."""
 
 
 class Stages:
@@ -67,10 +71,12 @@ class Stages:
         path = self.folder / f"{_file(name, key)}.json"
         stored = _read_json(path)
         if isinstance(stored, dict) and stored.keys() == {"data", "seconds"}:
-            return self._again(name, key, stored)
-        with self.timed(name, key):
-            data = compute()
-        write_json(path, {"data": data, "seconds": self._seconds[name, key]})
+            data = self._reuse(name, key, stored)
+        else:
+            with self.timed(name, key):
+                data = compute()
+            write_json(path, {"data": data, "seconds": self._seconds[name, key]})
+        tell_stage(name, path)
         return data
 
     def tensors(
@@ -78,21 +84,28 @@ class Stages:
     ) -> tuple[Tensors, Any]:
         """The tensors and plain data of a stage, like :meth:`json`."""
         path = self.folder / f"{_file(name, key)}.safetensors"
+        stage = self._stored_tensors(path, name, key)
+        if stage is None:
+            with self.timed(name, key):
+                values, data = compute()
+            tensors = {label: value.detach().cpu().contiguous().clone() for label, value in values.items()}
+            facts = json.dumps({"data": data, "seconds": self._seconds[name, key]})
+            with replacing(path) as unfinished:
+                save_file(tensors, unfinished, {"stage": facts})
+            stage = tensors, data
+        tell_stage(name, path)
+        return stage
+
+    def _stored_tensors(self, path: Path, name: str, key: str) -> tuple[Tensors, Any] | None:
+        """What an earlier run left; None where the file is missing or broken."""
         try:
             with safe_open(path, "pt") as file:
                 stored = json.loads(file.metadata()["stage"])
-            return load_file(path), self._again(name, key, stored)
+            return load_file(path), self._reuse(name, key, stored)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-            pass  # not there, or broken: compute it
-        with self.timed(name, key):
-            found, data = compute()
-        kept = {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
-        facts = json.dumps({"data": data, "seconds": self._seconds[name, key]})
-        with replacing(path) as unfinished:
-            save_file(kept, unfinished, {"stage": facts})
-        return kept, data
+            return None
 
-    def _again(self, name: str, key: str, stored: Any) -> Any:
+    def _reuse(self, name: str, key: str, stored: Any) -> Any:
         self.reused.append(_file(name, key))
         self._seconds[name, key] = stored["seconds"]
         return stored["data"]

@@ -30,6 +30,7 @@ from ttmpd.models.factory import call_factory, is_factory
 from ttmpd.models.modules import clone
 from ttmpd.models.opened import OpenedModel
 from ttmpd.pipeline.compress import compress
+from ttmpd.pipeline.stages import ADAPT_STAGE
 from ttmpd.progress import Watcher, watched
 from ttmpd.storage import write_copy, write_json
 
@@ -135,17 +136,15 @@ class Unborn:
 
 
 def carry_out(work: Work, tell: Watcher) -> None:
-    """Compress into the folder; the adapted teacher is laid beside the artifact as soon as it is known."""
-    adapted, teacher = work.folder / STUDENT / ".work" / "adapt.safetensors", work.folder / TEACHER
+    """Compress into the folder; the adapted teacher is copied beside the artifact as soon as its stage is finished."""
+    teacher = work.folder / TEACHER
     teacher.unlink(missing_ok=True)
 
-    def hear(stage: str, done: int, total: int) -> None:
-        # Timing and scoring come after adaptation and tell their progress; a stage's file is whole once it is there.
-        if not teacher.exists() and adapted.exists():
-            write_copy(adapted, teacher)
-        tell(stage, done, total)
+    def publish(stage: str, path: Path) -> None:
+        if stage == ADAPT_STAGE:
+            write_copy(path, teacher)
 
-    with watched(hear):
+    with watched(tell, publish):
         compress(
             work.opened,
             work.samples,
