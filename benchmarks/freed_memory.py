@@ -4,9 +4,9 @@
 
 Forward passes in eager PyTorch of a model and of the same model with folded batch norms and channels last, in turn, as
 latency is timed. Each setting in a process of its own, the settings taking turns: "returned" is glibc's default, "kept"
-is after `ttmpd.keep_freed_memory()`, "kept, no small blocks" with glibc's cache of small blocks off besides: so the
-commands of this package run. Milliseconds of the model as it is, median of the passes, and page faults of the last one
-of both; three rounds.
+is after `ttmpd.keep_freed_memory()`, "kept, no small blocks" with glibc's cache of small blocks off besides, by the
+environment variable GLIBC_TUNABLES=glibc.malloc.tcache_count=0. The commands of this package keep freed memory.
+Milliseconds of the model as it is, median of the passes, and page faults of the last one of both; three rounds.
 Writes results/freed_memory.csv. Run it on an idle machine; on a CPU with glibc.
 """
 

@@ -1,8 +1,8 @@
 """An artifact of format 1, written by 0.1.0, answers as it did then.
 
-``format_1/`` was made by ``compress("ttmpd.demo:demo_model", ..., speedup=3.0, distill=OneTime(steps=10))`` on the demo's
-digits: blocks dropped and replaced, channels narrowed, batch norms folded. ``outputs.safetensors`` holds eight inputs
-and what the student answered.
+``format_1/`` was made on the digits of the demo by ``compress("ttmpd.demo:demo_model", ..., speedup=3.0)``, 10 steps:
+blocks dropped and replaced, channels narrowed, batch norms folded. ``outputs.safetensors`` holds eight inputs and what
+the student answered.
 """
 
 from pathlib import Path

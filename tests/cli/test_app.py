@@ -71,14 +71,6 @@ def test_compress_writes_an_artifact_and_cleans_up(made):
     assert json.loads((folder / "report.json").read_text())["command"].split()[0] == "ttmpd"
 
 
-def test_the_program_settles_its_memory_before_anything_else(monkeypatch):
-    called = []
-    monkeypatch.setattr(cli, "restart_without_small_block_cache", lambda: called.append("memory"))
-    monkeypatch.setattr(cli, "app", lambda: called.append("app"))
-    cli.main()
-    assert called == ["memory", "app"]
-
-
 def n_weights(model):
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -36,17 +36,7 @@ kept = use()
 release_freed_memory()
 print(kept - resident())
 """
-RESTART = """
-import os, sys
-from ttmpd.latency.memory import restart_without_small_block_cache
-number = os.getpid()
-if len(sys.argv) > 2:
-    assert number == int(sys.argv[2])  # the same process
-else:
-    sys.orig_argv.append(str(number))
-restart_without_small_block_cache()
-print(os.environ["GLIBC_TUNABLES"], *sys.argv[1:2])
-"""
+
 on_glibc = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc"
 )
@@ -69,25 +59,15 @@ def test_kept_memory_can_be_handed_back():
     assert int(printed(RELEASE)[0]) > 200  # of 256 MiB
 
 
-@on_glibc
-@pytest.mark.parametrize("given", ["", "glibc.malloc.mxfast=0"])
-def test_the_program_starts_anew_once_with_its_arguments(monkeypatch, given):
-    monkeypatch.setenv("GLIBC_TUNABLES", given)
-    wanted = "glibc.malloc.tcache_count=0"
-    assert printed(RESTART, "one") == [f"{given}:{wanted}" if given else wanted, "one"]
-
-
-def test_what_the_user_set_is_left_alone(monkeypatch):
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=3")
-    monkeypatch.setattr(memory.os, "execv", lambda *_: pytest.fail("started anew"))
-    memory.restart_without_small_block_cache()
+def test_the_state_names_what_the_environment_sets(monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0:glibc.rtld.nns=1")
+    monkeypatch.setattr(memory, "_kept", True)
+    assert memory.freed_memory() == "kept, glibc.malloc.tcache_count=0"
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
-    monkeypatch.setenv("GLIBC_TUNABLES", "")
-    monkeypatch.setattr(memory.os, "execv", lambda *_: pytest.fail("started anew"))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setattr(memory, "_kept", False)
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: object())
-    memory.restart_without_small_block_cache()
     assert not memory.keep_freed_memory()
     assert memory.freed_memory() == "returned"

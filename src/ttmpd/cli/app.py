@@ -6,7 +6,6 @@ from importlib import import_module
 import typer
 
 from ttmpd.cli import commands
-from ttmpd.latency.memory import restart_without_small_block_cache
 
 app = typer.Typer(
     name="ttmpd",
@@ -31,7 +30,6 @@ for _name in _commands():
 
 def main() -> None:
     """What the program ``ttmpd`` runs."""
-    restart_without_small_block_cache()
     app()
 
 

@@ -13,7 +13,7 @@ import sys
 # Parameters of mallopt(3), from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
-_TUNABLES, _NO_CACHE = "GLIBC_TUNABLES", "glibc.malloc.tcache_count=0"
+_TUNABLES = "GLIBC_TUNABLES"
 
 _kept = False
 
@@ -41,24 +41,6 @@ def keep_freed_memory() -> bool:
     return _kept
 
 
-def restart_without_small_block_cache() -> None:
-    """Start this program anew, as the same process, with glibc's cache of small blocks off; nothing if it is off.
-
-    An aligned large block leaves crumbs at both ends. In the cache they stay in use, so that the holes beside them are
-    never joined again and the next large block does not fit: a heap that keeps what is freed then grows with every
-    pass. Glibc reads this setting from the environment alone, when a program starts.
-    """
-    given = os.environ.get(_TUNABLES, "")
-    if sys.platform != "linux" or _NO_CACHE.partition("=")[0] in given or not sys.executable:
-        return
-    try:
-        _ = ctypes.CDLL(None).gnu_get_libc_version
-    except (OSError, AttributeError):
-        return
-    os.environ[_TUNABLES] = ":".join(filter(None, (given, _NO_CACHE)))
-    os.execv(sys.executable, sys.orig_argv)
-
-
 def release_freed_memory() -> None:
     """Hand freed memory back once, between pieces of work that need different sizes; where none is kept, do nothing."""
     if _kept:
@@ -67,5 +49,11 @@ def release_freed_memory() -> None:
 
 
 def freed_memory() -> str:
-    """Whether freed memory is "kept" or "returned": milliseconds on a CPU depend on it."""
-    return "kept" if _kept else "returned"
+    """The state of the allocator, on which milliseconds on a CPU and peak memory depend.
+
+    Returns:
+        "kept" or "returned", followed by what ``GLIBC_TUNABLES`` says of malloc where it is set.
+    """
+    state = "kept" if _kept else "returned"
+    tunables = [part for part in os.environ.get(_TUNABLES, "").split(":") if part.startswith("glibc.malloc.")]
+    return ", ".join((state, *tunables))
