@@ -15,7 +15,6 @@ from click.testing import Result
 
 import ttmpd
 from ttmpd.artifact.read import read_artifact
-from ttmpd.cli import app as cli
 from ttmpd.cli import show as display
 from ttmpd.cli.commands import _parsing, _reporting, compress, inspect
 from ttmpd.errors import InvalidValueError, UnknownMethodError
