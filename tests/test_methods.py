@@ -59,6 +59,7 @@ def test_every_verb_has_methods():
         "distill",
         "early_exit",
         "runtimes",
+        "tasks",
     }
     assert {("score", "ttmpd"), ("plan", "knapsack"), ("distill", "one_time"), ("units", "block")} <= set(found)
 

@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Self, dataclass_transform
 
 from ttmpd.errors import InvalidValueError, UnknownMethodError, cause
 
-VERBS = ("select", "adapt", "units", "score", "plan", "distill", "early_exit", "runtimes")
+VERBS = ("select", "adapt", "units", "score", "plan", "distill", "early_exit", "runtimes", "tasks")
 _FOLDERS = {"units": "surgery.units"}
 """Verbs whose folder is not the room of their name."""
-_SETTINGS = {verb: verb for verb in VERBS if verb != "units"} | {"runtime": "runtimes"}
+_SETTINGS = {verb: verb for verb in VERBS if verb != "units"} | {"runtime": "runtimes", "task": "tasks"}
 """Setting -> the verb whose methods it takes."""
 
 

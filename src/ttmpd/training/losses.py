@@ -4,6 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttmpd.tasks._measures import entropy as entropy
+from ttmpd.tasks._measures import mutual_information as mutual_information
+from ttmpd.tasks._measures import soft_label_loss as soft_label_loss
+
 
 def feature_loss(student: Tensor, teacher: Tensor, variance: float) -> Tensor:
     """Mean squared error in units of the teacher's variance: 1.0 is as bad as answering with the mean.
@@ -16,16 +20,6 @@ def feature_loss(student: Tensor, teacher: Tensor, variance: float) -> Tensor:
     return F.mse_loss(student.float(), teacher.float()) / variance
 
 
-def soft_label_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Mean Kullback-Leibler divergence from the teacher's tempered probabilities, times temperature squared.
-
-    Source: Hinton et al., 2015, section 2. Both arguments are logits of shape (B, n_classes).
-    """
-    log_student = F.log_softmax(student.float() / temperature, -1)
-    log_teacher = F.log_softmax(teacher.float() / temperature, -1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
-
-
 def tempered_loss(student: Tensor, teacher: Tensor) -> float:
     """The soft-label loss under the one temperature of the student that suits best: what it knows, however sure it is.
 
@@ -36,24 +30,9 @@ def tempered_loss(student: Tensor, teacher: Tensor) -> float:
     return float(torch.stack(losses).amin().detach())
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of each row's softmax, (B,)."""
-    log_p = F.log_softmax(logits.float(), -1)
-    return -(log_p.exp() * log_p).sum(-1)
-
-
 def entropy_of(probabilities: Tensor) -> Tensor:
     """Entropy in nats over the last axis of probabilities, which may hold zeros."""
     return -torch.xlogy(probabilities, probabilities).sum(-1)
-
-
-def mutual_information(logits: Tensor) -> Tensor:
-    """Entropy of the mean prediction minus the mean entropy: high when answers are sure *and* varied.
-
-    Source: information maximisation, Krause et al., 2010. ``logits`` has the shape (N, n_classes).
-    """
-    mean = F.softmax(logits.float(), -1).mean(0)
-    return -(mean * mean.clamp_min(1e-12).log()).sum() - entropy(logits).mean()
 
 
 def feature_variance(features: Tensor) -> float:

@@ -1,0 +1,1 @@
+"""What a model predicts: one file per task."""

@@ -1,0 +1,55 @@
+"""Several labels per sample, each there or not."""
+
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ttmpd.tasks._measures import binary_entropy, binary_information
+from ttmpd.tasks.base import Clues, Task, as_rows
+
+
+class MultiLabel(Task):
+    """Several labels for each sample, each of them there or not: one logit per label, read by a sigmoid."""
+
+    source: ClassVar[str] = "binary cross entropy with the teacher's probabilities as soft labels"
+    same: ClassVar[str] = "the share of labels that both set or both leave out"
+
+    @classmethod
+    def claim(cls, clues: Clues) -> tuple[Literal["config", "shape"], Self] | None:
+        """A configuration that says so; the shape is that of classes."""
+        return ("config", cls()) if clues.problem_type == "multi_label_classification" else None
+
+    def matrix(self, value: Tensor, inputs: Tensor) -> Tensor:
+        """(B, n_labels) as it is."""
+        return as_rows(value, self.name)
+
+    def loss(self, student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+        """Mean binary divergence from the teacher's probabilities: cross entropy less what no student can avoid."""
+        goal = teacher.float().sigmoid()
+        crossed = F.binary_cross_entropy_with_logits(student.float(), goal, reduction="none").sum(-1)
+        return (crossed - binary_entropy(teacher)).mean()
+
+    def alike(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The share of labels on which both logits have the same sign."""
+        return ((student > 0) == (teacher > 0)).float().mean(-1)
+
+    def confidence(self, outputs: Tensor) -> Tensor | None:
+        """Mean probability of what is said of each label."""
+        p = outputs.sigmoid()
+        return torch.maximum(p, 1 - p).mean(-1)
+
+    def metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        """Share of right labels and mean binary cross entropy; ``labels`` is (rows, n_labels) of 0 and 1."""
+        right = ((outputs > 0) == (labels > 0.5)).double().mean()
+        crossed = F.binary_cross_entropy_with_logits(outputs.double(), labels.double())
+        return {"right_labels": float(right), "binary_cross_entropy": float(crossed)}
+
+    def uncertainty(self, outputs: Tensor) -> Tensor:
+        """Entropy of the sigmoids, summed over the labels."""
+        return binary_entropy(outputs)
+
+    def information(self, outputs: Tensor) -> Tensor:
+        """Mutual information of each label with the samples, summed."""
+        return binary_information(outputs)
