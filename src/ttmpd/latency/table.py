@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ttmpd.latency.device import synchronize
 from ttmpd.latency.timing import Rounds, forward_call, interleaved, time_models
 from ttmpd.models.macs import count_macs
-from ttmpd.models.modules import common_path, hooks, module_at
+from ttmpd.models.modules import common_path, module_at
 from ttmpd.models.run import evaluating, first_tensor
 from ttmpd.models.taps import read
+from ttmpd.models.trace import trace
 from ttmpd.records import UNCHANGED, Action, Lossless, Saving, Tap, Timing, Unit
 from ttmpd.runtimes.base import Runtime
 from ttmpd.runtimes.eager import Eager
@@ -155,18 +156,14 @@ def _groups(model: nn.Module, units: Mapping[int, Unit], far: Set[str], batch: T
 
 def _largest_maps(model: nn.Module, batch: Tensor) -> dict[str, int]:
     """Path -> bytes of the largest tensor that the module, or any in it, answers with for the batch."""
-    few, found = batch[:2], dict[str, int]()
-
-    def note(path: str, output: Any) -> None:
-        if isinstance(output, Tensor):
-            size = output.numel() * output.element_size() * len(batch) // len(few)
-            names = path.split(".")
+    pair, largest = batch[:2], dict[str, int]()
+    for call in trace(model, pair).calls:
+        if call.output is not None and issubclass(call.output_type, Tensor):
+            size = call.output.n_bytes * len(batch) // len(pair)
+            names = call.path.split(".")
             for holder in (".".join(names[:n]) for n in range(1, len(names) + 1)):
-                found[holder] = max(found.get(holder, 0), size)
-
-    with hooks([m.register_forward_hook(lambda _m, _a, out, n=n: note(n, out)) for n, m in model.named_modules()]):
-        model(few)
-    return found
+                largest[holder] = max(largest.get(holder, 0), size)
+    return largest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -327,27 +324,12 @@ def _signature(unit: Unit) -> tuple[object, ...]:
     return (unit.kind, unit.module, unit.shape, unit.n_params, unit.macs, unit.members)
 
 
-def _recorded_calls(model: nn.Module, paths: Iterable[str], batch: Tensor) -> dict[str, _Given]:
+def _recorded_calls(model: nn.Module, paths: Set[str], batch: Tensor) -> dict[str, _Given]:
     """Path -> the arguments that the model gives the module there for ``batch``."""
-    seen: dict[str, _Given] = {}
-    handles = [
-        module_at(model, path).register_forward_pre_hook(
-            lambda _m, args, kwargs, path=path: seen.update({path: (_kept(args), _kept(kwargs))}), with_kwargs=True
-        )
-        for path in paths
-    ]
-    with hooks(handles):
-        model(batch)
-    return seen
-
-
-def _kept(value: Any) -> Any:
-    """The arguments with lists and dictionaries as they are now: the model may go on filling them (DenseNet does)."""
-    if isinstance(value, dict):
-        return {name: _kept(inner) for name, inner in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_kept(inner) for inner in value)
-    return value
+    arguments: dict[str, _Given] = {}
+    for call in trace(model, batch, paths=paths, values=True).calls:
+        arguments |= {name: (call.args, dict(call.kwargs)) for name in call.names}
+    return arguments
 
 
 def _synchronized(run: Callable[[], object], device: torch.device) -> Callable[[], object]:

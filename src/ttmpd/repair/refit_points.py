@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ttmpd.models.modules import clone, common_path, hooks, module_at
-from ttmpd.models.run import call, evaluating, first_tensor
+from ttmpd.models.run import first_tensor
 from ttmpd.models.taps import find_head
+from ttmpd.models.trace import trace
 from ttmpd.records import Layout, Removal
 from ttmpd.surgery.cut import cut
 from ttmpd.surgery.dataflow import ADDING, Layer, layers_of
@@ -86,7 +87,7 @@ def find_sites(
     stand_ins = {_stand_in_path(student, removal): removal for removal in removals if removal.action == "linear"}
     readers = {removal.unit.path: removal for removal in removals if removal.action == "narrow"}
     starts = {path for removal in removals for path in (removal.unit.path, *removal.unit.feeders)}
-    calls = _calls(student, batch, starts)
+    calls = trace(student, batch).order
     first = next((i for i, path in enumerate(calls) if path in starts), len(calls))
     known, head = layers_of(teacher, batch), find_head(student, batch)
     wanted = {path for path, layer in known.items() if layer.plain and (path in readers or (behind and path != head))}
@@ -114,19 +115,6 @@ def _stand_in_path(student: nn.Module, removal: Removal) -> str:
     own = standing(student, removal.unit)
     layer = own[0] if isinstance(own, nn.Sequential) else own
     return next(str(path) for path, module in student.named_modules() if module is layer)
-
-
-def _calls(student: nn.Module, batch: Tensor, starts: set[str]) -> list[str]:
-    """Paths of all modules in the order in which they are called; of removals also where nothing is left."""
-    calls: list[str] = []
-    handles = [
-        module.register_forward_pre_hook(lambda _m, _a, p=path: calls.append(p))
-        for path, module in student.named_modules(remove_duplicate=False)
-        if path
-    ]
-    with evaluating(student), hooks(handles):
-        call(student, batch)
-    return calls
 
 
 def _with_kept(teacher: nn.Module, removals: Sequence[Removal], sites: Sequence[Site]) -> list[Site]:

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from ttmpd.data.views import random_view
 from ttmpd.errors import UnsupportedError
 from ttmpd.method import check_fields
-from ttmpd.models.modules import hooks, module_at, replace_module
-from ttmpd.models.run import call, evaluating
+from ttmpd.models.modules import module_at, replace_module
+from ttmpd.models.run import evaluating
 from ttmpd.models.taps import find_feature_tap, read
+from ttmpd.models.trace import trace
 from ttmpd.progress import track
 from ttmpd.records import Repair, Score, Tap, Unit
 from ttmpd.score.base import Job, Scorer
@@ -97,28 +98,20 @@ def _blocks(teacher: nn.Module, units: Sequence[Unit], batch: Tensor) -> list[_B
     """All siblings of the units in calling order, with their first, last and shortcut convolutions."""
     parents = list(dict.fromkeys(unit.path.rpartition(".")[0] for unit in units))
     paths = {f"{p}.{name}" if p else name for p in parents for name, _ in module_at(teacher, p).named_children()}
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    convs: dict[str, list[tuple[str, Tensor]]] = {}
-    handles = []
-    for path in paths:
-        module = module_at(teacher, path)
-        handles.append(module.register_forward_hook(lambda _m, a, out, p=path: seen.__setitem__(p, (a[0], out))))
-        for name, conv in module.named_modules():
-            if isinstance(conv, nn.Conv2d):
-                full = f"{path}.{name}"
-                handles.append(
-                    conv.register_forward_hook(
-                        lambda _m, a, _out, p=path, n=full: convs.setdefault(p, []).append((n, a[0]))
-                    )
-                )
-    with evaluating(teacher), hooks(handles):
-        call(teacher, batch)
+    convolutions = {path for path, module in teacher.named_modules() if isinstance(module, nn.Conv2d)}
+    calls = trace(teacher, batch, paths=paths | convolutions, values=True).by_path()
     blocks = []
-    for path, (given, answer) in seen.items():
-        inside = convs.get(path, [])
+    for path in (path for path in calls if path in paths):
+        x, answer = calls[path][-1].args[0], calls[path][-1].result
+        inside = [
+            (name, call.args[0])
+            for name, conv_calls in calls.items()
+            if name in convolutions and name.startswith(f"{path}.")
+            for call in conv_calls
+        ]
         if not inside or not isinstance(answer, Tensor):
             continue
-        shortcut = next((n for n, x in inside[1:] if x is given), None)
+        shortcut = next((name for name, conv_input in inside[1:] if conv_input is x), None)
         blocks.append(_Block(path, tuple(answer.shape[1:]), [n for n, _ in inside if n != shortcut], shortcut))
     missing = [unit.id for unit in units if unit.path not in {block.path for block in blocks}]
     if missing:

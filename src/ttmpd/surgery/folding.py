@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ttmpd.models.modules import module_at
 from ttmpd.models.run import call, evaluating
+from ttmpd.models.trace import trace
 from ttmpd.records import Removal, Unit
 from ttmpd.surgery.replacements import put, standing
 
@@ -50,18 +51,12 @@ def _fold_one(student: nn.Module, unit: Unit, batch: Tensor, tolerance: float) -
 
 def _next_layer(student: nn.Module, unit: Unit, batch: Tensor) -> nn.Linear | nn.Conv2d | None:
     """The first layer with weights that runs after the unit, if it is a matrix or a 1x1 convolution as wide as it."""
-    calls: list[str] = []
-    layers = [
-        (name, m) for name, m in student.named_modules() if not list(m.children()) and list(m.parameters(recurse=False))
-    ]
-    handles = [m.register_forward_hook(lambda _m, _a, _o, n=name: calls.append(n)) for name, m in layers]
-    handles.append(module_at(student, unit.path).register_forward_hook(lambda *_: calls.append("")))
-    try:
-        student(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    after = calls[calls.index("") + 1 :]
+    layers = {
+        name for name, m in student.named_modules() if not list(m.children()) and list(m.parameters(recurse=False))
+    }
+    order = trace(student, batch, paths={unit.path, *layers}).order
+    later = order[order.index(unit.path) + 1 :]
+    after = [name for name in later if name in layers and not name.startswith(f"{unit.path}.")]
     layer = module_at(student, after[0]) if after else None
     if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1:
         return layer if layer.in_channels == unit.channels and layer.padding == (0, 0) else None

@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
-from ttmpd.models.modules import hooks, module_at
-from ttmpd.models.run import call, evaluating
+from ttmpd.models.modules import module_at
 from ttmpd.models.taps import find_head
+from ttmpd.models.trace import trace
 
 
 def freeze(student: nn.Module, first: str, batch: Tensor) -> list[nn.Parameter]:
@@ -40,19 +40,14 @@ def freeze_before(student: nn.Module, path: str, batch: Tensor) -> list[nn.Param
     Before the first removed unit the student *is* the teacher. Nothing there needs to change, and neither gradients nor
     activations have to be kept: in networks whose first layers are the largest, that is most of a step.
     """
-    calls: list[str] = []
     layers = {name: m for name, m in student.named_modules() if any(True for _ in m.parameters(recurse=False))}
-    handles = [module_at(student, path).register_forward_pre_hook(lambda *_: calls.append(""))]
-    handles += [m.register_forward_pre_hook(lambda *_, name=name: calls.append(name)) for name, m in layers.items()]
-    with evaluating(student), hooks(handles):
-        call(student, batch)
-    here = calls.index("")
+    order = trace(student, batch, paths={path, *layers}).order
+    start = order.index(path)
     frozen = []
-    for name in sorted(set(calls[:here]) - set(calls[here:])):
+    for name in sorted((set(order[:start]) - set(order[start:])) & set(layers)):
         layers[name].eval()
-        own = [p for p in layers[name].parameters(recurse=False) if p.requires_grad]
         if not list(layers[name].children()):  # what a container holds by itself may be used anywhere
-            frozen += own
+            frozen += [p for p in layers[name].parameters(recurse=False) if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
     return frozen

@@ -1,15 +1,15 @@
 """Where exits may stand: behind the blocks of a model, those that change the shape included."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ttmpd.errors import UnsupportedError
-from ttmpd.models.modules import hooks, module_at
-from ttmpd.models.run import call, evaluating, first_tensor
+from ttmpd.models.modules import module_at
+from ttmpd.models.run import call, evaluating
+from ttmpd.models.trace import ModuleCall, trace
 from ttmpd.records import Layout
 from ttmpd.surgery.exits.model import EarlyExitModel
 from ttmpd.surgery.exits.pooling import choose_pool, width
@@ -38,14 +38,14 @@ class Place:
     n_arguments: int = 1
 
 
-@dataclass(slots=True)
-class _Seen:
-    """What one run showed of a module."""
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """What one run showed of a module: number of calls, arguments, shape of the output, first axis of all tensors."""
 
-    count: int = 0
-    n_arguments: int = 0
-    shape: tuple[int, ...] = ()
-    sizes: dict[str, int] = field(default_factory=dict)
+    count: int
+    n_arguments: int
+    shape: tuple[int, ...]
+    sizes: Mapping[str, int]
 
 
 def find_places(model: nn.Module, batch: Tensor) -> tuple[tuple[Place, ...], tuple[str, ...]]:
@@ -104,37 +104,26 @@ def _repeated(batch: Tensor, n: int) -> Tensor:
     return batch[torch.arange(n, device=batch.device) % len(batch)]
 
 
-def _watched(model: nn.Module, paths: Sequence[str], batch: Tensor) -> dict[str, _Seen]:
+def _watched(model: nn.Module, paths: Sequence[str], batch: Tensor) -> dict[str, _Watched]:
     """What a run shows of the modules, in calling order: shape of the output, first axis of all tensors by name."""
-    found: dict[str, _Seen] = {}
+    calls = trace(model, batch, paths=paths, values=True).by_path()
+    return {path: _watched_module(calls[path]) for path in calls}
 
-    def note(seen: _Seen, value: Any, name: str) -> None:
-        def size(name: str, value: Tensor) -> Tensor:
-            if value.dim():
-                seen.sizes[name] = len(value)
-            return value
 
-        changed(value, size, name)
+def _watched_module(calls: Sequence[ModuleCall]) -> _Watched:
+    sizes: dict[str, int] = {}
 
-    def before(path: str, args: Any, kwargs: Any) -> None:
-        seen = found.setdefault(path, _Seen())
-        seen.count, seen.n_arguments = seen.count + 1, len(args) + len(kwargs)
-        for name, value in {**{str(i): value for i, value in enumerate(args)}, **kwargs}.items():
-            note(seen, value, name)
+    def note_size(name: str, value: Tensor) -> Tensor:
+        if value.dim():
+            sizes[name] = len(value)
+        return value
 
-    def after(path: str, output: Any) -> None:
-        value = first_tensor(output) if isinstance(output, Tensor) or type(output) is tuple else None
-        found[path].shape = () if value is None else tuple(value.shape)
-        note(found[path], output, "output")
-
-    handles = []
-    for path in paths:
-        module = module_at(model, path)
-        handles.append(module.register_forward_pre_hook(lambda _m, a, k, p=path: before(p, a, k), with_kwargs=True))
-        handles.append(module.register_forward_hook(lambda _m, _a, out, p=path: after(p, out)))
-    with evaluating(model), hooks(handles):
-        call(model, batch)
-    return found
+    for module_call in calls:
+        arguments = {str(i): value for i, value in enumerate(module_call.args)} | dict(module_call.kwargs)
+        for name, value in (*arguments.items(), ("output", module_call.result)):
+            changed(value, note_size, name)
+    output = calls[-1].output
+    return _Watched(len(calls), calls[-1].n_arguments, () if output is None else output.shape, sizes)
 
 
 def spread(n_places: int, n_exits: int) -> tuple[int, ...]:
