@@ -432,6 +432,22 @@ def test_a_killed_run_goes_on_where_it_was(model, samples, tmp_path, monkeypatch
     assert not (tmp_path / "out" / ".work").exists()
 
 
+def test_a_run_that_moved_to_another_machine_is_timed_anew(model, samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(OneTime, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, samples, speedup=2.0, output=tmp_path / "out", **QUICK)
+    monkeypatch.undo()
+    timed, here = [], pipeline.machine("cpu")
+    measure = ready.time_units
+    monkeypatch.setattr(ready, "time_units", lambda *a, **k: timed.append(1) or measure(*a, **k))
+    monkeypatch.setattr(TTMPD, "score", lambda *_a, **_k: pytest.fail("computed again"))
+    monkeypatch.setattr(pipeline, "machine", lambda _device: here | {"device": "another"})
+    monkeypatch.setattr(pipeline, "walk", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, samples, speedup=2.0, output=tmp_path / "out", resume=True, **QUICK)
+    assert timed == [1]
+
+
 def test_another_target_in_the_same_folder_uses_nothing_of_the_old_student(model, samples, tmp_path, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt

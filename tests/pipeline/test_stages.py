@@ -113,3 +113,45 @@ def test_a_watcher_hears_of_every_stage_whether_new_or_reused(tmp_path):
         Stages(tmp_path / "w", "run", resume=True).tensors("b", work.tensors)
     stages.json("c", work.data)
     assert finished == [("a", True), ("b", True), ("b", True)]
+
+
+HERE = {"ttmpd": "1.0", "device": "this CPU", "threads": 2}
+
+
+def left_by(tmp_path, now, resume=True):
+    """The stages of a run that goes on with what a run under ``HERE`` left."""
+    stages = Stages(tmp_path / "w", "run", circumstances=HERE)
+    stages.json("score", lambda: 1)
+    stages.tensors("adapt", lambda: ({"w": torch.ones(1)}, None))
+    stages.json("timing", lambda: 1)
+    stages.json("plan", lambda: 1, "a")
+    (stages.folder / "targets").mkdir()
+    return Stages(tmp_path / "w", "run", resume, now)
+
+
+def test_the_same_circumstances_keep_everything(tmp_path):
+    again = left_by(tmp_path, HERE)
+    assert (again.json("timing", lambda: 2), again.json("plan", lambda: 2, "a"), again.restarted) == (1, 1, "")
+
+
+@pytest.mark.parametrize("change", [{"device": "a GPU"}, {"threads": 1}, {"runtime": "eager 2"}])
+def test_on_another_device_what_depends_on_milliseconds_is_made_anew(tmp_path, change, caplog):
+    again = left_by(tmp_path, HERE | change)
+    assert again.json("score", lambda: 2) == 1
+    assert again.tensors("adapt", lambda: ({"w": torch.zeros(1)}, None))[0]["w"].item() == 1
+    assert again.json("timing", lambda: 2) == 2
+    assert again.json("plan", lambda: 2, "a") == 2
+    assert not (again.folder / "targets").exists()
+    assert next(iter(change)) in again.restarted
+    assert again.restarted in caplog.text
+
+
+def test_what_another_version_left_is_not_gone_on_with(tmp_path):
+    again = left_by(tmp_path, HERE | {"ttmpd": "1.1"})
+    assert again.json("score", lambda: 2) == 2
+    assert "1.0, now 1.1" in again.restarted
+
+
+def test_a_new_start_says_nothing(tmp_path):
+    again = left_by(tmp_path, HERE | {"threads": 1}, resume=False)
+    assert (again.json("score", lambda: 2), again.restarted) == (2, "")

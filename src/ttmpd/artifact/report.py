@@ -169,6 +169,7 @@ def _sentences(facts: Any) -> list[str]:
     words = {True: f"is met{near}{found}", False: f"is missed{found}", None: "was not checked"}
     what = asked or f"{_ms(budget)} ms per batch"
     noise = [f"{told}."] if (told := _at(facts, "latency", "noise")) else []
+    noise += [told] if (told := _at(facts, "restarted")) else []
     return [done, f"The target, {what}, {words[_at(facts, 'target', 'met')]}.", *noise]
 
 

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ttmpd.artifact.write import Result, check_output
 from ttmpd.distill.base import Work
+from ttmpd.latency.device import choose_device, machine
 from ttmpd.latency.table import compare
 from ttmpd.latency.timing import Rounds
 from ttmpd.models.modules import to_plain_format
@@ -151,10 +153,20 @@ def prepared(
             weights_fingerprint(opened.module), few[0].ids, few[1].ids, chosen.to_dict() | {"time_budget": None},
             None if opened.preprocessing is None else opened.preprocessing.to_dict(),
         )  # fmt: skip
-        stages = Stages(work, run, resume)
+        stages = Stages(work, run, resume, circumstances(chosen))
         n = min(sum(map(len, few)), chosen.num_samples) - len(few[1])
         few = (selected(opened, few[0], n, chosen, stages), few[1])
         yield get_ready(opened, few, chosen, stages, deadline), stages
+
+
+def circumstances(chosen: Settings) -> dict[str, str | int]:
+    """What milliseconds of this run depend on: the device that "auto" is, threads, versions, allocator, runtime."""
+    runtime = chosen.runtime
+    return {
+        "ttmpd": installed_version("ttmpd"),
+        **machine(choose_device(chosen.device)),
+        "runtime": f"{runtime.name} {runtime.version}",
+    }
 
 
 @contextmanager
@@ -213,6 +225,7 @@ def finish(ready: Ready, planned: Planned, start: Start, stages: Stages, work: W
         seconds=stages.seconds(key),
     )
     facts["command"] = command
+    facts["restarted"] = stages.restarted
     facts["target"] |= _verdict(planned, facts)
     ids = ready.samples.ids + ready.held_out.ids
     return Result(student.cpu(), plan, facts, ids, ready.opened, facts["target"]["met"], how)

@@ -1,6 +1,7 @@
 """Finished stages on disk, so that a killed run goes on where it was; one run per folder at a time."""
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +19,14 @@ from ttmpd.storage import _read_json, replacing, write_json
 
 Tensors = dict[str, Tensor]
 
+_log = logging.getLogger("ttmpd")
+
 ADAPT_STAGE = "adapt"
 """The stage whose file holds the weights of the adapted teacher; a watcher of ``progress`` hears when it is there."""
+MACHINE_FREE = ("run.json", "select.json", f"{ADAPT_STAGE}.safetensors", "score.json")
+"""Files of the stages that do not depend on milliseconds: they stay when a run is resumed on another machine."""
+Circumstances = Mapping[str, str | int]
+"""What milliseconds depend on, and the version of this package under "ttmpd"."""
 
 
 class Stages:
@@ -29,17 +36,35 @@ class Stages:
         folder: made if missing.
         run: fingerprint of everything the stages depend on; a folder of another run is emptied.
         resume: keep what an earlier run with the same fingerprint left.
+        circumstances: under which this run measures. An earlier run of another version is not gone on with; of one on
+            another device or machine only what does not depend on milliseconds is kept.
+
+    Attributes:
+        restarted: what of an earlier run was not taken over, and why; "" when all of it was, or there was none.
     """
 
-    def __init__(self, folder: Path, run: str, resume: bool = False) -> None:
+    def __init__(
+        self, folder: Path, run: str, resume: bool = False, circumstances: Circumstances | None = None
+    ) -> None:
         self.folder = folder
+        self.restarted = ""
         self.reused: list[str] = []
         self._seconds: dict[tuple[str, str], float] = {}
         marker = folder / "run.json"
-        if not (resume and _read_json(marker) == run):
+        stored = _read_json(marker)
+        before = stored.get("circumstances", {}) if isinstance(stored, dict) and stored.get("run") == run else None
+        changes = {} if before is None else _changes(before, circumstances or {})
+        if not resume or before is None or "ttmpd" in changes:
             shutil.rmtree(folder, ignore_errors=True)
+        elif changes:
+            for path in folder.iterdir():
+                if path.name not in MACHINE_FREE:
+                    _remove(path)
+        if resume and changes:
+            self.restarted = _restarted(changes)
+            _log.warning(self.restarted)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(marker, run)
+        write_json(marker, {"run": run, "circumstances": dict(circumstances or {})})
 
     def seconds(self, key: str = "") -> dict[str, float]:
         """Seconds of the stages that serve every target and of those of one target; ``name#1`` counts as ``name``."""
@@ -109,6 +134,33 @@ class Stages:
         self.reused.append(_file(name, key))
         self._seconds[name, key] = stored["seconds"]
         return stored["data"]
+
+
+def _changes(before: Circumstances, now: Circumstances) -> dict[str, str]:
+    """What differs between the two: name -> "old, now new"."""
+    names = dict.fromkeys([*now, *before])
+    return {
+        name: f"{before.get(name, 'unknown')}, now {now.get(name, 'unknown')}"
+        for name in names
+        if before.get(name) != now.get(name)
+    }
+
+
+def _restarted(changes: Mapping[str, str]) -> str:
+    reasons = "; ".join(f"{name}: {change}" for name, change in changes.items())
+    if "ttmpd" in changes:
+        return f"The interrupted run was made by another version ({reasons}): everything is done anew."
+    return (
+        f"The interrupted run was made under other circumstances ({reasons}): timings, plans and students are made "
+        "anew; the selection, the adapted teacher and the scores are kept."
+    )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _file(name: str, key: str) -> str:
