@@ -126,7 +126,9 @@ def answers_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return answer
 
 
-def follow(service: ttmpd.TestTime, load: Load, second: Stream, args: argparse.Namespace) -> list[tuple[float, str]]:
+def follow(
+    service: ttmpd.OnlineService, load: Load, second: Stream, args: argparse.Namespace
+) -> list[tuple[float, str]]:
     """(beginning, name) of the stages that the service goes through; the data move once the first student served."""
     marks: list[tuple[float, str]] = []
     since, moved, limit = time.perf_counter(), False, time.perf_counter() + args.limit
@@ -138,7 +140,7 @@ def follow(service: ttmpd.TestTime, load: Load, second: Stream, args: argparse.N
             since = time.perf_counter()
             marks.append((since, name))
             print(f"{name} {state['error']}", flush=True)
-        if state["phase"] in ("serving", "settled") and time.perf_counter() - since > args.seconds:
+        if state["phase"] in ("serving", "idle") and time.perf_counter() - since > args.seconds:
             if moved and state["n_moves"]:
                 break
             if not moved:
@@ -200,7 +202,7 @@ def run(
         time.sleep(args.seconds)
     rows.append(row("model alone", load.calls, args.seconds))
     settings = {"speedup": args.speedup, "samples": args.samples, "cooldown": 0.0, "nice": args.nice}
-    with ttmpd.TestTime(opened, **settings) as service:
+    with ttmpd.OnlineService(opened, **settings) as service:
         with Load(service, clean, per_second) as load:
             marks = follow(service, load, moved, args)
         state = service.state()

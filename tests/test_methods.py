@@ -201,8 +201,8 @@ def test_checks_reject_wrong_methods(wrong, check):
 def test_unknown_name_lists_the_known_ones():
     with pytest.raises(UnknownMethodError, match="knapsack") as caught:
         method_class("plan", "nothing")
-    assert caught.value.known == names("plan")
-    assert "base" not in caught.value.known
+    assert caught.value.choices == names("plan")
+    assert "base" not in caught.value.choices
 
 
 def test_the_null_object_comes_back_from_data():

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from ttmpd.select.grand import GraNd
     from ttmpd.select.kcenter import KCenter
     from ttmpd.select.puma import PUMA
-    from ttmpd.serving.service import TestTime
+    from ttmpd.serving.service import OnlineService
     from ttmpd.students.train import train_student
     from ttmpd.surgery.exits.model import EarlyExitModel
     from ttmpd.surgery.units.block import Block
@@ -109,7 +109,7 @@ _HOMES = {
     "Target": "pipeline.settings",
     "Tent": "adapt.tent",
     "Tokenization": "data.tokenization",
-    "TestTime": "serving.service",
+    "OnlineService": "serving.service",
     "Timing": "records",
     "Unit": "records",
     "adapt_to": "pipeline.adapt",
@@ -158,6 +158,7 @@ __all__ = [
     "NoAdaptation",
     "Norm",
     "OneTime",
+    "OnlineService",
     "OpenedModel",
     "Plan",
     "Practise",
@@ -175,7 +176,6 @@ __all__ = [
     "TTMPDError",
     "Target",
     "Tent",
-    "TestTime",
     "Timing",
     "Tokenization",
     "Unit",

@@ -4,7 +4,7 @@ TTMPDError
 ├── InvalidValueError (ValueError)      a value breaks a stated rule
 ├── UnsupportedError                    this method cannot treat this model or unit
 ├── BudgetUnreachableError              no plan meets the budget; ``.best_ms`` is the fastest that is reachable
-├── UnknownMethodError (LookupError)    no such file; ``.known`` lists those that exist
+├── UnknownMethodError (LookupError)    no such file; ``.choices`` lists those that exist
 ├── MissingPackageError (ImportError)   an optional package is absent; names the extra
 ├── SamplesError                        nothing usable at that place; what was skipped and why
 ├── ModelError                          the model cannot be opened, run, or answers with NaN
@@ -44,12 +44,12 @@ class UnknownMethodError(TTMPDError, LookupError):
 
     Args:
         message: the name and the verb.
-        known: the names that exist.
+        choices: the names that exist.
     """
 
-    def __init__(self, message: str, known: Sequence[str]) -> None:
+    def __init__(self, message: str, choices: Sequence[str]) -> None:
         super().__init__(message)
-        self.known = tuple(known)
+        self.choices = tuple(choices)
 
 
 class MissingPackageError(TTMPDError, ImportError):

@@ -249,7 +249,7 @@ def test_what_text_cannot_do_says_so(text_folder: Folder, sentences: Sentences) 
     with pytest.raises(UnsupportedError, match="text cannot"):
         ttmpd.PUMA().select(opened.module, pool, 2)
     with pytest.raises(UnsupportedError, match="takes text"):
-        ttmpd.TestTime(opened, speedup=1.5)
+        ttmpd.OnlineService(opened, speedup=1.5)
     with pytest.raises(SamplesError, match="text"):
         compress(opened, torch.zeros(8, 3, 8, 8), speedup=1.5)
 

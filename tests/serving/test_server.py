@@ -23,8 +23,8 @@ from ttmpd.models.opened import OpenedModel
 from ttmpd.serving.metrics import Metrics
 from ttmpd.serving.requests import Limits, from_npy
 from ttmpd.serving.server import create_app
-from ttmpd.serving.service import TestTime
-from ttmpd.serving.worker import Outcome, Progress, Work
+from ttmpd.serving.service import OnlineService
+from ttmpd.serving.worker import JobInputs, Outcome, Progress
 from ttmpd.testing.tiny_models import TinyNet, tiny_model
 
 PIXELS = Preprocessing((3, 8, 8), (0.5,) * 3, (0.25,) * 3)
@@ -45,7 +45,7 @@ class IdleWorker:
         pass
 
 
-def begin(_work: Work, _kind: str) -> IdleWorker:
+def begin(_work: JobInputs, _kind: str) -> IdleWorker:
     return IdleWorker()
 
 
@@ -55,14 +55,14 @@ def net() -> TinyNet:
 
 
 @pytest.fixture
-def service(net: TinyNet) -> Iterator[TestTime]:
+def service(net: TinyNet) -> Iterator[OnlineService]:
     opened = OpenedModel(net, "", False, PIXELS, NAMES)
-    with TestTime(opened, speedup=1.5, samples=16, worker=begin, poll=math.inf) as service:
+    with OnlineService(opened, speedup=1.5, samples=16, worker=begin, poll_seconds=math.inf) as service:
         yield service
 
 
 @pytest.fixture
-def client(service: TestTime) -> Iterator[TestClient]:
+def client(service: OnlineService) -> Iterator[TestClient]:
     with TestClient(create_app(service, LIMITS)) as client:
         yield client
 
@@ -349,7 +349,7 @@ def test_limits_out_of_range_are_refused():
 def test_what_the_model_says_about_its_inputs_is_handed_on(net):
     opened = OpenedModel(net, "", False)
     with (
-        TestTime(opened, speedup=1.5, worker=begin, poll=math.inf) as service,
+        OnlineService(opened, speedup=1.5, worker=begin, poll_seconds=math.inf) as service,
         TestClient(create_app(service)) as client,
     ):
         problem(
@@ -378,7 +378,7 @@ def test_arrays_for_a_model_without_preprocessing_have_limits_too():
 def test_the_command_opens_the_model_and_serves_it(monkeypatch):
     seen: dict[str, Any] = {}
 
-    def serve(service: TestTime, **given: Any) -> None:
+    def serve(service: OnlineService, **given: Any) -> None:
         seen.update(given, by=service.answer(torch.zeros(1, 1, 8, 8)).by, state=service.state(), service=service)
 
     monkeypatch.setattr("ttmpd.serving.server.serve", serve)

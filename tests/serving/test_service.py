@@ -26,9 +26,9 @@ from ttmpd.pipeline import compress as pipeline
 from ttmpd.pipeline import planning
 from ttmpd.records import UNCHANGED
 from ttmpd.serving import acceptance
-from ttmpd.serving import service as online
-from ttmpd.serving.service import TestTime
-from ttmpd.serving.worker import STUDENT, TEACHER, Outcome, Progress, Work
+from ttmpd.serving import service as service_module
+from ttmpd.serving.service import OnlineService
+from ttmpd.serving.worker import STUDENT, TEACHER, JobInputs, Outcome, Progress
 from ttmpd.testing.tiny_models import TinyNet, tiny_model, tiny_samples, untouched
 
 SETTINGS: dict[str, Any] = {
@@ -52,25 +52,25 @@ class Clock:
 class FakeWorker:
     """Does at once what it is told, in the folder in which a worker does it."""
 
-    def __init__(self, work: Work, kind: str, artifact: Path) -> None:
-        self.work, self.kind, self.stopped = work, kind, False
+    def __init__(self, inputs: JobInputs, kind: str, artifact: Path) -> None:
+        self.inputs, self.kind, self.stopped = inputs, kind, False
         self._artifact, self._outcome = artifact, None
 
     _outcome: Outcome | None
 
     def adapt(self, change: Callable[[dict[str, Tensor]], None] = lambda state: None) -> None:
-        state = {name: value.clone() for name, value in self.work.opened.module.state_dict().items()}
+        state = {name: value.clone() for name, value in self.inputs.opened.module.state_dict().items()}
         change(state)
-        save_file(state, self.work.folder / TEACHER)
+        save_file(state, self.inputs.folder / TEACHER)
 
     def finish(self, *, broken: bool = False) -> None:
-        shutil.copytree(self._artifact, self.work.folder / STUDENT, dirs_exist_ok=True)
+        shutil.copytree(self._artifact, self.inputs.folder / STUDENT, dirs_exist_ok=True)
         if broken:
-            (self.work.folder / STUDENT / "model.safetensors").write_bytes(b"cut")
+            (self.inputs.folder / STUDENT / "model.safetensors").write_bytes(b"cut")
         self._outcome = Outcome()
 
-    def fail(self, error: str, *, again: bool = False, elsewhere: bool = False) -> None:
-        self._outcome = Outcome(error, again, elsewhere)
+    def fail(self, error: str, *, retryable: bool = False, needs_thread: bool = False) -> None:
+        self._outcome = Outcome(error, retryable, needs_thread)
 
     def progress(self) -> Progress:
         return Progress("timing", 1, 2)
@@ -90,14 +90,20 @@ class Stage:
         self.clock = Clock()
         self.start_error: Exception | None = None
 
-        def begin(work: Work, kind: str) -> FakeWorker:
+        def begin(inputs: JobInputs, kind: str) -> FakeWorker:
             if self.start_error is not None:
                 raise self.start_error
-            self.workers.append(FakeWorker(work, kind, artifact))
+            self.workers.append(FakeWorker(inputs, kind, artifact))
             return self.workers[-1]
 
-        given = SETTINGS | {"speedup": 1.2, "samples": 100, "poll": float("inf"), "min_agreement": 0.0, "window": 32}
-        self.service = TestTime(model, worker=begin, clock=self.clock, **given | settings)
+        given = SETTINGS | {
+            "speedup": 1.2,
+            "samples": 100,
+            "poll_seconds": float("inf"),
+            "min_agreement": 0.0,
+            "window": 32,
+        }
+        self.service = OnlineService(model, worker=begin, clock=self.clock, **given | settings)
 
     @property
     def worker(self) -> FakeWorker:
@@ -185,7 +191,7 @@ def test_source_then_teacher_then_student(stage, artifact, model):
     assert stage.look()["phase"] == "collecting"
     stage.feed(1, seed=6)
     assert stage.look()["phase"] == "adapting"
-    assert (len(stage.worker.work.samples), stage.worker.work.given["num_samples"]) == (80, 80)
+    assert (len(stage.worker.inputs.samples), stage.worker.inputs.arguments["num_samples"]) == (80, 80)
     stage.worker.adapt(lambda state: state["head.bias"].add_(1.0))
     assert stage.look()["phase"] == "compressing"
     assert stage.service.answer(x).by == "teacher"
@@ -214,7 +220,7 @@ def test_the_model_that_was_passed_in_stays_as_it_is(artifact, model):
 
 
 def test_more_samples_may_have_to_go_by_than_are_collected(artifact, model):
-    stage = Stage(artifact, model, seen=120)
+    stage = Stage(artifact, model, min_seen=120)
     stage.feed(112)
     assert stage.look()["phase"] == "collecting"
     stage.feed(8)
@@ -269,7 +275,7 @@ def test_inputs_that_are_no_tensor_are_answered_and_counted(model):
         def forward(self, inputs):
             return self.net(inputs["x"])
 
-    with TestTime(First().eval(), speedup=1.5, poll=float("inf")) as service:
+    with OnlineService(First().eval(), speedup=1.5, poll_seconds=float("inf")) as service:
         assert service({"x": torch.zeros(2, 3, 8, 8)}).shape == (2, 4)
         state = service.state()
     assert (state["n_calls"], state["n_seen"], state["n_unnoted"]) == (1, 0, 1)
@@ -297,7 +303,7 @@ def test_answers_belong_to_the_caller(stage):
 )
 def test_values_that_break_a_rule_are_refused_at_once(model, settings, message):
     with pytest.raises(InvalidValueError, match=message):
-        TestTime(model, **{"speedup": 1.5, **settings})
+        OnlineService(model, **{"speedup": 1.5, **settings})
 
 
 # --------------------------------------------------------------------------------------------------------- refused
@@ -310,7 +316,7 @@ def test_a_student_that_disagrees_is_refused(artifact, model):
     stage.worker.adapt(lambda state: state["head.weight"].neg_())  # the student is not of this teacher
     stage.worker.finish()
     state = stage.look()
-    assert (state["phase"], state["answers"]) == ("settled", "teacher")
+    assert (state["phase"], state["answers"]) == ("idle", "teacher")
     assert "the student was refused: it answers like the teacher on" in state["error"]
     assert stage.service.artifact is None
     stage.service.close()
@@ -323,7 +329,7 @@ def test_a_student_that_is_not_faster_is_refused(stage, monkeypatch):
     stage.worker.adapt()
     stage.worker.finish()
     state = stage.look()
-    assert (state["phase"], state["answers"]) == ("settled", "teacher")
+    assert (state["phase"], state["answers"]) == ("idle", "teacher")
     assert "0.90 times as fast" in state["error"]
 
 
@@ -332,7 +338,7 @@ def test_a_teacher_that_answers_with_nan_is_refused(stage):
     stage.look()
     stage.worker.adapt(lambda state: state["head.bias"].fill_(float("nan")))
     state = stage.look()
-    assert (state["phase"], state["answers"]) == ("settled", "source")
+    assert (state["phase"], state["answers"]) == ("idle", "source")
     assert "must answer with finite scores" in state["error"]
     assert stage.worker.stopped
 
@@ -343,7 +349,7 @@ def test_a_broken_artifact_is_refused(stage):
     stage.worker.adapt()
     stage.worker.finish(broken=True)
     state = stage.look()
-    assert (state["phase"], state["answers"]) == ("settled", "teacher")
+    assert (state["phase"], state["answers"]) == ("idle", "teacher")
     assert state["error"]
 
 
@@ -355,7 +361,7 @@ def test_a_dead_worker_is_replaced_with_growing_pauses_and_then_no_more(stage):
     stage.look()
     for number, pause in ((1, 5.0), (2, 10.0)):
         assert len(stage.workers) == number
-        stage.worker.fail("the background process was killed by signal 9", again=True)
+        stage.worker.fail("the background process was killed by signal 9", retryable=True)
         state = stage.look()
         assert (state["phase"], state["answers"]) == ("retrying", "source")
         assert "signal 9" in state["error"]
@@ -365,9 +371,9 @@ def test_a_dead_worker_is_replaced_with_growing_pauses_and_then_no_more(stage):
         stage.clock.now += 0.2
         assert stage.look()["phase"] == "adapting"
         assert len(stage.workers) == number + 1
-        assert stage.worker.work.resume
-    stage.worker.fail("killed again", again=True)
-    assert stage.look()["phase"] == "settled"
+        assert stage.worker.inputs.resume
+    stage.worker.fail("killed again", retryable=True)
+    assert stage.look()["phase"] == "idle"
     assert len(stage.workers) == 3
     assert stage.service(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
 
@@ -377,7 +383,7 @@ def test_a_worker_that_dies_late_keeps_the_teacher(stage):
     stage.look()
     stage.worker.adapt()
     stage.look()
-    stage.worker.fail("killed", again=True)
+    stage.worker.fail("killed", retryable=True)
     state = stage.look()
     assert (state["phase"], state["answers"]) == ("retrying", "teacher")
     stage.clock.now += 5
@@ -391,13 +397,13 @@ def test_a_stated_error_is_not_tried_again(stage):
     stage.look()
     stage.worker.fail("no plan meets the target")
     state = stage.look()
-    assert (state["phase"], state["error"], len(stage.workers)) == ("settled", "no plan meets the target", 1)
+    assert (state["phase"], state["error"], len(stage.workers)) == ("idle", "no plan meets the target", 1)
 
 
 def test_what_a_process_cannot_do_a_thread_does(stage, caplog):
     stage.feed()
     stage.look()
-    stage.worker.fail("the model cannot be rebuilt", elsewhere=True)
+    stage.worker.fail("the model cannot be rebuilt", needs_thread=True)
     state = stage.look()
     assert (state["worker"], state["worker_note"]) == ("thread", "the model cannot be rebuilt")
     assert [worker.kind for worker in stage.workers] == ["process", "thread"]
@@ -419,7 +425,7 @@ def test_a_worker_that_cannot_be_started_is_tried_again(stage):
 
 def test_an_error_while_looking_never_reaches_a_caller(stage, monkeypatch):
     stage.serve()
-    monkeypatch.setattr(type(stage.service._course.lookout), "moved", lambda _: 1 / 0)
+    monkeypatch.setattr(type(stage.service._controller.monitor), "moved", lambda _: 1 / 0)
     assert "ZeroDivisionError" in stage.look()["error"]
     assert stage.service.answer(torch.zeros(2, 3, 8, 8)).by == "student"
 
@@ -458,9 +464,9 @@ def test_data_that_move_lead_to_a_new_student(stage):
 def test_a_student_that_parts_from_its_teacher_is_taken_out(stage):
     stage.serve()
     stage.service.policy = dataclasses.replace(stage.service.policy, min_agreement=1.0)
-    stage.service._course.policy = stage.service._course.lookout.policy = stage.service.policy
+    stage.service._controller.policy = stage.service._controller.monitor.policy = stage.service.policy
     with torch.no_grad():
-        stage.service._course.student.module.head.weight.neg_()
+        stage.service._controller.student.module.head.weight.neg_()
     stage.feed(160, seed=9, looks=True, change=4.0)
     state = stage.look()
     assert (state["phase"], state["n_moves"]) == ("fallback", 1)
@@ -471,11 +477,11 @@ def test_a_student_that_parts_from_its_teacher_is_taken_out(stage):
 def test_shadows_tell_when_student_and_teacher_part(artifact, model):
     stage = Stage(artifact, model, shadow=1.0, window=100_000)
     stage.serve()
-    stage.service._course.policy = stage.service._course.lookout.policy = dataclasses.replace(
+    stage.service._controller.policy = stage.service._controller.monitor.policy = dataclasses.replace(
         stage.service.policy, min_agreement=0.9
     )
     with torch.no_grad():
-        stage.service._course.student.module.head.weight.neg_()
+        stage.service._controller.student.module.head.weight.neg_()
     stage.feed(80, seed=9, looks=True)
     state = stage.look()
     assert (state["phase"], state["n_moves"]) == ("fallback", 1)
@@ -486,7 +492,7 @@ def test_shadows_tell_when_student_and_teacher_part(artifact, model):
 def test_data_that_move_while_compressing_end_the_worker(stage):
     stage.feed()
     stage.look()
-    folder = stage.worker.work.folder
+    folder = stage.worker.inputs.folder
     stage.feed(160, seed=9, looks=True, change=4.0)
     state = stage.look()
     assert (state["phase"], state["answers"], state["n_moves"]) == ("collecting", "source", 1)
@@ -502,8 +508,8 @@ def test_concurrent_callers_get_every_answer_from_one_model_each(stage, artifact
     stage.serve()
     student = ttmpd.load(artifact, model=model)(x).detach()
     expected = {"source": model(x).detach(), "student": student}
-    course, n, wrong, counts = stage.service._course, 60, [], []
-    answering = [course.source, course.student]
+    controller, n, wrong, counts = stage.service._controller, 60, [], []
+    answering = [controller.source, controller.student]
 
     def ask() -> None:
         right = 0
@@ -519,7 +525,7 @@ def test_concurrent_callers_get_every_answer_from_one_model_each(stage, artifact
     for thread in threads:
         thread.start()
     for number in range(200):
-        course.served = answering[number % 2]
+        controller.served = answering[number % 2]
         stage.service.state()
         time.sleep(0)
     for thread in threads:
@@ -531,7 +537,7 @@ def test_concurrent_callers_get_every_answer_from_one_model_each(stage, artifact
 
 
 def test_the_service_looks_by_itself(artifact, model):
-    stage = Stage(artifact, model, poll=0.005)
+    stage = Stage(artifact, model, poll_seconds=0.005)
     with stage.service as service:
         stage.feed()
         deadline = time.monotonic() + 120
@@ -570,7 +576,7 @@ def test_a_copy_that_broke_off_is_made_again(stage, tmp_path, monkeypatch):
 
     stage.serve()
     with monkeypatch.context() as patch:
-        patch.setattr(online, "write_copy", full)
+        patch.setattr(service_module, "write_copy", full)
         with pytest.raises(KeyboardInterrupt):
             stage.service.save(tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").exists()
@@ -583,15 +589,15 @@ def test_a_student_that_is_taken_in_while_the_service_closes_is_kept(artifact, m
     stage.look()
     stage.worker.adapt()
     stage.worker.finish()
-    course, closing = stage.service._course, threading.Thread(target=stage.service.close)
-    true = course.look
+    controller, closing = stage.service._controller, threading.Thread(target=stage.service.close)
+    true = controller.look
 
     def look() -> None:
         closing.start()  # it has to wait
         closing.join(0.05)
         true()
 
-    monkeypatch.setattr(course, "look", look)
+    monkeypatch.setattr(controller, "look", look)
     stage.service.look()
     closing.join()
     assert (tmp_path / "kept" / "plan.json").exists()
@@ -602,13 +608,13 @@ def test_what_a_killed_service_left_is_removed_by_the_next_one(model, tmp_path, 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     left, young, other = (tmp_path / name for name in ("ttmpd-online-left", "ttmpd-online-young", "other"))
     for folder in (left, young, other):
-        (folder / "round-1").mkdir(parents=True)
+        (folder / "job-1").mkdir(parents=True)
     (left / ".lock").touch()
-    with TestTime(model, speedup=1.5, poll=float("inf")) as first:
+    with OnlineService(model, speedup=1.5, poll_seconds=float("inf")) as first:
         own = Path(first._folder.name)
         for folder in (left, other, own):
             os.utime(folder, (0, 0))
-        TestTime(model, speedup=1.5, poll=float("inf")).close()
+        OnlineService(model, speedup=1.5, poll_seconds=float("inf")).close()
         assert sorted(tmp_path.iterdir()) == sorted([young, other, own])
     assert sorted(tmp_path.iterdir()) == sorted([young, other])
 
@@ -616,7 +622,7 @@ def test_what_a_killed_service_left_is_removed_by_the_next_one(model, tmp_path, 
 def test_close_ends_everything_twice(stage):
     stage.feed()
     stage.look()
-    folder = stage.worker.work.folder
+    folder = stage.worker.inputs.folder
     stage.service.close()
     stage.service.close()
     assert stage.worker.stopped

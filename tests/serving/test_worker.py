@@ -20,9 +20,9 @@ from ttmpd.models.open import open_model
 from ttmpd.pipeline.stages import ADAPT_STAGE
 from ttmpd.plan.greedy import Greedy
 from ttmpd.progress import tell, tell_stage
-from ttmpd.serving import worker as background
-from ttmpd.serving.service import TestTime
-from ttmpd.serving.worker import NEWS, STUDENT, TEACHER, ProcessWorker, Progress, ThreadWorker, Work, carry_out
+from ttmpd.serving import worker as worker_module
+from ttmpd.serving.service import OnlineService
+from ttmpd.serving.worker import STATUS, STUDENT, TEACHER, JobInputs, ProcessWorker, Progress, ThreadWorker, run_job
 from ttmpd.testing.tiny_models import TinyNet, tiny_model, tiny_samples
 
 QUICK: dict[str, Any] = {
@@ -35,9 +35,9 @@ QUICK: dict[str, Any] = {
 }
 
 
-def work(folder: Path, model: nn.Module | None = None, **given: Any) -> Work:
+def inputs(folder: Path, model: nn.Module | None = None, **given: Any) -> JobInputs:
     opened = open_model(tiny_model(n_blocks=4) if model is None else model)
-    return Work(opened, tiny_samples(40), folder, QUICK | {"num_samples": 40} | given)
+    return JobInputs(opened, tiny_samples(40), folder, QUICK | {"num_samples": 40} | given)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 300.0) -> None:
@@ -49,10 +49,10 @@ def wait_for(condition: Callable[[], object], seconds: float = 300.0) -> None:
 
 def test_a_killed_process_never_reaches_a_caller_and_the_next_one_goes_on(tmp_path):
     model = tiny_model(n_blocks=10)  # blocks make up nearly all of it
-    settings = QUICK | {"samples": 40, "min_agreement": 0.0, "min_speedup": 0.0, "backoff": 0.1, "poll": 0.02}
-    settings |= {"nice": 0}  # tests share the machine
+    settings = QUICK | {"samples": 40, "min_agreement": 0.0, "min_speedup": 0.0, "backoff": 0.1, "poll_seconds": 0.02}
+    settings |= {"niceness": 0}  # tests share the machine
     x, stop, lost = tiny_samples(8).batch(slice(None)), threading.Event(), []
-    with TestTime(model, **settings) as service:
+    with OnlineService(model, **settings) as service:
 
         def ask() -> None:
             while not stop.is_set():
@@ -65,9 +65,9 @@ def test_a_killed_process_never_reaches_a_caller_and_the_next_one_goes_on(tmp_pa
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         wait_for(lambda: (service.state()["progress"] or {}).get("stage") == "timing")
-        first = service._course._round._worker
+        first = service._controller._job._worker
         os.kill(first.pid, signal.SIGKILL)
-        wait_for(lambda: service.state()["phase"] in ("serving", "settled"))
+        wait_for(lambda: service.state()["phase"] in ("serving", "idle"))
         state, folder = service.state(), Path(service._folder.name)
         stop.set()
         asking.join()
@@ -83,17 +83,17 @@ def test_a_killed_process_never_reaches_a_caller_and_the_next_one_goes_on(tmp_pa
 
 def test_a_process_that_is_done_ends_without_a_fault(tmp_path):
     # Out of reach, counted and not measured: stated, and over soon.
-    worker = ProcessWorker(work(tmp_path, speedup=None, macs=1e-9))
+    worker = ProcessWorker(inputs(tmp_path, speedup=None, macs=1e-9))
     wait_for(lambda: worker.outcome() is not None)
     outcome = worker.outcome()
     assert outcome is not None
-    assert outcome.error and not outcome.again
+    assert outcome.error and not outcome.retryable
     assert worker._process is not None
     assert worker._process.returncode == 0
 
 
 def test_a_process_ends_when_the_pipe_breaks_as_when_its_parent_dies(tmp_path):
-    worker = ProcessWorker(work(tmp_path))
+    worker = ProcessWorker(inputs(tmp_path))
     worker._close_pipe()
     wait_for(lambda: not _alive(worker.pid))
     outcome = worker.outcome()
@@ -111,36 +111,36 @@ def _alive(pid: int) -> bool:
 def test_a_model_that_cannot_be_pickled_needs_a_thread(tmp_path):
     model = tiny_model()
     model.guard = threading.Lock()
-    worker = ProcessWorker(work(tmp_path, model))
+    worker = ProcessWorker(inputs(tmp_path, model))
     outcome = worker.outcome()
     assert outcome is not None
-    assert outcome.elsewhere and "cannot be sent to a process" in outcome.error
+    assert outcome.needs_thread and "cannot be sent to a process" in outcome.error
     assert (worker.pid, worker.progress()) == (None, Progress())
     worker.stop()
 
 
 def test_what_a_script_defines_is_sent_along(tmp_path):
     script = type("Net", (TinyNet,), {"__module__": "__main__", "scale": lambda _, x: 2 * x})
-    worker = ProcessWorker(work(tmp_path, script(), speedup=None, macs=1e-9))  # out of reach, and said only there
+    worker = ProcessWorker(inputs(tmp_path, script(), speedup=None, macs=1e-9))  # out of reach, and said only there
     wait_for(lambda: worker.outcome() is not None)
     outcome = worker.outcome()
     assert outcome is not None
-    assert "MACs" in outcome.error and not outcome.elsewhere
+    assert "MACs" in outcome.error and not outcome.needs_thread
 
 
 def test_a_model_that_cannot_be_rebuilt_needs_a_thread(tmp_path, monkeypatch):
     here_only = ModuleType("here_only")
     here_only.Net = type("Net", (TinyNet,), {"__module__": "here_only"})
     monkeypatch.setitem(sys.modules, "here_only", here_only)
-    worker = ProcessWorker(work(tmp_path, here_only.Net()))
+    worker = ProcessWorker(inputs(tmp_path, here_only.Net()))
     wait_for(lambda: worker.outcome() is not None)
     outcome = worker.outcome()
     assert outcome is not None
-    assert outcome.elsewhere and "cannot be rebuilt in a process" in outcome.error
+    assert outcome.needs_thread and "cannot be rebuilt in a process" in outcome.error
 
 
 def test_stop_ends_a_process_at_once(tmp_path):
-    worker = ProcessWorker(work(tmp_path))
+    worker = ProcessWorker(inputs(tmp_path))
     assert worker.outcome() is None
     worker.stop()
     worker.stop()
@@ -152,7 +152,7 @@ def test_stop_ends_a_process_at_once(tmp_path):
 
 
 def compressing(monkeypatch: pytest.MonkeyPatch, does: Callable[..., object]) -> None:
-    monkeypatch.setattr(background, "compress", does)
+    monkeypatch.setattr(worker_module, "compress", does)
 
 
 def test_a_thread_lays_the_teacher_down_as_soon_as_it_is_adapted(tmp_path, monkeypatch):
@@ -167,27 +167,27 @@ def test_a_thread_lays_the_teacher_down_as_soon_as_it_is_adapted(tmp_path, monke
         tell("timing", 1, 2)
 
     compressing(monkeypatch, compress)
-    worker = ThreadWorker(work(tmp_path))
+    worker = ThreadWorker(inputs(tmp_path))
     wait_for(lambda: worker.outcome() is not None)
-    assert worker.outcome() == background.Outcome()
+    assert worker.outcome() == worker_module.Outcome()
     assert worker.progress() == Progress("timing", 1, 2)
     assert (tmp_path / TEACHER).read_bytes() == b"teacher"
 
 
 @pytest.mark.parametrize(
-    ("error", "again"),
+    ("error", "retryable"),
     [(RuntimeError("broken"), True), (BudgetUnreachableError("too fast", 1.0), False), (TTMPDError("no"), False)],
 )
-def test_stated_errors_are_final_and_others_are_not(tmp_path, monkeypatch, error, again):
+def test_stated_errors_are_final_and_others_are_not(tmp_path, monkeypatch, error, retryable):
     def compress(*_: Any, **__: Any) -> None:
         raise error
 
     compressing(monkeypatch, compress)
-    worker = ThreadWorker(work(tmp_path))
+    worker = ThreadWorker(inputs(tmp_path))
     wait_for(lambda: worker.outcome() is not None)
     outcome = worker.outcome()
     assert outcome is not None
-    assert (outcome.again, outcome.elsewhere) == (again, False)
+    assert (outcome.retryable, outcome.needs_thread) == (retryable, False)
     assert str(error) in outcome.error
 
 
@@ -201,11 +201,11 @@ def test_a_thread_stops_where_it_next_tells_its_progress(tmp_path, monkeypatch):
             time.sleep(0.001)
 
     compressing(monkeypatch, compress)
-    worker = ThreadWorker(work(tmp_path))
+    worker = ThreadWorker(inputs(tmp_path))
     wait_for(begun.is_set)
     worker.stop()
     wait_for(lambda: worker.outcome() is not None)  # `stop` waits for a little only
-    assert worker.outcome() == background.Outcome("stopped")
+    assert worker.outcome() == worker_module.Outcome("stopped")
 
 
 def test_the_work_is_what_compress_does(tmp_path, monkeypatch):
@@ -216,11 +216,11 @@ def test_the_work_is_what_compress_does(tmp_path, monkeypatch):
         tell("training", 3, 4)
 
     compressing(monkeypatch, compress)
-    carry_out(work(tmp_path, speedup=1.5), lambda *told: heard.append(told))
+    run_job(inputs(tmp_path, speedup=1.5), lambda *told: heard.append(told))
     assert heard == [("training", 3, 4)]
     assert (given["speedup"], given["n"], given["output"], given["resume"]) == (1.5, 40, tmp_path / STUDENT, False)
-    assert not (tmp_path / NEWS).exists()
+    assert not (tmp_path / STATUS).exists()
 
 
 def test_the_public_name_is_the_class():
-    assert ttmpd.TestTime is TestTime
+    assert ttmpd.OnlineService is OnlineService

@@ -88,8 +88,8 @@ def test_the_ends_of_alpha():
 
 def test_without_a_teacher_it_is_plain_training(pool):
     found = train_student(tiny_model(1), pool, LABELS, **QUICK)
-    twin, n = tiny_model(1).train(), len(found.kept)
-    few, truth = pool.subset(found.kept), LABELS[list(found.kept)]
+    twin, n = tiny_model(1).train(), len(found.selected)
+    few, truth = pool.subset(found.selected), LABELS[list(found.selected)]
     schedule = Schedule(steps=6, lr=0.01)
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=True)
     for step in range(6):
@@ -125,7 +125,7 @@ def test_the_teacher_passes_once_over_each_view_of_each_kept_sample(pool):
     teacher = tiny_model()
     sizes = counted(teacher)
     found = train_student(tiny_model(1), pool, LABELS, teacher=teacher, **QUICK)
-    assert (len(found.kept), found.n_views, found.alpha) == (20, 2, 0.75)
+    assert (len(found.selected), found.n_views, found.alpha) == (20, 2, 0.75)
     assert sum(sizes) == 2 + 2 * 20
     # Twenty samples make two batches an epoch: six steps come to see three views, never eight.
     assert train_student(tiny_model(1), pool, LABELS, teacher=teacher, **QUICK | {"views": 8}).n_views == 3
@@ -169,7 +169,7 @@ def test_the_same_seed_gives_the_same_student(pool):
         return train_student(tiny_model(1, dropout=0.3), pool, LABELS, teacher=tiny_model(), seed=seed, **QUICK)
 
     first, again, other = run(0), run(0), run(1)
-    assert first.kept == again.kept != other.kept
+    assert first.selected == again.selected != other.selected
     assert torch.equal(weights(first.model), weights(again.model))
 
 
@@ -229,7 +229,7 @@ def test_adaptation_moves_the_teacher_that_teaches(pool):
 def test_the_selector_sees_teacher_and_labels(pool):
     teacher = tiny_model()
     found = train_student(tiny_model(1), pool, LABELS, teacher=teacher, select=EL2N(), **QUICK)
-    assert found.kept == EL2N().select(teacher, pool, 20, labels=LABELS)
+    assert found.selected == EL2N().select(teacher, pool, 20, labels=LABELS)
 
 
 def test_quotas_by_hand():
@@ -245,14 +245,14 @@ def test_balanced_choice(pool, select):
     labels = torch.tensor([0] * 25 + [1] * 10 + [2] * 5)
     chosen = {} if select is None else {"select": select}
     found = train_student(tiny_model(1), pool, labels, teacher=tiny_model(), balanced=True, **chosen, **QUICK)
-    assert labels[list(found.kept)].bincount().tolist() == [8, 7, 5]
+    assert labels[list(found.selected)].bincount().tolist() == [8, 7, 5]
     if select is not None:
         first = EL2N().select(tiny_model(), pool.subset(range(25)), 8, labels=labels[:25])
-        assert found.kept[:8] == first
+        assert found.selected[:8] == first
 
 
 def test_all_samples_can_be_kept(pool):
-    assert train_student(tiny_model(1), pool, LABELS, **QUICK | {"fraction": 1.0}).kept == tuple(range(N))
+    assert train_student(tiny_model(1), pool, LABELS, **QUICK | {"fraction": 1.0}).selected == tuple(range(N))
 
 
 def test_steps_per_epoch():
@@ -266,18 +266,20 @@ def test_radii_by_margins_reach_the_attack(pool, monkeypatch):
     seen = []
     from ttmpd.students import train as module
 
-    true = module.robust_loss
+    true = module.adversarial_loss
 
     def noted(model, batch, labels, **given):
         seen.append(given["radius"])
         return true(model, batch, labels, **given)
 
-    monkeypatch.setattr(module, "robust_loss", noted)
+    monkeypatch.setattr(module, "adversarial_loss", noted)
     attack = Attack(eps=0.05, steps=1, rule="clip")
     settings = QUICK | {"steps": 2, "batch": 20, "views": 1}
     found = train_student(tiny_model(1), pool, LABELS, teacher=tiny_model(), select=PUMA(), alpha=0, attack=attack,
                           **settings)  # fmt: skip
-    margin = margins(tiny_model(), pool.subset(found.kept), Search(norm="linf"), labels=LABELS[list(found.kept)])
+    margin = margins(
+        tiny_model(), pool.subset(found.selected), Search(norm="linf"), labels=LABELS[list(found.selected)]
+    )
     assert torch.allclose(seen[0].sort().values, radii(margin, 0.05).sort().values, atol=1e-6)
     assert bool((seen[0] <= 0.05).all())
 

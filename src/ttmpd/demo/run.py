@@ -15,7 +15,7 @@ SPEEDUP, PROMISED = 1.8, 1.5
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DemoOutcome:
-    """What the demo found.
+    """Result of the demo.
 
     Args:
         result: of compression.
@@ -32,8 +32,8 @@ class DemoOutcome:
     folder: Path
 
     @property
-    def kept(self) -> bool:
-        """Whether the demo's own promise is kept: `PROMISED` times as fast, by the median."""
+    def is_fast_enough(self) -> bool:
+        """True when the student was measured `PROMISED` times as fast, by the median, as the manual says it is."""
         return bool(self.result.facts["latency"]["speedup"]["median"] >= PROMISED)
 
 

@@ -1,4 +1,4 @@
-"""Whether a student may take over from the model that answers."""
+"""The acceptance test of a student: may it take over from the model that answers?"""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,12 @@ from ttmpd.serving.policy import Policy
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What was found about a student before it may answer.
+class Acceptance:
+    """Result of the acceptance test of a student.
 
     Args:
-        refused: why it may not; "" when it may.
-        agreement: share of the held samples on which it answers like the teacher.
+        refused: reason for which it may not answer; "" when it may.
+        agreement: share of the held-out samples on which it answers like the teacher.
         speedup: how many times faster than the teacher, median of interleaved rounds in this process.
     """
 
@@ -27,34 +27,34 @@ class Verdict:
     speedup: float = 0.0
 
 
-def judged(student: nn.Module, teacher: nn.Module, held: Samples, *, n_batch: int, policy: Policy) -> Verdict:
-    """Whether a student may answer in the teacher's place.
+def accept(student: nn.Module, teacher: nn.Module, held_out: Samples, *, n_batch: int, policy: Policy) -> Acceptance:
+    """Test a student before it answers in the teacher's place: same shape, finite, agreeing, faster.
 
     Args:
         student: as it would answer.
         teacher: what answers otherwise.
-        held: samples that neither was fitted on.
+        held_out: samples that neither was fitted on.
         n_batch: samples of the batches on which both are timed: as many as callers send.
         policy: the floors.
     """
-    expected, found = logits_on(teacher, held), logits_on(student, held)
-    if found.shape != expected.shape:
-        return Verdict(f"it answers with the shape {tuple(found.shape)} in place of {tuple(expected.shape)}")
-    if has_nan(found):
-        return Verdict("it answers with NaN or infinity")
-    share = alike(found, expected)
+    expected, answers = logits_on(teacher, held_out), logits_on(student, held_out)
+    if answers.shape != expected.shape:
+        return Acceptance(f"it answers with the shape {tuple(answers.shape)} in place of {tuple(expected.shape)}")
+    if has_nan(answers):
+        return Acceptance("it answers with NaN or infinity")
+    share = alike(answers, expected)
     if share < policy.min_agreement:
-        why = f"it answers like the teacher on {share:.0%} of {len(held)} held samples"
-        return Verdict(f"{why}, but must on {policy.min_agreement:.0%}", share)
-    speedup = _speedup(student, teacher, held, n_batch)
+        why = f"it answers like the teacher on {share:.0%} of {len(held_out)} held-out samples"
+        return Acceptance(f"{why}, but must on {policy.min_agreement:.0%}", share)
+    speedup = _speedup(student, teacher, held_out, n_batch)
     if speedup <= policy.min_speedup:
         why = f"it was measured {speedup:.2f} times as fast as the teacher in this process"
-        return Verdict(f"{why}, but must be more than {policy.min_speedup:g} times as fast", share, speedup)
-    return Verdict("", share, speedup)
+        return Acceptance(f"{why}, but must be more than {policy.min_speedup:g} times as fast", share, speedup)
+    return Acceptance("", share, speedup)
 
 
-def _speedup(student: nn.Module, teacher: nn.Module, held: Samples, n_batch: int) -> float:
-    batch = held.batch(torch.arange(n_batch) % len(held), device_of(teacher))
+def _speedup(student: nn.Module, teacher: nn.Module, held_out: Samples, n_batch: int) -> float:
+    batch = held_out.batch(torch.arange(n_batch) % len(held_out), device_of(teacher))
     calls = {"teacher": forward_call(teacher, batch), "student": forward_call(student, batch)}
     rounds = interleaved(calls, rounds=9, warmup=1, min_seconds=0.2, max_seconds=3.0)
     return rounds.ratio("teacher", "student").median_ms

@@ -1,4 +1,4 @@
-"""What goes on beside the answers of a running service: collect, compress, judge, swap, begin anew when data move."""
+"""The life of a running service: collect, compress, accept, swap, and begin anew when the data move."""
 
 import contextlib
 import logging
@@ -14,27 +14,27 @@ from ttmpd.data.open import open_samples
 from ttmpd.data.samples import Samples
 from ttmpd.errors import cause
 from ttmpd.models.opened import OpenedModel
-from ttmpd.serving.acceptance import Verdict, judged
-from ttmpd.serving.job import Begin, Clock, Round
-from ttmpd.serving.monitor import Lookout, Served
+from ttmpd.serving.acceptance import Acceptance, accept
+from ttmpd.serving.job import Begin, Clock, CompressionJob
+from ttmpd.serving.monitor import AnswerMonitor, Served
 from ttmpd.serving.policy import Policy
 from ttmpd.serving.reservoir import Reservoir
-from ttmpd.serving.worker import STUDENT, Kind, Work
+from ttmpd.serving.worker import STUDENT, JobInputs, Kind
 
 _log = logging.getLogger("ttmpd")
 
 
-class Course:
-    """Which model answers, and why. Callers read ``served`` and call :meth:`note`; one thread calls :meth:`look`.
+class ServiceController:
+    """Decides which model answers. Callers read ``served`` and call :meth:`note`; one thread calls :meth:`look`.
 
     Args:
         opened: the model as it came, frozen.
-        reservoir: collects.
-        folder: for the rounds, one after the other.
-        given: arguments of ``compress``.
-        policy: when and how long.
-        begin: starts a worker.
-        kind: which one.
+        reservoir: the collected samples.
+        folder: for the compression jobs, one after the other.
+        arguments: of ``compress``: the target and the settings.
+        policy: when a job begins, and what its student must reach.
+        begin: function that starts a worker.
+        kind: where it runs, "process" or "thread".
         clock: returns seconds.
     """
 
@@ -44,24 +44,24 @@ class Course:
         reservoir: Reservoir,
         folder: Path,
         *,
-        given: dict[str, Any],
+        arguments: dict[str, Any],
         policy: Policy,
         begin: Begin,
         kind: Kind,
         clock: Clock,
     ) -> None:
         self.opened, self.reservoir, self.folder, self.policy = opened, reservoir, folder, policy
-        self._given, self._begin, self._kind, self._clock = given, begin, kind, clock
+        self._arguments, self._begin, self._kind, self._clock = arguments, begin, kind, clock
         self.source = self.served = Served("source", opened.module, 0)
         self.teacher: Served | None = None
         self.student: Served | None = None
-        self.lookout = Lookout(policy)
+        self.monitor = AnswerMonitor(policy)
         self.artifact: Path | None = None  # of the newest student that was taken into service
         self.phase, self.error, self._worker_note = "collecting", "", ""
         self._began, self._last_begun = clock(), -float("inf")
-        self._n_rounds = self._n_moves = self._n_swaps = 0
-        self._round: Round | None = None
-        self._verdict: Verdict | None = None
+        self._n_jobs = self._n_moves = self._n_swaps = 0
+        self._job: CompressionJob | None = None
+        self._acceptance: Acceptance | None = None
         self._seconds: dict[str, float] = {}
         self._sizes: tuple[int, ...] = ()  # tuples are replaced whole: no thread sees one in the middle of a change
         self._events: tuple[tuple[float, str], ...] = ()
@@ -73,30 +73,30 @@ class Course:
         self._sizes = (*self._sizes[-63:], len(batch))
         self.reservoir.add(batch)
         if logits is not None and logits.dim() == 2 and len(logits) == len(batch):
-            self.lookout.note(served, batch, logits)
+            self.monitor.note(served, batch, logits)
 
     def look(self) -> None:
         """Take one step; nothing that goes wrong is raised."""
         try:
             self._watch()
-            if self._round is not None:
-                self._follow(self._round)
+            if self._job is not None:
+                self._follow(self._job)
             elif self.phase in ("collecting", "fallback") and self._enough():
-                self._begin_round()
+                self._begin_job()
         except Exception as error:
             _log.debug("a step failed", exc_info=error)
-            if self._round is not None:
-                self._settle(f"a step failed: {cause(error)}")
-            else:  # it is tried again: a round after the next pause, the rest at the next look
+            if self._job is not None:
+                self._give_up(f"a step failed: {cause(error)}")
+            else:  # it is tried again: a job after the next pause, the rest at the next look
                 self.error = f"a step failed: {cause(error)}"
 
     def stop(self) -> None:
         """End the worker."""
-        if self._round is not None:
-            self._round.stop()
-            self._round = None
+        if self._job is not None:
+            self._job.stop()
+            self._job = None
 
-    # ---------------------------------------------------------------------------------------------------------- rounds
+    # ------------------------------------------------------------------------------------------------------------ jobs
 
     def _enough(self) -> bool:
         rested = self._clock() - self._last_begun >= self.policy.cooldown
@@ -104,90 +104,93 @@ class Course:
 
     @property
     def _n_wanted(self) -> int:
-        return max(self.reservoir.capacity, self.policy.seen)
+        return max(self.reservoir.capacity, self.policy.min_seen)
 
-    def _begin_round(self) -> None:
-        self._last_begun, self._n_rounds = self._clock(), self._n_rounds + 1
-        held, few = self._collected()
-        folder = self.folder / f"round-{self._n_rounds}"
+    def _begin_job(self) -> None:
+        self._last_begun, self._n_jobs = self._clock(), self._n_jobs + 1
+        held_out, samples = self._collected()
+        folder = self.folder / f"job-{self._n_jobs}"
         folder.mkdir()
-        given = self._given | {"num_samples": len(few)}
-        work = Work(self.opened, few, folder, given, self.policy.threads, self.policy.nice)
-        self.lookout.begin(self.served, held)
-        self._tell(f"round {self._n_rounds}: compressing with {len(few)} samples, {len(held)} are held back")
-        self._round = Round(work, held, begin=self._begin, kind=self._kind, policy=self.policy, clock=self._clock)
+        arguments = self._arguments | {"num_samples": len(samples)}
+        inputs = JobInputs(self.opened, samples, folder, arguments, self.policy.threads, self.policy.niceness)
+        self.monitor.begin(self.served, held_out)
+        self._tell(f"round {self._n_jobs}: compressing with {len(samples)} samples, {len(held_out)} are held back")
+        self._job = CompressionJob(
+            inputs, held_out, begin=self._begin, kind=self._kind, policy=self.policy, clock=self._clock
+        )
         self.phase, self.error = "adapting", ""
 
     def _collected(self) -> tuple[Samples, Samples]:
         """(held back, to compress with), by seed."""
         pool = open_samples(self.reservoir.rows(), self.opened.preprocessing)
-        seed = int(self._given.get("seed", 0)) + self._n_rounds
+        seed = int(self._arguments.get("seed", 0)) + self._n_jobs
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
-        n_held = max(2, round(self.policy.held * len(pool)))
-        return pool.subset(order[:n_held]), pool.subset(order[n_held:])
+        n_held_out = max(2, round(self.policy.acceptance_holdout * len(pool)))
+        return pool.subset(order[:n_held_out]), pool.subset(order[n_held_out:])
 
-    def _follow(self, round_: Round) -> None:
-        self._pick_teacher(round_)
-        outcome = round_.outcome()
-        self._kind, self._worker_note = round_.kind, round_.note or self._worker_note
+    def _follow(self, job: CompressionJob) -> None:
+        self._pick_teacher(job)
+        outcome = job.outcome()
+        self._kind, self._worker_note = job.kind, job.note or self._worker_note
         if outcome is None:
-            under_way = "compressing" if round_.has_teacher else "adapting"
-            self.phase, self.error = "retrying" if round_.waiting else under_way, round_.error
+            under_way = "compressing" if job.has_teacher else "adapting"
+            self.phase, self.error = "retrying" if job.waiting else under_way, job.error
         elif outcome.error:
-            self._settle(outcome.error)
+            self._give_up(outcome.error)
         else:
-            self._pick_teacher(round_)
-            self._pick_student(round_)
+            self._pick_teacher(job)
+            self._pick_student(job)
 
-    def _pick_teacher(self, round_: Round) -> None:
-        module = round_.new_teacher(self.source.module)
+    def _pick_teacher(self, job: CompressionJob) -> None:
+        module = job.new_teacher(self.source.module)
         if module is not None:
-            self.teacher = self._swap("teacher", module, round_.held)
-            self._seconds["teacher"] = self._clock() - round_.began
+            self.teacher = self.hot_swap("teacher", module, job.held_out)
+            self._seconds["teacher"] = self._clock() - job.began
 
-    def _pick_student(self, round_: Round) -> None:
-        student = round_.student(self.source.module, self.opened.removed)
+    def _pick_student(self, job: CompressionJob) -> None:
+        student = job.student(self.source.module, self.opened.removed)
         sizes = sorted(self._sizes)
         n_batch = sizes[len(sizes) // 2] if sizes else 1
         teacher = (self.teacher or self.source).module
-        self._verdict = judged(student, teacher, round_.held, n_batch=n_batch, policy=self.policy)
-        self._seconds["student"] = self._clock() - round_.began
-        if self._verdict.refused:
-            self._settle(f"the student was refused: {self._verdict.refused}")
+        self._acceptance = accept(student, teacher, job.held_out, n_batch=n_batch, policy=self.policy)
+        self._seconds["student"] = self._clock() - job.began
+        if self._acceptance.refused:
+            self._give_up(f"the student was refused: {self._acceptance.refused}")
             return
-        before, self.artifact = self.artifact, round_.folder / STUDENT
-        self.student = self._swap("student", student, round_.held)
-        self.phase, self.error, self._round = "serving", "", None
+        before, self.artifact = self.artifact, job.folder / STUDENT
+        self.student = self.hot_swap("student", student, job.held_out)
+        self.phase, self.error, self._job = "serving", "", None
         if before is not None:
             shutil.rmtree(before.parent, ignore_errors=True)
 
-    def _swap(self, name: str, module: nn.Module, held: Samples) -> Served:
+    def hot_swap(self, name: str, module: nn.Module, held_out: Samples) -> Served:
+        """Let another model answer from now on, and watch its answers against those to the held-out samples."""
         self._n_swaps += 1
         served = Served(name, module, self._n_swaps)
-        self.lookout.begin(served, held)
+        self.monitor.begin(served, held_out)
         self.served = served  # one assignment: callers see the old model or the new one
         self._tell(f"the {name} answers")
         return served
 
-    def _settle(self, why: str) -> None:
+    def _give_up(self, why: str) -> None:
         """No student for these data: who answers now goes on."""
-        self._drop_round()
-        self.phase, self.error = "settled", why
+        self._drop_job()
+        self.phase, self.error = "idle", why
         self._tell(why)
 
-    def _drop_round(self) -> None:
-        if self._round is not None:
-            round_, self._round = self._round, None
+    def _drop_job(self) -> None:
+        if self._job is not None:
+            job, self._job = self._job, None
             with contextlib.suppress(Exception):  # a broken worker must not keep the service from going on
-                round_.stop()
-            round_.discard()
+                job.stop()
+            job.discard()
 
     # ----------------------------------------------------------------------------------------------------------- drift
 
     def _watch(self) -> None:
-        why = self.lookout.moved()
+        why = self.monitor.moved()
         if not why and self.served is self.student:
-            why = self.lookout.parted(self.served.module, (self.teacher or self.source).module)
+            why = self.monitor.disagreement(self.served.module, (self.teacher or self.source).module)
         if why:
             self._move(why)
 
@@ -195,20 +198,20 @@ class Course:
         """Begin anew: what was collected, the worker and the reference belong to other data."""
         self._n_moves += 1
         self._tell(why)
-        self._drop_round()
+        self._drop_job()
         fell = self.served is not self.source and self._fall_back()
         self.phase, self.error = "fallback" if fell else "collecting", ""
         self.reservoir.reset()
-        self.lookout.end()
+        self.monitor.end()
 
     def _fall_back(self) -> bool:
         """Let the better of teacher and source answer, unless it is a student that still answers like the teacher."""
         teacher = self.teacher or self.source
         if self.served is self.student:
-            found = self.lookout.compare(self.served.module, teacher.module)
-            if found is not None and found.share >= self.policy.min_agreement:
+            agreement = self.monitor.compare(self.served.module, teacher.module)
+            if agreement is not None and agreement.share >= self.policy.min_agreement:
                 return False
-        better = self.lookout.better([teacher, self.source])
+        better = self.monitor.better([teacher, self.source])
         if better is self.served:
             return False
         self._n_swaps += 1
@@ -224,7 +227,7 @@ class Course:
 
     def state(self) -> dict[str, Any]:
         """What is going on, as plain data; from any thread."""
-        round_, reservoir, verdict = self._round, self.reservoir, self._verdict
+        job, reservoir, acceptance = self._job, self.reservoir, self._acceptance
         return {
             "phase": self.phase,
             "answers": self.served.name,
@@ -233,15 +236,15 @@ class Course:
             "n_wanted": self._n_wanted,
             "n_refused": reservoir.n_refused,
             "collected_bytes": reservoir.n_bytes,
-            "n_rounds": self._n_rounds,
+            "n_rounds": self._n_jobs,
             "n_moves": self._n_moves,
             "n_swaps": self._n_swaps,
             "worker": self._kind,
             "worker_note": self._worker_note,
-            "tries": 0 if round_ is None else round_.tries,
-            "progress": None if round_ is None else asdict(round_.progress()),
-            "student": None if verdict is None else asdict(verdict),
-            **self.lookout.state(),
+            "tries": 0 if job is None else job.tries,
+            "progress": None if job is None else asdict(job.progress()),
+            "student": None if acceptance is None else asdict(acceptance),
+            **self.monitor.state(),
             "seconds": {"service": self._clock() - self._began} | self._seconds,
             "events": [list(event) for event in self._events],
         }

@@ -107,9 +107,9 @@ class Drift:
 
     def add(self, logits: Tensor) -> None:
         """Take in further answers, (B, n_classes); rows that are not finite are left out."""
-        found = self.signals(_finite(logits))
-        self._window = torch.cat((self._window, found))[-self._size :]
-        self._n_new += len(found)
+        signals = self.signals(_finite(logits))
+        self._window = torch.cat((self._window, signals))[-self._size :]
+        self._n_new += len(signals)
 
     def test(self) -> DriftTest | None:
         """Compare the window with the reference; None until it is full and half of it is new."""

@@ -1,4 +1,4 @@
-"""One round of a running service: from collected samples to an adapted teacher and a student that was judged here."""
+"""One compression beside a running service: from collected samples to an adapted teacher and a student."""
 
 import logging
 import shutil
@@ -18,34 +18,41 @@ from ttmpd.models.modules import clone, has_nan
 from ttmpd.records import Removal
 from ttmpd.serving.acceptance import frozen, logits_on
 from ttmpd.serving.policy import Policy
-from ttmpd.serving.worker import STUDENT, TEACHER, Kind, Outcome, Progress, Unborn, Work, Worker
+from ttmpd.serving.worker import STUDENT, TEACHER, FailedStart, JobInputs, Kind, Outcome, Progress, Worker
 from ttmpd.surgery.cut import replay
 
 Clock = Callable[[], float]
 
 
-Begin = Callable[[Work, Kind], Worker]
+Begin = Callable[[JobInputs, Kind], Worker]
 
 
 _log = logging.getLogger("ttmpd")
 
 
-class Round:
-    """A worker with its tries.
+class CompressionJob:
+    """One compression: a worker, and the next one when it died.
 
     Args:
-        work: what is to be done, in a folder of its own.
-        held: samples that the worker does not get.
+        inputs: what the worker is given, and the folder that is this job's alone.
+        held_out: samples that the worker does not get.
         begin: starts a worker.
-        kind: which one.
-        policy: tries, and the time between them.
+        kind: where the worker runs, "process" or "thread".
+        policy: how many tries, and the time between them.
         clock: returns seconds.
     """
 
     def __init__(
-        self, work: Work, held: Samples, *, begin: Begin, kind: Kind, policy: Policy, clock: Clock = time.monotonic
+        self,
+        inputs: JobInputs,
+        held_out: Samples,
+        *,
+        begin: Begin,
+        kind: Kind,
+        policy: Policy,
+        clock: Clock = time.monotonic,
     ) -> None:
-        self.work, self.held, self.kind = work, held, kind
+        self.inputs, self.held_out, self.kind = inputs, held_out, kind
         self._begin, self._policy, self._clock = begin, policy, clock
         self.began = clock()
         self.tries = 0
@@ -62,41 +69,41 @@ class Round:
     @property
     def folder(self) -> Path:
         """Where the worker puts teacher and artifact."""
-        return self.work.folder
+        return self.inputs.folder
 
     def _start(self) -> None:
         self._next_try = None
         self.tries += 1
-        work = replace(self.work, resume=self.tries > 1)  # what a killed worker had finished is not done again
+        inputs = replace(self.inputs, resume=self.tries > 1)  # what a killed worker had finished is not done again
         try:
-            self._worker = self._begin(work, self.kind)
+            self._worker = self._begin(inputs, self.kind)
         except Exception as error:
-            self._worker = Unborn(cause(error))
+            self._worker = FailedStart(cause(error))
 
     def progress(self) -> Progress:
         """What the worker is at."""
         return self._worker.progress()
 
     def outcome(self) -> Outcome | None:
-        """How the round ended; None while it goes on. A worker that died is replaced when its time has come."""
+        """How the job ended; None while it goes on. A worker that died is replaced when its time has come."""
         if self._next_try is not None:
             if self._clock() >= self._next_try:
                 self._start()
             return None
-        found = self._worker.outcome()
-        if found is None or not found.error:
-            return found
-        self.error = found.error
-        if found.elsewhere and self.kind == "process":
-            self.kind, self.note, self.tries = "thread", found.error, 0
-            _log.warning("compression goes on in a thread of the service: %s", found.error)
+        outcome = self._worker.outcome()
+        if outcome is None or not outcome.error:
+            return outcome
+        self.error = outcome.error
+        if outcome.needs_thread and self.kind == "process":
+            self.kind, self.note, self.tries = "thread", outcome.error, 0
+            _log.warning("compression goes on in a thread of the service: %s", outcome.error)
             self._start()
-        elif found.again and self.tries < self._policy.tries:
+        elif outcome.retryable and self.tries < self._policy.max_tries:
             wait = self._policy.backoff * 2 ** (self.tries - 1)
             self._next_try = self._clock() + wait
-            _log.warning("%s; trying again in %.0f s", found.error, wait)
+            _log.warning("%s; trying again in %.0f s", outcome.error, wait)
         else:
-            return found
+            return outcome
         return None
 
     def new_teacher(self, source: nn.Module) -> nn.Module | None:
@@ -111,8 +118,8 @@ class Round:
         self.has_teacher = True
         teacher = clone(source)
         teacher.load_state_dict(load_file(path))
-        logits = logits_on(teacher, self.held)
-        if logits.shape[1:] != logits_on(source, self.held.first(1)).shape[1:] or has_nan(logits):
+        logits = logits_on(teacher, self.held_out)
+        if logits.shape[1:] != logits_on(source, self.held_out.first(1)).shape[1:] or has_nan(logits):
             raise ModelError("the adapted teacher must answer with finite scores of the same classes, but does not")
         return frozen(teacher)
 
@@ -127,5 +134,5 @@ class Round:
         self._worker.stop()
 
     def discard(self) -> None:
-        """Remove what the round left on the disk."""
+        """Remove what the job left on the disk."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Upper ends of the histogram of seconds."""
-PHASES = ("collecting", "adapting", "compressing", "retrying", "serving", "settled", "fallback", "closed")
+PHASES = ("collecting", "adapting", "compressing", "retrying", "serving", "idle", "fallback", "closed")
 
 __all__ = ["BUCKETS", "CONTENT_TYPE", "PHASES", "Metrics"]
 

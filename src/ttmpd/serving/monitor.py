@@ -26,7 +26,7 @@ class Served(NamedTuple):
     number: int
 
 
-class Lookout:
+class AnswerMonitor:
     """Watches the answers of the model in service, against a reference that begins with every swap.
 
     Args:
@@ -49,9 +49,9 @@ class Lookout:
         if served.name != "source":
             self.recent.add(batch)
 
-    def begin(self, served: Served, held: Samples) -> None:
+    def begin(self, served: Served, held_out: Samples) -> None:
         """From now on compare answers of this model with those that it gives for the held samples."""
-        policy, reference = self.policy, logits_on(served.module, held)
+        policy, reference = self.policy, logits_on(served.module, held_out)
         self._drift = Drift(reference, window=policy.window, false_alarm=policy.false_alarm)
         self._number, self._test, self._shadow, self._n_since = served.number, None, None, 0
         self.recent.reset()
@@ -74,14 +74,14 @@ class Lookout:
             return ""
         return f"the data moved: {test.signal} by {test.statistic:.1f} standard errors"
 
-    def parted(self, student: nn.Module, teacher: nn.Module) -> str:
+    def disagreement(self, student: nn.Module, teacher: nn.Module) -> str:
         """Whether a student that serves no longer answers like the teacher; asked about a share of the samples only."""
         if self._n_since * self.policy.shadow < self.recent.capacity:
             return ""
-        found = self.compare(student, teacher)
-        if found is None or found.high >= self.policy.min_agreement:
+        shadow = self.compare(student, teacher)
+        if shadow is None or shadow.high >= self.policy.min_agreement:
             return ""
-        return f"student and teacher part: they agree on {found.share:.0%} of {found.n_samples} recent samples"
+        return f"student and teacher part: they agree on {shadow.share:.0%} of {shadow.n_samples} recent samples"
 
     def compare(self, student: nn.Module, teacher: nn.Module) -> Agreement | None:
         """Agreement of two models on the recent samples; None where there are too few."""

@@ -116,8 +116,10 @@ def from_json(body: bytes, preprocessing: Preprocessing | None, limits: Limits) 
     try:
         data = json.loads(body, parse_constant=_refuse_constant)
         inputs = data["inputs"]
-        one = preprocessing is not None and _n_axes(inputs) == len(preprocessing.input_size)
-        _check_batch(1 if one or not isinstance(inputs, list) else len(inputs), limits)  # before they become an array
+        is_single = preprocessing is not None and _n_axes(inputs) == len(preprocessing.input_size)
+        _check_batch(
+            1 if is_single or not isinstance(inputs, list) else len(inputs), limits
+        )  # before they become an array
         array = np.asarray(inputs, dtype=np.float32)
     except InvalidValueError:
         raise

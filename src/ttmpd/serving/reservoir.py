@@ -115,10 +115,10 @@ class Reservoir:
 
     def _compact(self, rows: Tensor) -> Tensor:
         """Pixels where going back to them loses nothing, else half precision."""
-        known = self._rows
+        stored = self._rows
         if self.preprocessing is None or rows.shape[1:] != torch.Size(self.preprocessing.input_size):
             return rows.half()
-        if known is not None and known.dtype != torch.uint8:
+        if stored is not None and stored.dtype != torch.uint8:
             return rows.half()
         mean, std = self._scale()
         levels = (rows.float() * std + mean) * 255
@@ -133,9 +133,9 @@ class Reservoir:
         return ((rows.float() / 255 - mean) / std).half()
 
     def _scale(self) -> tuple[Tensor, Tensor]:
-        known = self.preprocessing
-        assert known is not None  # pixels are made with it alone
-        return torch.tensor(known.mean).view(-1, 1, 1), torch.tensor(known.std).view(-1, 1, 1)
+        preprocessing = self.preprocessing
+        assert preprocessing is not None  # pixels are made with it alone
+        return torch.tensor(preprocessing.mean).view(-1, 1, 1), torch.tensor(preprocessing.std).view(-1, 1, 1)
 
     def rows(self) -> Tensor:
         """A copy of the rows that are kept, (n, ...): uint8 pixels, or values in half precision."""
@@ -167,8 +167,8 @@ class Recent:
     def rows(self) -> Tensor | None:
         """The finite rows that are kept, (n, ...); None where there are none."""
         with self._lock:
-            kept = list(self._rows)
-        finite = [row for row in kept if bool(torch.isfinite(row).all())]
+            rows = list(self._rows)
+        finite = [row for row in rows if bool(torch.isfinite(row).all())]
         return torch.stack(finite) if finite else None
 
     def reset(self) -> None:
@@ -183,5 +183,5 @@ def _usable(batch: Tensor) -> list[int]:
         return []
     # NaN makes both NaN, which fails every comparison; two such passes are many times faster than isfinite.
     flat = batch.flatten(1)
-    found: list[int] = ((flat.amax(1) <= LARGEST) & (flat.amin(1) >= -LARGEST)).nonzero().flatten().tolist()
-    return found
+    usable: list[int] = ((flat.amax(1) <= LARGEST) & (flat.amin(1) >= -LARGEST)).nonzero().flatten().tolist()
+    return usable

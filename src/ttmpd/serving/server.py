@@ -25,7 +25,7 @@ from ttmpd.errors import InvalidValueError, ModelError, TTMPDError, UnsupportedE
 from ttmpd.models.run import first_tensor
 from ttmpd.serving.metrics import CONTENT_TYPE, Metrics
 from ttmpd.serving.requests import NPY_TYPES, Limits, from_images, from_json, from_npy
-from ttmpd.serving.service import TestTime
+from ttmpd.serving.service import OnlineService
 
 TYPES = 'application/json with "inputs", image/png, image/jpeg, multipart/form-data with images, application/x-npy'
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -33,7 +33,7 @@ MAX_TOP = 1000
 """Most classes that an answer lists."""
 
 
-def create_app(service: TestTime, limits: Limits | None = None) -> Starlette:
+def create_app(service: OnlineService, limits: Limits | None = None) -> Starlette:
     """The application: ``POST /predict``, ``GET /state``, ``/report``, ``/health`` and ``/metrics``.
 
     Args:
@@ -56,7 +56,7 @@ def create_app(service: TestTime, limits: Limits | None = None) -> Starlette:
     )
 
 
-def serve(service: TestTime, *, host: str = "127.0.0.1", port: int = 8000, limits: Limits | None = None) -> None:
+def serve(service: OnlineService, *, host: str = "127.0.0.1", port: int = 8000, limits: Limits | None = None) -> None:
     """Answer requests until the process is asked to end; then finish those under way and close the service."""
     app = create_app(service, limits)
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=10, server_header=False)
@@ -65,7 +65,7 @@ def serve(service: TestTime, *, host: str = "127.0.0.1", port: int = 8000, limit
 # ------------------------------------------------------------------------------------------------------------- predict
 
 
-def _predict_route(service: TestTime, limits: Limits, metrics: Metrics) -> Route:
+def _predict_route(service: OnlineService, limits: Limits, metrics: Metrics) -> Route:
     limiter = anyio.CapacityLimiter(limits.running)
     under_way = 0
 
@@ -100,7 +100,7 @@ def _query(parameters: QueryParams) -> tuple[int, bool]:
     return int(top), scores in ("true", "1", "yes", "on")
 
 
-async def _reader(request: Request, service: TestTime, limits: Limits) -> Callable[[], Tensor]:
+async def _reader(request: Request, service: OnlineService, limits: Limits) -> Callable[[], Tensor]:
     """Reads the body; what decodes it is handed back, to be run in a thread."""
     preprocessing = service.preprocessing
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -129,7 +129,7 @@ async def _files(request: Request, limits: Limits) -> list[bytes]:
 
 
 def _answer(
-    service: TestTime, read: Callable[[], Tensor], top: int, with_scores: bool, metrics: Metrics
+    service: OnlineService, read: Callable[[], Tensor], top: int, with_scores: bool, metrics: Metrics
 ) -> dict[str, Any]:
     batch = read()
     begun = time.perf_counter()
@@ -170,7 +170,7 @@ def _number(value: float) -> float | None:
 # --------------------------------------------------------------------------------------------------------------- views
 
 
-def _view_routes(service: TestTime, metrics: Metrics) -> list[Route]:
+def _view_routes(service: OnlineService, metrics: Metrics) -> list[Route]:
     def state(_: Request) -> Response:
         return JSONResponse(service.state())
 

@@ -1,4 +1,4 @@
-"""Test-time use in a running service: answer, collect, compress beside it, swap, watch for drift.
+"""A model in service: answer, collect, compress beside it, swap, watch for drift.
 
 Callers only ever read one reference and run the model behind it. Everything else happens in one thread that looks at
 the worker and at the answers, and in the worker; neither can reach a caller.
@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from filelock import BaseFileLock, FileLock
@@ -29,7 +29,7 @@ from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import first_tensor
 from ttmpd.pipeline.settings import Target, settings_of
 from ttmpd.serving.acceptance import device_of, frozen
-from ttmpd.serving.controller import Course
+from ttmpd.serving.controller import ServiceController
 from ttmpd.serving.job import Begin, Clock
 from ttmpd.serving.monitor import Served
 from ttmpd.serving.policy import Policy
@@ -38,7 +38,7 @@ from ttmpd.serving.worker import Kind, start
 from ttmpd.storage import disk_guarded, write_copy
 
 FEWEST = 8
-"""Samples with which a compression can begin."""
+"""Least samples with which a compression can begin."""
 _PREFIX, _LOCK = "ttmpd-online-", ".lock"
 _TO_LOCK = 60.0  # seconds that a new service has at least to lock its folder
 
@@ -52,7 +52,7 @@ class Answer(NamedTuple):
     by: str
 
 
-class TestTime:
+class OnlineService:
     """A model in service that becomes faster and adapts itself to what it is asked.
 
     It answers from the first call on: with the model as it came, then with the teacher that is adapted to the collected
@@ -64,7 +64,7 @@ class TestTime:
     * adapting, compressing: the worker runs, before and after it has adapted the teacher;
     * retrying: the worker died; another one will be started;
     * serving: the student answers;
-    * settled: there will be no student for these data, and ``error`` says why;
+    * idle: there will be no student for these data, and ``error`` says why;
     * fallback: the data moved and the student was taken out of service; new samples are collected;
     * closed.
 
@@ -77,7 +77,7 @@ class TestTime:
         model: any classifier, its id, or an opened model, as for :func:`ttmpd.compress`; it is copied.
         speedup: how many times faster the student shall be.
         latency: instead of ``speedup``: ``"12ms"`` per batch, or ``"0.5x"`` of the original.
-        samples: how many samples are collected, at least 8; a fifth of them is held back to judge by.
+        samples: number of samples that are collected, at least 8; a fifth of them is held back to judge by.
         output: folder for the artifact of the newest student.
         worker: "process", or "thread" where the model cannot be sent to one (it is taken then anyway, with the reason
             in ``state()``); or a function that starts a worker, as :func:`ttmpd.serving.worker.start` does.
@@ -91,13 +91,11 @@ class TestTime:
 
     Example:
         >>> from ttmpd.testing.tiny_models import tiny_model, tiny_samples
-        >>> with TestTime(tiny_model(), speedup=1.5, samples=500) as service:
+        >>> with OnlineService(tiny_model(), speedup=1.5, samples=500) as service:
         ...     logits = service(tiny_samples(4).batch(slice(None)))
         ...     service.state()["phase"], service.state()["n_seen"]
         ('collecting', 4)
     """
-
-    __test__: ClassVar[bool] = False  # no test, whatever its name says
 
     def __init__(
         self,
@@ -113,8 +111,8 @@ class TestTime:
     ) -> None:
         names = {field.name for field in dataclasses.fields(Policy)}
         self.policy = Policy(**{name: value for name, value in settings.items() if name in names})
-        given = {name: value for name, value in settings.items() if name not in names}
-        given = _checked(given, speedup, latency)
+        arguments = {name: value for name, value in settings.items() if name not in names}
+        arguments = _checked(arguments, speedup, latency)
         if samples < FEWEST:
             raise InvalidValueError(f"samples must be at least {FEWEST}, but got {samples!r}")
         if worker not in ("process", "thread") and not callable(worker):
@@ -130,12 +128,12 @@ class TestTime:
             )
         self.preprocessing: Preprocessing | None = opened.preprocessing
         self.opened = dataclasses.replace(opened, module=frozen(clone(opened.module)))
-        self._folder, self._lock = _own_folder()
-        self._course = Course(
+        self._folder, self._lock = _new_folder()
+        self._controller = ServiceController(
             self.opened,
-            Reservoir(samples, self.preprocessing, given.get("seed", 0)),
+            Reservoir(samples, self.preprocessing, arguments.get("seed", 0)),
             Path(self._folder.name),
-            given={"device": str(device_of(opened.module))} | given,
+            arguments={"device": str(device_of(opened.module))} | arguments,
             policy=self.policy,
             begin=worker if callable(worker) else start,
             kind="process" if callable(worker) else worker,
@@ -145,7 +143,7 @@ class TestTime:
         self._saved: Path | None = None
         self._counting, self._looking, self._closing = threading.Lock(), threading.RLock(), threading.Event()
         self._thread: threading.Thread | None = None
-        if self.policy.poll < float("inf"):
+        if self.policy.poll_seconds < float("inf"):
             self._thread = threading.Thread(target=self._keep_looking, name="ttmpd-look", daemon=True)
             self._thread.start()
         atexit.register(self.close)
@@ -166,7 +164,7 @@ class TestTime:
         What goes wrong in the model is raised here, and to nobody else. Samples that are not finite are answered and
         not collected.
         """
-        served = self._course.served  # read once: from here on a swap does not matter
+        served = self._controller.served  # read once: from here on a swap does not matter
         with torch.no_grad():
             output = served.module(x)
         if not self._closing.is_set():
@@ -178,7 +176,7 @@ class TestTime:
         n_seen, n_unnoted = (len(x), 0) if isinstance(x, Tensor) and x.dim() else (0, 1)
         try:
             if not n_unnoted:
-                self._course.note(served, x, first_tensor(output))
+                self._controller.note(served, x, first_tensor(output))
         except Exception as error:
             n_unnoted = 1
             _log.debug("a call could not be noted", exc_info=error)
@@ -189,7 +187,7 @@ class TestTime:
     # --------------------------------------------------------------------------------------------------------- looking
 
     def _keep_looking(self) -> None:
-        while not self._closing.wait(self.policy.poll):
+        while not self._closing.wait(self.policy.poll_seconds):
             self.look()
 
     def look(self) -> None:
@@ -200,20 +198,20 @@ class TestTime:
         with self._looking:
             if self._closing.is_set():
                 return
-            self._course.look()
-            if self._output is not None and self._course.artifact not in (None, self._saved):
-                self._saved = self._course.artifact
+            self._controller.look()
+            if self._output is not None and self._controller.artifact not in (None, self._saved):
+                self._saved = self._controller.artifact
                 try:
                     self.save(self._output)
                 except (TTMPDError, OSError) as error:
-                    self._course.error = f"the artifact could not be kept: {cause(error)}"
+                    self._controller.error = f"the artifact could not be kept: {cause(error)}"
 
     # ---------------------------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Any]:
         """Everything that is known about the service, as plain data; at any time and from any thread."""
         counts = {"n_calls": self._n_calls, "n_seen": self._n_seen, "n_unnoted": self._n_unnoted}
-        return self._course.state() | counts | ({"phase": "closed"} if self._closing.is_set() else {})
+        return self._controller.state() | counts | ({"phase": "closed"} if self._closing.is_set() else {})
 
     @property
     def device(self) -> torch.device:
@@ -223,7 +221,7 @@ class TestTime:
     @property
     def artifact(self) -> Path | None:
         """The artifact of the newest student that was taken into service; None before, and once closed."""
-        return None if self._closing.is_set() else self._course.artifact
+        return None if self._closing.is_set() else self._controller.artifact
 
     def save(self, folder: str | Path) -> Path:
         """Copy the artifact of the newest student, for :func:`ttmpd.load`.
@@ -256,7 +254,7 @@ class TestTime:
         """End the worker and the watching, and remove what lies on the disk; calls are still answered."""
         with self._looking:  # a student that is being taken in is kept in the output first
             self._closing.set()
-            self._course.stop()
+            self._controller.stop()
             self._lock.release()
             self._folder.cleanup()
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -270,7 +268,7 @@ class TestTime:
         self.close()
 
 
-def _own_folder() -> tuple[tempfile.TemporaryDirectory[str], BaseFileLock]:
+def _new_folder() -> tuple[tempfile.TemporaryDirectory[str], BaseFileLock]:
     """A new folder and its lock, once those are removed that killed services left: nobody holds their locks."""
     for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):  # in service, or another user's
@@ -283,13 +281,13 @@ def _own_folder() -> tuple[tempfile.TemporaryDirectory[str], BaseFileLock]:
     return folder, lock
 
 
-def _checked(given: dict[str, Any], speedup: float | None, latency: str | float | None) -> dict[str, Any]:
+def _checked(arguments: dict[str, Any], speedup: float | None, latency: str | float | None) -> dict[str, Any]:
     """The arguments of ``compress``, with every rule checked now and not when the samples are there."""
     Target.of(speedup, latency)
-    settings_of(given)
-    if "num_samples" in given:
+    settings_of(arguments)
+    if "num_samples" in arguments:
         raise InvalidValueError("num_samples must be left out: give samples, the number that are collected")
     if latency is not None:
-        return given | {"latency": latency}
+        return arguments | {"latency": latency}
     Target(speedup=speedup)
-    return given | {"speedup": speedup}
+    return arguments | {"speedup": speedup}

@@ -2,7 +2,7 @@
 
 The two sides meet in a folder. The worker puts ``teacher.safetensors`` there as soon as the teacher is adapted, and the
 artifact under ``student``; a killed worker leaves finished stages, and the next one goes on from them. A process also
-writes ``news.json``. It gets the model through a pipe, and ends when the pipe breaks: nothing outlives the service.
+writes ``status.json``. It gets the model through a pipe, and ends when the pipe breaks: nothing outlives the service.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from ttmpd.pipeline.stages import ADAPT_STAGE
 from ttmpd.progress import Watcher, watched
 from ttmpd.storage import write_copy, write_json
 
-TEACHER, STUDENT, NEWS, LOG = "teacher.safetensors", "student", "news.json", "worker.log"
+TEACHER, STUDENT, STATUS, LOG = "teacher.safetensors", "student", "status.json", "worker.log"
 TELL_EVERY = 0.2
 """Seconds between two notes of progress."""
 STOP_SECONDS = 3.0
@@ -44,25 +44,25 @@ Kind = Literal["process", "thread"]
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
+class JobInputs:
     """One compression.
 
     Args:
         opened: the model; it is copied before anything is done to it.
         samples: unlabelled.
         folder: where the results go.
-        given: arguments of ``compress``: the target and the settings.
+        arguments: of ``compress``: the target and the settings.
         threads: that torch may use in a process.
-        nice: how far the priority is lowered, 0 to 19.
+        niceness: by how much the priority is lowered, 0 to 19.
         resume: go on with what an earlier worker left in ``folder``.
     """
 
     opened: OpenedModel
     samples: Samples
     folder: Path
-    given: dict[str, Any]
+    arguments: dict[str, Any]
     threads: int = 1
-    nice: int = 10
+    niceness: int = 10
     resume: bool = False
 
 
@@ -72,13 +72,13 @@ class Outcome:
 
     Args:
         error: "" when the artifact is there.
-        again: whether another try may go better: it was killed, or broke off unexpectedly.
-        elsewhere: whether it could not even begin, so that only a thread can do the work.
+        retryable: whether another try may go better: it was killed, or broke off unexpectedly.
+        needs_thread: whether it could not even begin, so that only a thread can do the work.
     """
 
     error: str = ""
-    again: bool = False
-    elsewhere: bool = False
+    retryable: bool = False
+    needs_thread: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Progress:
 
 
 class Worker(Protocol):
-    """Work under way."""
+    """JobInputs under way."""
 
     @property
     def kind(self) -> str:
@@ -111,13 +111,13 @@ class StoppedError(BaseException):
     """Ends a thread's work where it next tells its progress, past all that catches errors; never leaves this module."""
 
 
-def start(work: Work, kind: Kind) -> Worker:
+def start(inputs: JobInputs, kind: Kind) -> Worker:
     """A worker of the kind that does the work."""
-    return ProcessWorker(work) if kind == "process" else ThreadWorker(work)
+    return ProcessWorker(inputs) if kind == "process" else ThreadWorker(inputs)
 
 
 @dataclass(frozen=True, slots=True)
-class Unborn:
+class FailedStart:
     """Stands for a worker that could not be started."""
 
     error: str
@@ -129,15 +129,15 @@ class Unborn:
 
     def outcome(self) -> Outcome:
         """Another try may go better: a process needs memory and a place in the system's table."""
-        return Outcome(f"the background job could not be started: {self.error}", again=True)
+        return Outcome(f"the background job could not be started: {self.error}", retryable=True)
 
     def stop(self) -> None:
         """There is nothing to end."""
 
 
-def carry_out(work: Work, tell: Watcher) -> None:
+def run_job(inputs: JobInputs, tell: Watcher) -> None:
     """Compress into the folder; the adapted teacher is copied beside the artifact as soon as its stage is finished."""
-    teacher = work.folder / TEACHER
+    teacher = inputs.folder / TEACHER
     teacher.unlink(missing_ok=True)
 
     def publish(stage: str, path: Path) -> None:
@@ -146,19 +146,19 @@ def carry_out(work: Work, tell: Watcher) -> None:
 
     with watched(tell, publish):
         compress(
-            work.opened,
-            work.samples,
-            output=work.folder / STUDENT,
-            resume=work.resume,
+            inputs.opened,
+            inputs.samples,
+            output=inputs.folder / STUDENT,
+            resume=inputs.resume,
             command="made by a running service",
-            **work.given,
+            **inputs.arguments,
         )
 
 
 def outcome_of(error: Exception) -> Outcome:
-    """What an error of :func:`carry_out` means for another try."""
+    """What an error of :func:`run_job` means for another try."""
     hopeless = isinstance(error, TTMPDError)  # stated rules: the same samples break them again
-    return Outcome(str(error) if hopeless else f"the background job failed: {cause(error)}", again=not hopeless)
+    return Outcome(str(error) if hopeless else f"the background job failed: {cause(error)}", retryable=not hopeless)
 
 
 # ------------------------------------------------------------------------------------------------------------- process
@@ -172,29 +172,29 @@ class ProcessWorker:
 
     kind = "process"
 
-    def __init__(self, work: Work) -> None:
-        self.folder = work.folder
-        work.folder.mkdir(parents=True, exist_ok=True)
-        (work.folder / NEWS).unlink(missing_ok=True)
+    def __init__(self, inputs: JobInputs) -> None:
+        self.folder = inputs.folder
+        inputs.folder.mkdir(parents=True, exist_ok=True)
+        (inputs.folder / STATUS).unlink(missing_ok=True)
         self._process: subprocess.Popen[bytes] | None = None
         self._broken: Outcome | None = None
         try:
-            module = work.opened.module
+            module = inputs.opened.module
             on_cpu = {p.device.type for p in module.parameters()} <= {"cpu"}
-            opened = work.opened if on_cpu else dataclasses.replace(work.opened, module=clone(module).cpu())
-            sent = pickle.dumps((work.opened.id, freed_memory() == "kept", work.threads, work.nice))
+            opened = inputs.opened if on_cpu else dataclasses.replace(inputs.opened, module=clone(module).cpu())
+            sent = pickle.dumps((inputs.opened.id, freed_memory() == "kept", inputs.threads, inputs.niceness))
             # By value what a script or a notebook defines, which plain pickle would only name.
-            sent_work = cloudpickle.dumps(dataclasses.replace(work, opened=opened))
+            sent_work = cloudpickle.dumps(dataclasses.replace(inputs, opened=opened))
         except Exception as error:  # what a module may hold can still refuse: locks, open files, generators
-            self._broken = Outcome(f"the model cannot be sent to a process: {cause(error)}", elsewhere=True)
+            self._broken = Outcome(f"the model cannot be sent to a process: {cause(error)}", needs_thread=True)
             return
-        with (work.folder / LOG).open("wb") as log:
+        with (inputs.folder / LOG).open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _ENTRY, str(len(sent)), str(len(sent_work)), str(work.folder)],
+                [sys.executable, "-c", _ENTRY, str(len(sent)), str(len(sent_work)), str(inputs.folder)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=_environment(work.threads),
+                env=_environment(inputs.threads),
             )
         with contextlib.suppress(OSError):  # it died already: `outcome` says so
             assert self._process.stdin is not None
@@ -209,8 +209,8 @@ class ProcessWorker:
 
     def progress(self) -> Progress:
         """What it told last."""
-        news = _news(self.folder)
-        return Progress(**{key: news[key] for key in ("stage", "done", "total")}) if "stage" in news else Progress()
+        status = _status(self.folder)
+        return Progress(**{key: status[key] for key in ("stage", "done", "total")}) if "stage" in status else Progress()
 
     def outcome(self) -> Outcome | None:
         """How it ended; None while it runs."""
@@ -220,11 +220,13 @@ class ProcessWorker:
         if code is None:
             return None
         self._close_pipe()
-        news = _news(self.folder)
-        if "error" in news:
-            return Outcome(news["error"], news["again"], news["elsewhere"])
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        return Outcome(f"the background process {how}{self._last_words()}", again=True, elsewhere=not news and code > 0)
+        status = _status(self.folder)
+        if "error" in status:
+            return Outcome(status["error"], status["retryable"], status["needs_thread"])
+        ending = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        return Outcome(
+            f"the background process {ending}{self._last_words()}", retryable=True, needs_thread=not status and code > 0
+        )
 
     def stop(self) -> None:
         """End the process, kill it if it does not go, and wait until it is gone."""
@@ -255,10 +257,10 @@ class ProcessWorker:
 # through sys.stdin, whose lock a waiting thread would hold when the interpreter ends, which aborts it.
 _ENTRY = """
 import os, sys, threading
-head, work = sys.stdin.buffer.read(int(sys.argv[1])), sys.stdin.buffer.read(int(sys.argv[2]))
+head, inputs = sys.stdin.buffer.read(int(sys.argv[1])), sys.stdin.buffer.read(int(sys.argv[2]))
 threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
 from ttmpd.serving.worker import process_main
-process_main(head, work, sys.argv[3])
+process_main(head, inputs, sys.argv[3])
 """
 
 
@@ -267,22 +269,22 @@ def process_main(head: bytes, sent: bytes, place: str) -> None:
     with contextlib.suppress(ValueError, OSError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the service is interrupted, and ends this process
     folder = Path(place)
-    model_id, kept, threads, nice = pickle.loads(head)
+    model_id, keeps_memory, threads, niceness = pickle.loads(head)
     with contextlib.suppress(OSError, AttributeError):
-        os.nice(nice)
+        os.nice(niceness)
     torch.set_num_threads(threads)
-    if kept:
+    if keeps_memory:
         keep_freed_memory()  # milliseconds depend on it
     try:
         if is_factory(model_id):
             call_factory(model_id)  # classes of a file that is not on any import path become known by that
-        work: Work = pickle.loads(sent)
+        inputs: JobInputs = pickle.loads(sent)
     except Exception as error:
-        _write_outcome(folder, Outcome(f"the model cannot be rebuilt in a process: {cause(error)}", elsewhere=True))
+        _write_outcome(folder, Outcome(f"the model cannot be rebuilt in a process: {cause(error)}", needs_thread=True))
         return
-    write_json(folder / NEWS, dataclasses.asdict(Progress("starting")))
+    write_json(folder / STATUS, dataclasses.asdict(Progress("starting")))
     try:
-        carry_out(work, _Teller(folder / NEWS))
+        run_job(inputs, _Teller(folder / STATUS))
     except Exception as error:
         _write_outcome(folder, outcome_of(error))
         if not isinstance(error, TTMPDError):
@@ -304,15 +306,15 @@ class _Teller:
 
 
 def _write_outcome(folder: Path, outcome: Outcome) -> None:
-    write_json(folder / NEWS, dataclasses.asdict(outcome))
+    write_json(folder / STATUS, dataclasses.asdict(outcome))
 
 
-def _news(folder: Path) -> dict[str, Any]:
+def _status(folder: Path) -> dict[str, Any]:
     try:
-        news = json.loads((folder / NEWS).read_text(encoding="utf-8"))
+        status = json.loads((folder / STATUS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return news if isinstance(news, dict) else {}
+    return status if isinstance(status, dict) else {}
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -329,8 +331,8 @@ class ThreadWorker:
 
     kind = "thread"
 
-    def __init__(self, work: Work) -> None:
-        self.work = work
+    def __init__(self, inputs: JobInputs) -> None:
+        self.inputs = inputs
         self._progress = Progress()
         self._outcome: Outcome | None = None
         self._stopping = threading.Event()
@@ -338,9 +340,9 @@ class ThreadWorker:
         self._thread.start()
 
     def _run(self) -> None:
-        _lower_priority(self.work.nice)
+        _lower_priority(self.inputs.niceness)
         try:
-            carry_out(self.work, self._hear)
+            run_job(self.inputs, self._hear)
             self._outcome = Outcome()
         except StoppedError:
             self._outcome = Outcome("stopped")
@@ -367,8 +369,8 @@ class ThreadWorker:
             self._thread.join(STOP_SECONDS)
 
 
-def _lower_priority(nice: int) -> None:
+def _lower_priority(niceness: int) -> None:
     """On Linux a thread has a priority of its own; elsewhere nothing is done."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)

@@ -43,10 +43,10 @@ class Attack:
         check_range("attack.eps", self.eps, 0.0)
         check_range("attack.steps", self.steps, 1)
         check_range("attack.beta", self.beta, 0.0)
-        for name, known in (("norm", NORMS), ("loss", LOSSES), ("rule", ("eps", *RULES))):
-            if getattr(self, name) not in known:
+        for name, choices in (("norm", NORMS), ("loss", LOSSES), ("rule", ("eps", *RULES))):
+            if getattr(self, name) not in choices:
                 raise InvalidValueError(
-                    f"attack.{name} must be one of {', '.join(known)}, but got {getattr(self, name)!r}"
+                    f"attack.{name} must be one of {', '.join(choices)}, but got {getattr(self, name)!r}"
                 )
 
 
@@ -145,7 +145,7 @@ def trades_loss(
     return F.cross_entropy(logits, labels) + attack.beta * soft_label_loss(call(model, moved), logits)
 
 
-def robust_loss(
+def adversarial_loss(
     model: nn.Module, batch: Tensor, labels: Tensor, *, radius: Tensor, attack: Attack, pixels: Pixels
 ) -> Tensor:
     """:func:`trades_loss` or :func:`pgd_loss`, as the attack says."""

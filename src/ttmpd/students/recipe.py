@@ -116,10 +116,10 @@ class Recipe:
         return plain | {"select": self.select.to_dict(), "adapt": self.adapt.to_dict(), "attack": attack}
 
 
-def recipe_of(given: Mapping[str, Any]) -> Recipe:
+def recipe_of(settings: Mapping[str, Any]) -> Recipe:
     """A recipe from keyword arguments, with a clear error for unknown ones."""
-    known = {item.name for item in dataclasses.fields(Recipe)}
-    for name in given:
-        if name not in known:
-            raise InvalidValueError(f"a setting must be one of {', '.join(sorted(known))}, but got {name!r}")
-    return Recipe(**named(given))
+    names = {item.name for item in dataclasses.fields(Recipe)}
+    for name in settings:
+        if name not in names:
+            raise InvalidValueError(f"a setting must be one of {', '.join(sorted(names))}, but got {name!r}")
+    return Recipe(**named(settings))

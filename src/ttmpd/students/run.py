@@ -23,7 +23,7 @@ from ttmpd.models.run import logits_of
 from ttmpd.pipeline.evaluate import Accuracy
 from ttmpd.quality.agreement import agreement
 from ttmpd.storage import disk_guarded, locked, write_json
-from ttmpd.students.train import WORK, Trained, train_student
+from ttmpd.students.train import WORK, StudentResult, train_student
 
 WEIGHTS, REPORT, CARD = "model.safetensors", "report.json", "README.md"
 KIND = "student"
@@ -41,7 +41,7 @@ class StudentRun:
         folder: where everything lies.
     """
 
-    trained: Trained
+    trained: StudentResult
     n_samples: int
     accuracy: Accuracy | None
     teacher: Accuracy | None
@@ -101,7 +101,7 @@ def run_student(
         accuracy = _accuracy(trained.model, samples.subset(held), truth[held])
         taught = None if trained.teacher is None else _accuracy(trained.teacher, seen.subset(held), truth[held])
         found = StudentRun(trained, len(rest), accuracy, taught, output)
-        names = [samples.names[rest[place]] for place in trained.kept]
+        names = [samples.names[rest[place]] for place in trained.selected]
         facts = _facts(found, student, teacher, settings={"holdout": holdout, "device": str(where)})
         _write(found, facts | {"command": command, "kept": names}, student.id)
         shutil.rmtree(output / WORK, ignore_errors=True)
@@ -165,7 +165,7 @@ def _facts(
         "recipe": trained.recipe.to_dict() | {"alpha": trained.alpha},
         "settings": settings,
         "n_samples": found.n_samples,
-        "n_kept": len(trained.kept),
+        "n_kept": len(trained.selected),
         "n_views": trained.n_views,
         "steps": trained.fit.steps,
         "seconds": dict(trained.seconds),
@@ -201,8 +201,8 @@ def _card(found: StudentRun, facts: dict[str, Any], model_id: str) -> str:
             f"(95 % interval {accuracy.low:.1%} to {accuracy.high:.1%})."
         )
     return (
-        f"# Student\n\n`{model_id}`, trained for {trained.fit.steps} steps on {len(trained.kept)} of {found.n_samples} "
-        f"labelled samples (chosen by `{trained.recipe.select.name}`){taught}.\n\n{measured}\n\n"
+        f"# Student\n\n`{model_id}`, trained for {trained.fit.steps} steps on {len(trained.selected)} of "
+        f"{found.n_samples} labelled samples (chosen by `{trained.recipe.select.name}`){taught}.\n\n{measured}\n\n"
         f"```\nttmpd evaluate --model {model_id} --weights {WEIGHTS} --data DATA --labels LABELS\n```\n\n"
         f"`{REPORT}` holds all settings, the seconds of each stage and the names of the samples that were kept.\n"
     )

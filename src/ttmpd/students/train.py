@@ -19,9 +19,9 @@ from ttmpd.models.run import call, logits_of
 from ttmpd.pipeline.stages import Stages
 from ttmpd.records import Fit
 from ttmpd.storage import fingerprint, weights_fingerprint
-from ttmpd.students.adversarial import pixels_of, robust_loss
+from ttmpd.students.adversarial import adversarial_loss, pixels_of
 from ttmpd.students.recipe import Recipe, recipe_of
-from ttmpd.students.training_set import Lesson, choose, prepare, steps_per_epoch
+from ttmpd.students.training_set import DistillationSet, choose, prepare, steps_per_epoch
 from ttmpd.training.loop import Loop, batch_order, train
 from ttmpd.training.losses import soft_label_loss
 
@@ -30,13 +30,13 @@ WORK = ".work"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Trained:
+class StudentResult:
     """A trained student, and what came of the choices.
 
     Args:
         model: in eval mode, on the device of the one that was passed in.
         recipe: how it was trained.
-        kept: positions of the samples that it learned from, ascending.
+        selected: positions of the samples that it learned from, ascending.
         alpha: weight of the teacher's answers.
         n_views: fixed views that were shown; the teacher passed that often over each kept sample, unless alpha is 0.
         fit: what the training did.
@@ -47,7 +47,7 @@ class Trained:
 
     model: nn.Module
     recipe: Recipe
-    kept: tuple[int, ...]
+    selected: tuple[int, ...]
     alpha: float
     n_views: int
     fit: Fit
@@ -65,7 +65,7 @@ def train_student(
     teacher_samples: Samples | None = None,
     folder: Path | None = None,
     **settings: Any,
-) -> Trained:
+) -> StudentResult:
     """A copy of ``student``, trained on a part of the labelled samples for a fixed number of steps.
 
     The teacher answers once for fixed views of the kept samples, and the student learns each answer on the very view
@@ -95,22 +95,28 @@ def train_student(
     """
     recipe = recipe_of(settings)
     alpha = recipe.weight(teacher)
-    seen, labels = samples if teacher_samples is None else teacher_samples, labels.cpu()
-    n_kept = _count(samples, seen, labels, recipe.fraction)
-    _check_classes(labels, [(student, samples), *([] if teacher is None else [(teacher, seen)])])
+    teacher_samples, labels = teacher_samples or samples, labels.cpu()
+    n_selected = _count(samples, teacher_samples, labels, recipe.fraction)
+    _check_classes(labels, [(student, samples), *([] if teacher is None else [(teacher, teacher_samples)])])
     model, note = clone(student), ""
     with _stages(folder, _fingerprint(student, teacher, samples, labels, recipe)) as stages:
         if teacher is not None:
             with stages.timed("adapt"):
-                adapted = recipe.adapt.adapt(teacher, seen, batch_size=recipe.batch, seed=recipe.seed)
+                adapted = recipe.adapt.adapt(teacher, teacher_samples, batch_size=recipe.batch, seed=recipe.seed)
             teacher, note = adapted.model, adapted.note
         scorer = student if teacher is None else teacher  # a blind selector asks neither
-        kept = stages.json("select", lambda: choose(scorer, seen, labels, n_kept, recipe))
-        lesson = prepare(teacher, (samples.subset(kept), seen.subset(kept)), labels[list(kept)], recipe, stages)
+        selected = stages.json("select", lambda: choose(scorer, teacher_samples, labels, n_selected, recipe))
+        training_set = prepare(
+            teacher,
+            (samples.subset(selected), teacher_samples.subset(selected)),
+            labels[list(selected)],
+            recipe,
+            stages,
+        )
         with stages.timed("train"):
-            fit = _fit(model, lesson, recipe, stages.folder / "training.safetensors")
+            fit = _fit(model, training_set, recipe, stages.folder / "training.safetensors")
         seconds = stages.seconds()
-    return Trained(model, recipe, tuple(kept), alpha, lesson.n_views, fit, seconds, teacher, note)
+    return StudentResult(model, recipe, tuple(selected), alpha, training_set.n_views, fit, seconds, teacher, note)
 
 
 def distillation_loss(
@@ -133,23 +139,23 @@ def distillation_loss(
     return soft if alpha == 1 else (1 - alpha) * F.cross_entropy(logits, labels) + alpha * soft
 
 
-def _count(samples: Samples, seen: Samples, labels: Tensor, fraction: float) -> int:
+def _count(samples: Samples, teacher_samples: Samples, labels: Tensor, fraction: float) -> int:
     """How many samples are kept, once it is clear that samples and labels belong together."""
     if labels.shape != (len(samples),) or labels.is_floating_point():
         raise InvalidValueError(
             f"labels must be one class index per sample, ({len(samples)},), but got {labels.dtype} of the shape "
             f"{tuple(labels.shape)}"
         )
-    if seen.ids != samples.ids:
+    if teacher_samples.ids != samples.ids:
         raise InvalidValueError(
             "teacher_samples must be the samples in the same order, but their ids differ; open both from the same data"
         )
-    n_kept = round(fraction * len(samples))
-    if n_kept < 2:
+    n_selected = round(fraction * len(samples))
+    if n_selected < 2:
         raise InvalidValueError(
-            f"fraction must keep at least 2 samples, but {fraction:g} of {len(samples)} are {n_kept}; raise it"
+            f"fraction must keep at least 2 samples, but {fraction:g} of {len(samples)} are {n_selected}; raise it"
         )
-    return n_kept
+    return n_selected
 
 
 def _check_classes(labels: Tensor, models: list[tuple[nn.Module, Samples]]) -> None:
@@ -184,20 +190,22 @@ def _stages(folder: Path | None, run: str) -> Iterator[Stages]:
         yield Stages(Path(temporary) / WORK, run)
 
 
-def _fit(student: nn.Module, lesson: Lesson, recipe: Recipe, state: Path) -> Fit:
+def _fit(student: nn.Module, training_set: DistillationSet, recipe: Recipe, state: Path) -> Fit:
     """Train all parameters in place; the student is left in eval mode."""
-    device, n = next(student.parameters()).device, len(lesson.samples)
+    device, n = next(student.parameters()).device, len(training_set.samples)
     per_epoch = steps_per_epoch(n, recipe.batch)
-    loss_of = _loss(student, lesson, recipe)
+    loss_of = _loss(student, training_set, recipe)
 
     def loss_at(step: int) -> Tensor:
-        index, view = batch_order(n, recipe.batch, step, recipe.seed), step // per_epoch % lesson.n_views
-        return loss_of(fixed_view(lesson.samples.trimmed(index, device), index, view, recipe.seed, n), index, view)
+        index, view = batch_order(n, recipe.batch, step, recipe.seed), step // per_epoch % training_set.n_views
+        return loss_of(
+            fixed_view(training_set.samples.trimmed(index, device), index, view, recipe.seed, n), index, view
+        )
 
     to_fast_format(student).train()
     fit = train(student, loss_at, recipe.schedule, Loop(state=state, stage="train"))
     to_plain_format(student).eval()
-    if has_nan(logits_of(student, lesson.samples.first(recipe.batch), recipe.batch)):
+    if has_nan(logits_of(student, training_set.samples.first(recipe.batch), recipe.batch)):
         raise ModelError(
             f"training must end with finite answers, but {type(student).__name__} ran away at a learning rate of "
             f"{recipe.lr:g}; lower lr"
@@ -205,21 +213,21 @@ def _fit(student: nn.Module, lesson: Lesson, recipe: Recipe, state: Path) -> Fit
     return fit
 
 
-def _loss(student: nn.Module, lesson: Lesson, recipe: Recipe) -> Callable[[Tensor, Tensor, int], Tensor]:
+def _loss(student: nn.Module, training_set: DistillationSet, recipe: Recipe) -> Callable[[Tensor, Tensor, int], Tensor]:
     """The loss of a batch, given the positions of its samples and the number of their view."""
     device = next(student.parameters()).device
-    pixels = pixels_of(lesson.samples, device)
+    pixels = pixels_of(training_set.samples, device)
 
     def loss_of(batch: Tensor, index: Tensor, view: int) -> Tensor:
-        labels = lesson.labels[index].to(device)
-        answers = None if lesson.answers is None else lesson.answers[view, index].to(device)
-        if recipe.attack is None or lesson.radius is None:
-            return distillation_loss(call(student, batch), labels, answers, lesson.alpha, recipe.temperature)
-        radius = lesson.radius[index]
-        hard = robust_loss(student, batch, labels, radius=radius, attack=recipe.attack, pixels=pixels)
+        labels = training_set.labels[index].to(device)
+        answers = None if training_set.answers is None else training_set.answers[view, index].to(device)
+        if recipe.attack is None or training_set.radius is None:
+            return distillation_loss(call(student, batch), labels, answers, training_set.alpha, recipe.temperature)
+        radius = training_set.radius[index]
+        hard = adversarial_loss(student, batch, labels, radius=radius, attack=recipe.attack, pixels=pixels)
         if answers is None:
             return hard
         soft = soft_label_loss(call(student, batch), answers, recipe.temperature)
-        return (1 - lesson.alpha) * hard + lesson.alpha * soft
+        return (1 - training_set.alpha) * hard + training_set.alpha * soft
 
     return loss_of

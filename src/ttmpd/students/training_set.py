@@ -20,7 +20,7 @@ from ttmpd.training.teacher_outputs import Targets, TargetsWriter, load_targets,
 
 
 @dataclass(frozen=True, eq=False)
-class Lesson:
+class DistillationSet:
     """All that a student learns from; the teacher is not part of it.
 
     Args:
@@ -56,11 +56,11 @@ def choose(model: nn.Module, pool: Samples, labels: Tensor, n: int, recipe: Reci
 
     if not recipe.balanced:
         return select(pool, labels, n)
-    kept: list[int] = []
+    selected: list[int] = []
     for label, quota in quotas(labels, n).items():
-        own = (labels == label).nonzero().squeeze(-1).tolist()
-        kept += [own[place] for place in select(pool.subset(own), labels[own], quota)]
-    return tuple(sorted(kept))
+        members = (labels == label).nonzero().squeeze(-1).tolist()
+        selected += [members[place] for place in select(pool.subset(members), labels[members], quota)]
+    return tuple(sorted(selected))
 
 
 def quotas(labels: Tensor, n: int) -> dict[int, int]:
@@ -71,47 +71,47 @@ def quotas(labels: Tensor, n: int) -> dict[int, int]:
         {0: 1, 1: 2, 2: 3}
     """
     counts = sorted(Counter(labels.tolist()).items(), key=lambda item: (item[1], item[0]))
-    left, found = min(n, len(labels)), {}
+    left, shares = min(n, len(labels)), {}
     for number, (label, count) in enumerate(counts):
         quota = min(count, left // (len(counts) - number))
         left -= quota
         if quota:
-            found[label] = quota
-    return found
+            shares[label] = quota
+    return shares
 
 
 def prepare(
     teacher: nn.Module | None,
-    kept: tuple[Samples, Samples],
+    selected: tuple[Samples, Samples],
     labels: Tensor,
     recipe: Recipe,
     stages: Stages,
-) -> Lesson:
-    """The lesson on the kept samples; the only call of the teacher after these are chosen.
+) -> DistillationSet:
+    """The training_set on the kept samples; the only call of the teacher after these are chosen.
 
     Args:
         teacher: None where nothing needs one.
-        kept: the samples as the student wants them, and the same as the teacher wants them.
+        selected: the samples as the student wants them, and the same as the teacher wants them.
         labels: (n,) their classes.
         recipe: weight and number of answers, the attack.
         stages: keep the answers.
 
     Cost: exactly ``n_views`` teacher passes per sample if the answers have a weight; margins if the attack needs them.
     """
-    samples, seen = kept
+    samples, teacher_samples = selected
     alpha = recipe.weight(teacher)
     epochs = math.ceil(recipe.steps / steps_per_epoch(len(samples), recipe.batch))
     n_views = min(recipe.views, epochs) if samples.is_image else 1
     answers = radius = None
     if teacher is not None and alpha > 0:
         with stages.timed("teacher"):
-            answers = _answers(teacher, seen, n_views, recipe, stages.folder / "answers")
+            answers = _answers(teacher, teacher_samples, n_views, recipe, stages.folder / "answers")
     attack = recipe.attack
     if attack is not None:
         radius = stages.tensors(
-            "radii", lambda: ({"radius": _radius(teacher, seen, labels, attack, recipe.batch)}, None)
+            "radii", lambda: ({"radius": _radius(teacher, teacher_samples, labels, attack, recipe.batch)}, None)
         )[0]["radius"]
-    return Lesson(samples, labels, alpha, n_views, answers, radius)
+    return DistillationSet(samples, labels, alpha, n_views, answers, radius)
 
 
 def steps_per_epoch(n_samples: int, batch: int) -> int:

@@ -38,7 +38,7 @@ def command(
     with reporting(verbose):
         from ttmpd.distill.one_time import OneTime
         from ttmpd.latency.device import choose_device
-        from ttmpd.serving.service import TestTime
+        from ttmpd.serving.service import OnlineService
 
         try:
             from ttmpd.serving.server import default_limits, serve
@@ -52,7 +52,7 @@ def command(
         target: dict[str, Any] = {"speedup": speedup} if latency is None else {"latency": latency}
         given |= target | {"worker": worker, "threads": threads, "batch_size": batch_size, "seed": seed}
         show_machine(device)
-        with TestTime(opened, samples=samples, output=output, **given) as service:
+        with OnlineService(opened, samples=samples, output=output, **given) as service:
             _greet(host, port)
             serve(service, host=host, port=port, limits=default_limits(max_mb, max_batch))
 

@@ -90,7 +90,7 @@ def _show(found: "StudentRun") -> None:
     if trained.teacher is not None:
         console.print(f"Adaptation: {escape(trained.adapt_note)}")
     table = Table("", "", show_header=False)
-    table.add_row("samples kept", f"{len(trained.kept)} of {found.n_samples}, by {trained.recipe.select.name}")
+    table.add_row("samples kept", f"{len(trained.selected)} of {found.n_samples}, by {trained.recipe.select.name}")
     table.add_row("weight of the teacher", f"{trained.alpha:g}")
     if trained.alpha:
         table.add_row("teacher passes per kept sample", str(trained.n_views))
