@@ -30,7 +30,7 @@ from ttmpd.data.samples import Samples
 from ttmpd.demo.digits import DigitNet, digits
 from ttmpd.models.open import open_model
 from ttmpd.models.run import logits_of
-from ttmpd.quality.margins import Search, margins
+from ttmpd.quality.margins import DeepFoolConfig, margins
 from ttmpd.select.base import Selector
 from ttmpd.select.el2n import EL2N
 from ttmpd.select.forgetting import Forgetting
@@ -284,7 +284,7 @@ def puma_student(method: str, loss: str, seed: int) -> dict[str, float]:
     rule = method.partition("+")[2] or "eps"
     settings: dict[str, Any] = {"fraction": KEEP, "select": PUMA(norm="linf")}
     if method == "drop low margins":
-        margin = margins(guide(seed), pool, Search(norm="linf"), labels=wanted)
+        margin = margins(guide(seed), pool, DeepFoolConfig(norm="linf"), labels=wanted)
         chosen = margin.topk(round(KEEP * len(pool))).indices.sort().values.tolist()
         pool, wanted, settings = pool.subset(chosen), wanted[chosen], {"fraction": 1.0}
     elif method in ("all", "random"):

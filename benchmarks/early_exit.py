@@ -36,13 +36,13 @@ from ttmpd.data.samples import Samples
 from ttmpd.early_exit.base import Equipped
 from ttmpd.early_exit.right_tool import RightTool
 from ttmpd.errors import BudgetUnreachableError
-from ttmpd.latency.exits import mean_rounds, speedup_of
+from ttmpd.latency.exits import mean_timings, speedup_of
 from ttmpd.models.modules import clone, to_plain_format
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
 from ttmpd.pipeline.compress import compress
 from ttmpd.pipeline.exit_choice import fitted, time_exits
-from ttmpd.pipeline.exit_threshold import choose_threshold, exit_answers, sure_of
+from ttmpd.pipeline.exit_threshold import choose_threshold, exit_answers, exit_confidences
 from ttmpd.quality.calibration import calibration_error
 from ttmpd.surgery.exits.model import EarlyExitModel
 from ttmpd.surgery.exits.spec import NEVER
@@ -138,7 +138,7 @@ def run(bench: Bench, variant: str, known: dict[str, Any], seed: int) -> dict[st
     method, labels = VARIANTS[variant], bench.fit_labels if variant == "labels" else None
     found = method.equip(bench.source, bench.fit, labels=labels, batch_size=PASS, seed=seed)
     exits, own = exit_answers(found.model, bench.test, PASS)
-    on_fit, on_test = sure_of(found.exit_logits, found.logits), sure_of(exits, own)
+    on_fit, on_test = exit_confidences(found.exit_logits, found.logits), exit_confidences(exits, own)
     measured = time_exits(bench.source, found.model, bench.fit, 1)
     answers = torch.cat([exits.argmax(-1), own.argmax(-1)[None]])
 
@@ -164,8 +164,8 @@ def run(bench: Bench, variant: str, known: dict[str, Any], seed: int) -> dict[st
         except BudgetUnreachableError:
             break
         spec = chosen.model.spec
-        numbers = tuple(found.model.spec.places.index(place) for place in spec.places)
-        depths = on_test.only(numbers).weighed(spec.saves).depths(threshold)
+        numbers = tuple(found.model.spec.exits.index(place) for place in spec.exits)
+        depths = on_test.only(numbers).weighed(spec.saved_shares).depths(threshold)
         rows.append(row(chosen.model, numbers, depths, asked=asked, threshold=round(threshold, 4)))
     if variant == "calibrated":
         rows += [row(found.model, every, torch.full((len(own),), k), always=k) for k in range(len(exits) + 1)]
@@ -174,7 +174,7 @@ def run(bench: Bench, variant: str, known: dict[str, Any], seed: int) -> dict[st
 
 def timed(bench: Bench, model: EarlyExitModel, depths: Tensor, ms: float) -> dict[str, float]:
     """Mean milliseconds per sample with and without exits, and how many times faster it is with them."""
-    rounds = mean_rounds(bench.source, model, bench.test, depths, 1, ms)
+    rounds = mean_timings(bench.source, model, bench.test, depths, 1, ms)
     low, median, high = speedup_of(rounds)
     found = {"speedup": median, "speedup_low": low, "speedup_high": high}
     found |= {f"{name}_ms": rounds.timing(name).median_ms for name in ("original", "compressed")}
@@ -186,7 +186,7 @@ def calibration(
 ) -> list[dict[str, Any]]:
     """Calibration error in percent of every exit on the test samples, before and after."""
     rows = []
-    for number, (place, calibrated) in enumerate(zip(found.model.spec.places, exits, strict=True)):
+    for number, (place, calibrated) in enumerate(zip(found.model.spec.exits, exits, strict=True)):
         temperature = float(found.model.heads[number].get_buffer("temperature"))
         errors = {
             f"ece_{goal}_{when}": percent(calibration_error(logits, classes))

@@ -48,7 +48,7 @@ def quick_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rounds of timing, and no least duration."""
     true = timing.interleaved
 
-    def interleaved(candidates: Any, **settings: Any) -> timing.Rounds:
+    def interleaved(candidates: Any, **settings: Any) -> timing.Timings:
         return true(candidates, **settings | {"rounds": 5, "warmup": 1, "min_seconds": 0.0})
 
     monkeypatch.setattr(savings, "interleaved", interleaved)

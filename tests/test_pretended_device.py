@@ -17,7 +17,7 @@ from ttmpd.early_exit.right_tool import RightTool
 from ttmpd.method import method_class, names
 from ttmpd.models.open import open_model
 from ttmpd.pipeline.exit_threshold import exit_answers
-from ttmpd.quality.margins import Search, margins
+from ttmpd.quality.margins import DeepFoolConfig, margins
 from ttmpd.score.practise import Practise
 from ttmpd.students.adversarial import Attack
 from ttmpd.students.train import train_student
@@ -141,7 +141,7 @@ def test_students(attack: Attack | None, device: str) -> None:
 
 
 def test_margins(device: str) -> None:
-    assert len(margins(tiny_model().to(device), tiny_samples(8), search=Search())) == 8
+    assert len(margins(tiny_model().to(device), tiny_samples(8), search=DeepFoolConfig())) == 8
 
 
 def test_evaluation(device: str) -> None:

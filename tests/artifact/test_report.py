@@ -14,7 +14,7 @@ from PIL import Image
 
 from ttmpd.artifact import report
 from ttmpd.artifact.report import render_card, render_html, write_report
-from ttmpd.latency.timing import Rounds
+from ttmpd.latency.timing import Timings
 from ttmpd.pipeline import report_data as found
 from ttmpd.records import Plan
 
@@ -192,7 +192,7 @@ def test_the_target_in_words(met: bool | None, words: str) -> None:
 
 @pytest.mark.parametrize(("slower", "noisy"), [(1.1, False), (1.5, True)])
 def test_timings_of_a_busy_machine_say_so(slower: float, noisy: bool) -> None:
-    rounds = Rounds({"original": (20.0, 20.0, 20.0 * slower, 20.0 * slower), "compressed": (10.0,) * 4})
+    rounds = Timings({"original": (20.0, 20.0, 20.0 * slower, 20.0 * slower), "compressed": (10.0,) * 4})
     latency = found._latency(rounds, Plan((), 0.0, 20.0, 10.0, 10.0))
     assert bool(latency["noise"]) == noisy
     assert ("The rounds differ much" in render_html({**rich(), "latency": latency})) == noisy
@@ -200,7 +200,7 @@ def test_timings_of_a_busy_machine_say_so(slower: float, noisy: bool) -> None:
 
 @pytest.mark.parametrize(("before_ms", "moved"), [((), False), ((9.2,), False), ((8.0,), True), ((12.0,), True)])
 def test_a_speedup_that_is_not_the_one_of_the_plan_says_so(before_ms: tuple[float, ...], moved: bool) -> None:
-    rounds = Rounds({"original": (20.0,) * 4, "compressed": (10.0,) * 4})
+    rounds = Timings({"original": (20.0,) * 4, "compressed": (10.0,) * 4})
     latency = found._latency(rounds, Plan((), 0.0, 20.0, 10.0, 10.0), before_ms)
     assert ("not the one that the plan was chosen for" in latency["noise"]) == moved
     assert ("not the one that the plan was chosen for" in render_html({**rich(), "latency": latency})) == moved

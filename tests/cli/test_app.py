@@ -18,7 +18,7 @@ from ttmpd.artifact.read import read_artifact
 from ttmpd.cli import show as display
 from ttmpd.cli.commands import _parsing, _reporting, compress, inspect
 from ttmpd.errors import InvalidValueError, UnknownMethodError
-from ttmpd.latency.table import UnitTiming
+from ttmpd.latency.table import UnitLatency
 from ttmpd.method import VERBS, names
 from ttmpd.pipeline.settings import Settings
 from ttmpd.storage import locked
@@ -109,7 +109,7 @@ def test_selected_samples(data, quick_timing, tmp_path, run, said):
 
 def test_unreachable_target(data, quick_timing, tmp_path, monkeypatch, run, said):
     monkeypatch.setattr(
-        "ttmpd.pipeline.analysis.time_units", lambda _m, units, *_, **__: [UnitTiming(u.id, 0.0, {}) for u in units]
+        "ttmpd.pipeline.analysis.time_units", lambda _m, units, *_, **__: [UnitLatency(u.id, 0.0, {}) for u in units]
     )
     found = run("compress", "--model", DEMO, "--data", data, "--speedup", 500, "--score", "random", "--adapt", "none",
                 "--output", tmp_path / "out", *QUICK)  # fmt: skip

@@ -150,7 +150,7 @@ def test_views_are_learned_from():
 def test_exits_stand_where_they_are_asked_to():
     method = RightTool(steps=3).with_settings(at="3,1", views=1)
     assert method.at == (3, 1)
-    assert [p.path for p in method.equip(tiny_model(), tiny_samples(8)).model.spec.places] == ["blocks.0", "blocks.2"]
+    assert [p.path for p in method.equip(tiny_model(), tiny_samples(8)).model.spec.exits] == ["blocks.0", "blocks.2"]
     with pytest.raises(InvalidValueError, match="from 1 to 3"):
         RightTool(at=(4,)).equip(tiny_model(), tiny_samples(8))
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from ttmpd.latency import lossless
 from ttmpd.latency.lossless import find_lossless
-from ttmpd.latency.timing import Rounds
+from ttmpd.latency.timing import Timings
 from ttmpd.records import UNCHANGED
 from ttmpd.testing.tiny_models import tiny_model, tiny_samples
 
@@ -19,7 +19,7 @@ def test_what_gains_nothing_is_not_done(batch, monkeypatch):
     ms = {"original": 10.0, "channels_last": 9.9, "lossless": 5.0}
 
     def time_models(models, _batch, **_):
-        return Rounds({name: (ms.get(name, 5.0 if "folded" in name else 20.0),) * 3 for name in models})
+        return Timings({name: (ms.get(name, 5.0 if "folded" in name else 20.0),) * 3 for name in models})
 
     monkeypatch.setattr(lossless, "time_models", time_models)
     how, rounds = find_lossless(tiny_model(), batch)
@@ -30,7 +30,7 @@ def test_what_gains_nothing_is_not_done(batch, monkeypatch):
     assert how == UNCHANGED
     assert rounds.ratio("original", "lossless").median_ms == 1.0
     monkeypatch.setattr(
-        lossless, "time_models", lambda models, _b, **_: Rounds({name: (ms.get(name, 11.0),) * 3 for name in models})
+        lossless, "time_models", lambda models, _b, **_: Timings({name: (ms.get(name, 11.0),) * 3 for name in models})
     )
     assert find_lossless(tiny_model(), batch)[0] == UNCHANGED
 
@@ -47,7 +47,7 @@ def test_a_format_that_breaks_the_model_is_not_taken(batch, monkeypatch):
 
     monkeypatch.setattr(
         lossless, "time_models",
-        lambda models, _b, **_: Rounds({n: (10.0 if n == "original" else 1.0,) * 3 for n in models}),
+        lambda models, _b, **_: Timings({n: (10.0 if n == "original" else 1.0,) * 3 for n in models}),
     )  # fmt: skip
     how, _ = find_lossless(Views().eval(), batch)
     assert how == UNCHANGED

@@ -9,8 +9,8 @@ from torch import nn
 from ttmpd.errors import InvalidValueError
 from ttmpd.latency import table as savings
 from ttmpd.latency.device import machine
-from ttmpd.latency.table import UnitTiming
-from ttmpd.latency.timing import Rounds, interleaved, quartiles, time_models
+from ttmpd.latency.table import UnitLatency
+from ttmpd.latency.timing import Timings, interleaved, quartiles, time_models
 from ttmpd.models.run import evaluating
 from ttmpd.surgery.units.channel import Channel
 from ttmpd.testing.tiny_models import specimen, tiny_model, tiny_units
@@ -54,7 +54,7 @@ def test_warm_up_is_run_and_not_counted():
 
 
 def test_medians_quartiles_and_ratio_by_hand():
-    rounds = Rounds({"slow": (10.0, 20.0, 30.0, 40.0, 50.0), "fast": (5.0, 5.0, 10.0, 40.0, 10.0)})
+    rounds = Timings({"slow": (10.0, 20.0, 30.0, 40.0, 50.0), "fast": (5.0, 5.0, 10.0, 40.0, 10.0)})
     timing = rounds.timing("slow")
     assert (timing.low_ms, timing.median_ms, timing.high_ms, timing.n_rounds) == (20.0, 30.0, 40.0, 5)
     # Round by round: 2, 4, 3, 1, 5. The ratio of the medians would be 3 too, its quartiles would not.
@@ -63,7 +63,7 @@ def test_medians_quartiles_and_ratio_by_hand():
 
 
 def test_ratio_is_taken_within_rounds():
-    rounds = Rounds({"slow": (10.0, 100.0), "fast": (5.0, 50.0)})  # a busy second round
+    rounds = Timings({"slow": (10.0, 100.0), "fast": (5.0, 50.0)})  # a busy second round
     assert rounds.ratio("slow", "fast").median_ms == 2.0
     assert rounds.ratio("slow", "fast").low_ms == 2.0
 
@@ -207,7 +207,7 @@ def test_members_save_no_more_than_the_block_that_holds_them() -> None:
     block = dataclasses.replace(tiny_units(tiny_model())[0], path=inside.path.rpartition(".")[0])
     elsewhere = dataclasses.replace(inside, path="other.conv", feeders=("other.first",))
     widths = {"8": 3.0, "0": 0.0}
-    made = [UnitTiming(block.id, 2.0, {}), UnitTiming("in", 6.0, {}, widths), UnitTiming("out", 6.0, {}, widths)]
+    made = [UnitLatency(block.id, 2.0, {}), UnitLatency("in", 6.0, {}, widths), UnitLatency("out", 6.0, {}, widths)]
     whole, bounded, free = savings._bounded([block, inside, elsewhere], made)
     assert (whole, free) == (made[0], made[2])
     assert bounded.ms == 2.0

@@ -23,8 +23,8 @@ from ttmpd.errors import (
     UnknownMethodError,
     UnsupportedError,
 )
-from ttmpd.latency.table import UnitTiming
-from ttmpd.latency.timing import Rounds
+from ttmpd.latency.table import UnitLatency
+from ttmpd.latency.timing import Timings
 from ttmpd.models.macs import count_macs
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import logits_of
@@ -65,10 +65,10 @@ def operations_for_milliseconds(monkeypatch):
             name: (count_macs(m, batch[:1])[""] / 1e3,) * 5
             for name, m in (("original", original), ("compressed", student))
         }
-        return Rounds(ms)
+        return Timings(ms)
 
     def time_units(_model, units, _batch, **_):
-        return tuple(UnitTiming(u.id, u.macs / 1e3, {"linear": u.channels**2 * 64 / 1e3}) for u in units)
+        return tuple(UnitLatency(u.id, u.macs / 1e3, {"linear": u.channels**2 * 64 / 1e3}) for u in units)
 
     set_compare(monkeypatch, compare)
     monkeypatch.setattr(ready, "time_units", time_units)
@@ -79,7 +79,7 @@ def set_compare(monkeypatch, compare) -> None:
         monkeypatch.setattr(module, "compare", compare)
 
     def nothing_lossless(model, batch, **_):
-        return UNCHANGED, Rounds(dict.fromkeys(("original", "lossless"), compare(model, model, batch).ms["original"]))
+        return UNCHANGED, Timings(dict.fromkeys(("original", "lossless"), compare(model, model, batch).ms["original"]))
 
     monkeypatch.setattr(ready, "find_lossless", nothing_lossless)
 
@@ -97,11 +97,11 @@ def folding_pays(monkeypatch):
 
     def compare(original, student, batch, *, unpruned=None, **_):
         nets = {"original": original, "compressed": student} | ({"lossless": unpruned} if unpruned else {})
-        return Rounds({name: milliseconds(net, batch) for name, net in nets.items()})
+        return Timings({name: milliseconds(net, batch) for name, net in nets.items()})
 
     def find_lossless(net, batch, **_):
         how = Lossless(foldable(net, batch[:2]), channels_last=True)
-        return how, Rounds({"original": milliseconds(net, batch), "lossless": milliseconds(applied(net, how), batch)})
+        return how, Timings({"original": milliseconds(net, batch), "lossless": milliseconds(applied(net, how), batch)})
 
     set_compare(monkeypatch, compare)
     monkeypatch.setattr(ready, "find_lossless", find_lossless)
@@ -425,7 +425,7 @@ def test_a_killed_run_goes_on_where_it_was(model, samples, tmp_path, monkeypatch
     monkeypatch.setattr(ready, "time_units", forbidden)
     monkeypatch.setattr(pipeline, "make_plan", forbidden)
     monkeypatch.setattr(pipeline.Result, "save", lambda *_: None)
-    set_compare(monkeypatch, lambda *_a, **_k: Rounds({"original": (2.0,) * 3, "compressed": (1.0,) * 3}))
+    set_compare(monkeypatch, lambda *_a, **_k: Timings({"original": (2.0,) * 3, "compressed": (1.0,) * 3}))
     result = compress(model, samples, speedup=2.0, output=tmp_path / "out", resume=True, **QUICK)
     assert result.plan.actions == whole.plan.actions
     assert all(torch.equal(v, whole.model.state_dict()[k]) for k, v in result.model.state_dict().items())
@@ -545,7 +545,7 @@ def test_a_share_of_the_macs_that_is_missed_says_so(model, samples, monkeypatch)
     counted = planning.count_units
     monkeypatch.setattr(planning, "MAX_PLANS", 1)
     monkeypatch.setattr(
-        planning, "count_units", lambda units: tuple(UnitTiming(t.unit, 4 * t.ms, t.stand_ins) for t in counted(units))
+        planning, "count_units", lambda units: tuple(UnitLatency(t.unit, 4 * t.ms, t.stand_ins) for t in counted(units))
     )
     result = compress(model, samples, macs=0.5, **QUICK)
     assert not result.met
@@ -589,7 +589,7 @@ def test_units_that_save_less_than_they_promise_are_made_up_for(model, samples, 
     monkeypatch.setattr(
         ready,
         "time_units",
-        lambda *a, **k: tuple(UnitTiming(t.unit, 1.4 * t.ms, t.stand_ins) for t in honest(*a, **k)),
+        lambda *a, **k: tuple(UnitLatency(t.unit, 1.4 * t.ms, t.stand_ins) for t in honest(*a, **k)),
     )
     result = compress(model, samples, speedup=2.0, **(QUICK | {"actions": ("drop",)}))
     attempts = result.facts["attempts"]
@@ -601,7 +601,7 @@ def test_units_that_save_less_than_they_promise_are_made_up_for(model, samples, 
 def test_a_plan_that_never_fits_is_the_fastest_and_says_so(model, samples, monkeypatch):
     def slow(original, student, batch, **_):
         ms = count_macs(original, batch[:1])[""] / 1e3
-        return Rounds({"original": (ms,) * 5, "compressed": (ms * 0.9,) * 5})
+        return Timings({"original": (ms,) * 5, "compressed": (ms * 0.9,) * 5})
 
     set_compare(monkeypatch, slow)
     result = compress(model, samples, speedup=2.0, **QUICK)
@@ -645,7 +645,7 @@ def test_a_target_that_the_measurement_of_lossless_misses_is_met_by_removal(mode
 
     def hopeful(net, batch, **settings):
         how, rounds = true(net, batch, **settings)
-        return how, Rounds({**rounds.ms, "lossless": tuple(ms / 1.2 for ms in rounds.ms["lossless"])})
+        return how, Timings({**rounds.ms, "lossless": tuple(ms / 1.2 for ms in rounds.ms["lossless"])})
 
     monkeypatch.setattr(ready, "find_lossless", hopeful)
     result = compress(model, samples, speedup=1.4, **QUICK)

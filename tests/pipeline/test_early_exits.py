@@ -18,7 +18,7 @@ from ttmpd.data.open import open_samples
 from ttmpd.early_exit.right_tool import RightTool
 from ttmpd.errors import CheckpointError, InvalidValueError, SamplesError, UnsupportedError
 from ttmpd.latency import exits as _latency
-from ttmpd.latency.timing import Rounds
+from ttmpd.latency.timing import Timings
 from ttmpd.models.open import open_model
 from ttmpd.pipeline import exit_choice as _choice
 from ttmpd.records import Plan, Removal
@@ -37,13 +37,13 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     def exit_ms(_original, model, _samples, _batch_size) -> tuple[float, tuple[float, ...]]:
         return 10.0, tuple(3.0 + 4 * number for number in range(len(model.heads) + 1))
 
-    def mean_rounds(_original, _model, _samples, depths, *_) -> Rounds:
+    def mean_timings(_original, _model, _samples, depths, *_) -> Timings:
         mean = float((3.0 + 4 * depths).mean())
-        return Rounds({"original": (10.0, 10.0), "compressed": (mean, mean)})
+        return Timings({"original": (10.0, 10.0), "compressed": (mean, mean)})
 
     monkeypatch.setattr(_choice, "exit_ms", exit_ms)
-    monkeypatch.setattr(_choice, "mean_rounds", mean_rounds)
-    monkeypatch.setattr(_latency, "mean_rounds", mean_rounds)
+    monkeypatch.setattr(_choice, "mean_timings", mean_timings)
+    monkeypatch.setattr(_latency, "mean_timings", mean_timings)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_facts_add_up(images):
 def test_later_exits_must_be_surer(images, tmp_path):
     found = ttmpd.add_early_exits(tiny_model(), images, speedup=1.5, method=QUICK, output=tmp_path)
     # Leaving at the second exit saves 4 of the 8 ms that leaving at the first does: half the doubt is allowed.
-    assert found.model.spec.saves == (1.0, 0.5)
+    assert found.model.spec.saved_shares == (1.0, 0.5)
     first, second = (row["threshold"] for row in found.facts["early_exit"]["exits"])
     assert first == found.model.threshold < 1
     assert 1 - second == pytest.approx((1 - first) / 2)
@@ -103,16 +103,16 @@ def test_later_exits_must_be_surer(images, tmp_path):
 
 
 def test_exits_that_cost_more_than_they_bring_are_taken_off(images, tmp_path, monkeypatch):
-    def mean_rounds(_original, model, _samples, depths, *_) -> Rounds:
+    def mean_timings(_original, model, _samples, depths, *_) -> Timings:
         assert len(model.heads) == 1
         mean = float((6.6 + 4 * depths).mean())
-        return Rounds({"original": (10.0,), "compressed": (mean,)})
+        return Timings({"original": (10.0,), "compressed": (mean,)})
 
-    monkeypatch.setattr(_choice, "worth_keeping", lambda *_: (1,))
-    monkeypatch.setattr(_choice, "mean_rounds", mean_rounds)
+    monkeypatch.setattr(_choice, "prune_exits", lambda *_: (1,))
+    monkeypatch.setattr(_choice, "mean_timings", mean_timings)
     method, net = RightTool(steps=3, views=1), tiny_model()
     found = ttmpd.add_early_exits(net, images, latency="0.9x", method=method, output=tmp_path)
-    assert [place.path for place in found.model.spec.places] == ["blocks.1"]
+    assert [place.path for place in found.model.spec.exits] == ["blocks.1"]
     exits = found.facts["early_exit"]
     assert [row["path"] for row in exits["exits"]] == ["blocks.1"]
     # One of two exits is gone, and with it the 0.4 ms that an exit costs at most.
@@ -154,7 +154,7 @@ def test_exits_on_top_of_a_pruned_student(images, tmp_path):
     )
     opened = open_artifact(tmp_path / "pruned", f"{tmp_path}/nets.py:net")
     found = ttmpd.add_early_exits(opened, images, speedup=1.1, method=QUICK, output=tmp_path / "both")
-    assert [place.path for place in found.model.spec.places] == ["blocks.0", "blocks.3"]
+    assert [place.path for place in found.model.spec.exits] == ["blocks.0", "blocks.3"]
     again = load(tmp_path / "both", model=net)
     assert torch.equal(answers(again, images), answers(found.model, images))
     again.threshold = 2.0
@@ -234,8 +234,8 @@ def test_bad_input_is_refused_before_any_work(images, tmp_path):
 
 
 def test_a_missed_target_is_told(images, monkeypatch):
-    slow = Rounds({"original": (10.0,), "compressed": (9.0,)})
-    monkeypatch.setattr(_choice, "mean_rounds", lambda *_: slow)
+    slow = Timings({"original": (10.0,), "compressed": (9.0,)})
+    monkeypatch.setattr(_choice, "mean_timings", lambda *_: slow)
     with pytest.raises(ttmpd.BudgetUnreachableError):  # ever lower thresholds, and none is fast enough
         ttmpd.add_early_exits(tiny_model(), images, speedup=2.0, method=QUICK)
     monkeypatch.setattr(_choice, "_ATTEMPTS", 1)
@@ -254,9 +254,9 @@ def test_without_held_out_samples_nothing_is_said_of_agreement(images):
     ("change", "message"),
     [
         (lambda plan: plan["early_exit"].pop("threshold"), "no 'threshold'"),
-        (lambda plan: plan["early_exit"]["places"][0].update(pool="sum"), "one of the pools"),
-        (lambda plan: plan["early_exit"]["places"].reverse(), "in their order"),
-        (lambda plan: plan["early_exit"]["places"][0].update(n_features=7), "exits of .* must fit"),
+        (lambda plan: plan["early_exit"]["exits"][0].update(pool="sum"), "one of the pools"),
+        (lambda plan: plan["early_exit"]["exits"].reverse(), "in their order"),
+        (lambda plan: plan["early_exit"]["exits"][0].update(n_features=7), "exits of .* must fit"),
         (lambda plan: plan.update(early_exit=None), "must fit the given TinyNet"),
         (lambda plan: plan["early_exit"].update(followers=["elsewhere"]), "read blocks of the model"),
         (

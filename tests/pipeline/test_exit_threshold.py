@@ -5,20 +5,20 @@ import torch
 
 from ttmpd.errors import BudgetUnreachableError, InvalidValueError
 from ttmpd.pipeline.exit_threshold import (
-    Sure,
+    ExitConfidences,
     choose_threshold,
     curve,
+    exit_confidences,
     mean_ms,
     ms_of,
+    prune_exits,
     rising,
-    saves_of,
-    sure_of,
-    worth_keeping,
+    saved_shares_of,
 )
 from ttmpd.surgery.exits.spec import NEVER, Exit, Exits
 
 MS = (2.0, 5.0, 10.0)
-SURE = Sure(
+SURE = ExitConfidences(
     torch.tensor([[0.9, 0.8, 0.5, 0.4], [0.9, 0.95, 0.7, 0.6]]),
     torch.tensor([[True, False, False, True], [True, True, True, False]]),
 )
@@ -58,12 +58,12 @@ def test_what_the_first_exit_takes_is_the_least():
 
 def test_thresholds_agree_with_a_search_through_all_of_them():
     generator = torch.Generator().manual_seed(0)
-    sure = Sure(torch.rand(3, 50, generator=generator), torch.rand(3, 50, generator=generator) < 0.8)
+    confidences = ExitConfidences(torch.rand(3, 50, generator=generator), torch.rand(3, 50, generator=generator) < 0.8)
     ms = (1.0, 2.0, 4.0, 5.0)
-    every = sorted({0.0, NEVER, *sure.confidence.flatten().tolist()})
+    every = sorted({0.0, NEVER, *confidences.confidence.flatten().tolist()})
     for budget in (1.0, 1.7, 2.5, 3.9, 5.0):
-        best = max(value for value in every if mean_ms(sure.depths(value), ms) <= budget)
-        assert choose_threshold(sure, ms, budget) == best
+        best = max(value for value in every if mean_ms(confidences.depths(value), ms) <= budget)
+        assert choose_threshold(confidences, ms, budget) == best
 
 
 def test_the_curve_runs_from_the_first_exit_to_the_end():
@@ -80,16 +80,18 @@ def test_milliseconds_never_fall():
 
 def test_sure_of_logits():
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
-    found = sure_of(torch.stack([logits.flip(0), logits]), logits)
-    assert found.alike.tolist() == [[False, False], [True, True]]
+    found = exit_confidences(torch.stack([logits.flip(0), logits]), logits)
+    assert found.agrees.tolist() == [[False, False], [True, True]]
     assert found.confidence[1, 0] == pytest.approx(float(logits[0].softmax(-1)[0]))
 
 
 def test_an_exit_that_few_take_is_not_worth_its_time():
     # Half of the samples leave at the first exit, none at the second, which costs 0.4 of 10 ms.
-    sure = Sure(torch.tensor([[0.9, 0.9, 0.1, 0.1], [0.0, 0.0, 0.0, 0.0]]), torch.ones(2, 4, dtype=torch.bool))
+    confidences = ExitConfidences(
+        torch.tensor([[0.9, 0.9, 0.1, 0.1], [0.0, 0.0, 0.0, 0.0]]), torch.ones(2, 4, dtype=torch.bool)
+    )
     ms = (2.0, 6.0, 10.8)
-    assert worth_keeping(sure, ms, 10.0, 7.0, by_time=False) == worth_keeping(sure, ms, 10.0, 7.0) == (0,)
+    assert prune_exits(confidences, ms, 10.0, 7.0, by_time=False) == prune_exits(confidences, ms, 10.0, 7.0) == (0,)
     assert ms_of((0,), ms, 10.0) == pytest.approx((2.0, 10.4))
     assert ms_of((1,), ms, 10.0) == pytest.approx((5.6, 10.4))
     assert ms_of((0, 1), ms, 10.0) == ms
@@ -98,15 +100,15 @@ def test_an_exit_that_few_take_is_not_worth_its_time():
 
 def test_doubt_is_allowed_by_what_leaving_saves():
     ms = (2.0, 6.0, 10.0)
-    assert saves_of(ms) == (1.0, 0.5)
+    assert saved_shares_of(ms) == (1.0, 0.5)
     # 0.8 at the first exit, and then 0.9: half of the doubt.
-    weighed = SURE.weighed(saves_of(ms))
+    weighed = SURE.weighed(saved_shares_of(ms))
     assert weighed.depths(0.8).tolist() == [0, 0, 2, 2]
     assert weighed.depths(0.81).tolist() == [0, 1, 2, 2]
     assert weighed.depths(0.0).tolist() == [0, 0, 0, 0]
     assert weighed.depths(NEVER).tolist() == [2, 2, 2, 2]
     spec = Exits(
-        tuple(Exit(path, (path,), "flat", "channels_last", 1) for path in "ab"), ("a", "b"), 2, saves=(1.0, 0.5)
+        tuple(Exit(path, (path,), "flat", "channels_last", 1) for path in "ab"), ("a", "b"), 2, saved_shares=(1.0, 0.5)
     )
     assert spec.thresholds(0.8) == pytest.approx((0.8, 0.9))
     assert spec.thresholds(0.0) == (0.0, 0.5)
@@ -116,28 +118,32 @@ def test_doubt_is_allowed_by_what_leaving_saves():
         leaves = SURE.confidence >= own - 1e-6
         wanted = [next((k for k in range(2) if leaves[k, i]), 2) for i in range(4)]
         assert weighed.depths(threshold - 1e-6).tolist() == wanted
-    assert saves_of((5.0, 5.0)) == (1.0,)
-    assert min(saves_of((1.0, 9.0, 9.0))) > 0
+    assert saved_shares_of((5.0, 5.0)) == (1.0,)
+    assert min(saved_shares_of((1.0, 9.0, 9.0))) > 0
     with pytest.raises(InvalidValueError, match="one share"):
-        Exits(spec.places, ("a", "b"), 2, saves=(1.0,))
+        Exits(spec.exits, ("a", "b"), 2, saved_shares=(1.0,))
 
 
 def test_exits_stay_where_samples_that_went_on_would_cost_more():
     # A quarter leaves at each exit; without one of them that quarter costs 1 ms more or more, the others save 0.1.
-    sure = Sure(torch.tensor([[0.9, 0.1, 0.1, 0.1], [0.9, 0.9, 0.1, 0.1], [0.9, 0.9, 0.9, 0.1]]), torch.ones(3, 4) > 0)
+    confidences = ExitConfidences(
+        torch.tensor([[0.9, 0.1, 0.1, 0.1], [0.9, 0.9, 0.1, 0.1], [0.9, 0.9, 0.9, 0.1]]), torch.ones(3, 4) > 0
+    )
     ms = (3.0, 7.0, 11.0, 15.3)
-    assert worth_keeping(sure, ms, 15.0, 9.1, by_time=False) == (0, 1, 2)
+    assert prune_exits(confidences, ms, 15.0, 9.1, by_time=False) == (0, 1, 2)
     with pytest.raises(BudgetUnreachableError):
-        worth_keeping(sure, ms, 15.0, 2.0)
+        prune_exits(confidences, ms, 15.0, 2.0)
 
 
 def test_pruning_never_makes_the_mean_slower_at_the_threshold():
     generator = torch.Generator().manual_seed(0)
     for seed in range(20):
-        sure = Sure(torch.rand(4, 100, generator=generator), torch.rand(4, 100, generator=generator) < 0.9)
+        confidences = ExitConfidences(
+            torch.rand(4, 100, generator=generator), torch.rand(4, 100, generator=generator) < 0.9
+        )
         ms, budget = (2.0, 4.0, 6.0, 8.0, 10.8), 4.0 + 0.25 * seed
-        kept = worth_keeping(sure, ms, 10.0, budget, by_time=False)
-        before = choose_threshold(sure, ms, budget)
+        kept = prune_exits(confidences, ms, 10.0, budget, by_time=False)
+        before = choose_threshold(confidences, ms, budget)
         few = ms_of(kept, ms, 10.0)
-        assert mean_ms(sure.only(kept).depths(before), few) <= mean_ms(sure.depths(before), ms)
-        assert choose_threshold(sure.only(kept), few, budget) >= before
+        assert mean_ms(confidences.only(kept).depths(before), few) <= mean_ms(confidences.depths(before), ms)
+        assert choose_threshold(confidences.only(kept), few, budget) >= before

@@ -88,7 +88,7 @@ class Reaching(Outer):
         return x
 
 
-class Crossing(Outer):
+class DeepFoolResult(Outer):
     """A few latent tokens ask all others; attention answers with its weights, too."""
 
     def __init__(self) -> None:
@@ -158,7 +158,7 @@ FOUND = {
     "torch's, norms first": (lambda: Torchs(norm_first=True), {"block": 2, "neuron": 3}),
     "listed": (Listed, {"block": 3, "neuron": 3}),
     "reaching": (Reaching, {"block": 4, "neuron": 4}),
-    "crossing": (Crossing, {"block": 3, "neuron": 3}),
+    "crossing": (DeepFoolResult, {"block": 3, "neuron": 3}),
     "decoding": (Decoding, {"block": 3, "neuron": 3}),
     "rows": (Rows, {"neuron": 3}),
 }

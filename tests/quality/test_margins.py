@@ -8,7 +8,7 @@ from torch import nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError, UnsupportedError
-from ttmpd.quality.margins import NORMS, Search, deepfool, margins, radii
+from ttmpd.quality.margins import NORMS, DeepFoolConfig, deepfool, margins, radii
 from ttmpd.testing.tiny_models import tiny_model, tiny_samples, untouched
 
 DUAL = {"l2": 2.0, "linf": 1.0}
@@ -41,7 +41,7 @@ def expected(net: nn.Linear, x: torch.Tensor, norm: str, std: torch.Tensor | flo
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_linear_classifier_is_solved_in_one_iteration(norm):
     net, x = linear(), points()
-    found = deepfool(net, x, Search(norm=norm))
+    found = deepfool(net, x, DeepFoolConfig(norm=norm))
     assert (found.margin - expected(net, x, norm)).abs().max() < 1e-6
     assert found.iterations.tolist() == [1] * len(x)
     own = net(x).argmax(-1)
@@ -54,7 +54,7 @@ def test_a_network_with_one_hidden_layer_flips_behind_the_boundary_and_not_befor
     torch.manual_seed(3)
     net = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 5)).double().eval()
     x = points(400)
-    found = deepfool(net, x, Search(norm=norm))
+    found = deepfool(net, x, DeepFoolConfig(norm=norm))
     own = net(x).argmax(-1)
     beyond = (net(x + 1.02 * found.step).argmax(-1) != own).double().mean()
     before = (net(x + 0.9 * found.step).argmax(-1) != own).double().mean()
@@ -67,7 +67,7 @@ def test_a_network_with_one_hidden_layer_flips_behind_the_boundary_and_not_befor
 
 def test_the_largest_value_norm_gives_the_smaller_margin():
     net, samples = tiny_model(), tiny_samples(20)
-    by = {norm: margins(net, samples, Search(norm=norm)) for norm in NORMS}
+    by = {norm: margins(net, samples, DeepFoolConfig(norm=norm)) for norm in NORMS}
     assert bool((by["linf"] < by["l2"]).all())
 
 
@@ -83,8 +83,10 @@ def test_margins_are_in_units_of_pixels(norm):
     per_value = torch.tensor(std).repeat_interleave(4)
     x = samples.batch(slice(None)).flatten(1)
     wanted = expected(head, x, norm, per_value).float()
-    assert torch.allclose(margins(net, samples, Search(norm=norm), batch_size=7), wanted, atol=1e-6, rtol=1e-4)
-    step = deepfool(net, samples.batch(slice(None)), Search(norm=norm), std=torch.tensor(std).view(1, 3, 1, 1)).step
+    assert torch.allclose(margins(net, samples, DeepFoolConfig(norm=norm), batch_size=7), wanted, atol=1e-6, rtol=1e-4)
+    step = deepfool(
+        net, samples.batch(slice(None)), DeepFoolConfig(norm=norm), std=torch.tensor(std).view(1, 3, 1, 1)
+    ).step
     shown = pixels.float() / 255 + 1.02 * step
     moved = (shown - torch.tensor(samples.mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
     assert bool((net(moved).argmax(-1) != net(samples.batch(slice(None))).argmax(-1)).all())
@@ -128,7 +130,7 @@ def test_a_tie_has_margin_0():
 
 def test_fewer_classes_can_only_hide_boundaries():
     net, samples = tiny_model(), tiny_samples(20)
-    own = {k: margins(net, samples, Search(classes=k)) for k in (2, 4, 10)}
+    own = {k: margins(net, samples, DeepFoolConfig(classes=k)) for k in (2, 4, 10)}
     assert torch.equal(own[4], own[10])
     assert bool((own[4] <= own[2] * 1.05).all())
 
@@ -185,9 +187,9 @@ def test_margins_that_are_no_numbers():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Search(norm="l7"), "norm must be one of l2, linf"),
-        (lambda: Search(classes=1), "classes"),
-        (lambda: Search(max_iter=0), "max_iter"),
+        (lambda: DeepFoolConfig(norm="l7"), "norm must be one of l2, linf"),
+        (lambda: DeepFoolConfig(classes=1), "classes"),
+        (lambda: DeepFoolConfig(max_iter=0), "max_iter"),
         (lambda: radii(torch.ones(2), 0.3, rule="guess"), "rule must be one of clip, quantile"),
         (lambda: radii(torch.ones(2), -0.3), "eps"),
         (lambda: radii(torch.ones(2), 0.3, eps_min=0.4), "eps_min"),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.latency.exits import check_runtime
 from ttmpd.latency.lossless import unchanged
-from ttmpd.latency.table import UnitTiming, compare, runtime_ratio
+from ttmpd.latency.table import UnitLatency, compare, runtime_ratio
 from ttmpd.latency.timing import time_models
 from ttmpd.pipeline.compress import compress
 from ttmpd.pipeline.settings import Settings
@@ -75,7 +75,7 @@ def test_every_timing_of_whole_models_goes_through_the_runtime(quick_timing):
 
 def test_eager_is_not_timed_against_itself():
     assert runtime_ratio(nn.Identity(), torch.zeros(1), Eager()) == 1.0
-    assert UnitTiming("a", 4.0, {"linear": 1.0}, {"2": 3.0}).times(0.5) == UnitTiming(
+    assert UnitLatency("a", 4.0, {"linear": 1.0}, {"2": 3.0}).times(0.5) == UnitLatency(
         "a", 2.0, {"linear": 0.5}, {"2": 1.5}
     )
 

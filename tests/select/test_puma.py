@@ -4,7 +4,7 @@ from torch import nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
-from ttmpd.quality.margins import Search, margins
+from ttmpd.quality.margins import DeepFoolConfig, margins
 from ttmpd.select.puma import PUMA
 from ttmpd.testing.tiny_models import tiny_model, tiny_samples
 
@@ -21,7 +21,7 @@ def test_the_samples_nearest_to_the_boundary_are_kept():
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_the_norm_is_its_own(norm):
     net, pool = tiny_model(), tiny_samples(24)
-    found = margins(net, pool, Search(norm=norm))
+    found = margins(net, pool, DeepFoolConfig(norm=norm))
     assert PUMA(norm=norm).select(net, pool, 6) == tuple(sorted((-found).topk(6).indices.tolist()))
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import ttmpd
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import InvalidValueError
-from ttmpd.latency.table import UnitTiming
-from ttmpd.latency.timing import Rounds
+from ttmpd.latency.table import UnitLatency
+from ttmpd.latency.timing import Timings
 from ttmpd.models.macs import count_macs
 from ttmpd.pipeline import analysis as ready
 from ttmpd.pipeline import compress as pipeline
@@ -132,12 +132,12 @@ class Stage:
 def made(folder: Path) -> Path:
     """An artifact of the tiny model, with latency taken from operations instead of a clock."""
 
-    def compare(original: nn.Module, student: nn.Module, batch: Tensor, **_: Any) -> Rounds:
+    def compare(original: nn.Module, student: nn.Module, batch: Tensor, **_: Any) -> Timings:
         models = {"original": original, "compressed": student}
-        return Rounds({name: (count_macs(m, batch[:1])[""] / 1e3,) * 5 for name, m in models.items()})
+        return Timings({name: (count_macs(m, batch[:1])[""] / 1e3,) * 5 for name, m in models.items()})
 
-    def time_units(_model: nn.Module, units: Any, _batch: Tensor, **_: Any) -> tuple[UnitTiming, ...]:
-        return tuple(UnitTiming(u.id, u.macs / 1e3, {"linear": 1.0}) for u in units)
+    def time_units(_model: nn.Module, units: Any, _batch: Tensor, **_: Any) -> tuple[UnitLatency, ...]:
+        return tuple(UnitLatency(u.id, u.macs / 1e3, {"linear": 1.0}) for u in units)
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (pipeline, planning):
@@ -145,7 +145,7 @@ def made(folder: Path) -> Path:
         patch.setattr(ready, "time_units", time_units)
         ms = compare(tiny_model(n_blocks=4), tiny_model(n_blocks=4), tiny_samples(2).batch(slice(0, 2))).ms["original"]
         patch.setattr(
-            ready, "find_lossless", lambda *_, **_k: (UNCHANGED, Rounds(dict.fromkeys(("original", "lossless"), ms)))
+            ready, "find_lossless", lambda *_, **_k: (UNCHANGED, Timings(dict.fromkeys(("original", "lossless"), ms)))
         )
         ttmpd.compress(tiny_model(n_blocks=4), tiny_samples(40), speedup=1.3, output=folder, num_samples=40, **SETTINGS)
     return folder

@@ -11,7 +11,7 @@ from ttmpd.data.samples import Samples
 from ttmpd.data.views import fixed_view
 from ttmpd.errors import InvalidValueError, ModelError
 from ttmpd.models.modules import clone
-from ttmpd.quality.margins import Search, margins, radii
+from ttmpd.quality.margins import DeepFoolConfig, margins, radii
 from ttmpd.select.el2n import EL2N
 from ttmpd.select.forgetting import Forgetting
 from ttmpd.select.puma import PUMA
@@ -278,7 +278,7 @@ def test_radii_by_margins_reach_the_attack(pool, monkeypatch):
     found = train_student(tiny_model(1), pool, LABELS, teacher=tiny_model(), select=PUMA(), alpha=0, attack=attack,
                           **settings)  # fmt: skip
     margin = margins(
-        tiny_model(), pool.subset(found.selected), Search(norm="linf"), labels=LABELS[list(found.selected)]
+        tiny_model(), pool.subset(found.selected), DeepFoolConfig(norm="linf"), labels=LABELS[list(found.selected)]
     )
     assert torch.allclose(seen[0].sort().values, radii(margin, 0.05).sort().values, atol=1e-6)
     assert bool((seen[0] <= 0.05).all())

@@ -27,7 +27,7 @@ from ttmpd.models.opened import OpenedModel
 from ttmpd.models.tokens import mask_padding
 from ttmpd.records import ACTIONS, UNCHANGED, Form, Lossless, Removal, Unit
 from ttmpd.surgery.cut import check_units, replay
-from ttmpd.surgery.exits.model import put_again
+from ttmpd.surgery.exits.model import restore_exits
 from ttmpd.surgery.exits.spec import Exits
 
 Source = nn.Module | str | Path | OpenedModel
@@ -288,7 +288,7 @@ def _with_exits(
     artifact: Artifact, exits: tuple[Exits, float], model: nn.Module, state: Mapping[str, Tensor]
 ) -> nn.Module:
     try:
-        return put_again(model, *exits, _below(state, "heads"))
+        return restore_exits(model, *exits, _below(state, "heads"))
     except (TTMPDError, RuntimeError) as error:
         raise CheckpointError(
             f"the exits of {str(artifact.folder)!r} must fit the model, but: {' '.join(str(error).split())[:300]}; "

@@ -30,7 +30,7 @@ class Features:
 
 
 @dataclass(frozen=True, eq=False)
-class Trained:
+class TrainedHead:
     """The head of one exit.
 
     Args:
@@ -78,7 +78,7 @@ def wanted_of(logits: Tensor, labels: Tensor | None, label_weight: float) -> Ten
 
 def train_heads(
     features: Features, wanted: Tensor, decays: Sequence[float], steps: int, seed: int
-) -> tuple[Trained, ...]:
+) -> tuple[TrainedHead, ...]:
     """A head for every exit.
 
     The loss of all exits together is the sum of theirs. The model is frozen, so no weight is in two of them, and each
@@ -102,7 +102,7 @@ def train_heads(
     )
 
 
-def _train(read: Tensor, wanted: Tensor, folds: list[Tensor], decays: Sequence[float], steps: int) -> Trained:
+def _train(read: Tensor, wanted: Tensor, folds: list[Tensor], decays: Sequence[float], steps: int) -> TrainedHead:
     mean, scale = read.mean((0, 1)), 1 / read.std((0, 1), correction=0).clamp_min(1e-5)
     x = (read - mean) * scale
     answers = torch.zeros_like(wanted[0])
@@ -123,7 +123,7 @@ def _train(read: Tensor, wanted: Tensor, folds: list[Tensor], decays: Sequence[f
         answers = final.logits(x[0])
     weight = final.unit[:, None, None] * scale[:, :, None] * final.weight  # (n_blocks, width, n_classes)
     bias = final.bias - (weight * mean[:, :, None]).sum((0, 1))
-    return Trained(weight.flatten(0, 1).T.contiguous(), bias, final.unit, decay, answers)
+    return TrainedHead(weight.flatten(0, 1).T.contiguous(), bias, final.unit, decay, answers)
 
 
 def _start(x: Tensor, wanted: Tensor) -> _Weights:

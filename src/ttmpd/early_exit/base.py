@@ -13,7 +13,7 @@ from ttmpd.surgery.exits.model import EarlyExitModel, with_only
 
 @dataclass(frozen=True, eq=False)
 class Equipped:
-    """A model with exits through which nobody leaves yet.
+    """A model with trained exits and a threshold above 1, so that no sample leaves yet.
 
     Args:
         model: a new model, its threshold above 1; the one passed in stays as it was.
@@ -32,16 +32,16 @@ class Equipped:
     facts: tuple[dict[str, float], ...] = field(default=())
     note: str = ""
 
-    def only(self, numbers: Sequence[int], saves: Sequence[float] = ()) -> "Equipped":
-        """A copy with some of the exits alone; for ``saves`` see :class:`ttmpd.surgery.exits.spec.Exits`."""
+    def only(self, numbers: Sequence[int], saved_shares: Sequence[float] = ()) -> "Equipped":
+        """A copy with some of the exits alone; for ``saved_shares`` see :class:`ttmpd.surgery.exits.spec.Exits`."""
         facts = tuple(self.facts[number] for number in numbers) if self.facts else ()
         fewer = f"; {len(numbers)} of them are worth their time" if len(numbers) < len(self.exit_logits) else ""
-        model, logits = with_only(self.model, numbers, saves), self.exit_logits[list(numbers)]
+        model, logits = with_only(self.model, numbers, saved_shares), self.exit_logits[list(numbers)]
         return replace(self, model=model, exit_logits=logits, facts=facts, note=self.note + fewer)
 
 
 class EarlyExit(Method, abc.ABC):
-    """Lets samples that are sure early leave a model early; the model itself is frozen."""
+    """Puts exits on a frozen model, through which confident samples leave early."""
 
     prune: bool = True
     """Take exits off again that cost more time than they are worth at the latency that is asked for."""

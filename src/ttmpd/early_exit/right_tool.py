@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.data.views import fixed_view
-from ttmpd.early_exit._heads import Features, Trained, train_heads, wanted_of
+from ttmpd.early_exit._heads import Features, TrainedHead, train_heads, wanted_of
 from ttmpd.early_exit.base import EarlyExit, Equipped
 from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_fields, check_range
@@ -16,7 +16,7 @@ from ttmpd.models.run import call, evaluating
 from ttmpd.progress import track
 from ttmpd.quality.calibration import calibration_error, fit_temperature
 from ttmpd.surgery.exits.model import EarlyExitModel, ExitHead
-from ttmpd.surgery.exits.places import Place, exits_at, find_places, proven, spread
+from ttmpd.surgery.exits.places import ExitLocation, exits_at, find_places, proven, spread
 from ttmpd.surgery.exits.spec import NEVER
 
 
@@ -25,8 +25,8 @@ class RightTool(EarlyExit):
 
     Example:
         >>> from ttmpd.testing.tiny_models import tiny_model, tiny_samples
-        >>> found = RightTool(views=1).equip(tiny_model(), tiny_samples(40))
-        >>> [place.path for place in found.model.spec.places]
+        >>> equipped = RightTool(views=1).equip(tiny_model(), tiny_samples(40))
+        >>> [place.path for place in equipped.model.spec.exits]
         ['blocks.0', 'blocks.1']
     """
 
@@ -110,7 +110,7 @@ class RightTool(EarlyExit):
         )
         return Equipped(equipped, answers, logits, classes, facts, _note(equipped, len(places), labels is not None))
 
-    def _chosen(self, places: tuple[Place, ...]) -> tuple[int, ...]:
+    def _chosen(self, places: tuple[ExitLocation, ...]) -> tuple[int, ...]:
         if not self.at:
             return spread(len(places), self.n_exits)
         if max(self.at) > len(places):
@@ -119,7 +119,7 @@ class RightTool(EarlyExit):
             )
         return tuple(number - 1 for number in sorted(set(self.at)))
 
-    def _temperature(self, head: Trained, classes: Tensor) -> float:
+    def _temperature(self, head: TrainedHead, classes: Tensor) -> float:
         return fit_temperature(head.out_of_fold, classes) if self.calibrate and len(classes) > 1 else 1.0
 
     def _read(self, model: EarlyExitModel, samples: Samples, batch_size: int, seed: int) -> Features:
@@ -167,7 +167,7 @@ def _check_labels(labels: Tensor, n_samples: int, n_classes: int) -> None:
         )
 
 
-def _put(head: ExitHead, trained: Trained, temperature: float) -> None:
+def _put(head: ExitHead, trained: TrainedHead, temperature: float) -> None:
     with torch.no_grad():
         head.weight.copy_(trained.weight / temperature)
         head.bias.copy_(trained.bias / temperature)

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from ttmpd.data.samples import Samples
 from ttmpd.errors import UnsupportedError
 from ttmpd.latency.device import synchronize
-from ttmpd.latency.timing import Rounds, interleaved, quartiles, time_models
+from ttmpd.latency.timing import Timings, interleaved, quartiles, time_models
 from ttmpd.models.run import evaluating
 from ttmpd.runtimes.base import Runtime
 from ttmpd.runtimes.eager import Eager
 from ttmpd.surgery.exits.model import EarlyExitModel
 
 MAX_BYTES = 1 << 26
-"""Prepared inputs that are kept while latency is measured."""
+"""Most bytes of inputs that are prepared before latency is measured."""
 SECONDS = 10.0
-"""That one measurement of the mean may take, roughly."""
+"""About how long one measurement of the mean takes."""
 PASSES = 5
 """Times that each batch is run to measure the mean."""
 _FEWEST = 4
@@ -53,17 +53,17 @@ def exit_ms(
     batches = [inputs for inputs, _ in _prepared(model, samples, order, torch.zeros_like(order), batch_size)]
     calls = {"original": _cycled(original, [(inputs,) for inputs in batches])}
     for number in range(end + 1):
-        told = [(inputs, torch.full((len(inputs),), number, device=inputs.device)) for inputs in batches]
-        calls[str(number)] = _cycled(model.answer_at, told)
+        prescribed = [(inputs, torch.full((len(inputs),), number, device=inputs.device)) for inputs in batches]
+        calls[str(number)] = _cycled(model.answer_at, prescribed)
     with evaluating(original), evaluating(model):
-        found = interleaved(calls, rounds=rounds, warmup=3, min_seconds=2.0, max_seconds=SECONDS)
-    median = {name: found.timing(name).median_ms for name in calls}
+        timings = interleaved(calls, rounds=rounds, warmup=3, min_seconds=2.0, max_seconds=SECONDS)
+    median = {name: timings.timing(name).median_ms for name in calls}
     return median["original"], tuple(median[str(number)] for number in range(end + 1))
 
 
-def mean_rounds(
+def mean_timings(
     original: nn.Module, model: EarlyExitModel, samples: Samples, depths: Tensor, batch_size: int, ms_per_batch: float
-) -> Rounds:
+) -> Timings:
     """Mean milliseconds per batch of "original" and "compressed" over several passes through the same samples.
 
     Every batch runs on both models in turn. Each sample leaves at the exit that ``depths`` says, so samples count on
@@ -90,30 +90,30 @@ def mean_rounds(
         "compressed": _cycled(model.answer_at, batches, -warmup),
     }
     with evaluating(original), evaluating(model):
-        found = interleaved(calls, rounds=PASSES * len(batches), warmup=warmup)
-    return Rounds({name: tuple(_means(values, len(batches))) for name, values in found.ms.items()})
+        timings = interleaved(calls, rounds=PASSES * len(batches), warmup=warmup)
+    return Timings({name: tuple(_means(values, len(batches))) for name, values in timings.ms.items()})
 
 
-def own_rounds(original: nn.Module, model: EarlyExitModel, samples: Samples, batch_size: int) -> Rounds:
-    """The same with each sample leaving where the model, at its threshold, lets it leave.
+def routed_timings(original: nn.Module, model: EarlyExitModel, samples: Samples, batch_size: int) -> Timings:
+    """Mean milliseconds as in :func:`mean_timings`, each sample leaving where the model's threshold lets it leave.
 
     Args:
         original: the model without exits.
         model: the same with exits.
-        samples: that the exits were not trained on.
+        samples: such as the exits were not trained on.
         batch_size: samples per batch.
     """
     device = next(model.parameters()).device
     with evaluating(model):
         depths = torch.cat([model.depths(batch).cpu() for batch in samples.batches(64, device)])
     first = samples.trimmed(torch.arange(batch_size) % len(samples), device)
-    about = time_models({"original": original}, first, rounds=3, min_seconds=0.2).timing("original").median_ms
-    return mean_rounds(original, model, samples, depths, batch_size, 2 * about)
+    original_ms = time_models({"original": original}, first, rounds=3, min_seconds=0.2).timing("original").median_ms
+    return mean_timings(original, model, samples, depths, batch_size, 2 * original_ms)
 
 
-def speedup_of(rounds: Rounds) -> tuple[float, float, float]:
+def speedup_of(timings: Timings) -> tuple[float, float, float]:
     """(low, median, high) quartiles of how many times faster a pass through the samples is with exits."""
-    pairs = zip(rounds.ms["original"], rounds.ms["compressed"], strict=True)
+    pairs = zip(timings.ms["original"], timings.ms["compressed"], strict=True)
     return quartiles([slow / fast for slow, fast in pairs])
 
 
@@ -122,12 +122,12 @@ def _prepared(model: nn.Module, samples: Samples, chosen: Tensor, depths: Tensor
     device = next(model.parameters()).device
     size = max(1, samples.inputs[0].numel() * (8 if samples.is_text else 4) * batch_size)
     most = max(1, min(len(chosen) // batch_size, MAX_BYTES // size))
-    found = []
+    batches = []
     for number in range(most):
         part = slice(number * batch_size, (number + 1) * batch_size)
         inputs = samples.trimmed(chosen[part], device)
-        found.append((inputs, depths[part].to(device)))
-    return found
+        batches.append((inputs, depths[part].to(device)))
+    return batches
 
 
 def _cycled(run: Callable[..., object], arguments: Sequence[tuple[Tensor, ...]], start: int = 0) -> Callable[[], None]:
@@ -142,10 +142,10 @@ def _cycled(run: Callable[..., object], arguments: Sequence[tuple[Tensor, ...]],
     source = following()
 
     def call() -> None:
-        given = next(source)
+        inputs = next(source)
         with torch.no_grad():
-            run(*given)
-        synchronize(given[0].device)
+            run(*inputs)
+        synchronize(inputs[0].device)
 
     return call
 

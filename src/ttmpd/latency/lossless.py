@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ttmpd.latency.timing import Rounds, time_models
+from ttmpd.latency.timing import Timings, time_models
 from ttmpd.models.modules import prefers_channels_last
 from ttmpd.models.run import call, evaluating
 from ttmpd.records import UNCHANGED, Lossless
@@ -16,15 +16,13 @@ from ttmpd.surgery.lossless import applied, foldable
 
 GAIN = 1.02
 """How many times as fast a model must become for a change to be made."""
-
-
 MOST = 16
 """Samples on which the choices are compared; the best of them is timed on the whole batch. Several models in turn leave
-the memory that they free in pieces, the more the larger the batch."""
+freed memory in pieces, the more the larger the batch."""
 
 
-def find_lossless(model: nn.Module, batch: Tensor, *, runtime: Runtime = Eager()) -> tuple[Lossless, Rounds]:
-    """What makes the model faster here without changing it, and the rounds in which that was found.
+def find_lossless(model: nn.Module, batch: Tensor, *, runtime: Runtime = Eager()) -> tuple[Lossless, Timings]:
+    """What makes the model faster here without changing it, and the timings that show it.
 
     Args:
         model: as it is used now; left untouched.
@@ -44,8 +42,8 @@ def find_lossless(model: nn.Module, batch: Tensor, *, runtime: Runtime = Eager()
     if best == UNCHANGED:
         return unchanged(model, batch, runtime=runtime)
     models = {"original": model, "lossless": applied(model, best)}
-    rounds = time_models(models, batch, rounds=7, min_seconds=1.0, max_seconds=5.0, runtime=runtime)
-    return (best, rounds) if rounds.ratio("original", "lossless").median_ms >= GAIN else _as_it_is(rounds)
+    timings = time_models(models, batch, rounds=7, min_seconds=1.0, max_seconds=5.0, runtime=runtime)
+    return (best, timings) if timings.ratio("original", "lossless").median_ms >= GAIN else _without_changes(timings)
 
 
 def _fastest(model: nn.Module, changed: Sequence[Lossless], batch: Tensor, runtime: Runtime) -> Lossless:
@@ -53,20 +51,20 @@ def _fastest(model: nn.Module, changed: Sequence[Lossless], batch: Tensor, runti
     if not changed:
         return UNCHANGED
     models = {str(choice): applied(model, choice) for choice in changed} | {"original": model}
-    rounds = time_models(models, batch, rounds=7, min_seconds=1.0, max_seconds=4.0, runtime=runtime)
-    gains = {choice: rounds.ratio("original", str(choice)).median_ms for choice in changed}
+    timings = time_models(models, batch, rounds=7, min_seconds=1.0, max_seconds=4.0, runtime=runtime)
+    gains = {choice: timings.ratio("original", str(choice)).median_ms for choice in changed}
     best = max(changed, key=lambda choice: gains[choice])
     return best if gains[best] >= GAIN else UNCHANGED
 
 
-def unchanged(model: nn.Module, batch: Tensor, *, runtime: Runtime = Eager()) -> tuple[Lossless, Rounds]:
+def unchanged(model: nn.Module, batch: Tensor, *, runtime: Runtime = Eager()) -> tuple[Lossless, Timings]:
     """The model as it is, and its milliseconds under both names."""
     models = {"original": model}
-    return _as_it_is(time_models(models, batch, rounds=7, min_seconds=1.0, max_seconds=5.0, runtime=runtime))
+    return _without_changes(time_models(models, batch, rounds=7, min_seconds=1.0, max_seconds=5.0, runtime=runtime))
 
 
-def _as_it_is(rounds: Rounds) -> tuple[Lossless, Rounds]:
-    return UNCHANGED, Rounds(dict.fromkeys(("original", "lossless"), rounds.ms["original"]))
+def _without_changes(timings: Timings) -> tuple[Lossless, Timings]:
+    return UNCHANGED, Timings(dict.fromkeys(("original", "lossless"), timings.ms["original"]))
 
 
 def _same(model: nn.Module, other: nn.Module, batch: Tensor) -> bool:

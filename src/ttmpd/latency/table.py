@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.latency.device import synchronize
-from ttmpd.latency.timing import Rounds, forward_call, interleaved, time_models
+from ttmpd.latency.timing import Timings, forward_call, interleaved, time_models
 from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import common_path, module_at
 from ttmpd.models.run import evaluating, first_tensor
@@ -40,7 +40,7 @@ _Given = tuple[tuple[object, ...], dict[str, object]]
 
 
 @dataclass(frozen=True, slots=True)
-class UnitTiming:
+class UnitLatency:
     """Milliseconds per batch of a unit, of each of its stand-ins (action -> ms) and of each width (members -> ms)."""
 
     unit: str
@@ -48,12 +48,12 @@ class UnitTiming:
     stand_ins: Mapping[str, float]
     widths: Mapping[str, float] = field(default_factory=dict)
 
-    def times(self, factor: float) -> "UnitTiming":
+    def times(self, factor: float) -> "UnitLatency":
         """All of these milliseconds multiplied by a factor."""
         replacements, widths = (
             {name: ms * factor for name, ms in values.items()} for values in (self.stand_ins, self.widths)
         )
-        return UnitTiming(self.unit, self.ms * factor, replacements, widths)
+        return UnitLatency(self.unit, self.ms * factor, replacements, widths)
 
     def offers(self, action: Action, n_kept: int = 0) -> bool:
         """Whether the action can be taken."""
@@ -75,7 +75,7 @@ def time_units(
     how: Lossless = UNCHANGED,
     rounds: int = 7,
     min_seconds: float = 1.0,
-) -> tuple[UnitTiming, ...]:
+) -> tuple[UnitLatency, ...]:
     """Time every unit, its stand-ins and its widths on the input it really gets, in eager PyTorch.
 
     Units alike in class, shape, weights and operations are timed as one: they differ by noise alone. Members are timed
@@ -126,7 +126,7 @@ def runtime_ratio(model: nn.Module, batch: Tensor, runtime: Runtime) -> float:
         return interleaved(calls, rounds=7, min_seconds=1.0, max_seconds=5.0).ratio("run", "eager").median_ms
 
 
-def _bounded(units: Sequence[Unit], timings: Sequence[UnitTiming]) -> tuple[UnitTiming, ...]:
+def _bounded(units: Sequence[Unit], timings: Sequence[UnitLatency]) -> tuple[UnitLatency, ...]:
     """The timings, those of members no longer than the block that holds them: more than that is noise."""
     blocks = {f"{unit.path}.": timing.ms for unit, timing in zip(units, timings, strict=True) if not unit.members}
     found = []
@@ -186,17 +186,17 @@ def _runs(timed: _Timed, units: Mapping[int, Unit], far: Set[str], batch: Tensor
     }
 
 
-def count_units(units: Sequence[Unit]) -> tuple[UnitTiming, ...]:
+def count_units(units: Sequence[Unit]) -> tuple[UnitLatency, ...]:
     """The same with millions of multiply-accumulates per sample in the place of milliseconds."""
     return tuple(_counted(unit) for unit in units)
 
 
-def _counted(unit: Unit) -> UnitTiming:
+def _counted(unit: Unit) -> UnitLatency:
     millions = unit.macs / 1e6
     if unit.members:
-        return UnitTiming(unit.id, millions, {}, {str(n): millions * n / unit.members for n in unit.widths})
+        return UnitLatency(unit.id, millions, {}, {str(n): millions * n / unit.members for n in unit.widths})
     per_weight = math.prod(unit.shape) * unit.channels / 1e6
-    return UnitTiming(unit.id, millions, {"linear": per_weight})
+    return UnitLatency(unit.id, millions, {"linear": per_weight})
 
 
 def _far_apart(model: nn.Module, units: Iterable[Unit], batch: Tensor) -> frozenset[str]:
@@ -259,16 +259,16 @@ def _variants(timed: _Timed, unit: Unit, given: Mapping[str, _Given]) -> dict[st
     return runs
 
 
-def _timing(unit: Unit, number: int, median: Mapping[str, float]) -> UnitTiming:
+def _timing(unit: Unit, number: int, median: Mapping[str, float]) -> UnitLatency:
     whole = median[f"{number} unit"]
     if not unit.members:
-        return UnitTiming(unit.id, whole, {"linear": median[f"{number} linear"]})
+        return UnitLatency(unit.id, whole, {"linear": median[f"{number} linear"]})
     timed = _timed_widths(unit)
     left = _falling([whole, *(median[f"{number} {width}"] for width in timed)])
     ms = (left[0] - left[-1]) * unit.members / (unit.members - timed[-1])
     saved = [left[0] - value for value in reversed(left)]
     between = np.interp(unit.widths, [*reversed(timed), unit.members], saved)
-    return UnitTiming(
+    return UnitLatency(
         unit.id, ms, {}, {str(n): ms - float(value) for n, value in zip(unit.widths, between, strict=True)}
     )
 
@@ -351,7 +351,7 @@ def compare(
     rounds: int = 15,
     min_seconds: float = 2.0,
     max_seconds: float = 10.0,
-) -> Rounds:
+) -> Timings:
     """Interleaved forward passes under the names "original" and "compressed", and "lossless" where that is given.
 
     It takes longer, up to twice ``max_seconds``, until the speedup is known to ``PRECISION``.

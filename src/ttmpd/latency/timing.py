@@ -25,14 +25,12 @@ from ttmpd.runtimes.base import Runtime
 from ttmpd.runtimes.eager import Eager
 
 Clock = Callable[[], float]
-
-
 _FEWEST = 5  # rounds with which quartiles begin to mean something
 
 
 @dataclass(frozen=True, slots=True)
-class Rounds:
-    """Raw milliseconds: one value per candidate and round; value i of all candidates is from the same round."""
+class Timings:
+    """Milliseconds of several candidates: one value per round; value i of all of them is from the same round."""
 
     ms: Mapping[str, tuple[float, ...]]
 
@@ -70,7 +68,7 @@ def interleaved(
     precision: float = math.inf,
     clock: Clock = time.perf_counter,
     seed: int = 0,
-) -> Rounds:
+) -> Timings:
     """Time all candidates in turn, round after round.
 
     Args:
@@ -105,18 +103,18 @@ def interleaved(
             expected = math.ceil(done * min_seconds / spent) if spent > 0 else rounds
             tell("timing", done, min(20 * rounds, max(rounds, expected)))
         enough = (done >= rounds and spent >= min_seconds) or (done >= _FEWEST and spent >= max_seconds)
-        if enough and (spent >= 2 * max_seconds or _known(ms, precision)):
+        if enough and (spent >= 2 * max_seconds or _is_precise(ms, precision)):
             break
-    return Rounds({name: tuple(values) for name, values in ms.items()})
+    return Timings({name: tuple(values) for name, values in ms.items()})
 
 
-def _known(ms: Mapping[str, Sequence[float]], precision: float) -> bool:
-    """Whether the ratio of every candidate to the first is known to this."""
+def _is_precise(ms: Mapping[str, Sequence[float]], precision: float) -> bool:
+    """True when the standard error of every ratio to the first candidate is at most this share of the ratio."""
     if precision == math.inf:
         return True
-    rounds = Rounds({name: tuple(values) for name, values in ms.items()})
+    timings = Timings({name: tuple(values) for name, values in ms.items()})
     first, *others = ms
-    ratios = [rounds.ratio(first, other) for other in others]
+    ratios = [timings.ratio(first, other) for other in others]
     return all(ratio.error_ms <= precision * ratio.median_ms for ratio in ratios)
 
 
@@ -149,7 +147,7 @@ def time_models(
     precision: float = math.inf,
     runtime: Runtime = Eager(),
     clock: Clock = time.perf_counter,
-) -> Rounds:
+) -> Timings:
     """Interleaved forward passes of several models on the same batch, in eval mode.
 
     Args:

@@ -16,7 +16,7 @@ from ttmpd.data.samples import Samples
 from ttmpd.errors import ModelError, SamplesError, UnsupportedError
 from ttmpd.latency.device import choose_device
 from ttmpd.latency.lossless import find_lossless, unchanged
-from ttmpd.latency.table import UnitTiming, runtime_ratio, time_units
+from ttmpd.latency.table import UnitLatency, runtime_ratio, time_units
 from ttmpd.models.batch_size import samples_that_fit
 from ttmpd.models.modules import clone, has_nan, to_fast_format
 from ttmpd.models.opened import OpenedModel
@@ -45,7 +45,7 @@ class Ready:
     samples: Samples
     held_out: Samples
     found: Found
-    timings: tuple[UnitTiming, ...]
+    timings: tuple[UnitLatency, ...]
     original_ms: float
     lossless: Lossless
     lossless_ms: float
@@ -124,7 +124,7 @@ def get_ready(
         samples=samples,
         held_out=held_out,
         found=found,
-        timings=tuple(UnitTiming(**row) for row in timed["units"]),
+        timings=tuple(UnitLatency(**row) for row in timed["units"]),
         original_ms=timed["original_ms"],
         lossless=Lossless(tuple(map(tuple, timed["folded"])), timed["channels_last"]),
         lossless_ms=timed["lossless_ms"],

@@ -11,7 +11,7 @@ from ttmpd.data.samples import Samples
 from ttmpd.data.tokenization import Tokenization
 from ttmpd.errors import InvalidValueError, SamplesError
 from ttmpd.latency.device import choose_device
-from ttmpd.latency.exits import check_runtime, own_rounds
+from ttmpd.latency.exits import check_runtime, routed_timings
 from ttmpd.latency.table import compare
 from ttmpd.method import method_of
 from ttmpd.models.example import example_batch
@@ -78,12 +78,12 @@ def bench(
     rows = []
     for size in batch_sizes or dict.fromkeys((1, artifact.batch_size)):
         if isinstance(compressed, EarlyExitModel):
-            rounds = own_rounds(original, compressed, _unseen(data, opened, artifact), size)
+            timings = routed_timings(original, compressed, _unseen(data, opened, artifact), size)
         else:
             batch = example_batch(opened, data, size, artifact.input_shape).to(where)
-            rounds = compare(original, compressed, batch, runtime=runs)
-        ratio = rounds.ratio("original", "compressed")
-        rows.append(BenchRow(size, rounds.timing("original"), rounds.timing("compressed"), ratio))
+            timings = compare(original, compressed, batch, runtime=runs)
+        ratio = timings.ratio("original", "compressed")
+        rows.append(BenchRow(size, timings.timing("original"), timings.timing("compressed"), ratio))
     return tuple(rows)
 
 
@@ -93,11 +93,11 @@ def _unseen(data: Any, opened: OpenedModel, artifact: Artifact) -> Samples:
         raise InvalidValueError(
             "data must be given for a model with exits, since each sample takes another time, but got none; pass --data"
         )
-    found = open_samples(data, opened.preprocessing, n_samples=_TIMED + len(artifact.sample_ids), enough=1)
+    samples = open_samples(data, opened.preprocessing, n_samples=_TIMED + len(artifact.sample_ids), enough=1)
     used = frozenset(artifact.sample_ids)
-    kept = [number for number, name in enumerate(found.ids) if name not in used]
-    if not kept:
+    unused = [number for number, name in enumerate(samples.ids) if name not in used]
+    if not unused:
         raise SamplesError(
-            f"bench must have samples that the exits have not seen, but all {len(found)} were used; give other data"
+            f"bench must have samples that the exits have not seen, but all {len(samples)} were used; give other data"
         )
-    return found.subset(kept[:_TIMED])
+    return samples.subset(unused[:_TIMED])

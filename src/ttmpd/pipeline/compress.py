@@ -19,7 +19,7 @@ from ttmpd.artifact.write import Result, check_output
 from ttmpd.distill.base import Work
 from ttmpd.latency.device import choose_device, machine
 from ttmpd.latency.table import compare
-from ttmpd.latency.timing import Rounds
+from ttmpd.latency.timing import Timings
 from ttmpd.models.modules import to_plain_format
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
@@ -214,7 +214,7 @@ def finish(ready: Ready, planned: Planned, start: Start, stages: Stages, work: W
         unpruned = applied(ready.source, ready.lossless) if ready.lossless != UNCHANGED and plan.removals else None
         rounds = compare(ready.source, student, ready.batch, unpruned=unpruned, runtime=ready.settings.runtime)
         if ready.lossless != UNCHANGED and not plan.removals:  # then the student is all that it is
-            rounds = Rounds({**rounds.ms, "lossless": rounds.ms["compressed"]})
+            rounds = Timings({**rounds.ms, "lossless": rounds.ms["compressed"]})
     facts = collect(
         ready,
         planned,

@@ -20,8 +20,8 @@ from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import logits_of
 from ttmpd.pipeline.analysis import PASS_SIZE, open_pool, pass_size, source_of, split
-from ttmpd.pipeline.exit_choice import Choice, choose, fitted, time_exits
-from ttmpd.pipeline.exit_threshold import Sure, exit_answers, sure_of
+from ttmpd.pipeline.exit_choice import ThresholdChoice, choose, fitted, time_exits
+from ttmpd.pipeline.exit_threshold import ExitConfidences, exit_answers, exit_confidences
 from ttmpd.pipeline.report_data import collect_exits
 from ttmpd.pipeline.settings import Settings, Target, settings_of
 from ttmpd.records import Plan
@@ -77,28 +77,29 @@ def add_early_exits(
         check_output(Path(output))
     opened = model if isinstance(model, OpenedModel) else open_model(model)
     check_without_exits(opened.module)
-    known = _labels(labels, samples)
+    classes = _labels(labels, samples)
     few = split(open_pool(samples, opened, chosen), chosen)
     source = source_of(opened, few[0], choose_device(chosen.device))
     start = time.perf_counter()
-    equipped, sure, before = _equipped(source, few, method, None if known is None else known.of(few[0]), chosen.seed)
+    classes_of_fit = None if classes is None else classes.of(few[0])
+    equipped, confidences, before = _equipped(source, few, method, classes_of_fit, chosen.seed)
     trained, every = time.perf_counter(), _joined(*few)
     timed = time_exits(source, equipped.model, every, chosen.batch_size)
     budget_ms = target.budget_ms(timed.original_ms)
-    equipped, sure, timed = fitted(method, equipped, sure, timed, budget_ms)
-    choice = choose(source, equipped.model, every, sure, timed, budget_ms)
+    equipped, confidences, timed = fitted(method, equipped, confidences, timed, budget_ms)
+    choice = choose(source, equipped.model, every, confidences, timed, budget_ms)
     equipped.model.threshold = choice.threshold
     plan = Plan((), 0.0, choice.original_ms, choice.budget_ms, choice.predicted_ms)
     found = {
         "method": method.to_dict(),
-        "early_exit": _exits(equipped, choice, sure) | {"labelled": known is not None},
+        "early_exit": _exits(equipped, choice, confidences) | {"labelled": classes is not None},
         "attempts": [{"predicted_ms": predicted, "measured_ms": measured} for predicted, measured in choice.attempts],
         "target": str(target),
         "seconds": {"exits": trained - start, "measure": time.perf_counter() - trained},
     }
     logits = (before, logits_of(equipped.model, few[1], PASS_SIZE))
     facts = collect_exits(
-        opened, source, equipped.model, few, chosen, found=found, rounds=choice.rounds, plan=plan, logits=logits
+        opened, source, equipped.model, few, chosen, found=found, rounds=choice.timings, plan=plan, logits=logits
     )
     facts["target"] |= {"met": choice.met, "within_spread": choice.within_spread}
     net = equipped.model.cpu().eval()
@@ -110,13 +111,13 @@ def add_early_exits(
 
 def _equipped(
     source: nn.Module, few: tuple[Samples, Samples], tool: EarlyExit, classes: Tensor | None, seed: int
-) -> tuple[Equipped, Sure, Tensor]:
+) -> tuple[Equipped, ExitConfidences, Tensor]:
     """The model with exits; how sure they are of all samples, the held-out ones behind; its own answers to these."""
     size = pass_size(source, few[0], PASS_SIZE)
     equipped = tool.equip(source, few[0], labels=classes, batch_size=size, seed=seed)
     answers, own = exit_answers(equipped.model, few[1], size)
     every = torch.cat([equipped.exit_logits.cpu(), answers], 1)
-    return equipped, sure_of(every, torch.cat([equipped.logits.cpu(), own])), own
+    return equipped, exit_confidences(every, torch.cat([equipped.logits.cpu(), own])), own
 
 
 def _settings(given: dict[str, Any]) -> Settings:
@@ -138,9 +139,9 @@ def _joined(first: Samples, second: Samples) -> Samples:
     return dataclasses.replace(first, inputs=inputs, ids=first.ids + second.ids, names=names)
 
 
-def _exits(equipped: Equipped, choice: Choice, sure: Sure) -> dict[str, Any]:
+def _exits(equipped: Equipped, choice: ThresholdChoice, confidences: ExitConfidences) -> dict[str, Any]:
     """What the report tells of exits: a row for each, and the end."""
-    facts, places = choice.facts(sure), equipped.model.spec.places
+    facts, places = choice.facts(confidences), equipped.model.spec.exits
     thresholds = equipped.model.spec.thresholds(choice.threshold)
     rows = [
         {"path": place.path, "reads": place.pool, "threshold": threshold, **row, "share": share, "ms": ms}

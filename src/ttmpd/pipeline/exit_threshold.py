@@ -23,30 +23,30 @@ _POINTS = 40
 
 
 @dataclass(frozen=True, eq=False)
-class Sure:
-    """How sure every exit is of every sample.
+class ExitConfidences:
+    """Confidence of every exit in every sample, and where its prediction is the model's.
 
     Args:
         confidence: (n_exits, N) calibrated probability of each exit's answer; or, where exits have thresholds of their
             own, the highest threshold at the first exit under which it suffices.
-        alike: (n_exits, N) whether it is the answer of the whole model.
+        agrees: (n_exits, N) true where the exit predicts what the whole model does.
     """
 
     confidence: Tensor
-    alike: Tensor
+    agrees: Tensor
 
-    def only(self, numbers: Sequence[int]) -> "Sure":
-        """The same of some exits alone."""
-        return Sure(self.confidence[list(numbers)], self.alike[list(numbers)])
+    def only(self, numbers: Sequence[int]) -> "ExitConfidences":
+        """The confidences of some of the exits."""
+        return ExitConfidences(self.confidence[list(numbers)], self.agrees[list(numbers)])
 
-    def weighed(self, saves: Sequence[float]) -> "Sure":
-        """The same where each exit has a threshold of its own, see :class:`ttmpd.surgery.exits.spec.Exits`."""
-        share = torch.tensor(saves, dtype=self.confidence.dtype)[:, None]
-        return Sure((1 - (1 - self.confidence) / share).clamp_min(0), self.alike)
+    def weighed(self, saved_shares: Sequence[float]) -> "ExitConfidences":
+        """Confidences for exits with thresholds of their own, see :meth:`ttmpd.surgery.exits.spec.Exits.thresholds`."""
+        share = torch.tensor(saved_shares, dtype=self.confidence.dtype)[:, None]
+        return ExitConfidences((1 - (1 - self.confidence) / share).clamp_min(0), self.agrees)
 
     @property
     def n_exits(self) -> int:
-        """How many exits there are."""
+        """Number of exits."""
         return len(self.confidence)
 
     def depths(self, threshold: float) -> Tensor:
@@ -57,26 +57,26 @@ class Sure:
 
     def agreement(self, depths: Tensor) -> float:
         """Share of the samples that get the whole model's answer."""
-        alike = torch.cat([self.alike, torch.ones_like(self.alike[:1])])
-        return float(alike.gather(0, depths[None]).float().mean())
+        agrees = torch.cat([self.agrees, torch.ones_like(self.agrees[:1])])
+        return float(agrees.gather(0, depths[None]).float().mean())
 
 
 def exit_answers(model: EarlyExitModel, samples: Samples, batch_size: int) -> tuple[Tensor, Tensor]:
     """(n_exits, N, n_classes) calibrated answers of all exits, and (N, n_classes) those of the model; on the CPU."""
-    device, found = next(model.parameters()).device, []
+    device, outputs = next(model.parameters()).device, []
     with evaluating(model):
         for batch in samples.batches(batch_size, device):
             read, logits = model.features(batch)
-            found.append((model.exit_logits(read).cpu(), logits.float().cpu()))
-    if not found:
+            outputs.append((model.exit_logits(read).cpu(), logits.float().cpu()))
+    if not outputs:
         return torch.empty(len(model.heads), 0, model.spec.n_classes), torch.empty(0, model.spec.n_classes)
-    return torch.cat([exits for exits, _ in found], 1), torch.cat([logits for _, logits in found])
+    return torch.cat([exits for exits, _ in outputs], 1), torch.cat([logits for _, logits in outputs])
 
 
-def sure_of(exit_logits: Tensor, logits: Tensor) -> Sure:
+def exit_confidences(exit_logits: Tensor, logits: Tensor) -> ExitConfidences:
     """From (n_exits, N, n_classes) calibrated answers of the exits and (N, n_classes) those of the whole model."""
     confidence, answers = exit_logits.softmax(-1).max(-1)
-    return Sure(confidence, answers == logits.argmax(-1))
+    return ExitConfidences(confidence, answers == logits.argmax(-1))
 
 
 def mean_ms(depths: Tensor, ms: Sequence[float]) -> float:
@@ -89,23 +89,23 @@ def rising(ms: Sequence[float]) -> tuple[float, ...]:
     return tuple(itertools.accumulate(ms, max))
 
 
-def choose_threshold(sure: Sure, ms: Sequence[float], budget_ms: float) -> float:
+def choose_threshold(confidences: ExitConfidences, ms: Sequence[float], budget_ms: float) -> float:
     """The highest threshold, and so the most cautious, whose mean latency is within the budget.
 
     Latency falls with the threshold, so it is found by halving the list of all confidences.
 
     Args:
-        sure: on unlabelled samples that the exits were not trained on.
+        confidences: on unlabelled samples that the exits were not trained on.
         ms: (n_exits + 1) milliseconds of leaving at each exit and of the end, rising.
         budget_ms: mean latency that is asked for.
 
     Raises:
-        BudgetUnreachableError: even with everybody at the first exit it takes longer.
+        BudgetUnreachableError: even with every sample at the first exit it takes longer.
     """
-    candidates: list[float] = [0.0, *torch.unique(sure.confidence).tolist(), NEVER]
+    candidates: list[float] = [0.0, *torch.unique(confidences.confidence).tolist(), NEVER]
 
     def too_slow(number: int) -> bool:
-        return mean_ms(sure.depths(candidates[number]), ms) > budget_ms
+        return mean_ms(confidences.depths(candidates[number]), ms) > budget_ms
 
     first = bisect.bisect_left(range(len(candidates)), True, key=too_slow)
     if first == 0:
@@ -117,22 +117,22 @@ def choose_threshold(sure: Sure, ms: Sequence[float], budget_ms: float) -> float
     return candidates[first - 1]
 
 
-def saves_of(ms: Sequence[float]) -> tuple[float, ...]:
+def saved_shares_of(ms: Sequence[float]) -> tuple[float, ...]:
     """What leaving at each exit saves of the way to the end, as a share of what leaving at the first one does."""
     most = ms[-1] - ms[0]
     return tuple(min(1.0, max(_LEAST, (ms[-1] - value) / most)) if most > 0 else 1.0 for value in ms[:-1])
 
 
-def worth_keeping(
-    sure: Sure, ms: Sequence[float], original_ms: float, budget_ms: float, by_time: bool = True
+def prune_exits(
+    confidences: ExitConfidences, ms: Sequence[float], original_ms: float, budget_ms: float, by_time: bool = True
 ) -> tuple[int, ...]:
-    """Numbers of the exits that are worth their time at the threshold that the budget leads to.
+    """Numbers of the exits that stay: those that are worth their time under the threshold for the budget.
 
     Every exit costs time for all samples that pass it. One is taken off where those that left there, going on, would
     cost no more than that, if agreement within the budget does not fall either. One by one, the most useless first.
 
     Args:
-        sure: of all exits, all under the same threshold.
+        confidences: of all exits, all under the same threshold.
         ms: (n_exits + 1) milliseconds of leaving at each of them and of the end, rising.
         original_ms: of the model without exits.
         budget_ms: mean latency that is asked for.
@@ -141,33 +141,62 @@ def worth_keeping(
     Raises:
         BudgetUnreachableError: as :func:`choose_threshold`.
     """
-
-    def chosen(kept: tuple[int, ...]) -> tuple[Sure, float, float]:
-        """What is known of some exits, the threshold for the budget, and the agreement under it."""
-        left, few = ms_of(kept, ms, original_ms), sure.only(kept)
-        few = few.weighed(saves_of(left)) if by_time else few
-        threshold = choose_threshold(few, left, budget_ms)
-        return few, threshold, few.agreement(few.depths(threshold))
-
-    def mean(few: Sure, threshold: float, kept: tuple[int, ...], rest: Sequence[int]) -> float:
-        """Milliseconds with the exits at the places ``rest`` alone, each with the threshold that it has."""
-        numbers = tuple(kept[place] for place in rest)
-        return mean_ms(few.only(rest).depths(threshold), ms_of(numbers, ms, original_ms))
-
-    kept = tuple(range(sure.n_exits))
-    few, threshold, agreement = chosen(kept)
-    while len(kept) > 1:
-        every = range(len(kept))
-        rests = [tuple(other for other in every if other != place) for place in every]
-        rest = min(rests, key=lambda rest: mean(few, threshold, kept, rest))
-        if mean(few, threshold, kept, rest) > mean(few, threshold, kept, every):
+    exits = _ExitSubset.for_budget(confidences, tuple(range(confidences.n_exits)), ms, original_ms, budget_ms, by_time)
+    while len(exits.numbers) > 1:
+        positions = range(len(exits.numbers))
+        rests = [tuple(other for other in positions if other != position) for position in positions]
+        rest = min(rests, key=exits.mean_ms)
+        if exits.mean_ms(rest) > exits.mean_ms(positions):
             break
-        fewer = tuple(kept[place] for place in rest)
-        few, threshold, now = chosen(fewer)
-        if now < agreement:
+        numbers = tuple(exits.numbers[position] for position in rest)
+        fewer = _ExitSubset.for_budget(confidences, numbers, ms, original_ms, budget_ms, by_time)
+        if fewer.agreement < exits.agreement:
             break
-        kept, agreement = fewer, now
-    return kept
+        exits = fewer
+    return exits.numbers
+
+
+@dataclass(frozen=True, eq=False)
+class _ExitSubset:
+    """Some of the exits, under the threshold that the budget leads to.
+
+    Args:
+        numbers: of these exits.
+        confidences: of these exits, weighed where they have thresholds of their own.
+        threshold: at the first of them.
+        agreement: with the whole model, under that threshold.
+        ms: (n_exits + 1) milliseconds of leaving at each of *all* exits and of the end.
+        original_ms: of the model without exits.
+    """
+
+    numbers: tuple[int, ...]
+    confidences: ExitConfidences
+    threshold: float
+    agreement: float
+    ms: Sequence[float]
+    original_ms: float
+
+    @classmethod
+    def for_budget(
+        cls,
+        confidences: ExitConfidences,
+        numbers: tuple[int, ...],
+        ms: Sequence[float],
+        original_ms: float,
+        budget_ms: float,
+        by_time: bool,
+    ) -> "_ExitSubset":
+        left = ms_of(numbers, ms, original_ms)
+        some = confidences.only(numbers)
+        some = some.weighed(saved_shares_of(left)) if by_time else some
+        threshold = choose_threshold(some, left, budget_ms)
+        return cls(numbers, some, threshold, some.agreement(some.depths(threshold)), ms, original_ms)
+
+    def mean_ms(self, positions: Sequence[int]) -> float:
+        """Mean milliseconds with the exits at these positions alone, each with the threshold that it has."""
+        numbers = tuple(self.numbers[position] for position in positions)
+        depths = self.confidences.only(positions).depths(self.threshold)
+        return mean_ms(depths, ms_of(numbers, self.ms, self.original_ms))
 
 
 def ms_of(numbers: Sequence[int], ms: Sequence[float], original_ms: float) -> tuple[float, ...]:
@@ -176,19 +205,19 @@ def ms_of(numbers: Sequence[int], ms: Sequence[float], original_ms: float) -> tu
     return rising([ms[number] - each * (number - place) for place, number in enumerate((*numbers, len(ms) - 1))])
 
 
-def curve(sure: Sure, ms: Sequence[float]) -> list[dict[str, Any]]:
-    """What thresholds over the whole range bring: threshold, mean ms, agreement, share of the samples at every exit."""
-    known = torch.unique(sure.confidence)
-    places = torch.linspace(0, len(known) - 1, min(_POINTS, len(known))).round().long()
+def curve(confidences: ExitConfidences, ms: Sequence[float]) -> list[dict[str, Any]]:
+    """Rows for thresholds over the whole range: threshold, mean ms, agreement, share of the samples at every exit."""
+    values = torch.unique(confidences.confidence)
+    places = torch.linspace(0, len(values) - 1, min(_POINTS, len(values))).round().long()
     rows = []
-    for threshold in dict.fromkeys([0.0, *known[places].tolist(), NEVER]):
-        depths = sure.depths(threshold)
-        shares = torch.bincount(depths, minlength=sure.n_exits + 1).double() / len(depths)
+    for threshold in dict.fromkeys([0.0, *values[places].tolist(), NEVER]):
+        depths = confidences.depths(threshold)
+        shares = torch.bincount(depths, minlength=confidences.n_exits + 1).double() / len(depths)
         rows.append(
             {
                 "threshold": threshold,
                 "ms": mean_ms(depths, ms),
-                "agreement": sure.agreement(depths),
+                "agreement": confidences.agreement(depths),
                 "shares": shares.tolist(),
             }
         )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ttmpd.latency.device import choose_device, machine
-from ttmpd.latency.table import UnitTiming, time_units
+from ttmpd.latency.table import UnitLatency, time_units
 from ttmpd.latency.timing import time_models
 from ttmpd.method import check_range
 from ttmpd.models.example import example_batch
@@ -51,7 +51,7 @@ class Inspection:
     batch_size: int
     machine: dict[str, str | int]
     whole: Timing | None = None
-    timings: tuple[UnitTiming, ...] = ()
+    timings: tuple[UnitLatency, ...] = ()
 
     @property
     def removable_share(self) -> float:

@@ -17,7 +17,7 @@ from ttmpd.surgery.cut import skeleton
 from ttmpd.surgery.find import find_units
 
 MAX_PLANS = 5
-"""Rounds of planning, cutting and measuring before the best reachable is taken."""
+"""Timings of planning, cutting and measuring before the best reachable is taken."""
 FRONT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 """Shares of the original latency for which the report shows what they would cost."""
 MARGIN = 0.01

@@ -14,8 +14,8 @@ from ttmpd.adapt.base import Adapted
 from ttmpd.data.samples import Samples
 from ttmpd.data.tokenization import Tokenization, is_tokens
 from ttmpd.latency.device import machine
-from ttmpd.latency.table import UnitTiming
-from ttmpd.latency.timing import Rounds
+from ttmpd.latency.table import UnitLatency
+from ttmpd.latency.timing import Timings
 from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import count_parameters
 from ttmpd.models.opened import OpenedModel
@@ -47,7 +47,7 @@ def collect(
     planned: Planned,
     *,
     student: nn.Module,
-    rounds: Rounds,
+    rounds: Timings,
     fit: Fit,
     logits: tuple[Tensor, Tensor, Tensor],
     seconds: Mapping[str, float],
@@ -126,7 +126,7 @@ def collect_exits(
     settings: Settings,
     *,
     found: Mapping[str, Any],
-    rounds: Rounds,
+    rounds: Timings,
     plan: Plan,
     logits: tuple[Tensor, Tensor],
 ) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def _units(ready: Ready, plan: Plan) -> list[dict[str, Any]]:
 
 
 def _members(
-    unit: Unit, kept: Mapping[str, int], widths: Mapping[str, list[list[float]]], timing: UnitTiming
+    unit: Unit, kept: Mapping[str, int], widths: Mapping[str, list[list[float]]], timing: UnitLatency
 ) -> dict[str, Any]:
     """How many members there are and stay; (members, harm) of every width, and milliseconds by members."""
     return {
@@ -262,7 +262,7 @@ def _members(
     }
 
 
-def _latency(rounds: Rounds, plan: Plan, before_ms: Sequence[float] = ()) -> dict[str, Any]:
+def _latency(rounds: Timings, plan: Plan, before_ms: Sequence[float] = ()) -> dict[str, Any]:
     """Measured milliseconds; ``before_ms`` are those of the same plan when it was chosen."""
     ratio = rounds.ratio("original", "compressed")
     ms = plan.original_ms / ratio.median_ms

@@ -24,7 +24,7 @@ def _check_word(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
+class DeepFoolConfig:
     """How boundaries are searched for.
 
     Args:
@@ -44,11 +44,11 @@ class Search:
         check_fields(self, max_iter=1, overshoot=0.0, classes=2)
 
 
-DEFAULT_SEARCH = Search()
+DEFAULT_DEEPFOOL = DeepFoolConfig()
 
 
 @dataclass(frozen=True, eq=False)
-class Crossing:
+class DeepFoolResult:
     """The shortest way to another answer that was found.
 
     Args:
@@ -66,7 +66,7 @@ class Crossing:
 def margins(
     model: nn.Module,
     samples: Samples,
-    search: Search = DEFAULT_SEARCH,
+    search: DeepFoolConfig = DEFAULT_DEEPFOOL,
     *,
     labels: Tensor | None = None,
     batch_size: int = 64,
@@ -112,11 +112,11 @@ def _std(samples: Samples) -> Tensor:
 def deepfool(
     model: nn.Module,
     batch: Tensor,
-    search: Search = DEFAULT_SEARCH,
+    search: DeepFoolConfig = DEFAULT_DEEPFOOL,
     *,
     labels: Tensor | None = None,
     std: Tensor | None = None,
-) -> Crossing:
+) -> DeepFoolResult:
     """For each sample the nearest boundary, by walking to that of the linearised model until the answer changes.
 
     A sample that has crossed leaves the batch.
@@ -136,20 +136,20 @@ def deepfool(
         logits = _answers(model, batch)
         own = logits.argmax(-1) if labels is None else labels.to(batch.device).long()
         finite = torch.isfinite(logits).all(-1)
-        walk = _Walk(model, batch, own, _rivals(logits, own, search.classes), scale.to(batch.dtype), search)
+        walk = _DeepFool(model, batch, own, _rivals(logits, own, search.classes), scale.to(batch.dtype), search)
         walk.margin[~finite] = math.nan
         active = (finite & (logits.argmax(-1) == own)).nonzero().squeeze(-1)
         for _ in range(search.max_iter):
             active = walk.advance(active)
         walk.margin[active] = math.inf
-    return Crossing(walk.margin, walk.step, walk.iterations)
+    return DeepFoolResult(walk.margin, walk.step, walk.iterations)
 
 
-class _Walk:
+class _DeepFool:
     """The state of :func:`deepfool`: how far each sample of a batch has come."""
 
     def __init__(
-        self, model: nn.Module, batch: Tensor, own: Tensor, rivals: Tensor, scale: Tensor, search: Search
+        self, model: nn.Module, batch: Tensor, own: Tensor, rivals: Tensor, scale: Tensor, search: DeepFoolConfig
     ) -> None:
         self.model, self.batch, self.own = model, batch, own
         self.rivals, self.scale, self.search = rivals, scale, search

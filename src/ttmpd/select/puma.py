@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
-from ttmpd.quality.margins import Search, margins
+from ttmpd.quality.margins import DeepFoolConfig, margins
 from ttmpd.select.base import Selector, highest
 
 
@@ -29,8 +29,8 @@ class PUMA(Selector):
     def __post_init__(self) -> None:
         self._search()  # checks the fields
 
-    def _search(self) -> Search:
-        return Search(norm=self.norm, max_iter=self.max_iter, overshoot=self.overshoot, classes=self.classes)
+    def _search(self) -> DeepFoolConfig:
+        return DeepFoolConfig(norm=self.norm, max_iter=self.max_iter, overshoot=self.overshoot, classes=self.classes)
 
     def choose(
         self, teacher: nn.Module, pool: Samples, n: int, labels: Tensor | None, *, batch_size: int, seed: int

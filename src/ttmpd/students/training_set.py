@@ -13,7 +13,7 @@ from ttmpd.data.views import fixed_view
 from ttmpd.models.run import call, evaluating
 from ttmpd.pipeline.stages import Stages
 from ttmpd.progress import track
-from ttmpd.quality.margins import Search, margins, radii
+from ttmpd.quality.margins import DeepFoolConfig, margins, radii
 from ttmpd.students.adversarial import Attack
 from ttmpd.students.recipe import Recipe
 from ttmpd.training.teacher_outputs import Targets, TargetsWriter, load_targets, save_targets
@@ -141,5 +141,5 @@ def _radius(teacher: nn.Module | None, samples: Samples, labels: Tensor, attack:
     """(n,) how far each sample may be moved: not beyond its margin under the teacher, where the rule says so."""
     if attack.rule == "eps" or teacher is None:
         return torch.full((len(samples),), attack.eps)
-    margin = margins(teacher, samples, Search(norm=attack.norm), labels=labels, batch_size=batch_size)
+    margin = margins(teacher, samples, DeepFoolConfig(norm=attack.norm), labels=labels, batch_size=batch_size)
     return radii(margin, attack.eps, rule=attack.rule)

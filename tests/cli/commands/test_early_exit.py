@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ttmpd.cli.commands import _reporting
-from ttmpd.latency.timing import Rounds
+from ttmpd.latency.timing import Timings
 from ttmpd.pipeline import exit_choice as _choice
 
 DEMO = "ttmpd.demo:demo_model"
@@ -15,15 +15,15 @@ DEMO = "ttmpd.demo:demo_model"
 def steady(monkeypatch):
     """Nothing is measured: 20 ms for the model, 4 ms to the first exit and 4 more to each further one."""
 
-    def mean_rounds(_original, _model, _samples, depths, *_):
+    def mean_timings(_original, _model, _samples, depths, *_):
         mean = float((4.0 + 4 * depths).mean())
-        return Rounds({"original": (20.0,), "compressed": (mean,)})
+        return Timings({"original": (20.0,), "compressed": (mean,)})
 
     def exit_ms(_original, model, *_):
         return 20.0, tuple(4.0 + 4 * number for number in range(len(model.heads) + 1))
 
     monkeypatch.setattr(_choice, "exit_ms", exit_ms)
-    monkeypatch.setattr(_choice, "mean_rounds", mean_rounds)
+    monkeypatch.setattr(_choice, "mean_timings", mean_timings)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_labels_and_a_latency(arguments, data, tmp_path, run, said):
     assert found.exit_code == 0, said(found)
     assert "2 exits behind 13 blocks learned the model's own answers and labels" in said(found)
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
-    assert [place["path"] for place in plan["early_exit"]["places"]] == ["stage1.1", "stage1.4"]
+    assert [place["path"] for place in plan["early_exit"]["exits"]] == ["stage1.1", "stage1.4"]
 
 
 def test_bad_input_is_said_plainly(arguments, tmp_path, run, said):
@@ -77,7 +77,7 @@ def test_bad_input_is_said_plainly(arguments, tmp_path, run, said):
 
 
 def test_a_missed_target_ends_with_its_own_code(arguments, tmp_path, run, said, monkeypatch):
-    monkeypatch.setattr(_choice, "mean_rounds", lambda *_: Rounds({"original": (20.0,), "compressed": (19.0,)}))
+    monkeypatch.setattr(_choice, "mean_timings", lambda *_: Timings({"original": (20.0,), "compressed": (19.0,)}))
     monkeypatch.setattr(_choice, "_ATTEMPTS", 1)
     found = run(*arguments, "--speedup", 1.5)
     assert found.exit_code == _reporting.TARGET_MISSED

@@ -166,7 +166,7 @@ def test_vision_transformer():
     net = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=4, embed_dim=24, num_heads=2, num_classes=5)
     samples = Samples(torch.randn(10, 3, 32, 32), tuple(map(str, range(10))))
     model = QUICK.equip(net.eval(), samples).model
-    assert [(place.path, place.pool) for place in model.spec.places] == [(f"blocks.{i}", "tokens") for i in range(3)]
+    assert [(place.path, place.pool) for place in model.spec.exits] == [(f"blocks.{i}", "tokens") for i in range(3)]
     exits = torch.tensor([3, 0, 3, 1])
     found = model.answer_at(samples.inputs[:4], exits)
     assert torch.allclose(found.logits[exits == 3], net(samples.inputs[:4])[exits == 3], atol=1e-5)
@@ -181,8 +181,8 @@ def test_blocks_that_change_the_shape_carry_exits_too():
     assert [place.path for place in places] == [f"layer{stage}.{i}" for stage in (1, 2, 3, 4) for i in (0, 1)]
     assert (places[2].shape, places[2].layout, fixed) == ((128, 8, 8), "channels_first", ())
     spec = exits_at(places, spread(8, 3), 4, mix=False, fixed=fixed, padding=None)
-    assert [place.path for place in spec.places] == ["layer1.1", "layer2.1", "layer3.1"]
-    assert [place.n_features for place in spec.places] == [5 * 64, 5 * 128, 5 * 256]  # quarters and the highest
+    assert [place.path for place in spec.exits] == ["layer1.1", "layer2.1", "layer3.1"]
+    assert [place.n_features for place in spec.exits] == [5 * 64, 5 * 128, 5 * 256]  # quarters and the highest
     assert proven(clone(net), spec, torch.randn(4, 3, 64, 64)) == spec
 
 
@@ -193,7 +193,7 @@ def test_exits_are_refused_where_they_make_no_sense(net):
     with pytest.raises(InvalidValueError, match="exits once"):
         EarlyExitModel(model, model.spec)
     with pytest.raises(InvalidValueError, match="in their order"):
-        Exits(tuple(reversed(model.spec.places)), model.spec.blocks, 4)
+        Exits(tuple(reversed(model.spec.exits)), model.spec.blocks, 4)
     with pytest.raises(InvalidValueError, match="must end with"):
         Exit("b", ("a",), "mean", "channels_first", 6)
 
@@ -282,10 +282,10 @@ def test_some_exits_alone(layers):
 
 def test_specification_is_plain_data(net):
     spec = RightTool(steps=3, views=1, mix=True).equip(net, tiny_samples(8)).model.spec
-    assert spec.places[1].reads == ("blocks.0", "blocks.1")
+    assert spec.exits[1].reads == ("blocks.0", "blocks.1")
     assert Exits.from_dict(spec.to_dict()) == spec
     with pytest.raises(KeyError):
-        Exits.from_dict({**spec.to_dict(), "places": [{"path": "blocks.0"}]})
+        Exits.from_dict({**spec.to_dict(), "exits": [{"path": "blocks.0"}]})
 
 
 @pytest.mark.parametrize(("n_places", "n_exits", "wanted"), [(6, 5, range(5)), (27, 3, (6, 13, 19)), (2, 9, (0,))])

@@ -10,7 +10,7 @@ from ttmpd.artifact.read import load
 from ttmpd.artifact.write import Result
 from ttmpd.data.samples import Samples
 from ttmpd.latency import table as savings
-from ttmpd.latency.timing import Rounds
+from ttmpd.latency.timing import Timings
 from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import hooks, module_at, to_fast_format
 from ttmpd.models.open import open_model
@@ -88,7 +88,7 @@ def test_units_far_apart_are_timed_one_by_one_in_the_same_seconds(monkeypatch):
 
     def still(runs, *, min_seconds, **_):
         groups.append((runs.keys(), min_seconds))
-        return Rounds(dict.fromkeys(runs, (1.0,)))
+        return Timings(dict.fromkeys(runs, (1.0,)))
 
     monkeypatch.setattr(savings, "interleaved", still)
     found = savings.time_units(model, units, batch, min_seconds=2.0)

@@ -1,4 +1,4 @@
-"""A model with exits: samples that are sure behind a block leave there, the others go on, within one forward pass."""
+"""A model with early exits: confident samples leave behind a block, the others go on, within one forward pass."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,8 +11,18 @@ from torch.nn import functional as F
 from ttmpd.errors import InvalidValueError, ModelError, UnsupportedError
 from ttmpd.models.modules import clone, module_at
 from ttmpd.models.run import first_tensor
-from ttmpd.surgery.exits.routing import PASS, Above, At, EveryoneLeftError, Follow, Gate, Nobody, Pass, Rule
-from ttmpd.surgery.exits.spec import NEVER, Answer, Exits
+from ttmpd.surgery.exits.routing import (
+    PASS,
+    EveryoneLeftError,
+    ExitHook,
+    NoExit,
+    Pass,
+    PrescribedRule,
+    Rule,
+    SubsetHook,
+    ThresholdRule,
+)
+from ttmpd.surgery.exits.spec import NEVER, ExitPredictions, Exits
 
 
 class ExitHead(nn.Module):
@@ -32,7 +42,7 @@ class ExitHead(nn.Module):
 
 
 class EarlyExitModel(nn.Module):
-    """A classifier that answers sure samples early; an ordinary module that answers with (B, n_classes) logits.
+    """A classifier that stops early for confident samples; an ordinary module that returns (B, n_classes) logits.
 
     A sample leaves behind the first block whose exit gives its answer a probability of at least ``threshold`` (or more:
     see :meth:`Exits.thresholds`); who does not leave gets the model's own answer. The batch shrinks on the way. Above 1
@@ -50,17 +60,17 @@ class EarlyExitModel(nn.Module):
             raise InvalidValueError("a model must have exits once, but this one has some already; take it without them")
         self.backbone, self.spec, self.threshold = backbone, exits, threshold
         device = next(backbone.parameters()).device
-        self.heads = nn.ModuleList(ExitHead(place.n_features, exits.n_classes).to(device) for place in exits.places)
+        self.heads = nn.ModuleList(ExitHead(place.n_features, exits.n_classes).to(device) for place in exits.exits)
         self.key = object()  # deepcopy gives the copies of the hooks the key of the copy
-        numbers = {place.path: number for number, place in enumerate(exits.places)}
-        shared = {path for place in exits.places for path in place.reads[:-1]}
-        readers = {path: one for one in exits.places for path in one.reads}
+        numbers = {place.path: number for number, place in enumerate(exits.exits)}
+        shared = {path for place in exits.exits for path in place.reads[:-1]}
+        readers = {path: one for one in exits.exits for path in one.reads}
         for path, one in readers.items():
-            gate = Gate(self.key, path, one.pool, one.layout, numbers.get(path), path in shared)
+            gate = ExitHook(self.key, path, one.pool, one.layout, numbers.get(path), path in shared)
             module_at(backbone, path).register_forward_hook(gate)
         if exits.compact:
             for path in exits.followers:
-                module_at(backbone, path).register_forward_pre_hook(Follow(self.key), with_kwargs=True)
+                module_at(backbone, path).register_forward_pre_hook(SubsetHook(self.key), with_kwargs=True)
         if isinstance(config := getattr(backbone, "pretrained_cfg", None), Mapping):
             self.pretrained_cfg = dict(config)
         self.train(backbone.training)
@@ -69,34 +79,36 @@ class EarlyExitModel(nn.Module):
         """(B, n_classes) logits; arguments as those of the backbone."""
         if self.threshold > 1:
             return _logits(self.backbone, self.backbone(batch, *args, **kwargs))
-        return self._passed(Above(self.spec.thresholds(self.threshold)), batch, args, kwargs).logits
+        return self._passed(ThresholdRule(self.spec.thresholds(self.threshold)), batch, args, kwargs).logits
 
-    def answer(self, batch: Tensor, *args: Any, **kwargs: Any) -> Answer:
+    def answer(self, batch: Tensor, *args: Any, **kwargs: Any) -> ExitPredictions:
         """The logits, and where each sample left."""
-        return self._passed(Above(self.spec.thresholds(self.threshold)), batch, args, kwargs)
+        return self._passed(ThresholdRule(self.spec.thresholds(self.threshold)), batch, args, kwargs)
 
     def depths(self, batch: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B,) number of the exit where each sample leaves, counted from 0; the number of exits for the end."""
         return self.answer(batch, *args, **kwargs).exits
 
-    def answer_at(self, batch: Tensor, exits: Tensor) -> Answer:
-        """The same, with the exit of each sample prescribed: (B,) numbers, the number of exits for the end.
+    def answer_at(self, batch: Tensor, exits: Tensor) -> ExitPredictions:
+        """Logits with the exit of each sample prescribed: (B,) numbers, the number of exits for the end.
 
         All that an exit computes is computed, so that it takes as long as a sample that leaves there by itself.
         """
-        return self._passed(At(exits), batch, (), {})
+        return self._passed(PrescribedRule(exits), batch, (), {})
 
     def features(self, batch: Tensor) -> tuple[list[Tensor], Tensor]:
         """For each exit (B, n_blocks, width) what its head reads, one vector per block; and the model's own logits."""
-        rule = Nobody()
-        found = self._passed(rule, batch, (), {})
-        return [torch.stack([rule.seen[path] for path in place.reads], 1) for place in self.spec.places], found.logits
+        rule = NoExit()
+        predictions = self._passed(rule, batch, (), {})
+        return [
+            torch.stack([rule.features[path] for path in place.reads], 1) for place in self.spec.exits
+        ], predictions.logits
 
     def exit_logits(self, features: Sequence[Tensor]) -> Tensor:
         """(n_exits, B, n_classes) calibrated answers of all exits to :meth:`features`."""
         return torch.stack([head(x.flatten(1)) for head, x in zip(self.heads, features, strict=True)])
 
-    def _passed(self, rule: Rule, batch: Tensor, args: Any, kwargs: Any) -> Answer:
+    def _passed(self, rule: Rule, batch: Tensor, args: Any, kwargs: Any) -> ExitPredictions:
         now = Pass(self, rule, batch)
         token = PASS.set(now)
         try:
@@ -116,23 +128,23 @@ def _logits(model: nn.Module, output: Any) -> Tensor:
     return logits
 
 
-def with_only(model: EarlyExitModel, numbers: Sequence[int], saves: Sequence[float] = ()) -> EarlyExitModel:
-    """A copy with some of the exits alone, at the same threshold; ``saves`` as in :class:`Exits`."""
+def with_only(model: EarlyExitModel, numbers: Sequence[int], saved_shares: Sequence[float] = ()) -> EarlyExitModel:
+    """A copy with some of the exits alone, at the same threshold; ``saved_shares`` as in :class:`Exits`."""
     copy = cast(EarlyExitModel, clone(model))
     for module in copy.backbone.modules():
         for hooked, others in (
             (module._forward_hooks, module._forward_hooks_with_kwargs),
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         ):
-            for key in [key for key, hook in hooked.items() if isinstance(hook, Gate | Follow)]:
+            for key in [key for key, hook in hooked.items() if isinstance(hook, ExitHook | SubsetHook)]:
                 del hooked[key]
                 others.pop(key, None)
-    places = tuple(model.spec.places[number] for number in numbers)
-    spec = replace(model.spec, places=places, saves=tuple(saves))
-    few = EarlyExitModel(copy.backbone, spec, model.threshold)
-    for head, number in zip(few.heads, numbers, strict=True):
+    exits = tuple(model.spec.exits[number] for number in numbers)
+    spec = replace(model.spec, exits=exits, saved_shares=tuple(saved_shares))
+    fewer = EarlyExitModel(copy.backbone, spec, model.threshold)
+    for head, number in zip(fewer.heads, numbers, strict=True):
         head.load_state_dict(copy.heads[number].state_dict())
-    return few.requires_grad_(False)
+    return fewer.requires_grad_(False)
 
 
 def check_without_exits(model: nn.Module) -> None:
@@ -144,14 +156,14 @@ def check_without_exits(model: nn.Module) -> None:
 
 
 def exits_data(model: nn.Module) -> dict[str, Any]:
-    """What an artifact tells of the exits of a model beside the weights, under its key; nothing for other models."""
+    """The exits and their threshold as an artifact's ``early_exit`` entry; empty for a model without exits."""
     if not isinstance(model, EarlyExitModel):
         return {}
     return {"early_exit": model.spec.to_dict() | {"threshold": model.threshold}}
 
 
-def put_again(backbone: nn.Module, exits: Exits, threshold: float, heads: Mapping[str, Tensor]) -> EarlyExitModel:
-    """The backbone with exits whose weights are known.
+def restore_exits(backbone: nn.Module, exits: Exits, threshold: float, heads: Mapping[str, Tensor]) -> EarlyExitModel:
+    """Put trained exits on a backbone, as an artifact describes them.
 
     Raises:
         InvalidValueError: the backbone has no such blocks.

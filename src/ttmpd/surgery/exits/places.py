@@ -22,7 +22,7 @@ _BLOCKS_ALL_THE_SAME = ("the model does not run without it", "writes into its in
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ExitLocation:
     """A block that may carry an exit.
 
     Args:
@@ -48,7 +48,7 @@ class _Watched:
     sizes: Mapping[str, int]
 
 
-def find_places(model: nn.Module, batch: Tensor) -> tuple[tuple[Place, ...], tuple[str, ...]]:
+def find_places(model: nn.Module, batch: Tensor) -> tuple[tuple[ExitLocation, ...], tuple[str, ...]]:
     """The blocks in calling order, and the names of their arguments whose first axis is not that of the samples.
 
     Blocks are the removable ones, as the kind ``block`` finds them, and all others of the same class:
@@ -81,7 +81,7 @@ def find_places(model: nn.Module, batch: Tensor) -> tuple[tuple[Place, ...], tup
             f"{': ' + reasons if reasons else ''}; `ttmpd inspect` lists what it has"
         )
     places = tuple(
-        Place(path, shape, _layout(module_at(model, path), shape), two[path].n_arguments)
+        ExitLocation(path, shape, _layout(module_at(model, path), shape), two[path].n_arguments)
         for path, shape in ((path, two[path].shape[1:]) for path in outer)
     )
     fixed = {name for path in outer for name, size in two[path].sizes.items() if three[path].sizes.get(name) == size}
@@ -138,7 +138,7 @@ def spread(n_places: int, n_exits: int) -> tuple[int, ...]:
 
 
 def exits_at(
-    places: Sequence[Place],
+    places: Sequence[ExitLocation],
     chosen: Sequence[int],
     n_classes: int,
     *,
@@ -163,7 +163,7 @@ def exits_at(
     return Exits(tuple(found), paths, n_classes, followers, tuple(fixed), padding)
 
 
-def _read(place: Place, n_classes: int) -> tuple[str, int]:
+def _read(place: ExitLocation, n_classes: int) -> tuple[str, int]:
     pool = choose_pool(place.shape, place.layout, n_classes)
     return pool, width(pool, place.shape, place.layout)
 
@@ -179,7 +179,7 @@ def proven(model: nn.Module, exits: Exits, batch: Tensor) -> Exits:
         batch: a few samples.
     """
     whole = EarlyExitModel(model, exits, NEVER).eval()
-    batch, end = _repeated(batch, 5), len(exits.places)
+    batch, end = _repeated(batch, 5), len(exits.exits)
     with evaluating(whole):
         wanted = call(model, batch)
         for number in range(end):

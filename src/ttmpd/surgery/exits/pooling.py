@@ -1,4 +1,4 @@
-"""What an exit reads of a block's output: one short vector per sample."""
+"""Pool a block's output into one short vector per sample, which an exit reads."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -18,7 +18,7 @@ MAX_WEIGHTS = 1 << 19
 
 
 def choose_pool(shape: Sequence[int], layout: Layout, n_classes: int) -> Pool:
-    """How outputs of this shape are read.
+    """The pooling for outputs of this shape.
 
     The mean over the positions of an image forgets where things are, which the first blocks of a network know and have
     not yet turned into channels; so images are read as the means of their quarters, and the highest of all values.
@@ -46,23 +46,23 @@ def width(pool: Pool, shape: Sequence[int], layout: Layout) -> int:
     return channels * (GRID * GRID + 1) if pool == "grid" else channels
 
 
-def pooled(value: Tensor, pool: Pool, layout: Layout, kept: Tensor | None = None) -> Tensor:
+def pooled(value: Tensor, pool: Pool, layout: Layout, token_mask: Tensor | None = None) -> Tensor:
     """(B, width) float32.
 
     Args:
         value: (B, ...) a block's output.
         pool: from :func:`choose_pool`.
         layout: which axis holds the channels.
-        kept: (B, S) which tokens are no padding; None where all count.
+        token_mask: (B, S) true for tokens that are no padding; None where all count.
     """
     x = value.float()
     if pool == "flat":
         return x
     if pool == "tokens":
         # A model that adds tokens of its own, or joins some, is read over all it has.
-        if kept is None or kept.shape != x.shape[:2]:
+        if token_mask is None or token_mask.shape != x.shape[:2]:
             return x.mean(1)
-        return (x * kept.unsqueeze(-1)).sum(1) / kept.sum(1, keepdim=True).clamp_min(1)
+        return (x * token_mask.unsqueeze(-1)).sum(1) / token_mask.sum(1, keepdim=True).clamp_min(1)
     x = x if layout == "channels_first" else x.movedim(-1, 1)
     if pool == "mean":
         return x.flatten(2).mean(2)

@@ -16,11 +16,11 @@ from ttmpd.data.tokenization import kept_tokens
 from ttmpd.models.run import StopForwardError, first_tensor
 from ttmpd.records import Layout
 from ttmpd.surgery.exits.pooling import Pool, pooled
-from ttmpd.surgery.exits.spec import Answer, Exits
+from ttmpd.surgery.exits.spec import ExitPredictions, Exits
 
 
 class Owner(Protocol):
-    """What a pass needs of the model."""
+    """The model that a pass belongs to."""
 
     key: object
     heads: nn.ModuleList
@@ -28,7 +28,7 @@ class Owner(Protocol):
 
 
 class EveryoneLeftError(StopForwardError):
-    """Ends the pass ``of`` when nobody is left."""
+    """Ends a forward pass once every sample has left it; ``of`` is that pass."""
 
     def __init__(self, of: "Pass") -> None:
         super().__init__()
@@ -36,17 +36,17 @@ class EveryoneLeftError(StopForwardError):
 
 
 class Rule(Protocol):
-    """Who leaves at an exit."""
+    """Decides which samples leave at an exit."""
 
     asks: bool
-    """Whether exits answer at all."""
+    """False when the heads of the exits are not run at all."""
 
     def leaves(self, number: int, confidence: Tensor, rows: Tensor | None) -> Tensor:
         """(b,) for each of the samples that are still there; ``rows`` are their numbers, None for all."""
 
 
-class Above:
-    """Who is sure enough."""
+class ThresholdRule:
+    """Samples leave whose confidence reaches the threshold of the exit."""
 
     asks = True
 
@@ -58,8 +58,8 @@ class Above:
         return confidence >= self.thresholds[number]
 
 
-class At:
-    """Who is told to."""
+class PrescribedRule:
+    """Each sample leaves at a prescribed exit."""
 
     asks = True
 
@@ -72,13 +72,13 @@ class At:
         return (self.exits if rows is None else self.exits[rows]) == number
 
 
-class Nobody:
-    """Nobody leaves and no exit answers; what they would read is kept."""
+class NoExit:
+    """Routing rule under which no sample exits; records the features that exits would read."""
 
     asks = False
 
     def __init__(self) -> None:
-        self.seen: dict[str, Tensor] = {}
+        self.features: dict[str, Tensor] = {}
 
     def leaves(self, number: int, confidence: Tensor, rows: Tensor | None) -> Tensor:
         """No sample."""
@@ -86,44 +86,44 @@ class Nobody:
 
 
 class Pass:
-    """One forward pass: who is still there, and what those who left were answered."""
+    """The state of one forward pass: the samples still in it, and the predictions of those that left."""
 
     def __init__(self, owner: "Owner", rule: Rule, batch: Tensor) -> None:
         self.key, self.spec, self.rule = owner.key, owner.spec, rule
         self.heads = tuple(owner.heads.children())
         self.n, self.device = len(batch), batch.device
-        kept = kept_tokens(batch, owner.spec.padding)
-        self.kept = None if kept is None or bool(kept.all()) else kept
-        self.seen: dict[str, Tensor] = rule.seen if isinstance(rule, Nobody) else {}
+        mask = kept_tokens(batch, owner.spec.padding)
+        self.token_mask = None if mask is None or bool(mask.all()) else mask
+        self.features: dict[str, Tensor] = rule.features if isinstance(rule, NoExit) else {}
         self.rows: Tensor | None = None  # numbers of those that are computed, ascending; None for all
         self.levels: dict[int, Tensor] = {}  # size of an earlier batch -> its rows
-        self.gone: Tensor | None = None  # where the batch does not shrink: who has left
+        self.gone: Tensor | None = None  # where the batch does not shrink: the samples that left
         self.left: list[tuple[Tensor | None, Tensor, int]] = []  # (rows, logits, exit)
 
-    def behind(self, gate: "Gate", output: Any) -> Any:
-        """What the block hands on instead of its output; None leaves it as it is."""
+    def behind(self, hook: "ExitHook", output: Any) -> Any:
+        """The block's output for the samples that stay; None leaves the output as it is."""
         value = first_tensor(output)
         assert value is not None
-        read = pooled(value, gate.pool, gate.layout, self.kept)
-        if gate.shared or not self.rule.asks:
-            self.seen[gate.path] = read
-        if gate.exit is None or not self.rule.asks:
+        read = pooled(value, hook.pool, hook.layout, self.token_mask)
+        if hook.shared or not self.rule.asks:
+            self.features[hook.path] = read
+        if hook.exit is None or not self.rule.asks:
             return None
-        earlier = self.spec.places[gate.exit].reads[:-1]
-        read = torch.cat([*(self.seen[path] for path in earlier), read], 1) if earlier else read
-        logits: Tensor = self.heads[gate.exit](read)
-        go = self.rule.leaves(gate.exit, logits.softmax(-1).amax(-1), self.rows)
+        earlier = self.spec.exits[hook.exit].reads[:-1]
+        read = torch.cat([*(self.features[path] for path in earlier), read], 1) if earlier else read
+        logits: Tensor = self.heads[hook.exit](read)
+        go = self.rule.leaves(hook.exit, logits.softmax(-1).amax(-1), self.rows)
         if self.gone is not None:
             go = go & ~self.gone
         n_leaving = int(go.sum()) if len(go) > 1 else int(go)
         if not n_leaving:
             return None
         if n_leaving == len(go):
-            self.left.append((self.rows, logits, gate.exit))
+            self.left.append((self.rows, logits, hook.exit))
             raise EveryoneLeftError(self)
-        return self._parted(output, logits, go, gate.exit)
+        return self._split(output, logits, go, hook.exit)
 
-    def _parted(self, output: Any, logits: Tensor, go: Tensor, number: int) -> Any:
+    def _split(self, output: Any, logits: Tensor, go: Tensor, number: int) -> Any:
         rows = torch.arange(self.n, device=go.device) if self.rows is None else self.rows
         self.left.append((rows[go], logits[go], number))
         if not self.spec.compact:
@@ -133,8 +133,8 @@ class Pass:
             return None
         stay = (~go).nonzero().flatten()
         self.levels[len(rows)], self.rows = rows, rows[stay]
-        self.kept = None if self.kept is None else self.kept[stay]
-        self.seen = {path: value[stay] for path, value in self.seen.items()}
+        self.token_mask = None if self.token_mask is None else self.token_mask[stay]
+        self.features = {path: value[stay] for path, value in self.features.items()}
 
         def cut(name: str, value: Tensor) -> Tensor:
             theirs = value.dim() and len(value) == len(rows) and name not in self.spec.fixed
@@ -143,7 +143,7 @@ class Pass:
         return changed(output, cut, "output")
 
     def before(self, args: Any, kwargs: Any) -> Any:
-        """What a block is called with instead: what still belongs to all samples is cut to those that are there."""
+        """The block's arguments, cut to the samples that are still in the pass; None leaves them as they are."""
         if self.rows is None:
             return None
         rows = self.rows
@@ -155,14 +155,14 @@ class Pass:
         args = tuple(changed(value, cut, str(number)) for number, value in enumerate(args))
         return args, {name: changed(value, cut, name) for name, value in kwargs.items()}
 
-    def joined(self, final: Tensor | None) -> Answer:
-        """Answers in the order of the batch; ``final`` are those of the model, None when nobody is left."""
-        end = len(self.spec.places)
+    def joined(self, final: Tensor | None) -> ExitPredictions:
+        """Predictions in the order of the batch; ``final`` are the model's logits, None when every sample left."""
+        end = len(self.spec.exits)
         like = final if final is not None else self.left[-1][1]
         if not self.left:
-            return Answer(like, torch.full((self.n,), end, device=self.device))
+            return ExitPredictions(like, torch.full((self.n,), end, device=self.device))
         if len(self.left) == 1 and self.left[0][0] is None:
-            return Answer(like, torch.full((self.n,), self.left[0][2], device=self.device))
+            return ExitPredictions(like, torch.full((self.n,), self.left[0][2], device=self.device))
         logits = like.new_empty(self.n, self.spec.n_classes)
         exits = torch.full((self.n,), end, device=self.device)
         if final is not None:
@@ -173,15 +173,15 @@ class Pass:
         for rows, answers, number in self.left:
             assert rows is not None
             logits[rows], exits[rows] = answers.to(logits.dtype), number
-        return Answer(logits, exits)
+        return ExitPredictions(logits, exits)
 
 
 PASS: ContextVar[Pass | None] = ContextVar("ttmpd_early_exit", default=None)
 
 
 @dataclass(eq=False, slots=True)
-class Gate:
-    """A hook behind a block that exits read."""
+class ExitHook:
+    """Forward hook on a block whose output exits read."""
 
     key: object
     path: str
@@ -197,8 +197,8 @@ class Gate:
 
 
 @dataclass(eq=False, slots=True)
-class Follow:
-    """A hook before a block that may be called with fewer samples than the model was."""
+class SubsetHook:
+    """Forward pre-hook on a block that may be called with fewer samples than the model was."""
 
     key: object
 
@@ -225,7 +225,7 @@ def changed(value: Any, change: Callable[[str, Tensor], Tensor], name: str) -> A
 
 def _picked(value: Tensor, index: Tensor) -> Tensor:
     """The samples at ``index``, in the memory format in which all of them are."""
-    found = value[index]
+    part = value[index]
     if value.dim() == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last):
-        return found.contiguous(memory_format=torch.channels_last)
-    return found
+        return part.contiguous(memory_format=torch.channels_last)
+    return part

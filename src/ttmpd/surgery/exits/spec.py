@@ -1,4 +1,4 @@
-"""Where exits stand on a model, as plain data, and what a batch got from them."""
+"""The exits of a model as plain data, and the predictions that a batch gets from them."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ NEVER = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """A place where samples may leave.
+    """One exit: samples may leave the model behind its block.
 
     Args:
         path: the block behind which it stands.
@@ -47,37 +47,37 @@ class Exits:
     """All exits of a model: enough, with the weights, to put them on the same model again.
 
     Args:
-        places: in calling order.
+        exits: in calling order.
         blocks: paths of all blocks, in calling order.
         followers: those of them that are called with more than what the block before handed on.
         n_classes: of the model.
         fixed: names of arguments of blocks whose first axis is not that of the samples, see :func:`leaves`.
         padding: token id behind the end of a text; None for what is no text.
         compact: whether the batch may shrink within the model; else those that left are computed along.
-        saves: what leaving at each exit saves, as a share of what leaving at the first one does; empty for the same
-            threshold at all of them, see :meth:`thresholds`.
+        saved_shares: what leaving at each exit saves, as a share of what leaving at the first one does; empty for one
+            threshold for all of them, see :meth:`thresholds`.
     """
 
-    places: tuple[Exit, ...]
+    exits: tuple[Exit, ...]
     blocks: tuple[str, ...]
     n_classes: int
     followers: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     padding: int | None = None
     compact: bool = True
-    saves: tuple[float, ...] = ()
+    saved_shares: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        paths = [place.path for place in self.places]
-        known = set(self.blocks)
-        if not paths or sorted(set(paths), key=self.blocks.index if set(paths) <= known else None) != paths:
-            raise InvalidValueError(f"exits must stand behind different blocks, in their order, but got {paths}")
-        if not {*self.followers, *(path for place in self.places for path in place.reads)} <= known:
+        paths = [exit_.path for exit_ in self.exits]
+        blocks = set(self.blocks)
+        if not {*self.followers, *paths, *(path for exit_ in self.exits for path in exit_.reads)} <= blocks:
             raise InvalidValueError("exits must read blocks of the model, but name others")
+        if not paths or sorted(set(paths), key=self.blocks.index) != paths:
+            raise InvalidValueError(f"exits must stand behind different blocks, in their order, but got {paths}")
         if self.n_classes < 1:
             raise InvalidValueError(f"n_classes of exits must be at least 1, but got {self.n_classes}")
-        if len(self.saves) not in (0, len(paths)) or not all(0 < value <= 1 for value in self.saves):
-            raise InvalidValueError(f"saves must be one share of 0 to 1 per exit, but got {self.saves}")
+        if len(self.saved_shares) not in (0, len(paths)) or not all(0 < share <= 1 for share in self.saved_shares):
+            raise InvalidValueError(f"saved_shares must be one share of 0 to 1 per exit, but got {self.saved_shares}")
 
     def thresholds(self, threshold: float) -> tuple[float, ...]:
         """The probability from which a sample leaves at each exit: ``threshold`` at the first, more at later ones.
@@ -86,8 +86,8 @@ class Exits:
         with what leaving saves. At 0 all samples leave at the first exit, above 1 none leaves at any.
         """
         if threshold > 1:
-            return (NEVER,) * len(self.places)
-        return tuple(1 - (1 - threshold) * value for value in self.saves or (1.0,) * len(self.places))
+            return (NEVER,) * len(self.exits)
+        return tuple(1 - (1 - threshold) * value for value in self.saved_shares or (1.0,) * len(self.exits))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that :meth:`from_dict` turns back into an equal record."""
@@ -95,31 +95,31 @@ class Exits:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Exits":
-        """The record that plain data describe.
+        """The record that plain data describe; artifacts of format 1 call two of the keys otherwise.
 
         Raises:
             KeyError, TypeError, ValueError: a value is missing or of another kind.
         """
-        places = tuple(
+        exits = tuple(
             Exit(str(row["path"]), tuple(map(str, row["reads"])), row["pool"], row["layout"], int(row["n_features"]))
-            for row in data["places"]
+            for row in data.get("exits", data.get("places"))
         )
         padding = data["padding"]
         return cls(
-            places,
+            exits,
             tuple(map(str, data["blocks"])),
             int(data["n_classes"]),
             tuple(map(str, data["followers"])),
             tuple(map(str, data["fixed"])),
             None if padding is None else int(padding),
             bool(data["compact"]),
-            tuple(map(float, data["saves"])),
+            tuple(map(float, data["saved_shares"] if "saved_shares" in data else data["saves"])),
         )
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
-    """What a batch got.
+class ExitPredictions:
+    """Predictions of one batch, and the exit that produced each.
 
     Args:
         logits: (B, n_classes).
