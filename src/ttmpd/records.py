@@ -240,6 +240,25 @@ UNCHANGED = Lossless()
 
 
 @dataclass(frozen=True, slots=True)
+class Folded:
+    """What artifacts of format 1 did with linear replacements: some became a part of the layer behind them.
+
+    No version since folds any (docs/decisions), so it is written down only where such an artifact is compressed again.
+
+    Args:
+        replacements: paths of the units in whose place an identity stands, although a replacement was chosen.
+        biases: paths of the layers that have a bias, which they lack in the original model.
+    """
+
+    replacements: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
+
+
+NOTHING_FOLDED = Folded()
+"""Every chosen replacement is there."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tap:
     """A place in a model where a tensor is read: the first input or the output of a module.
 

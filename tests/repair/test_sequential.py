@@ -7,13 +7,12 @@ from torch import nn
 from ttmpd.data.samples import Samples
 from ttmpd.models.modules import clone
 from ttmpd.quality.damage import skippable
-from ttmpd.records import Removal, Unit
+from ttmpd.records import Folded, Removal, Unit
 from ttmpd.repair.linear import NormalEquations
 from ttmpd.repair.positions import positions
 from ttmpd.repair.sequential import repaired
 from ttmpd.repair.unfold import rows
-from ttmpd.surgery.cut import replay
-from ttmpd.surgery.folding import fold
+from ttmpd.surgery.cut import build, replay
 from ttmpd.surgery.replacements import LinearMap, put, standing
 from ttmpd.surgery.units.block import Block
 from ttmpd.testing.tiny_models import tiny_model, tiny_samples, tiny_units
@@ -282,100 +281,35 @@ def test_the_teacher_stays_and_nothing_is_drawn():
     assert torch.equal(state, torch.get_rng_state())
 
 
-# --- folding and replaying
+# --- replaying
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_stand_in_is_folded_into_its_only_reader(bias):
-    model, samples, units = chain(n=2, block=TanhBlock, bias=bias)
-    removals = [Removal(units[1], "linear")]
-    student = repaired(model, removals, samples)
-    before = answers(student, samples)
-    assert fold(student, removals, samples.batch(slice(0, 4))) == 1
-    assert isinstance(student.body[1], nn.Identity)
-    assert torch.allclose(answers(student, samples), before, atol=1e-5)
-
-
-def test_stand_ins_in_a_row_fold_one_after_the_other():
-    model, samples, units = chain(n=2, block=TanhBlock)
-    removals = [Removal(u, "linear") for u in units]
-    student = repaired(model, removals, samples)
-    before = answers(student, samples)
-    assert fold(student, removals, samples.batch(slice(0, 4))) == 2
-    assert torch.allclose(answers(student, samples), before, atol=1e-4)
-
-
-def test_a_fold_is_undone_where_somebody_else_reads():
-    model, samples, units = chain(Reread, block=TanhBlock)
-    removals = [Removal(units[1], "linear")]
-    student = repaired(model, removals, samples)
-    before = {k: v.clone() for k, v in student.state_dict().items()}
-    assert fold(student, removals, samples.batch(slice(0, 4))) == 0
-    assert isinstance(student.body[1], nn.Linear)
-    assert student.state_dict().keys() == before.keys()
-    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
-
-
-def test_a_shortcut_around_the_next_block_is_another_reader():
-    model, samples, units = chain(block=TanhBlock)
-    student = repaired(model, [Removal(units[0], "linear")], samples)
-    assert fold(student, [Removal(units[0], "linear")], samples.batch(slice(0, 4))) == 0
-
-
-def test_a_1x1_convolution_takes_a_stand_in_up():
-    torch.manual_seed(0)
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem = nn.Conv2d(3, 6, 3, padding=1)
-            self.body = nn.Sequential(Res(), Res())
-            self.mix = nn.Conv2d(6, 8, 1, stride=2, bias=False)
-            self.head = nn.Linear(8, 2)
-
-        def forward(self, x):
-            return self.head(self.mix(self.body(self.stem(x))).relu().mean((2, 3)))
-
-    class Res(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.c = nn.Conv2d(6, 6, 3, padding=1)
-
-        def forward(self, x):
-            return x + self.c(x).tanh()
-
-    model, samples = Net().eval(), tiny_samples(20)
-    units = Block().find(model, samples.batch(slice(0, 2))).units
-    removals = [Removal(units[1], "linear")]
-    student = repaired(model, removals, samples)
-    before = answers(student, samples)
-    assert fold(student, removals, samples.batch(slice(0, 4))) == 1
-    assert student.mix.bias is not None
-    assert torch.allclose(answers(student, samples), before, atol=1e-5)
-    again = replay(model, removals, student.state_dict())
-    assert torch.equal(answers(again, samples), answers(student, samples))
-
-
-def test_a_stand_in_with_activation_is_not_folded():
-    model, samples = tiny_model(), tiny_samples()
-    units = tiny_units(model)
-    removals = [Removal(units[2], "linear")]
-    student = repaired(model, removals, samples)
-    assert units[2].activation == "relu"
-    assert fold(student, removals, samples.batch(slice(0, 2))) == 0
-
-
-@pytest.mark.parametrize("folded", [True, False])
-def test_replay_gives_the_same_answers(folded):
+def test_replay_gives_the_same_answers():
     model, samples, units = chain(n=3, block=TanhBlock, bias=False)
     removals = [Removal(units[0], "drop"), Removal(units[2], "linear")]
     student = repaired(model, removals, samples)
-    if folded:
-        assert fold(student, removals, samples.batch(slice(0, 4))) == 1
     again = replay(model, removals, clone(student).state_dict())
     assert torch.equal(answers(again, samples), answers(student, samples))
-    assert isinstance(standing(again, units[2]), nn.Identity if folded else nn.Linear)
+    assert isinstance(standing(again, units[2]), nn.Linear)
     assert model.head.bias is None
+
+
+def test_replay_builds_what_a_record_says_was_folded():
+    model, samples, units = chain(n=2, block=TanhBlock, bias=False)
+    removals, folded = [Removal(units[1], "linear")], Folded((units[1].path,), ("head",))
+    student = build(model, removals, folded)
+    torch.nn.init.ones_(student.head.bias)
+    again = replay(model, removals, clone(student).state_dict(), folded=folded)
+    assert torch.equal(answers(again, samples), answers(student, samples))
+    assert isinstance(standing(again, units[1]), nn.Identity)
+    assert model.head.bias is None
+
+
+def test_a_student_before_repair_answers_as_if_its_replacements_were_dropped():
+    model, samples, units = chain(n=3, block=TanhBlock)
+    linear, dropped = (build(model, [Removal(units[1], action)]) for action in ("linear", "drop"))
+    assert torch.allclose(answers(linear, samples), answers(dropped, samples), atol=1e-6)
+    assert not linear.training
 
 
 def test_replay_refuses_weights_of_another_model():

@@ -7,7 +7,7 @@ only models of timm, torchvision, Hugging Face and this package are rebuilt from
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,7 +25,7 @@ from ttmpd.models.config import preprocessing_of
 from ttmpd.models.open import is_rebuildable, open_model
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.tokens import mask_padding
-from ttmpd.records import ACTIONS, UNCHANGED, Form, Lossless, Removal, Unit
+from ttmpd.records import ACTIONS, UNCHANGED, Folded, Form, Lossless, Removal, Unit
 from ttmpd.surgery.cut import check_units, replay
 from ttmpd.surgery.exits.model import restore_exits
 from ttmpd.surgery.exits.spec import Exits
@@ -269,7 +269,8 @@ def _restored(artifact: Artifact, stock: nn.Module) -> nn.Module:
     backbone = state if artifact.exits is None else _below(state, "backbone")
     try:
         check_units(stock, [removal.unit for removal in artifact.removals])
-        model = replay(stock, artifact.removals, backbone, artifact.lossless)
+        folded = _folded_in_format_1(stock, artifact.removals, backbone)
+        model = replay(stock, artifact.removals, backbone, artifact.lossless, folded)
     except (TTMPDError, RuntimeError, AttributeError, KeyError, TypeError) as error:
         detail = " ".join(str(error).split())[:300]
         raise CheckpointError(
@@ -282,6 +283,15 @@ def _restored(artifact: Artifact, stock: nn.Module) -> nn.Module:
     if isinstance(artifact.preprocessing, Tokenization):
         mask_padding(model, artifact.preprocessing)
     return model if artifact.exits is None else _with_exits(artifact, artifact.exits, model, state)
+
+
+def _folded_in_format_1(stock: nn.Module, removals: Sequence[Removal], state: Mapping[str, Tensor]) -> Folded:
+    """What was folded in an artifact that does not say so, seen in the names of its weights."""
+    chosen = [removal.unit.path for removal in removals if removal.action == "linear"]
+    replacements = tuple(path for path in chosen if not any(key.startswith(f"{path}.") for key in state))
+    layers = [(path, module) for path, module in stock.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    biases = tuple(path for path, layer in layers if layer.bias is None and f"{path}.bias" in state)
+    return Folded(replacements, biases)
 
 
 def _with_exits(

@@ -34,7 +34,6 @@ from ttmpd.records import UNCHANGED, Fit, Plan, Removal
 from ttmpd.repair.sequential import repaired
 from ttmpd.storage import disk_guarded, fingerprint, locked, weights_fingerprint
 from ttmpd.surgery.cut import replay
-from ttmpd.surgery.folding import fold
 from ttmpd.surgery.lossless import applied, apply, present
 from ttmpd.training.teacher_outputs import load_targets, save_targets
 
@@ -283,14 +282,12 @@ def _removals(ready: Ready, rows: Sequence[Any]) -> tuple[Removal, ...]:
 
 
 def _repaired(ready: Ready, plan: Plan, stages: Stages, key: str) -> nn.Module:
-    batch = ready.samples.batch(slice(0, 2), next(ready.teacher.parameters()).device)
     made: nn.Module | None = None
 
     def compute() -> tuple[dict[str, Tensor], Any]:
         few = ready.samples.first(MAX_REPAIR)
         how = ready.settings.score.repair
         student = repaired(ready.teacher, plan.removals, few, batch_size=ready.pass_size, how=how)
-        fold(student, plan.removals, batch)
         nonlocal made
         made = student
         return student.state_dict(), None

@@ -23,8 +23,7 @@ from ttmpd.repair.refit import Given, refit, rescale_members
 from ttmpd.repair.refit_points import Site, find_sites, reading
 from ttmpd.repair.runner import Call, Parts
 from ttmpd.repair.unfold import input_rows, rows
-from ttmpd.surgery.cut import WHOLE, cut
-from ttmpd.surgery.replacements import put
+from ttmpd.surgery.cut import build
 
 ROWS = 1 << 15
 """Rows of every fit."""
@@ -72,11 +71,7 @@ def repaired(
     Cost: one batch with gradients, one teacher pass, about one pass of the student, and per layer one run of the module
     that holds it; more teacher passes where its answers are too many to be held.
     """
-    student = cut(teacher, removals).eval()
-    device = next(teacher.parameters()).device
-    for removal in removals:
-        if removal.action == "linear":
-            put(student, removal.unit, _as_identity(WHOLE.stand_in(removal.unit)).to(device))
+    student, device = build(teacher, removals), next(teacher.parameters()).device
     few = samples.batch(slice(0, 2), device)
     sites = find_sites(teacher, student, removals, few, behind=how == "behind") if removals else []
     fits = _Fits(teacher, student, samples, batch_size, sensitivity, rows)
@@ -87,18 +82,6 @@ def repaired(
             elif not rescale_members(student, site, given):
                 break
     return student
-
-
-def _as_identity(stand_in: nn.Module) -> nn.Module:
-    """The stand-in with weights that hand on its input: what its fit is drawn to."""
-    layer = stand_in[0] if isinstance(stand_in, nn.Sequential) else stand_in
-    with torch.no_grad():
-        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-        if isinstance(layer, nn.Linear):
-            nn.init.eye_(layer.weight)
-        else:
-            nn.init.dirac_(layer.weight)  # type: ignore[arg-type]
-    return stand_in
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,9 +15,9 @@ from ttmpd.models.run import evaluating
 from ttmpd.models.taps import find_feature_tap, read
 from ttmpd.models.trace import trace
 from ttmpd.progress import track
-from ttmpd.records import Repair, Score, Tap, Unit
+from ttmpd.records import Removal, Repair, Score, Tap, Unit
 from ttmpd.score.base import Job, Scorer
-from ttmpd.surgery.units.block import Block
+from ttmpd.surgery.cut import build
 from ttmpd.training.loop import Loop, Schedule, batch_order, train
 
 
@@ -57,7 +57,7 @@ class Practise(Scorer):
 
     def _recoverability(self, job: Job, unit: Unit, blocks: list["_Block"], tap: Tap) -> float:
         teacher, samples, device = job.teacher, job.samples, job.device
-        pruned = Block().cut(teacher, [unit]).eval()
+        pruned = build(teacher, [Removal(unit, "drop")])
         for parameter in pruned.parameters():
             parameter.requires_grad_(False)
         _insert_adaptors(pruned, unit, blocks)

@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ttmpd.errors import InvalidValueError
 from ttmpd.models.modules import count_parameters, module_at, to_fast_format
-from ttmpd.records import UNCHANGED, Lossless, Removal, Unit
+from ttmpd.records import NOTHING_FOLDED, UNCHANGED, Folded, Lossless, Removal, Unit
 from ttmpd.surgery.find import narrow_kind
 from ttmpd.surgery.layers import matrix_of
 from ttmpd.surgery.lossless import apply, with_norms_gone
-from ttmpd.surgery.replacements import put
+from ttmpd.surgery.replacements import as_identity, put
 from ttmpd.surgery.units.block import Block
 
 WHOLE = Block()
@@ -59,49 +58,54 @@ def check_units(model: nn.Module, units: Sequence[Unit]) -> None:
             )
 
 
+def build(model: nn.Module, removals: Sequence[Removal], folded: Folded = NOTHING_FOLDED) -> nn.Module:
+    """The student of a plan before any repair: the cut model with linear replacements that hand on their input.
+
+    Every student is made here: that of a plan, one whose latency is measured, and that of an artifact.
+
+    Args:
+        model: left untouched.
+        removals: in the order in which they are made.
+        folded: see there.
+
+    Returns:
+        A new model in eval mode, on the device of ``model``.
+    """
+    student = cut(model, removals)
+    for removal in removals:
+        if removal.action == "linear" and removal.unit.path not in folded.replacements:
+            put(student, removal.unit, as_identity(WHOLE.stand_in(removal.unit)))
+    for path in folded.biases:
+        layer = module_at(student, path)
+        if isinstance(layer, nn.Linear | nn.Conv2d) and layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
+    return student.to(next(model.parameters()).device).eval()
+
+
 def replay(
-    model: nn.Module, removals: Sequence[Removal], state: Mapping[str, Tensor], how: Lossless = UNCHANGED
+    model: nn.Module,
+    removals: Sequence[Removal],
+    state: Mapping[str, Tensor],
+    how: Lossless = UNCHANGED,
+    folded: Folded = NOTHING_FOLDED,
 ) -> nn.Module:
     """A copy of the stock model with the removals made and the weights in ``state`` loaded: how artifacts come back.
-
-    Which stand-ins were folded away, and which readers got a bias by that, is seen in the names of the weights.
 
     Args:
         model: left untouched.
         removals: in the order in which they were made.
         state: weights of the student.
         how: what else was done to it.
+        folded: what became of its replacements.
 
     Raises:
         RuntimeError: the weights do not fit (torch's own message names the keys).
     """
-    student = with_norms_gone(cut(model, removals), how)
-    for removal in removals:
-        path = removal.unit.path
-        if removal.action == "linear" and any(key.startswith(f"{path}.") for key in state):
-            put(student, removal.unit, WHOLE.stand_in(removal.unit))
-    for key, value in state.items():
-        layer, _, name = key.rpartition(".")
-        module = _submodule(student, layer)
-        if name == "bias" and isinstance(module, nn.Linear | nn.Conv2d) and module.bias is None:
-            module.bias = nn.Parameter(torch.zeros_like(value))
+    student = with_norms_gone(build(model, removals, folded), how)
     student.load_state_dict(dict(state))
-    student = student.to(next(iter(model.parameters())).device).eval()
     return to_fast_format(student) if how.channels_last else student
 
 
-def _submodule(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
-
-
 def skeleton(model: nn.Module, removals: Sequence[Removal], how: Lossless = UNCHANGED) -> nn.Module:
-    """The cut model with untrained stand-ins: as fast as the student will be, before any repair."""
-    student = cut(model, removals)
-    device = next(model.parameters()).device
-    for removal in removals:
-        if removal.action == "linear":
-            put(student, removal.unit, WHOLE.stand_in(removal.unit).to(device))
-    return apply(student.eval(), how)
+    """The student of a plan before any repair, with the lossless changes: as fast as it will be."""
+    return apply(build(model, removals), how)

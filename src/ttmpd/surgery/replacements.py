@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -66,6 +67,18 @@ def standing(student: nn.Module, unit: Unit) -> nn.Module:
     """What stands in the place of ``unit``, without its wrapper."""
     module = module_at(student, unit.path)
     return module.inner if isinstance(module, PassThrough) else module
+
+
+def as_identity(replacement: nn.Module) -> nn.Module:
+    """The linear replacement with weights that hand on its input, in place: what its fit is drawn to."""
+    layer = replacement[0] if isinstance(replacement, nn.Sequential) else replacement
+    with torch.no_grad():
+        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        if isinstance(layer, nn.Linear):
+            nn.init.eye_(layer.weight)
+        else:
+            nn.init.dirac_(layer.weight)  # type: ignore[arg-type]
+    return replacement
 
 
 def answering(unit: Unit, function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
