@@ -11,6 +11,7 @@ import anyio
 import torch
 import uvicorn
 from anyio.to_thread import run_sync
+from python_multipart.exceptions import FormParserError
 from starlette.applications import Starlette
 from starlette.datastructures import QueryParams, UploadFile
 from starlette.exceptions import HTTPException
@@ -121,11 +122,12 @@ async def _files(request: Request, limits: Limits) -> list[bytes]:
     try:
         async with request.form(max_files=limits.max_batch, max_fields=8) as form:
             return [await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)]
-    except HTTPException as error:  # of the parser, or of the gate
-        if error.status_code != 400:
+    except (HTTPException, FormParserError) as error:  # of Starlette or of the gate; of the parser, which some hand on
+        if isinstance(error, HTTPException) and error.status_code != 400:
             raise
+        reason = error.detail if isinstance(error, HTTPException) else error
         rule = f"a form must be whole and hold at most {limits.max_batch} files"
-        raise HTTPException(422, f"{rule}, but: {error.detail}; send several") from error
+        raise HTTPException(422, f"{rule}, but: {reason}; send several") from error
 
 
 def _answer(
