@@ -168,7 +168,7 @@ class _DeepFool:
         # A move of nothing ends on the boundary itself: rounding hides which side is which.
         crossed = ~lost & ((answers != self.own[active]) | (move.flatten(1) == 0).all(-1))
         self.margin[active[lost]] = math.inf
-        self.margin[active[crossed]] = _length(self.step[active[crossed]], self.search.norm)
+        self.margin[active[crossed]] = row_norms(self.step[active[crossed]], self.search.norm)
         return active[~(crossed | lost)]
 
     def _beyond(self, active: Tensor) -> Tensor:
@@ -190,10 +190,10 @@ class _DeepFool:
             distance, way = _to_plane(gaps[:, number].detach(), slope, self.search.norm)
             closer = distance < best  # never for NaN
             best = torch.where(closer, distance, best)
-            move = torch.where(_rows(closer, move), _rows(distance, move) * way, move)
+            move = torch.where(per_row(closer, move), per_row(distance, move) * way, move)
         lost = ~(torch.isfinite(best) & torch.isfinite(move.flatten(1)).all(-1))
         stays = lost | (gaps.detach().amax(-1) >= -tiny)
-        return torch.where(_rows(stays, move), torch.zeros_like(move), move), lost
+        return torch.where(per_row(stays, move), torch.zeros_like(move), move), lost
 
     def _gaps(self, here: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """(b, K) how far each rival's logit lies above the own one, and (b,) what of it may be rounding."""
@@ -229,18 +229,18 @@ def _rivals(logits: Tensor, own: Tensor, classes: int) -> Tensor:
 
 def _to_plane(gap: Tensor, slope: Tensor, norm: str) -> tuple[Tensor, Tensor]:
     """(b,) distances to where gap + slope . r = 0, and (b, ...) the direction of length 1 that leads there."""
-    length = _length(slope, "l2" if norm == "l2" else "l1")
-    return gap.abs() / length, slope / _rows(length, slope) if norm == "l2" else slope.sign()
+    length = row_norms(slope, "l2" if norm == "l2" else "l1")
+    return gap.abs() / length, slope / per_row(length, slope) if norm == "l2" else slope.sign()
 
 
-def _length(steps: Tensor, norm: str) -> Tensor:
+def row_norms(steps: Tensor, norm: str) -> Tensor:
     """(b,) norm of each row: "l2", "linf", or the dual of the latter, "l1"."""
     order = {"l1": 1.0, "l2": 2.0, "linf": math.inf}[norm]
     length: Tensor = torch.linalg.vector_norm(steps.flatten(1), order, dim=1)
     return length
 
 
-def _rows(values: Tensor, like: Tensor) -> Tensor:
+def per_row(values: Tensor, like: Tensor) -> Tensor:
     """(b,) values shaped to multiply rows of ``like``."""
     return values.view(-1, *[1] * (like.dim() - 1))
 

@@ -11,7 +11,7 @@ from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.method import check_range
 from ttmpd.models.run import call, evaluating
-from ttmpd.quality.margins import NORMS, RULES
+from ttmpd.quality.margins import NORMS, RULES, per_row, row_norms
 from ttmpd.training.losses import soft_label_loss
 
 LOSSES = ("trades", "pgd")
@@ -189,5 +189,4 @@ def _within(step: Tensor, size: Tensor, room: tuple[Tensor, Tensor], norm: str) 
 
 def _lengths(steps: Tensor) -> Tensor:
     """Euclidean length of each sample's step, shaped to broadcast over the batch."""
-    length: Tensor = torch.linalg.vector_norm(steps.flatten(1), dim=1)
-    return length.view(-1, *[1] * (steps.dim() - 1))
+    return per_row(row_norms(steps, "l2"), steps)
