@@ -92,7 +92,7 @@ def _predict_route(service: OnlineService, limits: Limits, metrics: Metrics) -> 
 
 
 def _query(parameters: QueryParams) -> tuple[int, bool]:
-    """How many classes an answer lists, and whether it holds the scores."""
+    """Read the query: the number of classes that an answer lists, and true when it holds the scores."""
     top, scores = parameters.get("top", "5"), parameters.get("scores", "true").lower()
     if not (top.isascii() and top.isdigit() and len(top) < 9 and 1 <= int(top) <= MAX_TOP):
         raise HTTPException(422, f"query.top must be a whole number from 1 to {MAX_TOP}; correct the query")
@@ -216,7 +216,7 @@ async def _unexpected(_: Request, __: Exception) -> JSONResponse:  # it is raise
 
 
 def _problem(status: int, message: str, headers: Any = None) -> JSONResponse:
-    """What is wrong and what to do next, as JSON; every error is answered so."""
+    """The answer to any error: JSON of what is wrong and what to do next."""
     error, _, step = message.rpartition("; ")
     steps = {404: "GET /state, /report, /health, /metrics or POST /predict", 405: "POST /predict, GET everything else"}
     plain = {"error": error or message, "next": step if error else steps.get(status, f"send {TYPES}")}

@@ -19,7 +19,7 @@ LOSSES = ("trades", "pgd")
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """How samples are attacked while a student learns.
+    """An attack on samples while a student learns.
 
     Args:
         eps: the largest radius, in pixel units (0..1); for floating inputs in the units of these.
@@ -52,7 +52,7 @@ class Attack:
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """What a model's inputs are in pixels: mean + std x input, from ``low`` to ``high``; broadcasts over a batch."""
+    """The scale from a model's inputs to pixels: mean + std x input, from ``low`` to ``high``; broadcasts over a batch."""
 
     mean: Tensor
     std: Tensor
