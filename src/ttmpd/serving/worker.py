@@ -265,7 +265,7 @@ process_main(head, inputs, sys.argv[3])
 
 
 def process_main(head: bytes, sent: bytes, place: str) -> None:
-    """Main function of the process; ``head`` and ``sent`` are from the service that started it, and from nowhere else."""
+    """Main function of the process; ``head`` and ``sent`` are from the service that started it alone."""
     with contextlib.suppress(ValueError, OSError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the service is interrupted, and ends this process
     folder = Path(place)

@@ -52,7 +52,7 @@ class Attack:
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """The scale from a model's inputs to pixels: mean + std x input, from ``low`` to ``high``; broadcasts over a batch."""
+    """Scale from inputs to pixels: mean + std x input, from ``low`` to ``high``; broadcasts over a batch."""
 
     mean: Tensor
     std: Tensor
