@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from ttmpd.data.open import by_length, open_samples
 from ttmpd.data.samples import Samples
-from ttmpd.errors import ModelError, SamplesError, UnsupportedError
+from ttmpd.errors import SamplesError, UnsupportedError
 from ttmpd.latency.device import choose_device
 from ttmpd.latency.lossless import find_lossless, unchanged
 from ttmpd.latency.table import UnitLatency, runtime_ratio, time_units
 from ttmpd.models.batch_size import samples_that_fit
-from ttmpd.models.modules import clone, has_nan, to_fast_format
+from ttmpd.models.modules import clone, to_fast_format
 from ttmpd.models.opened import OpenedModel
-from ttmpd.models.run import logits_of
 from ttmpd.pipeline.settings import Settings
 from ttmpd.pipeline.stages import ADAPT_STAGE, Stages
 from ttmpd.records import Lossless, Option, Removal, Score, Unit
@@ -28,6 +27,8 @@ from ttmpd.surgery.exits.model import check_without_exits
 from ttmpd.surgery.find import find_units, whole_of
 from ttmpd.surgery.lossless import applied
 from ttmpd.surgery.units.base import Found
+from ttmpd.tasks.base import Task
+from ttmpd.training.task import assign_task, check_structure
 
 PASS_SIZE = 64
 """Samples per pass, if memory has room, where latency is measured on fewer."""
@@ -101,7 +102,7 @@ def get_ready(
     """Adapt the teacher, find and time the units."""
     samples, held_out = few
     device = choose_device(settings.device)
-    source = source_of(opened, samples, device)
+    source = source_of(opened, samples, device, settings.task)
     with stages.timed("find"):
         kinds = [name for name in settings.units if name in settings.score.kinds]
         found = find_units(source, samples.batch(slice(0, 2), device), kinds)
@@ -138,7 +139,7 @@ def get_ready(
     )
 
 
-def source_of(opened: OpenedModel, samples: Samples, device: torch.device) -> nn.Module:
+def source_of(opened: OpenedModel, samples: Samples, device: torch.device, task: Task | None = None) -> nn.Module:
     """A copy of the model as it is, on the device; it has answered.
 
     What its owner froze is frozen for another training: students of it learn in all of their layers.
@@ -147,7 +148,9 @@ def source_of(opened: OpenedModel, samples: Samples, device: torch.device) -> nn
     source = clone(opened.module).to(device).eval()
     for parameter in source.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    _check_answers(source, samples, device)
+    few = samples.first(4).trimmed(slice(None), device)
+    assign_task(source, few, task, opened.preprocessing)
+    check_structure(source, few)
     return source
 
 
@@ -174,7 +177,7 @@ def selected(opened: OpenedModel, pool: Samples, n: int, settings: Settings, sta
         return pool
 
     def compute() -> list[int]:
-        source = to_fast_format(source_of(opened, pool, choose_device(settings.device)))
+        source = to_fast_format(source_of(opened, pool, choose_device(settings.device), settings.task))
         return list(
             settings.select.select(source, pool, n, batch_size=step_size(source, pool, settings), seed=settings.seed)
         )
@@ -190,16 +193,6 @@ def latency_batch(source: nn.Module, samples: Samples, settings: Settings) -> Te
     by_id = torch.tensor(sorted(range(len(samples)), key=samples.ids.__getitem__))
     index = by_id[torch.arange(settings.batch_size) % len(samples)]
     return samples.trimmed(index, next(source.parameters()).device)
-
-
-def _check_answers(model: nn.Module, samples: Samples, device: torch.device) -> None:
-    logits = logits_of(model, samples.first(4), 4)
-    if logits.dim() != 2 or has_nan(logits):
-        what = "NaN or infinity" if has_nan(logits) else f"the shape {tuple(logits.shape)}"
-        raise ModelError(
-            f"{type(model).__name__} must answer each sample with one finite row of class scores, but got {what}; "
-            "check the weights and the preprocessing"
-        )
 
 
 def _nothing_to_remove(model: nn.Module, found: Found) -> str:

@@ -20,6 +20,7 @@ from ttmpd.score.base import Scorer
 from ttmpd.score.ttmpd import TTMPD
 from ttmpd.select.base import Selector
 from ttmpd.select.random import Random
+from ttmpd.tasks.base import Task
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -125,6 +126,8 @@ class Settings:
     distill: Distiller = OneTime()
     runtime: Runtime = Eager()
     """Runs the whole models whose latency is measured."""
+    task: Task | None = None
+    """What the model predicts; None detects it from the model, see :mod:`ttmpd.tasks.base`."""
     units: tuple[str, ...] = DEFAULT_UNITS
     """What may be removed: names of files in ``ttmpd/surgery/units``; of them, what the scorer can judge."""
     actions: tuple[Action, ...] = ACTIONS

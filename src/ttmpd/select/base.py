@@ -16,6 +16,8 @@ from ttmpd.models.taps import find_feature_tap, tapped
 from ttmpd.models.tokens import answered
 from ttmpd.progress import track
 from ttmpd.records import Tap
+from ttmpd.tasks.base import OneOf
+from ttmpd.training.task import task_of
 
 
 class Selector(Method, abc.ABC):
@@ -59,6 +61,12 @@ class Selector(Method, abc.ABC):
             raise UnsupportedError(
                 f"a selector must have one answer per sample, but {type(teacher).__name__} answers each token; "
                 "use random"
+            )
+        task = task_of(teacher)
+        if self.looks and not (isinstance(task, OneOf) and task.each == "sample" and len(task.widths) < 2):
+            raise UnsupportedError(
+                f"a selector must have one row of class scores per sample, but the task of {type(teacher).__name__} is "
+                f"{task.name}{' of several parts' if len(task.widths) > 1 else ''}; use random"
             )
         return tuple(sorted(self.choose(teacher, pool, n, labels, batch_size=batch_size, seed=seed)))
 

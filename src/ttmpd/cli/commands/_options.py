@@ -9,6 +9,8 @@ from ttmpd.errors import InvalidValueError
 from ttmpd.method import names
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ttmpd.models.opened import OpenedModel
 
 _MODEL = "timm:NAME, torchvision:NAME, hf:ORG/NAME, hf:/directory, FILE.py:factory, package.module:factory"
@@ -35,6 +37,14 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write everything to t
 Labels = Annotated[
     Path | None, typer.Option("--labels", help="A .npz with y, a .csv of file and label, or text with a column label.")
 ]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        help=f"What the model predicts [default: detected]: {', '.join(names('tasks'))}; of several outputs "
+        "NAME:KEY,KEY.",
+    ),
+]
 MaxLength = Annotated[
     int | None, typer.Option("--max-length", help="Tokens of a text that are read [default: 128, or what it can].")
 ]
@@ -50,9 +60,33 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Say more, and show whe
 
 
 def open_chosen(
-    model: str, source: str | None, weights: Path | None, no_pretrained: bool, max_length: int | None = None
+    model: str,
+    source: str | None,
+    weights: Path | None,
+    no_pretrained: bool,
+    max_length: int | None = None,
+    task: str | None = None,
 ) -> "OpenedModel":
-    """The model that the options name: an artifact, or one by its id."""
+    """The model that the options name: an artifact, or one by its id; it carries the task that is named."""
+    opened = _opened(model, source, weights, no_pretrained, max_length)
+    if task is not None:
+        carry_named(opened.module, task)
+    return opened
+
+
+def carry_named(module: "nn.Module", task: str) -> None:
+    """Let a module carry the task NAME, or NAME:KEY,KEY. In place."""
+    from ttmpd.method import method_of
+    from ttmpd.models.tokens import carry_task
+
+    name, _, keys = task.partition(":")
+    parts = tuple(key.strip() for key in keys.split(",") if key.strip())
+    carry_task(module, method_of("task", name).with_settings(parts=parts))
+
+
+def _opened(
+    model: str, source: str | None, weights: Path | None, no_pretrained: bool, max_length: int | None
+) -> "OpenedModel":
     from ttmpd.artifact.read import is_artifact, open_artifact
     from ttmpd.models.open import open_model
 

@@ -23,6 +23,7 @@ def command(
     device: option.Device = "auto",
     seed: option.Seed = 0,
     max_length: option.MaxLength = None,
+    task: option.Task = None,
     source: option.Source = None,
     weights: option.Weights = None,
     no_pretrained: option.Pretrained = False,
@@ -33,7 +34,7 @@ def command(
         from ttmpd.pipeline.adapt import adapt_to
 
         method = choose_methods({"adapt": adapt}, settings or [], None)
-        opened = option.open_chosen(model, source, weights, no_pretrained, max_length)
+        opened = option.open_chosen(model, source, weights, no_pretrained, max_length, task)
         show_machine(device)
         found = adapt_to(
             opened, data, output=output, num_samples=num_samples, holdout=holdout, batch_size=batch_size,

@@ -50,6 +50,7 @@ def command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only; write nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     max_length: option.MaxLength = None,
+    task: option.Task = None,
     source: option.Source = None,
     weights: option.Weights = None,
     no_pretrained: option.Pretrained = False,
@@ -75,7 +76,7 @@ def command(
         }  # fmt: skip
         if time_budget is not None:
             given["time_budget"] = parse_duration(time_budget)
-        opened = option.open_chosen(model, source, weights, no_pretrained, max_length)
+        opened = option.open_chosen(model, source, weights, no_pretrained, max_length, task)
         if kept is None:
             _dry_run(opened, data, goals, given)
         else:

@@ -26,6 +26,7 @@ def command(
     device: option.Device = "auto",
     seed: option.Seed = 0,
     max_length: option.MaxLength = None,
+    task: option.Task = None,
     source: option.Source = None,
     weights: option.Weights = None,
     no_pretrained: option.Pretrained = False,
@@ -38,7 +39,7 @@ def command(
 
         Target.of(speedup, latency)  # before anything is opened
         tool = choose_methods({"early_exit": method}, settings or [], None)["early_exit"]
-        opened = option.open_chosen(model, source, weights, no_pretrained, max_length)
+        opened = option.open_chosen(model, source, weights, no_pretrained, max_length, task)
         show_machine(device)
         found = add_early_exits(
             opened, data, speedup=speedup, latency=latency, labels=labels, method=tool, output=output,

@@ -18,6 +18,7 @@ def command(
     device: option.Device = "auto",
     json_file: option.Json = None,
     max_length: option.MaxLength = None,
+    task: option.Task = None,
     source: option.Source = None,
     weights: option.Weights = None,
     no_pretrained: option.Pretrained = False,
@@ -28,8 +29,10 @@ def command(
         from ttmpd.artifact.read import open_any
         from ttmpd.pipeline.evaluate import evaluate
 
-        opened = option.open_chosen(model, source, weights, no_pretrained, max_length)
+        opened = option.open_chosen(model, source, weights, no_pretrained, max_length, task)
         other = None if against is None else open_any(against, source).reading(max_length)
+        if other is not None and task is not None:
+            option.carry_named(other.module, task)
         found = evaluate(opened, data, labels, against=other, batch_size=batch_size, device=device)
         display.show_evaluation(found)
         write_result(json_file, found.to_dict())

@@ -19,6 +19,7 @@ def command(
     timed: Annotated[bool, typer.Option("--time/--no-time", help="Measure milliseconds on this device.")] = True,
     units: option.Units = option.UNITS,
     max_length: option.MaxLength = None,
+    task: option.Task = None,
     source: option.Source = None,
     weights: option.Weights = None,
     no_pretrained: option.Pretrained = False,
@@ -28,7 +29,7 @@ def command(
     with reporting(verbose):
         from ttmpd.pipeline.inspect import inspect
 
-        opened = option.open_chosen(model, source, weights, no_pretrained, max_length)
+        opened = option.open_chosen(model, source, weights, no_pretrained, max_length, task)
         found = inspect(opened, data, batch_size=batch_size, device=device, timed=timed, units=parts_of(units))
         display.show_inspection(found)
         write_result(json_file, found.to_dict())
