@@ -277,6 +277,9 @@ def _show_agreement(console: Console, facts: Mapping[str, Any]) -> None:
     told = f"; before distillation {before['share']:.1%}" if before else ""
     held = f"{n} held-out {facts.get('each', 'sample')}s"
     console.print(f"Agreement: {percent(facts['agreement'])} on {held}{told} ({NOT_ACCURACY})")
+    task = facts.get("task")
+    if task is not None and task["name"] != "classification":
+        console.print(f"Task: {escape(task['name'])}; agreement means {escape(task['same'])}.")
 
 
 def show_seconds(seconds: Mapping[str, float]) -> None:
@@ -323,10 +326,13 @@ def show_evaluation(found: "Evaluation") -> None:
         table.add_row("calibration error", *(f"{row.calibration_error:.3f}" for row in rows))
     if found.each == "token" and found.model.loss is not None:
         table.add_row("nats per token", *(f"{row.loss:.4f}" for row in rows))
-    table.add_row("mean confidence", *(f"{row.confidence:.1%}" for row in rows))
+    if found.model.confidence is not None:
+        table.add_row("mean confidence", *(f"{row.confidence or 0.0:.1%}" for row in rows))
     console.print(table)
     if found.agreement is not None:
         console.print(f"Agreement between them: {percent(found.agreement)} (not accuracy)")
+        if found.task != "classification":
+            console.print(f"Task: {escape(found.task)}.")
     console.print(f"{found.n_samples} {found.each}s; intervals are 95 % Wilson.")
     if found.n_left_out:
         console.print(f"{found.n_left_out} samples left out: compression had used them.")
