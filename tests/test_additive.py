@@ -48,7 +48,7 @@ TOYS = '''
 
         def find(self, model, batch):
             found = Channel(least=2).find(model, batch)
-            halves = [dataclasses.replace(unit, kind=self.name, widths=(unit.members // 2,)) for unit in found.units]
+            halves = [dataclasses.replace(unit, kind=self.name, widths=(unit.n_members // 2,)) for unit in found.units]
             return dataclasses.replace(found, units=tuple(halves))
 
         def narrow(self, student, unit, kept):
@@ -66,7 +66,7 @@ TOYS = '''
 
         def scores(self, job):
             for unit in job.units:
-                yield from narrowed(unit, torch.full((unit.members,), self.weight))
+                yield from narrowed(unit, torch.full((unit.n_members,), self.weight))
 
 
     class Shift(Adapter):

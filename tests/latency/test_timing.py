@@ -205,7 +205,7 @@ def test_members_save_no_more_than_the_block_that_holds_them() -> None:
     model, samples = specimen("channel")
     inside = Channel().find(model, samples.batch(slice(2))).units[0]
     block = dataclasses.replace(tiny_units(tiny_model())[0], path=inside.path.rpartition(".")[0])
-    elsewhere = dataclasses.replace(inside, path="other.conv", feeders=("other.first",))
+    elsewhere = dataclasses.replace(inside, path="other.conv", producers=("other.first",))
     widths = {"8": 3.0, "0": 0.0}
     made = [UnitLatency(block.id, 2.0, {}), UnitLatency("in", 6.0, {}, widths), UnitLatency("out", 6.0, {}, widths)]
     whole, bounded, free = savings._bounded([block, inside, elsewhere], made)

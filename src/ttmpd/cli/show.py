@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from ttmpd.progress import watched
+from ttmpd.records import WidthUnit
 
 if TYPE_CHECKING:
     from ttmpd.artifact.write import Result
@@ -296,8 +297,10 @@ def show_preview(found: "Preview") -> None:
         plan = planned.plan
         table = _table("would remove", "class", "action", title=f"Plan for {planned.target}")
         for removal in plan.removals:
-            action = f"keep {len(removal.kept)} of {removal.unit.members}" if removal.unit.members else removal.action
-            table.add_row(escape(removal.unit.id), escape(removal.unit.module), action)
+            unit, action = removal.unit, str(removal.action)
+            if isinstance(unit, WidthUnit):
+                action = f"keep {len(removal.kept)} of {unit.n_members}"
+            table.add_row(escape(unit.id), escape(unit.module), action)
         console.print(table)
         tried = [attempt.measured_ms for attempt in planned.attempts]
         nearest = min(tried, key=lambda value: abs(value - plan.budget_ms), default=None)

@@ -20,13 +20,13 @@ from ttmpd.latency.table import UnitLatency, runtime_ratio, time_units
 from ttmpd.models.batch_size import samples_that_fit
 from ttmpd.models.modules import clone, to_fast_format
 from ttmpd.models.opened import OpenedModel
-from ttmpd.pipeline.settings import Settings
+from ttmpd.pipeline.settings import Settings, judged_kinds
 from ttmpd.pipeline.stages import ADAPT_STAGE, Stages
 from ttmpd.records import Lossless, Option, Removal, Score, Unit
 from ttmpd.surgery.exits.model import check_without_exits
 from ttmpd.surgery.find import find_units, whole_of
 from ttmpd.surgery.lossless import applied
-from ttmpd.surgery.units.base import Found
+from ttmpd.surgery.units.base import UnitSearch
 from ttmpd.tasks.base import Task
 from ttmpd.training.task import assign_task, check_structure
 
@@ -45,7 +45,7 @@ class Ready:
     teacher: nn.Module
     samples: Samples
     held_out: Samples
-    found: Found
+    found: UnitSearch
     timings: tuple[UnitLatency, ...]
     original_ms: float
     lossless: Lossless
@@ -75,15 +75,17 @@ class Ready:
         wholes = {unit.id: whole_of(unit, self.found.units) for unit in self.found.units}
         options = []
         for score in scores:
-            timing, n_kept = by_unit[score.unit], len(score.kept)
+            timing, n_kept = by_unit[score.unit_id], len(score.kept)
             if score.action in self.settings.actions and timing.offers(score.action, n_kept):
                 saved = timing.saving(score.action, n_kept).saved_ms
-                options.append(Option(score.unit, score.action, score.harm, saved, score.kept, wholes[score.unit]))
+                options.append(
+                    Option(score.unit_id, score.action, score.harm, saved, score.kept, wholes[score.unit_id])
+                )
         return tuple(options)
 
     def removals(self, chosen: Sequence[Option]) -> tuple[Removal, ...]:
         """The chosen options as removals, in the order of the network."""
-        by_unit = {option.unit: option for option in chosen}
+        by_unit = {option.unit_id: option for option in chosen}
         return tuple(
             Removal(unit, by_unit[unit.id].action, by_unit[unit.id].kept)
             for unit in self.found.units
@@ -104,8 +106,8 @@ def get_ready(
     device = choose_device(settings.device)
     source = source_of(opened, samples, device, settings.task)
     with stages.timed("find"):
-        kinds = [name for name in settings.units if name in settings.score.kinds]
-        found = find_units(source, samples.batch(slice(0, 2), device), kinds)
+        found = find_units(source, samples.batch(slice(0, 2), device), judged_kinds(settings.units, settings.score))
+        found = dataclasses.replace(found, units=tuple(u for u in found.units if settings.score.can_judge(source, u)))
     if not found.units:
         raise UnsupportedError(_nothing_to_remove(source, found))
     teacher = clone(source)
@@ -195,8 +197,8 @@ def latency_batch(source: nn.Module, samples: Samples, settings: Settings) -> Te
     return samples.trimmed(index, next(source.parameters()).device)
 
 
-def _nothing_to_remove(model: nn.Module, found: Found) -> str:
-    reasons = "; ".join(f"{path} {reason}" for path, reason in found.refused[:5])
+def _nothing_to_remove(model: nn.Module, found: UnitSearch) -> str:
+    reasons = "; ".join(f"{path} {reason}" for path, reason in list(found.not_removable.items())[:5])
     return (
         f"{type(model).__name__} must have a block whose output has the shape of its input, but none was found"
         f"{': ' + reasons if reasons else ''}; run `ttmpd inspect` for the whole list"
@@ -210,7 +212,7 @@ def _adapt(teacher: nn.Module, samples: Samples, settings: Settings) -> tuple[di
     return adapted.model.state_dict(), {"note": adapted.note, "facts": adapted.facts}
 
 
-def _time(source: nn.Module, found: Found, batch: Tensor, settings: Settings) -> dict[str, Any]:
+def _time(source: nn.Module, found: UnitSearch, batch: Tensor, settings: Settings) -> dict[str, Any]:
     """Milliseconds of the model as it was given and after what is lossless, and of its units after that.
 
     Units are timed in eager PyTorch; their milliseconds are scaled by how the runtime changes the whole model's.

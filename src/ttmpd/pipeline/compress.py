@@ -246,7 +246,7 @@ def first_path(removals: Sequence[Removal]) -> str:
     if not removals:
         return ""
     unit = removals[0].unit
-    return unit.feeders[0] if unit.feeders else unit.path
+    return unit.paths[0]
 
 
 def _key(target: Target) -> str:

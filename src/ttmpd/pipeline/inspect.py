@@ -128,7 +128,7 @@ def inspect(
         count_macs(net, few)[""],
         tuple(batch.shape[1:]),
         found.units,
-        found.refused,
+        tuple((path, str(refusal)) for path, refusal in found.not_removable.items()),
         batch_size,
         machine(where),
         task=what.name,

@@ -23,7 +23,7 @@ from ttmpd.pipeline.analysis import Ready, latency_batch
 from ttmpd.pipeline.planning import Planned
 from ttmpd.pipeline.settings import Settings
 from ttmpd.quality.agreement import agreement
-from ttmpd.records import ACTIONS, Action, Fit, Plan, Score, Unit
+from ttmpd.records import ACTIONS, Action, Fit, Plan, Score, WidthUnit
 from ttmpd.tasks.base import OneOf, Task
 from ttmpd.training.task import task_of
 
@@ -72,7 +72,7 @@ def collect(
     return _known(ready.opened, ready.source, student, few, ready.settings) | {
         "adapt": {"note": ready.adapt_note, "facts": ready.adapt_facts},
         "units": _units(ready, plan),
-        "refused": [list(row) for row in ready.found.refused],
+        "refused": [[path, str(refusal)] for path, refusal in ready.found.not_removable.items()],
         "target": {"asked": str(planned.target), "budget_ms": budget_ms, "harm": plan.harm},
         "attempts": [{"predicted_ms": a.predicted_ms, "measured_ms": a.measured_ms} for a in planned.attempts],
         "front": [dict(row) for row in planned.front],
@@ -220,12 +220,12 @@ def _units(ready: Ready, plan: Plan) -> list[dict[str, Any]]:
     timings = {timing.unit: timing for timing in ready.timings}
     known = ready.scores if plan.removals else ()
     harms: dict[tuple[str, Action], Score] = {
-        (score.unit, score.action): score for score in known if score.action != "narrow"
+        (score.unit_id, score.action): score for score in known if score.action != "narrow"
     }
     widths: dict[str, list[list[float]]] = {}
     for score in known:
         if score.action == "narrow":
-            widths.setdefault(score.unit, []).append([len(score.kept), score.harm])
+            widths.setdefault(score.unit_id, []).append([len(score.kept), score.harm])
     kept = {removal.unit.id: len(removal.kept) for removal in plan.removals}
     saved = {
         removal.unit.id: timings[removal.unit.id].saving(removal.action, len(removal.kept)).saved_ms
@@ -245,7 +245,7 @@ def _units(ready: Ready, plan: Plan) -> list[dict[str, Any]]:
                 **{f"{action}_ms": ms for action, ms in timings[unit.id].stand_ins.items()},
                 **{f"harm_{action}": score.harm for action, score in scores.items()},
                 "parts": dict(next(iter(scores.values())).parts) if scores else {},
-                **(_members(unit, kept, widths, timings[unit.id]) if unit.members else {}),
+                **(_members(unit, kept, widths, timings[unit.id]) if isinstance(unit, WidthUnit) else {}),
                 "action": plan.actions.get(unit.id, "keep"),
                 **({"saved_ms": saved[unit.id]} if unit.id in saved else {}),
             }
@@ -254,12 +254,12 @@ def _units(ready: Ready, plan: Plan) -> list[dict[str, Any]]:
 
 
 def _members(
-    unit: Unit, kept: Mapping[str, int], widths: Mapping[str, list[list[float]]], timing: UnitLatency
+    unit: WidthUnit, kept: Mapping[str, int], widths: Mapping[str, list[list[float]]], timing: UnitLatency
 ) -> dict[str, Any]:
     """How many members there are and stay; (members, harm) of every width, and milliseconds by members."""
     return {
-        "members": unit.members,
-        "kept": kept.get(unit.id, unit.members),
+        "members": unit.n_members,
+        "kept": kept.get(unit.id, unit.n_members),
         "width_harms": widths.get(unit.id, []),
         "width_ms": dict(timing.widths),
     }
