@@ -1,5 +1,6 @@
 """Blocks found, masked and cut in real architectures with random weights, and in hand-written corner cases."""
 
+import dataclasses
 import gc
 
 import pytest
@@ -528,7 +529,7 @@ def test_activations_are_read_off_the_values():
 )
 def test_stand_ins_keep_the_shape(shape, layout, kind):
     unit = tiny_units(tiny_model())[0]
-    unit = type(unit)(**{f: getattr(unit, f) for f in unit.__slots__} | {"shape": shape, "layout": layout})
+    unit = dataclasses.replace(unit, shape=shape, layout=layout)
     stand_in = BLOCK.replacement(unit)
     assert isinstance(stand_in[0], kind)
     assert isinstance(stand_in[1], nn.ReLU)
