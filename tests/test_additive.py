@@ -33,14 +33,14 @@ TOYS = '''
     from ttmpd.records import Score
     from ttmpd.runtimes.base import Runtime
     from ttmpd.score.base import Scorer, narrowed
-    from ttmpd.surgery.units.base import Narrow
+    from ttmpd.surgery.units.base import WidthUnits
     from ttmpd.surgery.units.channel import Channel
     from ttmpd.tasks.base import Task, as_rows
 
     CALLS: list[str] = []
 
 
-    class Halves(Narrow):
+    class Halves(WidthUnits):
         """Hidden channels, of which half may go."""
 
         source: ClassVar[str] = "a toy"
@@ -51,6 +51,9 @@ TOYS = '''
             halves = [dataclasses.replace(unit, kind=self.name, widths=(unit.n_members // 2,)) for unit in found.units]
             return dataclasses.replace(found, units=tuple(halves))
 
+        def example(self, n=4):
+            return Channel().example(n)
+
         def narrow(self, student, unit, kept):
             Channel().narrow(student, unit, kept)
 
@@ -59,7 +62,7 @@ TOYS = '''
         """All members alike."""
 
         source: ClassVar[str] = "a toy"
-        kinds: ClassVar[tuple[str, ...]] = ("toy_methods:Halves",)
+        scopes = ("width",)
         actions = ("narrow",)
         repair = "removed"
         weight: float = 1.0
