@@ -160,8 +160,7 @@ def evaluate(
     known = None if labels is None else _labels(labels, data)
     used = frozenset(name for one in opened for name in one.used_ids)
     sums = [_Sums() for _ in opened]
-    alike, n_left_out, n_skipped = 0.0, 0, 0
-    tasks: list[Task] = []
+    alike, n_left_out, n_skipped, tasks = 0.0, 0, 0, list[Task]()
     notes: Counter[str] = Counter()
     for chunk in _chunks(data, opened, chunk=max(batch_size, 512 if reads == "sequence" else 0)):
         n_skipped += len(chunk[0].skipped)
@@ -191,8 +190,7 @@ def evaluate(
         )
     quality = [one.quality(known is not None or reads == "next") for one in sums]
     other, same = (None, None) if len(quality) == 1 else (quality[1], agreement(round(alike), n))
-    each = tasks[0].each
-    return Evaluation(n, n_left_out, n_skipped, quality[0], other, same, tuple(notes.items()), each, tasks[0].name)
+    return Evaluation(n, n_left_out, n_skipped, quality[0], other, same, tuple(notes.items()), tasks[0].each, tasks[0].name)
 
 
 def _assigned(
