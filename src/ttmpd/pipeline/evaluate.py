@@ -190,7 +190,9 @@ def evaluate(
         )
     quality = [one.quality(known is not None or reads == "next") for one in sums]
     other, same = (None, None) if len(quality) == 1 else (quality[1], agreement(round(alike), n))
-    return Evaluation(n, n_left_out, n_skipped, quality[0], other, same, tuple(notes.items()), tasks[0].each, tasks[0].name)
+    return Evaluation(
+        n, n_left_out, n_skipped, quality[0], other, same, tuple(notes.items()), tasks[0].each, tasks[0].name
+    )
 
 
 def _assigned(
