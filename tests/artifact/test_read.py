@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import ttmpd
 from ttmpd.artifact import write as saving
 from ttmpd.artifact.read import load, open_artifact, read_artifact
-from ttmpd.artifact.write import Result
+from ttmpd.artifact.write import FORMAT, Result
 from ttmpd.data.preprocessing import Preprocessing
 from ttmpd.data.samples import Samples
 from ttmpd.demo.digits import DigitNet
@@ -166,6 +166,17 @@ def test_an_artifact_can_be_compressed_again(made, tmp_path):
     assert len(read_artifact(folder).sample_ids) == 48
 
 
+def test_a_kind_that_nobody_writes_is_refused(artifact):
+    change(artifact, lambda data: data.update(kind="toaster"))
+    with pytest.raises(CheckpointError, match="kind must be one of compressed, adapted, exits, student"):
+        load(artifact)
+
+
+def test_format_1_did_not_say_its_kind(artifact):
+    change(artifact, lambda data: (data.update(format=1), data.pop("kind")))
+    assert read_artifact(artifact).kind == "compressed"
+
+
 def test_saving_twice_replaces(made, artifact):
     save(artifact, open_model(DEMO), digits(10))
     assert len(read_artifact(artifact).sample_ids) == 10
@@ -174,7 +185,7 @@ def test_saving_twice_replaces(made, artifact):
 
 def test_plan_is_readable(made):
     data = json.loads((made[0] / "plan.json").read_text())
-    assert data["format"] == 1
+    assert (data["format"], data["kind"]) == (2, "compressed")
     assert data["model"] == {"id": DEMO, "rebuildable": True, "class": "DigitNet"}
     assert [row["action"] for row in data["plan"]["removals"]] == ["drop", "linear", "linear"]
     assert data["plan"]["budget_ms"] == 6.0
@@ -229,7 +240,7 @@ def test_foreign_json(artifact, text):
 
 
 def test_newer_format(artifact):
-    change(artifact, lambda data: data.update(format=2, ttmpd="9.0", something="new"))
+    change(artifact, lambda data: data.update(format=FORMAT + 1, ttmpd="9.0", something="new"))
     with pytest.raises(CheckpointError, match=r"written by a newer ttmpd \(9.0\); pip install --upgrade"):
         load(artifact)
 

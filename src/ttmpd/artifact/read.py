@@ -8,14 +8,14 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ttmpd.artifact.write import FORMAT, PLAN, UNFINISHED, WEIGHTS, sha256
+from ttmpd.artifact.write import FORMAT, PLAN, UNFINISHED, WEIGHTS, Kind, sha256
 from ttmpd.data.preprocessing import Preparation, preparation_from
 from ttmpd.data.tokenization import Tokenization
 from ttmpd.errors import CheckpointError, TTMPDError, UnknownMethodError
@@ -34,7 +34,7 @@ Source = nn.Module | str | Path | OpenedModel
 
 _KEYS = {
     "format", "ttmpd", "model", "preprocessing", "class_names", "input_shape", "plan", "methods", "settings",
-    "sample_ids", "weights", "early_exit", "lossless",
+    "sample_ids", "weights", "early_exit", "lossless", "kind", "task", "runtime", "machine", "folded",
 }  # fmt: skip
 
 
@@ -55,6 +55,7 @@ class Artifact:
         sha256: of the weights.
         exits: where they stand, and their threshold; None for a model without exits.
         lossless: what else was done to the model.
+        kind: which command made it.
     """
 
     folder: Path
@@ -69,6 +70,7 @@ class Artifact:
     sha256: str
     exits: tuple[Exits, float] | None = None
     lossless: Lossless = UNCHANGED
+    kind: Kind = "compressed"
 
     @property
     def rebuildable(self) -> bool:
@@ -146,6 +148,7 @@ def read_artifact(folder: str | Path) -> Artifact:
             str(weights["sha256"]),
             _exits(data.get("early_exit")),
             _lossless(data.get("lossless", {})),
+            _kind(data),
         )
     except CheckpointError:
         raise
@@ -226,6 +229,15 @@ def _check_kind(kind: Any) -> None:
         loaded_class("units", str(kind))
     except UnknownMethodError as error:
         raise CheckpointError(f"the kind of a removal must be one of this installation, but: {error}") from error
+
+
+def _kind(data: Mapping[str, Any]) -> Kind:
+    """Which command made the artifact; format 1 does not say, but only one kind has exits and only one no removals."""
+    if data["format"] == 1:
+        return "exits" if data.get("early_exit") else "compressed" if data["plan"]["removals"] else "adapted"
+    if data["kind"] not in get_args(Kind):
+        raise CheckpointError(f"kind must be one of {', '.join(get_args(Kind))}, but got {data['kind']!r}")
+    return cast(Kind, data["kind"])
 
 
 def _lossless(data: Mapping[str, Any]) -> Lossless:

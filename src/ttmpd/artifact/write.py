@@ -4,8 +4,9 @@ import dataclasses
 import hashlib
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import save_file
 from torch import nn
@@ -18,7 +19,10 @@ from ttmpd.storage import disk_guarded, write_json
 from ttmpd.surgery.cut import joined
 from ttmpd.surgery.exits.model import exits_data
 
-FORMAT = 1
+FORMAT = 2
+"""Format 1 did not say its kind, nor what was folded into what, nor where it was measured."""
+Kind = Literal["compressed", "adapted", "exits", "student"]
+"""What a command made: `compress`, `adapt`, `early-exit`, `train-student`."""
 PLAN, WEIGHTS = "plan.json", "model.safetensors"
 STOCK = "transformers"
 """Folder with the same student as its own library writes models, where that can say what is left of it."""
@@ -39,6 +43,7 @@ class Result:
         opened: where the model came from.
         met: whether what was measured meets the target; True where none was set.
         lossless: what was done to the model besides, in this run.
+        kind: what was made.
     """
 
     model: nn.Module
@@ -48,6 +53,7 @@ class Result:
     opened: OpenedModel
     met: bool = True
     lossless: Lossless = UNCHANGED
+    kind: Kind = "compressed"
 
     def save(self, folder: str | Path) -> Path:
         """Write the artifact: plan.json, model.safetensors, README.md, report.html, report.json.
@@ -61,15 +67,24 @@ class Result:
         Raises:
             TTMPDError: there is no room or no permission to write.
         """
-        return _write(Path(folder), self)
+        return write_artifact(Path(folder), self, self._write_reports)
+
+    def _write_reports(self, folder: Path) -> None:
+        from ttmpd.artifact.report import write_report
+
+        write_report({**self.facts, "stock": _stock(self, folder / STOCK)}, folder)
 
     save_pretrained = save
 
 
-def _write(folder: Path, result: Result) -> Path:
-    """Write the artifact, each file whole or not at all."""
-    from ttmpd.artifact.report import write_report
+def write_artifact(folder: Path, result: Result, write_reports: Callable[[Path], None]) -> Path:
+    """Write an artifact of any kind, each file whole or not at all.
 
+    Args:
+        folder: made if missing.
+        result: what was made.
+        write_reports: writes the files for people into the folder that it is handed.
+    """
     check_output(folder)
     with disk_guarded(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,8 +93,7 @@ def _write(folder: Path, result: Result) -> Path:
             # Tied tensors are written once each: loading copies them into one place again.
             state = {key: value.detach().cpu().contiguous().clone() for key, value in result.model.state_dict().items()}
             save_file(state, unfinished / WEIGHTS)
-            stock = _stock(result, unfinished / STOCK)
-            write_report({**result.facts, "stock": stock}, unfinished)
+            write_reports(unfinished)
             data = _described(result) | exits_data(result.model)
             data["weights"] = {"file": WEIGHTS, "sha256": sha256(unfinished / WEIGHTS)}
             write_json(unfinished / PLAN, data)
@@ -137,7 +151,11 @@ def _described(result: Result) -> dict[str, Any]:
     removals = joined(opened.removed, plan.removals)
     return {
         "format": FORMAT,
+        "kind": result.kind,
         "ttmpd": str(facts.get("ttmpd", "unknown")),
+        "task": facts.get("task"),
+        "runtime": facts.get("runtime"),
+        "machine": facts.get("machine"),
         "model": {
             "id": opened.id,
             "rebuildable": is_rebuildable(opened.id),

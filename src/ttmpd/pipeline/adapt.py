@@ -60,7 +60,7 @@ def adapt_to(
     before, after = (logits_of(net, few[1], chosen.batch_size) for net in (source, adapted.model))
     facts = collect_adapted(opened, source, adapted, few, chosen, (before, after), seconds)
     net = to_plain_format(adapted.model).cpu().eval()
-    found = Result(net, Plan((), 0.0, 0.0, 0.0, 0.0), facts, few[0].ids + few[1].ids, opened)
+    found = Result(net, Plan((), 0.0, 0.0, 0.0, 0.0), facts, few[0].ids + few[1].ids, opened, kind="adapted")
     if output is not None:
         found.save(output)
     return found

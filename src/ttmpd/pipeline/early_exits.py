@@ -106,7 +106,7 @@ def add_early_exits(
     )
     facts["target"] |= {"met": choice.met, "within_spread": choice.within_spread}
     net = equipped.model.cpu().eval()
-    result = Result(net, plan, facts | {"command": command}, few[0].ids + few[1].ids, opened, choice.met)
+    result = Result(net, plan, facts | {"command": command}, few[0].ids + few[1].ids, opened, choice.met, kind="exits")
     if output is not None:
         result.save(output)
     return result

@@ -2,31 +2,32 @@
 
 import dataclasses
 import shutil
-import tempfile
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ttmpd.artifact.write import Result, check_output, write_artifact
 from ttmpd.data.labels import open_labels
 from ttmpd.data.open import open_samples
 from ttmpd.data.samples import Samples
 from ttmpd.data.tokenization import is_tokens
-from ttmpd.errors import InvalidValueError, SamplesError, UnsupportedError
-from ttmpd.latency.device import choose_device
+from ttmpd.errors import SamplesError, UnsupportedError
+from ttmpd.latency.device import choose_device, machine
 from ttmpd.method import check_range
 from ttmpd.models.modules import clone
+from ttmpd.models.open import is_rebuildable
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import logits_of
 from ttmpd.pipeline.evaluate import Accuracy
 from ttmpd.quality.agreement import agreement
+from ttmpd.records import Plan
 from ttmpd.storage import disk_guarded, locked, write_json
 from ttmpd.students.train import WORK, StudentResult, train_student
 
-WEIGHTS, REPORT, CARD = "model.safetensors", "report.json", "README.md"
-KIND = "student"
+REPORT, CARD = "report.json", "README.md"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,7 +83,7 @@ def run_student(
         InvalidValueError: as :func:`ttmpd.train_student`; or ``output`` holds other files.
     """
     check_range("holdout", holdout, 0.0, 0.9)
-    _check_output(output)
+    check_output(output)
     where, seed = choose_device(device), int(settings.get("seed", 0))
     net = clone(student.module).to(where)
     guide = None if teacher is None else clone(teacher.module).to(where).eval()
@@ -103,7 +104,9 @@ def run_student(
         found = StudentRun(trained, len(rest), accuracy, taught, output)
         names = [samples.names[rest[place]] for place in trained.selected]
         facts = _facts(found, student, teacher, settings={"holdout": holdout, "device": str(where)})
-        _write(found, facts | {"command": command, "kept": names}, student.id)
+        result = _result(found, facts | {"command": command, "kept": names}, student, samples.subset(rest))
+        card = _card(found, result.facts, student.id)
+        write_artifact(output, result, lambda folder: _write_reports(folder, result, card))
         shutil.rmtree(output / WORK, ignore_errors=True)
     return found
 
@@ -140,25 +143,12 @@ def _accuracy(model: nn.Module, samples: Samples, truth: Tensor) -> Accuracy | N
     return Accuracy(found.share, found.low, found.high, found.n_samples)
 
 
-def _check_output(folder: Path) -> None:
-    """Refuse to write among files that are not ours."""
-    if folder.exists() and not folder.is_dir():
-        raise InvalidValueError(f"output must be a folder, but {str(folder)!r} is a file; choose another")
-    others = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
-    if others and not (set(others) <= {WEIGHTS, REPORT, CARD} and REPORT in others):
-        raise InvalidValueError(
-            f"output must be a new or empty folder, or one of a student, but {str(folder)!r} holds other files "
-            f"({', '.join(others[:3])}); choose another"
-        )
-
-
 def _facts(
     found: StudentRun, student: OpenedModel, teacher: OpenedModel | None, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """Everything about the run as plain data."""
     trained = found.trained
     return {
-        "kind": KIND,
         "student": student.id,
         "teacher": None if teacher is None else teacher.id,
         "adapt": trained.adapt_note,
@@ -174,25 +164,27 @@ def _facts(
     }
 
 
-def _write(found: StudentRun, facts: dict[str, Any], model_id: str) -> None:
-    """Weights, report and card, each under a temporary name first; the report comes last and makes the folder ours."""
-    folder = found.folder
-    unfinished = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-    try:
-        state = found.trained.model.state_dict()
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, unfinished / WEIGHTS)
-        (unfinished / CARD).write_text(_card(found, facts, model_id), encoding="utf-8")
-        write_json(unfinished / REPORT, facts)
-        shutil.copymode(unfinished / REPORT, unfinished / WEIGHTS)  # safetensors makes it private
-        for name in (WEIGHTS, CARD, REPORT):
-            (unfinished / name).replace(folder / name)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+def _result(found: StudentRun, facts: dict[str, Any], student: OpenedModel, samples: Samples) -> Result:
+    """The student as an artifact from which nothing was removed."""
+    shape = list(samples.inputs.shape[1:])
+    described = facts | {
+        "ttmpd": installed_version("ttmpd"),
+        "machine": machine(facts["settings"]["device"]),
+        "samples": {"input_shape": shape},
+    }
+    ids = tuple(samples.ids[place] for place in found.trained.selected)
+    return Result(found.trained.model.cpu(), Plan((), 0.0, 0.0, 0.0, 0.0), described, ids, student, kind="student")
+
+
+def _write_reports(folder: Path, result: Result, card: str) -> None:
+    (folder / CARD).write_text(card, encoding="utf-8")
+    write_json(folder / REPORT, result.facts)
 
 
 def _card(found: StudentRun, facts: dict[str, Any], model_id: str) -> str:
     """What this is, how good it is, how to load it."""
     trained, accuracy = found.trained, found.accuracy
+    source, own = ("", "") if is_rebuildable(model_id) else (f" --source {model_id}", ", model=net")
     taught = f", with the answers of `{facts['teacher']}` at a weight of {trained.alpha:g}" if trained.alpha else ""
     measured = "Nothing was held out: its accuracy is not known."
     if accuracy is not None:
@@ -203,6 +195,7 @@ def _card(found: StudentRun, facts: dict[str, Any], model_id: str) -> str:
     return (
         f"# Student\n\n`{model_id}`, trained for {trained.fit.steps} steps on {len(trained.selected)} of "
         f"{found.n_samples} labelled samples (chosen by `{trained.recipe.select.name}`){taught}.\n\n{measured}\n\n"
-        f"```\nttmpd evaluate --model {model_id} --weights {WEIGHTS} --data DATA --labels LABELS\n```\n\n"
+        f"```\nttmpd evaluate --model FOLDER{source} --data DATA --labels LABELS\n```\n\n"
+        f"In Python: `ttmpd.load(folder{own})`.\n\n"
         f"`{REPORT}` holds all settings, the seconds of each stage and the names of the samples that were kept.\n"
     )

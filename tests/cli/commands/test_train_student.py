@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from ttmpd.artifact.read import read_artifact
 from ttmpd.cli.commands import _reporting
 from ttmpd.storage import locked
 
@@ -53,7 +54,7 @@ def test_what_it_says(made, said):
 def test_what_it_writes(made, place):
     folder, _ = made
     assert sorted(path.name for path in folder.iterdir() if path.name != ".lock") == [
-        "README.md", "model.safetensors", "report.json"]  # fmt: skip
+        "README.md", "model.safetensors", "plan.json", "report.json"]  # fmt: skip
     report = json.loads((folder / "report.json").read_text())
     assert report["student"] == f"{place}/nets.py:small"
     assert (report["n_samples"], report["n_kept"], len(report["kept"])) == (120, 60, 60)
@@ -66,11 +67,12 @@ def test_what_it_writes(made, place):
 
 def test_the_weights_load_again(made, place, data, run, said):
     folder, _ = made
-    found = run("evaluate", "--model", f"{place}/nets.py:small", "--weights",
-                                         f"{folder}/model.safetensors", "--data", data, "--labels",
-                                         data, "--json", f"{place}/e.json")  # fmt: skip
+    found = run("evaluate", "--model", folder, "--source", f"{place}/nets.py:small", "--data", data, "--labels", data,
+                "--json", f"{place}/e.json")  # fmt: skip
     assert found.exit_code == 0, said(found)
-    assert json.loads((place / "e.json").read_text())["n_samples"] == 150
+    evaluation = json.loads((place / "e.json").read_text())
+    assert (evaluation["n_samples"], evaluation["n_left_out"]) == (90, 60)  # what it was trained on is left out
+    assert read_artifact(folder).kind == "student"
 
 
 def test_without_a_teacher_and_without_holding_back(arguments, place, run, said):
