@@ -56,6 +56,7 @@ class Artifact:
         exits: where they stand, and their threshold; None for a model without exits.
         lossless: what else was done to the model.
         kind: which command made it.
+        folded: what became of its replacements; None in format 1, which does not say.
     """
 
     folder: Path
@@ -71,6 +72,7 @@ class Artifact:
     exits: tuple[Exits, float] | None = None
     lossless: Lossless = UNCHANGED
     kind: Kind = "compressed"
+    folded: Folded | None = None
 
     @property
     def rebuildable(self) -> bool:
@@ -89,7 +91,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         CheckpointError: the folder is broken, foreign, newer, or belongs to another model; the message says which.
     """
     artifact = read_artifact(folder)
-    return _restored(artifact, stock_model(artifact) if model is None else model)
+    return _restored(artifact, stock_model(artifact) if model is None else model)[0]
 
 
 def open_artifact(folder: str | Path, source: str | None = None) -> OpenedModel:
@@ -103,7 +105,7 @@ def open_artifact(folder: str | Path, source: str | None = None) -> OpenedModel:
         CheckpointError: as :func:`load`.
     """
     artifact = read_artifact(folder)
-    module = _restored(artifact, stock_model(artifact, source))
+    module, folded = _restored(artifact, stock_model(artifact, source))
     return OpenedModel(
         module,
         artifact.model_id,
@@ -113,6 +115,7 @@ def open_artifact(folder: str | Path, source: str | None = None) -> OpenedModel:
         artifact.removals,
         artifact.sample_ids,
         artifact.lossless,
+        folded,
     )
 
 
@@ -149,6 +152,7 @@ def read_artifact(folder: str | Path) -> Artifact:
             _exits(data.get("early_exit")),
             _lossless(data.get("lossless", {})),
             _kind(data),
+            _folded(data),
         )
     except CheckpointError:
         raise
@@ -240,6 +244,12 @@ def _kind(data: Mapping[str, Any]) -> Kind:
     return cast(Kind, data["kind"])
 
 
+def _folded(data: Mapping[str, Any]) -> Folded | None:
+    if data["format"] == 1:
+        return None
+    return Folded(*(tuple(map(str, data["folded"][name])) for name in ("replacements", "biases")))
+
+
 def _lossless(data: Mapping[str, Any]) -> Lossless:
     pairs = tuple((str(layer), str(norm)) for layer, norm in data.get("folded", ()))
     return Lossless(pairs, bool(data.get("channels_last", False)))
@@ -272,7 +282,8 @@ def stock_model(artifact: Artifact, source: str | None = None) -> nn.Module:
         ) from error
 
 
-def _restored(artifact: Artifact, stock: nn.Module) -> nn.Module:
+def _restored(artifact: Artifact, stock: nn.Module) -> tuple[nn.Module, Folded]:
+    """The student on a copy of ``stock``, and what became of its replacements."""
     found = type(stock).__name__
     if found != artifact.model_class:
         raise CheckpointError(
@@ -283,7 +294,7 @@ def _restored(artifact: Artifact, stock: nn.Module) -> nn.Module:
     backbone = state if artifact.exits is None else _below(state, "backbone")
     try:
         check_units(stock, [removal.unit for removal in artifact.removals])
-        folded = _folded_in_format_1(stock, artifact.removals, backbone)
+        folded = artifact.folded or _folded_in_format_1(stock, artifact.removals, backbone)
         model = replay(stock, artifact.removals, backbone, artifact.lossless, folded)
     except (TTMPDError, RuntimeError, AttributeError, KeyError, TypeError) as error:
         detail = " ".join(str(error).split())[:300]
@@ -296,7 +307,7 @@ def _restored(artifact: Artifact, stock: nn.Module) -> nn.Module:
         model.pretrained_cfg = artifact.preprocessing.to_dict()  # type: ignore[assignment]
     if isinstance(artifact.preprocessing, Tokenization):
         mask_padding(model, artifact.preprocessing)
-    return model if artifact.exits is None else _with_exits(artifact, artifact.exits, model, state)
+    return model if artifact.exits is None else _with_exits(artifact, artifact.exits, model, state), folded
 
 
 def _folded_in_format_1(stock: nn.Module, removals: Sequence[Removal], state: Mapping[str, Tensor]) -> Folded:

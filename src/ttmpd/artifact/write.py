@@ -169,6 +169,7 @@ def _described(result: Result) -> dict[str, Any]:
             "folded": [list(pair) for pair in (*opened.lossless.folded, *result.lossless.folded)],
             "channels_last": opened.lossless.channels_last or result.lossless.channels_last,
         },
+        "folded": dataclasses.asdict(opened.folded),
         "methods": facts.get("methods", {}),
         "settings": facts.get("settings", {}),
         "sample_ids": list(dict.fromkeys((*opened.used_ids, *result.sample_ids))),

@@ -7,7 +7,7 @@ from torch import nn
 from ttmpd.data.preprocessing import Preparation
 from ttmpd.data.tokenization import Tokenization
 from ttmpd.errors import InvalidValueError
-from ttmpd.records import UNCHANGED, Lossless, Removal
+from ttmpd.records import NOTHING_FOLDED, UNCHANGED, Folded, Lossless, Removal
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,6 +24,7 @@ class OpenedModel:
         removed: what is gone already, when it was opened from an artifact; ``id`` then names the stock model.
         used_ids: content hashes of the unlabelled samples that made it what it is.
         lossless: what else was done to it, when it was opened from an artifact.
+        folded: what became of its replacements, when it was opened from an artifact.
     """
 
     module: nn.Module
@@ -34,6 +35,7 @@ class OpenedModel:
     removed: tuple[Removal, ...] = ()
     used_ids: tuple[str, ...] = ()
     lossless: Lossless = UNCHANGED
+    folded: Folded = NOTHING_FOLDED
 
     def reading(self, max_length: int | None) -> "OpenedModel":
         """This model with a limit to the tokens that are read of a sample; None changes nothing.
