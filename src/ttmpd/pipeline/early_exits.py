@@ -19,6 +19,7 @@ from ttmpd.latency.device import choose_device
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import logits_of
+from ttmpd.pipeline import defaults
 from ttmpd.pipeline.analysis import PASS_SIZE, open_pool, pass_size, source_of, split
 from ttmpd.pipeline.exit_choice import ThresholdChoice, choose, fitted, time_exits
 from ttmpd.pipeline.exit_threshold import ExitConfidences, exit_answers, exit_confidences
@@ -29,7 +30,7 @@ from ttmpd.surgery.exits.model import check_without_exits
 
 _USED = ("num_samples", "holdout", "batch_size", "device", "seed")
 """The settings of a run that exits look at."""
-_DEFAULTS = {"num_samples": 1000, "batch_size": 1}
+_DEFAULTS = {"num_samples": defaults.EXIT_NUM_SAMPLES, "batch_size": defaults.EXIT_BATCH_SIZE}
 
 
 def add_early_exits(
