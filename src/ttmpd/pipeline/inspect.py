@@ -159,6 +159,15 @@ def preview(
 
     Raises:
         BudgetUnreachableError: a target cannot be reached.
+
+    Example:
+        >>> import torch
+        >>> from ttmpd.pipeline.settings import Target
+        >>> from ttmpd.testing.tiny_models import tiny_model
+        >>> quick = {"score": "magnitude", "adapt": "none", "lossless": False, "batch_size": 8, "num_samples": 40}
+        >>> plans = preview(tiny_model(), torch.rand(40, 3, 8, 8), targets=[Target(macs=0.9)], **quick).plans
+        >>> len(plans)
+        1
     """
     with prepared(model, samples, settings_of(settings)) as (ready, stages):
         waypoints = walk(ready, max(needed_ms(ready, target) for target in targets), stages)
