@@ -103,7 +103,7 @@ def inspect(
         >>> from ttmpd.demo.digits import demo_model
         >>> found = inspect(demo_model(), timed=False)
         >>> len(found.units), found.units[0].id
-        (12, 'stage1.0')
+        (25, 'stage1.0')
     """
     check_range("batch_size", batch_size, 1)
     check_kinds(units)
