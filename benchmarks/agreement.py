@@ -29,6 +29,7 @@ from ttmpd.models.open import open_model
 from ttmpd.models.run import logits_of
 from ttmpd.quality.calibration import calibration_error, fit_temperature
 from ttmpd.records import Unit
+from ttmpd.surgery.masks import skipped
 from ttmpd.surgery.units.block import Block
 
 SHIFTS = ("none", "gaussian_noise", "defocus_blur", "pixelate", "snow", "elastic_transform", "contrast")
@@ -60,7 +61,7 @@ def rows_of(model: str, shift: str) -> list[dict[str, Any]]:
         for batch in (True, False):
             answers = []
             for left_out in parts:
-                with Block().mask(net, left_out):
+                with skipped(net, left_out):
                     answers.append(answers_by(net, few, 64, batch_statistics=batch).argmax(-1))
             alike = torch.cat(answers) == whole.argmax(-1).repeat(len(parts))
             temperatures = {

@@ -39,7 +39,7 @@ from ttmpd.pipeline.inspect import inspect
 from ttmpd.records import Removal
 from ttmpd.surgery.cut import cut
 from ttmpd.surgery.find import find_units
-from ttmpd.surgery.masks import masked
+from ttmpd.surgery.masks import mask_of, masked
 
 SIDE, TOKENS, WORDS, CLASSES = 64, 32, 200, 10
 LAYERS = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -114,8 +114,8 @@ def answers(model: nn.Module, inputs: Tensor) -> Tensor:
 
 def masked_gap(model: nn.Module, inputs: Tensor) -> float:
     units = find_units(model, inputs[:2], ["head", "neuron"]).units
-    kept = {unit: tuple(range(unit.members // 2)) for unit in units}
-    with masked(model, kept):
+    kept = {unit: tuple(range(unit.n_members // 2)) for unit in units}
+    with masked(model, {unit: mask_of(unit, members) for unit, members in kept.items()}):
         wanted = answers(model, inputs)
     return gap(answers(cut(model, [Removal(unit, "narrow", kept[unit]) for unit in units]), inputs), wanted)
 
@@ -147,7 +147,7 @@ def row(family: str) -> dict[str, Any]:
         result.save(Path(folder) / "out")
         return {
             "family": family, "blocks": kinds["block"], "heads": kinds["head"], "neurons": kinds["neuron"],
-            "refused": len(found.refused), "speedup": round(speedup["median"], 2), "met": result.met,
+            "refused": len(found.not_removable), "speedup": round(speedup["median"], 2), "met": result.met,
             "done": ", ".join(f"{n} {what}" for what, n in sorted(done.items())),
             "masked_gap": masked_gap(model, inputs), "export_gap": export_gap(result.model, inputs),
             "fresh_gap": fresh_gap(family, result.model, inputs, Path(folder) / "out"),

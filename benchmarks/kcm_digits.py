@@ -74,7 +74,7 @@ def rows(seed: int) -> list[dict[str, Any]]:
     found = [{"seed": seed, "method": "original", "kept": 512, "accuracy": round(accuracy(model, x, y), 2)}]
     for name, (scorer, repair) in METHODS.items():
         scores = scorer.score(model, units, samples, seed=seed)
-        kept = {(score.unit, len(score.kept)): score.kept for score in scores}
+        kept = {(score.unit_id, len(score.kept)): score.kept for score in scores}
         for width in WIDTHS:
             chosen = {unit.id: kept[unit.id, width] for unit in units}
             removals = [Removal(unit, "narrow", chosen[unit.id]) for unit in units if unit.id in chosen]

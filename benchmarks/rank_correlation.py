@@ -205,7 +205,7 @@ def table(bench: Bench, scorer: Scorer) -> dict[str, Any]:
     """Scores as plain data: unit -> action -> harm and parts."""
     found: dict[str, Any] = {}
     for score in scorer.score(bench.teacher, bench.units, bench.fit, batch_size=bench.case.batch, seed=SEED):
-        found.setdefault(score.unit, {})[score.action] = {"harm": score.harm, "parts": dict(score.parts)}
+        found.setdefault(score.unit_id, {})[score.action] = {"harm": score.harm, "parts": dict(score.parts)}
     return found
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import ttmpd
 from ttmpd.cli.commands._parsing import choose_methods
+from ttmpd.distill.mimic import Mimic
 from ttmpd.errors import CheckpointError, UnknownMethodError
 from ttmpd.method import from_dict, method_class, names, verb_of
 from ttmpd.pipeline.compress import compress
@@ -32,13 +33,14 @@ TOYS = '''
     from ttmpd.records import Score
     from ttmpd.runtimes.base import Runtime
     from ttmpd.score.base import Scorer, narrowed
-    from ttmpd.surgery.units.base import Narrow
+    from ttmpd.surgery.units.base import WidthUnits
     from ttmpd.surgery.units.channel import Channel
+    from ttmpd.tasks.base import Task, as_rows
 
     CALLS: list[str] = []
 
 
-    class Halves(Narrow):
+    class Halves(WidthUnits):
         """Hidden channels, of which half may go."""
 
         source: ClassVar[str] = "a toy"
@@ -46,8 +48,11 @@ TOYS = '''
 
         def find(self, model, batch):
             found = Channel(least=2).find(model, batch)
-            halves = [dataclasses.replace(unit, kind=self.name, widths=(unit.members // 2,)) for unit in found.units]
+            halves = [dataclasses.replace(unit, kind=self.name, widths=(unit.n_members // 2,)) for unit in found.units]
             return dataclasses.replace(found, units=tuple(halves))
+
+        def example(self, n=4):
+            return Channel().example(n)
 
         def narrow(self, student, unit, kept):
             Channel().narrow(student, unit, kept)
@@ -57,14 +62,14 @@ TOYS = '''
         """All members alike."""
 
         source: ClassVar[str] = "a toy"
-        kinds: ClassVar[tuple[str, ...]] = ("toy_methods:Halves",)
+        scopes = ("width",)
         actions = ("narrow",)
         repair = "removed"
         weight: float = 1.0
 
         def scores(self, job):
             for unit in job.units:
-                yield from narrowed(unit, torch.full((unit.members,), self.weight))
+                yield from narrowed(unit, torch.full((unit.n_members,), self.weight))
 
 
     class Shift(Adapter):
@@ -91,6 +96,33 @@ TOYS = '''
         def prepare(self, module, batch):
             CALLS.append(type(module).__name__)
             return module
+
+
+    class Signs(Task):
+        """Whether each number is positive."""
+
+        source: ClassVar[str] = "a toy"
+        same: ClassVar[str] = "the same signs"
+        reason_not_to_adapt: ClassVar[str] = "a toy does not learn"
+
+        @classmethod
+        def claim(cls, clues):
+            return None
+
+        def matrix(self, value, inputs):
+            return as_rows(value, self.name)
+
+        def loss(self, student, teacher, temperature=1.0):
+            return (student - teacher).square().mean()
+
+        def alike(self, student, teacher):
+            return ((student > 0) == (teacher > 0)).all(-1).float()
+
+        def confidence(self, outputs):
+            return None
+
+        def metrics(self, outputs, labels):
+            return {"signs": float(self.alike(outputs, labels).mean())}
 '''
 
 
@@ -110,7 +142,7 @@ def toy_net() -> nn.Module:
 def test_a_unit_kind_a_scorer_an_adapter_and_a_runtime_of_ones_own_make_a_student(toys, quick_timing):
     settings = {
         "units": f"{MODULE}:Halves", "score": f"{MODULE}:Flat", "adapt": f"{MODULE}:Shift",
-        "runtime": f"{MODULE}:Counting", "distill": "mimic",
+        "runtime": f"{MODULE}:Counting", "distill": Mimic(steps=2),
     }  # fmt: skip
     net, batch = toy_net(), tiny_samples(4).batch(slice(None))
     result = compress(net, tiny_samples(16), macs=0.8, batch_size=8, output=toys / "out", **settings)
@@ -129,7 +161,7 @@ def test_a_unit_kind_a_scorer_an_adapter_and_a_runtime_of_ones_own_make_a_studen
 
 
 def test_an_artifact_cannot_make_a_class_of_an_imported_module_run(toys, quick_timing):
-    settings = {"units": f"{MODULE}:Halves", "score": f"{MODULE}:Flat", "adapt": "none", "distill": "mimic"}
+    settings = {"units": f"{MODULE}:Halves", "score": f"{MODULE}:Flat", "adapt": "none", "distill": Mimic(steps=2)}
     compress(toy_net(), tiny_samples(16), macs=0.8, batch_size=8, output=toys / "out", **settings)
     plan = toys / "out" / "plan.json"
     for name in ("os:path", "subprocess:Popen", f"{MODULE}:Flat", f"{MODULE}:Nothing", "zipapp:main"):
@@ -142,7 +174,8 @@ def test_an_artifact_cannot_make_a_class_of_an_imported_module_run(toys, quick_t
 
 
 @pytest.mark.parametrize(
-    ("verb", "name"), [("units", "Halves"), ("score", "Flat"), ("adapt", "Shift"), ("runtimes", "Counting")]
+    ("verb", "name"),
+    [("units", "Halves"), ("score", "Flat"), ("adapt", "Shift"), ("runtimes", "Counting"), ("tasks", "Signs")],
 )
 def test_a_method_of_ones_own_is_named_by_its_place(toys, verb, name):
     cls = method_class(verb, f"{MODULE}:{name}")
@@ -152,9 +185,10 @@ def test_a_method_of_ones_own_is_named_by_its_place(toys, verb, name):
     assert from_dict(verb, json.loads(json.dumps(cls().to_dict()))) == cls()
 
 
-def test_the_checks_of_a_verb_take_a_method_of_ones_own(toys):
-    method = method_class("runtimes", f"{MODULE}:Counting")()
-    for check in checks_for("runtimes"):
+@pytest.mark.parametrize(("verb", "name"), [("runtimes", "Counting"), ("tasks", "Signs")])
+def test_the_checks_of_a_verb_take_a_method_of_ones_own(toys, verb, name):
+    method = method_class(verb, f"{MODULE}:{name}")()
+    for check in checks_for(verb):
         check(method)
 
 

@@ -1,7 +1,6 @@
 """Every method that has a file x every check of its verb; and the checks themselves, on methods that break them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from ttmpd.plan.knapsack import Knapsack
 from ttmpd.records import Score
 from ttmpd.score.base import Scorer
 from ttmpd.select.base import Selector
-from ttmpd.surgery.units.base import Whole
+from ttmpd.surgery.units.base import DepthUnits
 from ttmpd.surgery.units.block import Block
 from ttmpd.testing import (
     EXPECTED_FAILURES,
@@ -136,21 +135,17 @@ class Careless(Knapsack.__mro__[1]):  # type: ignore[misc]
         return tuple(options[:1])
 
 
-class LeavesMask(Whole):  # type: ignore[misc]
-    """Wrong on purpose: its mask does nothing."""
+class WrongDrop(DepthUnits):  # type: ignore[misc]
+    """Wrong on purpose: it leaves the unit in."""
 
     def find(self, model, batch):
         return Block().find(model, batch)
 
-    def cut(self, model, units):
-        return Block().cut(model, units[:1])
+    def example(self, n=4):
+        return Block().example(n)
 
-    @contextmanager
-    def mask(self, model, units):
-        yield
-
-    def stand_in(self, unit):
-        return Block().stand_in(unit)
+    def drop(self, student, unit):
+        pass
 
 
 class InPlace(Adapter):
@@ -178,8 +173,8 @@ class Repeating(Selector):
         (Careless(), plan.check_plan_meets),
         (Careless(), plan.check_plan_unreachable),
         (Careless(), plan.check_plan_of_nothing),
-        (LeavesMask(), units.check_masked_equals_cut),
-        (LeavesMask(), units.check_parameters_fall),
+        (WrongDrop(), units.check_masked_equals_cut),
+        (WrongDrop(), units.check_parameters_fall),
         (Constant(), methods.check_builds_bare),
         (InPlace(), adapt.check_adapt_untouched),
         (InPlace(), adapt.check_adapt_repeats),

@@ -1,5 +1,7 @@
 """Records check themselves; intervals against known values."""
 
+import dataclasses
+import json
 import math
 
 import pytest
@@ -8,19 +10,60 @@ import torch
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
 from ttmpd.quality.agreement import agreement
-from ttmpd.records import Plan, Removal, Saving, Score, Timing, Unit
+from ttmpd.records import DepthUnit, Option, Plan, Removal, Saving, Score, Timing, WidthUnit, unit_from_dict
 
 
-def unit(path: str = "blocks.0", **changes) -> Unit:
+def unit(path: str = "blocks.0", **changes) -> DepthUnit:
     facts = {"shape": (6, 4, 4), "layout": "channels_first", "activation": "", "n_params": 1, "macs": 1}
-    return Unit(kind="block", path=path, module="Block", **(facts | changes))
+    return DepthUnit(kind="block", path=path, module="Block", **(facts | changes))
+
+
+def members(**changes) -> WidthUnit:
+    facts = {"n_members": 4, "producers": ("a",), "consumers": ("blocks.0",), "widths": (3, 1)}
+    return WidthUnit("head", "blocks.0", "B", (4, 4), "channels_last", 1, 1, **(facts | changes))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [unit(), unit(branch=True, form="pair", upstream=(("norm", "plain"), ("attention", "tuple"))), members()],
+)
+def test_units_and_removals_come_back_from_plain_data(record):
+    action, kept = ("narrow", (1, 3)) if isinstance(record, WidthUnit) else ("drop", ())
+    removal = Removal(record, action, kept)
+    assert unit_from_dict(json.loads(json.dumps(record.to_dict()))) == record
+    assert Removal.from_dict(json.loads(json.dumps(removal.to_dict()))) == removal
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_members": 0}, "at least 1"),
+        ({"consumers": ("b",)}, "must begin with its path"),
+        ({"widths": (4,)}, "must lie below 4"),
+        ({"form": "?"}, "form of"),
+        ({"shape": ()}, "shape of"),
+        ({"layout": "?"}, "layout of"),
+    ],
+)
+def test_units_refuse_what_cannot_be(change, message):
+    with pytest.raises(InvalidValueError, match=message):
+        dataclasses.replace(members(), **change)
+
+
+def test_only_narrowed_units_keep_members():
+    with pytest.raises(InvalidValueError, match="only a unit that is narrowed"):
+        Option("a", "drop", 1.0, 1.0, (1,))
+    with pytest.raises(InvalidValueError, match="another unit"):
+        Option("a", "drop", 1.0, 1.0, whole="a")
+    with pytest.raises(InvalidValueError, match="action of 'a' must be one of"):
+        Score("a", "conv", 1.0)
 
 
 def test_unit_width_and_name():
     assert unit().channels == 6
     assert unit(shape=(5, 7), layout="channels_last").channels == 7
     assert unit().id == "blocks.0"
-    assert Unit("head", "blocks.0", "B", (4, 4), "channels_last", "", 1, 1).id == "head:blocks.0"
+    assert members().id == "head:blocks.0"
 
 
 @pytest.mark.parametrize("harm", [math.nan, math.inf, -math.inf])

@@ -3,8 +3,8 @@
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Protocol, get_args
 
 from ttmpd.errors import InvalidValueError
 
@@ -22,7 +22,12 @@ Repair = Literal["behind", "removed", "rescaled"]
 or one factor for each member that is kept."""
 
 
+Scope = Literal["depth", "width"]
+"""Whether units go as a whole or member by member."""
+
+
 Form = Literal["plain", "arguments", "tuple", "pair"]
+"""How a module is called and answers, see :class:`DepthUnit`."""
 
 
 def _finite(name: str, value: float, low: float = -math.inf) -> None:
@@ -57,23 +62,16 @@ class Place(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A part of a model that can be removed.
+    """A part of a model that can be removed: a :class:`DepthUnit` or a :class:`WidthUnit`.
 
     Args:
-        kind: the file in ``ttmpd/surgery/units`` that found it.
-        path: the module's path in the model, as in ``named_modules``.
+        kind: name of the kind of unit that found it.
+        path: a module's path in the model, as in ``named_modules``; what stands there is said by each of the two.
         module: the class name of the module.
-        shape: shape of its output for one sample, without the batch dimension.
+        shape: shape of the output at ``path`` for one sample, without the batch dimension.
         layout: which axis of the output holds the channels.
-        activation: "relu" or "relu6" when the unit's output went through it, else "".
-        n_params: number of parameters that go when it is dropped.
-        macs: multiply-accumulate operations per sample that go when it is dropped.
-        form: "plain" when it maps one tensor to one tensor, "arguments" when it is called with more of them, "tuple"
-            when it answers with a tuple; of heads "pair" when their attention hands on its weights, too.
-        members: heads, neurons or channels of a narrowed unit, 0 for one that goes as a whole; ``path`` then names the
-            layer that reads them, and ``n_params`` and ``macs`` are what goes with all of them.
-        feeders: paths of the layers that make the members.
-        widths: numbers of members that are worth keeping, most first, fewer than there are.
+        n_params: number of parameters that go with the whole unit.
+        macs: multiply-accumulate operations per sample that go with the whole unit.
     """
 
     kind: str
@@ -81,23 +79,136 @@ class Unit:
     module: str
     shape: tuple[int, ...]
     layout: Layout
-    activation: str
     n_params: int
     macs: int
-    form: Form = "plain"
-    members: int = 0
-    feeders: tuple[str, ...] = ()
-    widths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.kind or not isinstance(self.path, str):
+            raise InvalidValueError(f"a unit must have a kind and a path, but got {self.kind!r} and {self.path!r}")
+        if not self.shape or math.prod(self.shape) < 1:
+            raise InvalidValueError(f"shape of {self.path!r} must hold a value, but got {self.shape}")
+        if self.layout not in get_args(Layout):
+            raise InvalidValueError(
+                f"layout of {self.path!r} must be one of {', '.join(get_args(Layout))}, but got {self.layout!r}"
+            )
 
     @property
     def channels(self) -> int:
-        """Width of the unit's output."""
+        """Width of the output at ``path``."""
         return self.shape[0] if self.layout == "channels_first" else self.shape[-1]
 
     @property
     def id(self) -> str:
         """Name of the unit, unique within a model."""
-        return self.path if self.kind == "block" else f"{self.kind}:{self.path}"
+        return f"{self.kind}:{self.path}"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all modules that a removal changes."""
+        return (self.path,)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that :func:`unit_from_dict` turns back into an equal unit."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class DepthUnit(Unit):
+    """A part that goes or stays as a whole: a block, or a sublayer of one. ``path`` is its last module.
+
+    Args:
+        activation: "relu" or "relu6" when the output went through it, else "".
+        form: "plain" when the module maps one tensor to one tensor, "arguments" when it is called with more of them,
+            "tuple" when it answers with a tuple of one, "pair" when with the tensor and something that may be left out.
+        branch: whether the module's output is added to a shortcut: without the unit zeros are added. Else the module
+            holds the shortcut itself, and without it its input is handed on.
+        upstream: (path, form) of modules that work for this unit alone; they go with it and hand on their input.
+    """
+
+    activation: str = ""
+    form: Form = "plain"
+    branch: bool = False
+    upstream: tuple[tuple[str, Form], ...] = ()
+
+    def __post_init__(self) -> None:
+        # Not super(): dataclasses with slots are built anew, and the class that it would refer to is another.
+        Unit.__post_init__(self)
+        if self.activation not in ("", "relu", "relu6"):
+            raise InvalidValueError(
+                f"activation of {self.path!r} must be relu, relu6 or empty, but got {self.activation!r}"
+            )
+        _check_form(self.path, self.form)
+
+    @property
+    def id(self) -> str:
+        """The path; behind the name of the kind where it is the branch beside a shortcut."""
+        return f"{self.kind}:{self.path}" if self.branch else self.path
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all modules that go."""
+        return (*(path for path, _ in self.upstream), self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class WidthUnit(Unit):
+    """A part of which some members stay: heads, neurons or channels. ``path`` is the first of its consumers.
+
+    Args:
+        n_members: how many there are.
+        producers: paths of the layers that make the members, or work on each of them alone.
+        consumers: paths of the layers that read them, each as many inputs of every member.
+        widths: numbers of members that are worth keeping, most first, fewer than there are.
+        form: "pair" where the members' module hands on something beside its output, too.
+    """
+
+    n_members: int = 0
+    producers: tuple[str, ...] = ()
+    consumers: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()
+    form: Form = "plain"
+
+    def __post_init__(self) -> None:
+        Unit.__post_init__(self)
+        if self.n_members < 1:
+            raise InvalidValueError(f"n_members of {self.id!r} must be at least 1, but got {self.n_members}")
+        if not self.consumers or self.consumers[0] != self.path:
+            raise InvalidValueError(f"consumers of {self.id!r} must begin with its path, but got {self.consumers}")
+        if any(not 0 <= width < self.n_members for width in self.widths):
+            raise InvalidValueError(f"widths of {self.id!r} must lie below {self.n_members}, but got {self.widths}")
+        _check_form(self.path, self.form)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all layers that are narrowed."""
+        return (*self.producers, *self.consumers)
+
+
+def _check_form(path: str, form: str) -> None:
+    if form not in get_args(Form):
+        raise InvalidValueError(f"form of {path!r} must be one of {', '.join(get_args(Form))}, but got {form!r}")
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(map(_tupled, value)) if isinstance(value, list | tuple) else value
+
+
+def unit_from_dict(data: Mapping[str, Any]) -> Unit:
+    """The unit that ``to_dict`` described; it has members where the data say how many.
+
+    Raises:
+        InvalidValueError: a key is missing or unknown, or a value breaks a rule.
+    """
+    record = WidthUnit if "n_members" in data else DepthUnit
+    keys = {item.name for item in fields(record)}
+    if keys != set(data):
+        raise InvalidValueError(f"a unit must have the keys of {record.__name__}, but differs in "
+                                f"{', '.join(sorted(keys ^ set(data)))}")  # fmt: skip
+    values = {key: _tupled(value) for key, value in data.items()}
+    for key in ("n_params", "macs", "n_members"):
+        if key in values and (not isinstance(values[key], int) or values[key] < 0):
+            raise InvalidValueError(f"{key} of a unit must be a number from 0, but got {values[key]!r}")
+    return record(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +255,14 @@ class Score:
     is narrowed.
     """
 
-    unit: str
+    unit_id: str
     action: Action
     harm: float
     parts: Mapping[str, float] = field(default_factory=dict)
     kept: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        _check_action(self.unit_id, self.action, self.kept)
         _finite("harm", self.harm)
 
 
@@ -158,15 +270,30 @@ class Score:
 class Option:
     """One removal with its harm and its saving: what a planner chooses from.
 
-    ``whole`` names the larger unit that this one is a part of, "" when there is none: one of them goes, or the other.
+    ``whole`` is the id of the larger unit that this one is a part of, "" when there is none: one of them goes, or the
+    other.
     """
 
-    unit: str
+    unit_id: str
     action: Action
     harm: float
     saved_ms: float
     kept: tuple[int, ...] = ()
     whole: str = ""
+
+    def __post_init__(self) -> None:
+        _check_action(self.unit_id, self.action, self.kept)
+        _finite("harm", self.harm)
+        _finite("saved_ms", self.saved_ms)
+        if self.whole == self.unit_id:
+            raise InvalidValueError(f"whole of {self.unit_id!r} must be another unit, but is the unit itself")
+
+
+def _check_action(unit_id: str, action: Action, kept: tuple[int, ...]) -> None:
+    if action not in ACTIONS:
+        raise InvalidValueError(f"action of {unit_id!r} must be one of {', '.join(ACTIONS)}, but got {action!r}")
+    if kept and action != "narrow":
+        raise InvalidValueError(f"only a unit that is narrowed keeps members, but {unit_id!r} is to {action}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,13 +305,38 @@ class Removal:
     kept: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not (self.unit.kind != "block") == bool(self.unit.members) == (self.action == "narrow"):
-            raise InvalidValueError(
-                f"{self.unit.id} must be narrowed if and only if it has members, but got {self.action!r}"
-            )
-        inside = all(0 <= member < max(1, self.unit.members) for member in self.kept)
-        if not inside or any(a >= b for a, b in itertools.pairwise(self.kept)):
-            raise InvalidValueError(f"kept members of {self.unit.id} must rise and lie below {self.unit.members}")
+        _check_action(self.unit.id, self.action, self.kept)
+        if isinstance(self.unit, WidthUnit):
+            if self.action != "narrow":
+                raise InvalidValueError(f"{self.unit.id} has members and must be narrowed, but got {self.action!r}")
+            if any(not 0 <= member < self.unit.n_members for member in self.kept):
+                raise InvalidValueError(
+                    f"kept members of {self.unit.id} must rise and lie below {self.unit.n_members}, but got {self.kept}"
+                )
+            if any(first >= second for first, second in itertools.pairwise(self.kept)):
+                raise InvalidValueError(
+                    f"kept members of {self.unit.id} must rise and lie below {self.unit.n_members}, but got {self.kept}"
+                )
+        elif self.action == "narrow":
+            raise InvalidValueError(f"{self.unit.id} goes as a whole and cannot be narrowed: it has no members")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that :meth:`from_dict` turns back into an equal removal."""
+        return self.unit.to_dict() | {"action": self.action, "kept": list(self.kept)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Removal":
+        """The removal that :meth:`to_dict` described.
+
+        Raises:
+            InvalidValueError: a key is missing or unknown, or a value breaks a rule.
+        """
+        rest = dict(data)
+        try:
+            action, kept = rest.pop("action"), rest.pop("kept")
+        except KeyError as error:
+            raise InvalidValueError(f"a removal must have the key {error}, but has {', '.join(data)}") from None
+        return cls(unit_from_dict(rest), action, tuple(map(int, kept)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,7 +94,7 @@ def disk_guarded(folder: Path) -> Iterator[None]:
 
 
 def _read_json(path: Path) -> Any:
-    """What the file holds; None when it is missing or broken."""
+    """The data in a JSON file; None when it is missing or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -13,7 +13,7 @@ from ttmpd.adapt.norm import Norm
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
 from ttmpd.quality.calibration import fit_temperature
-from ttmpd.surgery.units.block import Block
+from ttmpd.surgery.masks import skipped
 from ttmpd.testing.tiny_models import tiny_model, tiny_samples, tiny_units, untouched
 from ttmpd.training.losses import fused, signed_entropy
 
@@ -134,7 +134,7 @@ def test_the_temperature_is_the_median_over_parts_by_hand():
     batch, found = samples.batch(slice(None)), []
     with torch.no_grad():
         for unit in units:
-            with Block().mask(model, (unit,)):
+            with skipped(model, (unit,)):
                 answers = answers_by(model, samples, 64, batch_statistics=True).argmax(-1)
             found.append(fit_temperature(model(batch), answers))
     assert 1.0 < statistics.median(found) < HOTTEST

@@ -116,10 +116,10 @@ def test_a_ruinous_rate_is_rolled_back_to_the_mixed_statistics(batch_statistics)
 
 def test_the_last_good_epoch_is_kept(monkeypatch):
     reasons = iter(["", "", "answers gathered in few classes"])
-    monkeypatch.setattr("ttmpd.adapt._learner.collapse", lambda start, now: next(reasons))
+    monkeypatch.setattr("ttmpd.adapt._learner.collapse", lambda *_: next(reasons))
     model, samples = tiny_model(), tiny_samples(30)
     adapted = Tent(epochs=5, batch=10, batch_statistics=False).adapt(model, samples)
-    monkeypatch.setattr("ttmpd.adapt._learner.collapse", lambda start, now: "")
+    monkeypatch.setattr("ttmpd.adapt._learner.collapse", lambda *_: "")
     assert not changed(adapted.model, Tent(epochs=2, batch=10, batch_statistics=False).adapt(model, samples).model)
     assert adapted.facts["epochs"] == 2.0 and "epochs: 2; rolled back after epoch 3" in adapted.note
 
@@ -138,7 +138,7 @@ def test_wrong_settings_are_refused(settings):
 
 def test_what_holds_with_batch_statistics_alone_is_rolled_back(monkeypatch):
     reasons = iter(["", "", "answers told less of the samples"])  # two epochs, then with mixed statistics
-    monkeypatch.setattr("ttmpd.adapt._learner.collapse", lambda start, now: next(reasons))
+    monkeypatch.setattr("ttmpd.adapt._learner.collapse", lambda *_: next(reasons))
     model, samples = tiny_model(), tiny_samples(30)
     adapted = Tent(epochs=2, batch=10, batch_statistics=True).adapt(model, samples)
     assert not changed(adapted.model, Norm().adapt(model, samples).model)

@@ -17,6 +17,7 @@ from ttmpd.models.modules import clone
 from ttmpd.models.run import logits_of
 from ttmpd.records import Tap
 from ttmpd.surgery.units.block import Block
+from ttmpd.tasks.classification import Classification
 from ttmpd.testing.tiny_models import tiny_model, tiny_samples, tiny_units
 from ttmpd.training.freeze import freeze_before, freeze_head
 from ttmpd.training.held_out import held_out_check, mix_with_start
@@ -27,7 +28,6 @@ from ttmpd.training.losses import (
     feature_variance,
     mutual_information,
     soft_label_loss,
-    tempered_loss,
 )
 from ttmpd.training.teacher_outputs import load_targets, save_targets
 
@@ -270,6 +270,7 @@ def test_losses_by_hand():
 
 
 def test_the_tempered_loss_counts_what_is_known_not_how_sure_it_is():
+    tempered_loss = Classification().held_out_loss
     torch.manual_seed(0)
     teacher = 3 * torch.randn(40, 5)
     student = teacher + torch.randn(40, 5)

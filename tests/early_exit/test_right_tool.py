@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
-from ttmpd.early_exit._heads import Features, train_heads, wanted_of
+from ttmpd.early_exit._heads import Features, exit_targets, train_heads
 from ttmpd.early_exit.right_tool import RightTool
 from ttmpd.errors import InvalidValueError
 from ttmpd.models.run import evaluating, logits_of
@@ -69,7 +69,7 @@ def test_answers_out_of_fold_know_nothing_of_their_sample():
     generator = torch.Generator().manual_seed(0)
     read, labels = torch.randn(1, 60, 1, 80, generator=generator), torch.randint(0, 3, (60,), generator=generator)
     features = Features((read,), torch.zeros(1, 60, 3))
-    head = train_heads(features, wanted_of(features.logits, labels, 1.0), (1e-4,), 60, 0)[0]
+    head = train_heads(features, exit_targets(features.logits, labels, 1.0), (1e-4,), 60, 0)[0]
     learned = read[0].flatten(1) @ head.weight.T + head.bias
     assert float((learned.argmax(-1) == labels).float().mean()) == 1.0  # learned by heart
     assert float((head.out_of_fold.argmax(-1) == labels).float().mean()) < 0.55  # and of no use for others
@@ -88,9 +88,9 @@ def test_weight_decay_is_chosen_by_samples_that_were_held_back():
 
 def test_labels_are_mixed_in_by_their_share():
     logits, labels = torch.tensor([[0.0, 0.0]]), torch.tensor([1])
-    assert wanted_of(logits, None, 0.5).tolist() == [[0.5, 0.5]]
-    assert wanted_of(logits, labels, 0.5).tolist() == [[0.25, 0.75]]
-    assert wanted_of(logits, labels, 1.0).tolist() == [[0.0, 1.0]]
+    assert exit_targets(logits, None, 0.5).tolist() == [[0.5, 0.5]]
+    assert exit_targets(logits, labels, 0.5).tolist() == [[0.25, 0.75]]
+    assert exit_targets(logits, labels, 1.0).tolist() == [[0.0, 1.0]]
 
 
 # --------------------------------------------------------------------------------------------------------------- method

@@ -12,6 +12,7 @@ from ttmpd.latency.device import machine
 from ttmpd.latency.table import UnitLatency
 from ttmpd.latency.timing import Timings, interleaved, quartiles, time_models
 from ttmpd.models.run import evaluating
+from ttmpd.records import WidthUnit
 from ttmpd.surgery.units.channel import Channel
 from ttmpd.testing.tiny_models import specimen, tiny_model, tiny_units
 
@@ -156,7 +157,8 @@ def test_noise_adds_up_to_smaller_savings_than_with_a_running_minimum():
 
 
 def test_of_many_widths_every_second_one_is_timed_and_the_others_lie_on_the_line():
-    unit = dataclasses.replace(tiny_units(tiny_model())[0], members=64, widths=(56, 48, 40, 32, 24, 16, 8))
+    widths = (56, 48, 40, 32, 24, 16, 8)
+    unit = WidthUnit("channel", "b", "Conv2d", (4, 8, 8), "channels_first", 1, 1, 64, ("a",), ("b",), widths)
     assert savings._timed_widths(unit) == (56, 40, 24, 8)
     assert savings._timed_widths(dataclasses.replace(unit, widths=(32, 16))) == (32, 16)
     median = {"0 unit": 10.0, "0 56": 9.0, "0 40": 9.5, "0 24": 5.0, "0 8": 4.0}  # 40 took longer than 56: noise
@@ -205,7 +207,7 @@ def test_members_save_no_more_than_the_block_that_holds_them() -> None:
     model, samples = specimen("channel")
     inside = Channel().find(model, samples.batch(slice(2))).units[0]
     block = dataclasses.replace(tiny_units(tiny_model())[0], path=inside.path.rpartition(".")[0])
-    elsewhere = dataclasses.replace(inside, path="other.conv", feeders=("other.first",))
+    elsewhere = dataclasses.replace(inside, path="other.conv", consumers=("other.conv",), producers=("other.first",))
     widths = {"8": 3.0, "0": 0.0}
     made = [UnitLatency(block.id, 2.0, {}), UnitLatency("in", 6.0, {}, widths), UnitLatency("out", 6.0, {}, widths)]
     whole, bounded, free = savings._bounded([block, inside, elsewhere], made)

@@ -202,7 +202,7 @@ def test_inspect_with_times(quick_timing):
     assert plain["units"][0]["id"] == "stage1.0"
     assert 0 < plain["units"][0]["ms_share"] < 1
     assert sum(unit["macs_share"] for unit in plain["units"] if unit["kind"] == "block") < 1
-    assert ("down", "changes the shape from (32, 8, 8) to (64, 4, 4)") in found.refused
+    assert ("down", "changes the shape: (32, 8, 8) to (64, 4, 4)") in found.refused
 
 
 def test_inspect_without_input_size_needs_samples():

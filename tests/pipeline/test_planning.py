@@ -22,7 +22,7 @@ def ready(harms: dict[str, tuple[float, float, float]]) -> SimpleNamespace:
         for name, (_, damage, repaired) in harms.items() for action in ("drop", "linear")
     ]  # fmt: skip
     options = tuple(
-        Option(s.unit, s.action, s.harm, harms[s.unit][0] - (STAND_IN_MS if s.action == "linear" else 0.0))
+        Option(s.unit_id, s.action, s.harm, harms[s.unit_id][0] - (STAND_IN_MS if s.action == "linear" else 0.0))
         for s in scores
     )
     settings = SimpleNamespace(plan=Knapsack(), actions=("drop", "linear"), seed=0)
@@ -41,7 +41,7 @@ def chosen_for(here, waypoints, needed_ms, harm_of=None):
 
 
 def actions(chosen):
-    return {option.unit: option.action for option in chosen}
+    return {option.unit_id: option.action for option in chosen}
 
 
 def test_a_run_ends_in_a_stand_in_where_there_is_room():
@@ -92,16 +92,16 @@ def test_on_the_way_the_least_harmful_part_of_the_whole_plan_is_committed():
     # For 10 ms alone `c.0` is best; for 29 ms it is of no use.
     here = ready({"a.0": (15.0, 0.3, 0.3), "b.0": (15.0, 0.4, 0.4), "c.0": (11.0, 0.25, 0.25)})
     start = Waypoint((), here.options)
-    assert {option.unit for option in start.to(here, 10.0)} == {"c.0"}
-    assert [option.unit for option in start.towards(here, 29.0, 10.0)] == ["a.0"]
-    assert [option.unit for option in start.towards(here, 29.0, 16.0)] == ["a.0", "b.0"]
+    assert {option.unit_id for option in start.to(here, 10.0)} == {"c.0"}
+    assert [option.unit_id for option in start.towards(here, 29.0, 10.0)] == ["a.0"]
+    assert [option.unit_id for option in start.towards(here, 29.0, 16.0)] == ["a.0", "b.0"]
 
 
 def test_what_was_committed_on_the_way_is_given_up_for_a_plan_that_fits_better():
     here = ready({"a.0": (10.0, 0.3, 0.3), "b.0": (8.0, 0.2, 0.2), "c.0": (10.0, 0.3, 0.3)})
     start = Waypoint((), here.options)
-    committed = tuple(o for o in here.options if (o.unit, o.action) in {("b.0", "drop"), ("a.0", "drop")})
-    further = Waypoint(committed, tuple(o for o in here.options if o.unit == "c.0"))
+    committed = tuple(o for o in here.options if (o.unit_id, o.action) in {("b.0", "drop"), ("a.0", "drop")})
+    further = Waypoint(committed, tuple(o for o in here.options if o.unit_id == "c.0"))
     found = chosen_for(here, [start, further], 19.5)
     assert actions(found) == {"a.0": "drop", "c.0": "drop"}  # and not all three
 

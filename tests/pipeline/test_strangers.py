@@ -163,8 +163,8 @@ FOUND = {
     "rows": (Rows, {"neuron": 3}),
 }
 REFUSED = {
-    "tokens first": (lambda: Torchs(batch_first=False), "samples must come first in what it answers"),
-    "one layer again and again": (lambda: Listed(shared=True), "called 3 times in one pass"),
+    "tokens first": (lambda: Torchs(batch_first=False), "samples must come first in its output"),
+    "one layer again and again": (lambda: Listed(shared=True), "more than once in one pass: 3 times"),
 }
 
 

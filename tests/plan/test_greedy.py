@@ -16,7 +16,7 @@ def test_least_harm_per_millisecond_first():
 
 def test_ties_go_by_name_and_not_by_order():
     options = [Option(name, "drop", 1.0, 1.0) for name in "zxy"]
-    assert [o.unit for o in Greedy().choose(options, 2.0)] == ["x", "y"]
+    assert [o.unit_id for o in Greedy().choose(options, 2.0)] == ["x", "y"]
 
 
 def test_the_action_is_changed_only_when_the_units_are_used_up():

@@ -45,7 +45,7 @@ def test_no_plan_hurts_less(rows, share):
     chosen = Knapsack().choose(options, needed)
     assert sum(o.saved_ms for o in chosen) >= needed
     assert sum(o.harm for o in chosen) == best
-    assert len({o.unit for o in chosen}) == len(chosen)
+    assert len({o.unit_id for o in chosen}) == len(chosen)
 
 
 @settings(max_examples=60, deadline=None)
@@ -60,7 +60,7 @@ def test_a_thinned_front_still_meets_the_budget(rows, share, limit):
 
 def test_one_large_removal_may_beat_two_cheap_ones():
     options = [Option("a", "drop", 1.0, 2.0), Option("b", "drop", 1.0, 2.0), Option("c", "drop", 1.5, 3.0)]
-    assert [o.unit for o in Knapsack().choose(options, 3.0)] == ["c"]
+    assert [o.unit_id for o in Knapsack().choose(options, 3.0)] == ["c"]
 
 
 def test_linear_is_chosen_where_it_saves_enough():
@@ -71,7 +71,7 @@ def test_linear_is_chosen_where_it_saves_enough():
 
 def test_negative_harm_counts_as_none_and_does_not_buy_more_removals():
     options = [Option("a", "drop", -5.0, 1.0), Option("b", "drop", 0.5, 1.0)]
-    assert [o.unit for o in Knapsack().choose(options, 1.0)] == ["a"]
+    assert [o.unit_id for o in Knapsack().choose(options, 1.0)] == ["a"]
 
 
 def test_many_units_stay_cheap():

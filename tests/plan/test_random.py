@@ -11,7 +11,7 @@ def test_seeds_give_different_plans():
 
 
 def test_every_unit_is_drawn_about_equally_often():
-    drawn = [option.unit for seed in range(300) for option in Random().choose(OPTIONS, 2.0, seed=seed)]
+    drawn = [option.unit_id for seed in range(300) for option in Random().choose(OPTIONS, 2.0, seed=seed)]
     counts = [drawn.count(f"u{i}") for i in range(6)]
     assert sum(counts) == 600
     assert min(counts) > 60

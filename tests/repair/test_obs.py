@@ -114,7 +114,7 @@ def test_factors_out_of_range_are_not_trusted():
 def test_rescaling_never_increases_the_error_of_a_layer():
     model, samples = tiny_transformer(), tiny_token_samples(24)
     for unit in find_units(model, tiny_tokens(), ["neuron", "head"]).units:
-        removal = Removal(unit, "narrow", tuple(range(unit.members // 2)))
+        removal = Removal(unit, "narrow", tuple(range(unit.n_members // 2)))
         students = [cut(model, [removal]), repaired(model, [removal], samples, how="rescaled", sensitivity=0.0)]
         wanted = output_of(model, unit.path, samples)
         before, after = (float((output_of(s, unit.path, samples) - wanted).square().sum()) for s in students)
@@ -133,7 +133,7 @@ def output_of(model: nn.Module, path: str, samples) -> torch.Tensor:
 def test_a_refit_brings_the_student_nearer_than_factors_and_those_nearer_than_nothing():
     model, samples = tiny_transformer(), tiny_token_samples(64)
     units = find_units(model, tiny_tokens(), ["neuron"]).units
-    removals = [Removal(unit, "narrow", tuple(range(unit.members // 2))) for unit in units]
+    removals = [Removal(unit, "narrow", tuple(range(unit.n_members // 2))) for unit in units]
     batch = samples.batch(slice(None))
     students = [
         cut(model, removals), repaired(model, removals, samples, how="rescaled"),

@@ -7,7 +7,7 @@ from torch import nn
 from ttmpd.data.samples import Samples
 from ttmpd.models.modules import clone
 from ttmpd.quality.damage import skippable
-from ttmpd.records import Folded, Removal, Unit
+from ttmpd.records import DepthUnit, Folded, Removal
 from ttmpd.repair.linear import NormalEquations
 from ttmpd.repair.positions import positions
 from ttmpd.repair.sequential import repaired
@@ -24,12 +24,12 @@ def rand(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=RNG)
 
 
-def unit_of(shape=(5,), layout="channels_last", activation="") -> Unit:
-    return Unit("block", "body.0", "B", shape, layout, activation, 1, 1)
+def unit_of(shape=(5,), layout="channels_last", activation="") -> DepthUnit:
+    return DepthUnit("block", "body.0", "B", shape, layout, 1, 1, activation)
 
 
-def install(model: nn.Module, unit: Unit, fit: LinearMap) -> None:
-    module = Block().stand_in(unit)
+def install(model: nn.Module, unit: DepthUnit, fit: LinearMap) -> None:
+    module = Block().replacement(unit)
     linear = module[0] if isinstance(module, nn.Sequential) else module
     with torch.no_grad():
         linear.weight.copy_(fit.weight.view_as(linear.weight))

@@ -8,9 +8,9 @@ from ttmpd.testing.tiny_models import tiny_model, tiny_samples, tiny_units
 def test_it_is_the_first_variable_of_ttmpd():
     model, samples = tiny_model(), tiny_samples(20)
     units = tiny_units(model)
-    wanted = {s.unit: s.parts["damage"] for s in TTMPD(tail_samples=20).score(model, units, samples)}
+    wanted = {s.unit_id: s.parts["damage"] for s in TTMPD(tail_samples=20).score(model, units, samples)}
     for score in Damage(max_samples=20).score(model, units, samples):
-        assert score.harm == pytest.approx(wanted[score.unit])
+        assert score.harm == pytest.approx(wanted[score.unit_id])
         assert score.harm == pytest.approx(score.parts["feature"])
 
 

@@ -118,7 +118,7 @@ def test_the_factors_alone_and_together_differ():
 
 
 def test_narrower_hurts_more_and_keeps_a_part_of_what_wider_keeps():
-    scores = [s for s in KCM().scores(job(tiny_token_samples(8))) if s.unit == "neuron:blocks.0.down"]
+    scores = [s for s in KCM().scores(job(tiny_token_samples(8))) if s.unit_id == "neuron:blocks.0.down"]
     for wide, narrow in itertools.pairwise(scores):
         assert narrow.harm >= wide.harm
         assert set(narrow.kept) < set(wide.kept)

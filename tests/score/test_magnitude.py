@@ -3,13 +3,13 @@ import torch
 from torch import nn
 
 from ttmpd.data.samples import Samples
-from ttmpd.records import Unit
+from ttmpd.records import DepthUnit
 from ttmpd.score.magnitude import Magnitude
 
 
 def score(module: nn.Module) -> float:
     model = nn.Sequential(module)
-    unit = Unit("block", "0", "M", (2,), "channels_last", "", 1, 1)
+    unit = DepthUnit("block", "0", "M", (2,), "channels_last", 1, 1)
     return Magnitude().score(model, [unit], Samples(torch.zeros(1, 2), ("a",)))[0].harm
 
 

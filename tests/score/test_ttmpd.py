@@ -54,7 +54,7 @@ def tokens():
 
 
 def by_key(scores):
-    return {(score.unit, score.action): score for score in scores}
+    return {(score.unit_id, score.action): score for score in scores}
 
 
 def test_a_linear_unit_is_repaired_and_its_loss_without_repair_is_damage():
@@ -85,7 +85,7 @@ def test_a_layer_whose_own_outputs_were_narrowed_is_scored_as_it_is_now():
     model = nn.Sequential(*chain, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
     samples = tiny_samples(8)
     first, second = Channel().find(model, samples.batch(slice(0, 2))).units
-    assert second.feeders == (first.path,)
+    assert second.producers == (first.path,)
     student = cut(model, [Removal(second, "narrow", tuple(range(8, 16)))])
     fresh = Channel().find(student, samples.batch(slice(0, 2))).units[0]
     assert (fresh.path, fresh.shape[0], first.shape[0]) == (first.path, 8, 24)

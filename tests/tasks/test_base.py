@@ -19,7 +19,8 @@ from ttmpd.tasks.regression import Regression
 from ttmpd.tasks.segmentation import Segmentation
 from ttmpd.tasks.token_classification import TokenClassification
 
-A, B = torch.randn(4, 5), torch.randn(4, 3)
+A = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+B = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
 IMAGES, IDS = torch.zeros(4, 3, 8, 8), torch.tensor([[5, 6, 7, 0], [5, 6, 0, 0]])
 
 
@@ -71,7 +72,7 @@ def test_all_heads_of_a_tuple_are_held() -> None:
     outputs = task.outputs((A, B), IMAGES)
     assert task.parts == ("0", "1") and task.widths == (5, 3)
     assert torch.equal(outputs, torch.cat([A, B], 1))
-    other = torch.cat([A, B.flip(1) * 3], 1)
+    other = torch.cat([A, -3 * B], 1)
     assert task.agreement(other, outputs) < 1.0
     assert float(task.loss(other, outputs)) > 0.1
 

@@ -18,7 +18,9 @@ from ttmpd.models.norms import norm_parameters, using_batch_statistics
 from ttmpd.models.run import call, evaluating, logits_of
 from ttmpd.models.tokens import answered
 from ttmpd.progress import track
-from ttmpd.training.losses import entropy_of, mutual_information
+from ttmpd.tasks.base import OneOf, Task
+from ttmpd.tasks.classification import Classification
+from ttmpd.training.task import task_of
 from ttmpd.training.test_time import (
     Adaptation,
     Anchor,
@@ -86,11 +88,7 @@ class Learner(Adapter):
         Cost: a forward pass per sample, once and per epoch, and a forward and a backward pass per sample that steps
         see; beside those of `norm`.
         """
-        if answered(teacher, samples.inputs[:1]) is not None:
-            raise UnsupportedError(
-                f"{self.name} must learn from one answer per sample, but {type(teacher).__name__} answers each token; "
-                "use norm, or none"
-            )
+        self.check_task(teacher, samples)
         hindrance = self.hindrance(teacher, samples)
         if hindrance:
             return Adapted(teacher, hindrance)
@@ -104,6 +102,20 @@ class Learner(Adapter):
             kept, reason = (0, worse) if worse else (kept, reason)
         facts = mixed.facts | _counts(adaptation, few) | {"epochs": float(kept), "rolled_back": float(bool(reason))}
         return Adapted(model, _note(mixed, kept, reason), facts)
+
+    def check_task(self, teacher: nn.Module, samples: Samples) -> None:
+        """Raise :class:`UnsupportedError` where the teacher's predictions cannot be learned from."""
+        task = task_of(teacher)
+        if task.reason_not_to_adapt:
+            raise UnsupportedError(
+                f"{self.name} must learn from how sure predictions are, but the task is {task.name}: "
+                f"{task.reason_not_to_adapt}; use none"
+            )
+        if task.each == "pixel" or answered(teacher, samples.inputs[:1]) is not None:
+            raise UnsupportedError(
+                f"{self.name} must learn from one answer per sample, but {type(teacher).__name__} answers each "
+                f"{'pixel' if task.each == 'pixel' else 'token'}; use norm, or none"
+            )
 
     def adaptation(self, model: nn.Module, loss: Loss, **more: Any) -> Adaptation:
         """An adaptation by this method's hyper-parameters."""
@@ -120,7 +132,7 @@ class Learner(Adapter):
             for index in self._batches(adaptation, answers, seed * 100_003 + epoch):
                 adaptation.learn(samples.trimmed(index, device))
             answers = _answers(adaptation, samples, batch_size)
-            reason = collapse(start, answers)
+            reason = collapse(start, answers, task_of(adaptation.model))
             if reason:
                 adaptation.load(good)
                 return epoch, f"rolled back after epoch {epoch + 1}: {reason}"
@@ -159,6 +171,16 @@ class SelectiveLearner(Learner):
     fisher_samples: int = 128
     """Samples of which the Fisher information is made."""
 
+    def check_task(self, teacher: nn.Module, samples: Samples) -> None:
+        """Selection compares single rows of class probabilities."""
+        super().check_task(teacher, samples)
+        task = task_of(teacher)
+        if not isinstance(task, OneOf) or len(task.widths) > 1:
+            raise UnsupportedError(
+                f"{self.name} must select by one row of class probabilities, but the task is {task.name}"
+                f"{' of several parts' if len(task.widths) > 1 else ''}; use tent, norm or none"
+            )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self, e0=0.0, redundancy=0.0, beta=0.0, fisher_samples=2)
@@ -185,19 +207,22 @@ class SelectiveLearner(Learner):
         return lambda before, again, step: loss(before, again, step) + self.beta * held.penalty()
 
 
-def collapse(start: Tensor, now: Tensor) -> str:
+def collapse(start: Tensor, now: Tensor, task: Task | None = None) -> str:
     """Why the answers have got worse as a whole, judged without labels; "" when they have not.
 
     Args:
         start: (N, n_classes) logits before adaptation.
         now: the same after it.
+        task: what they predict; None for classes.
     """
+    task = task or Classification()
     if has_nan(now):
         return "answers were not finite"
-    spread, spread_start = (float(entropy_of(logits.softmax(-1).mean(0))) for logits in (now, start))
+    # What varies is what the mean knows nothing of, and what the single predictions leave open.
+    spread, spread_start = (float(task.information(rows) + task.uncertainty(rows).mean()) for rows in (now, start))
     if spread < MIN_SPREAD * spread_start:
         return "answers gathered in few classes"
-    if mutual_information(now) < MIN_INFORMATION * mutual_information(start):
+    if task.information(now) < MIN_INFORMATION * task.information(start):
         return "answers told less of the samples"
     return ""
 
@@ -223,7 +248,7 @@ def _mixed_again(before: Adapted, learned: nn.Module, samples: Samples, batch_si
     same = Norm(weights=(before.facts.get("weight", 0.0),))  # the shift is still that to which it was chosen
     after = same.adapt(learned, samples, batch_size=batch_size).model
     start, now = (logits_of(model, samples, batch_size) for model in (before.model, after))
-    worse = collapse(start, now)
+    worse = collapse(start, now, task_of(learned))
     return (before.model, f"rolled back, for with mixed statistics {worse}") if worse else (after, "")
 
 

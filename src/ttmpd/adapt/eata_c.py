@@ -19,7 +19,8 @@ from ttmpd.models.run import call, evaluating, logits_of
 from ttmpd.models.taps import find_head
 from ttmpd.quality.calibration import fit_temperature
 from ttmpd.records import Unit
-from ttmpd.surgery.units.block import Block
+from ttmpd.surgery.find import find_units, kinds_of, whole_of
+from ttmpd.surgery.masks import skipped
 from ttmpd.training.losses import entropy, fused, signed_entropy
 from ttmpd.training.test_time import Adaptation, Again
 
@@ -88,7 +89,7 @@ class EATAC(SelectiveLearner):
         units = _units(model, samples)
 
         def loss(margin: float, before: Tensor, again: Again, step: int) -> Tensor:
-            with Block().mask(model, drawn(units, self.skip, seed, step)):
+            with skipped(model, drawn(units, self.skip, seed, step)):
                 return self._loss(before, again(), margin)
 
         return self.selective(model, samples, lambda margin: partial(loss, margin), anew=True)
@@ -109,7 +110,9 @@ def drawn(units: Sequence[Unit], skip: float, seed: int, step: int) -> tuple[Uni
 
 
 def _units(model: nn.Module, samples: Samples) -> tuple[Unit, ...]:
-    return Block().find(model, samples.batch(slice(0, 2), next(model.parameters()).device)).units
+    batch = samples.batch(slice(0, 2), next(model.parameters()).device)
+    units = find_units(model, batch, kinds_of("depth")).units
+    return tuple(unit for unit in units if not whole_of(unit, units))
 
 
 def _temperature(model: nn.Module, samples: Samples, left_out: Sequence[Unit], batch_size: int) -> float:
@@ -119,7 +122,7 @@ def _temperature(model: nn.Module, samples: Samples, left_out: Sequence[Unit], b
     """
     whole, found = logits_of(model, samples, batch_size), []
     for unit in left_out:
-        with Block().mask(model, (unit,)):
+        with skipped(model, (unit,)):
             part = answers_by(model, samples, batch_size, batch_statistics=True)
         found.append(fit_temperature(whole, part.argmax(-1)))
     return min(HOTTEST, max(1.0, statistics.median(found)))

@@ -12,7 +12,7 @@ from ttmpd.method import check_range
 from ttmpd.models.modules import clone
 from ttmpd.models.run import evaluating, logits_of
 from ttmpd.progress import track
-from ttmpd.training.losses import mutual_information
+from ttmpd.training.task import task_of
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
 
@@ -43,6 +43,9 @@ class Norm(Adapter):
         """
         if not _layers(teacher):
             return Adapted(teacher, "nothing to do: the model has no batch statistics")
+        task = task_of(teacher)
+        if task.reason_not_to_adapt:
+            return Adapted(teacher, f"nothing done: {task.reason_not_to_adapt}")
         if len(samples) < 2:
             return Adapted(teacher, "nothing done: statistics need at least two samples")
         few = samples.first(self.max_samples)
@@ -52,7 +55,7 @@ class Norm(Adapter):
         found: dict[float, float] = {}
         for weight in track(self.weights, "adapt", len(self.weights)):
             _load(adapted, source, data, weight)
-            found[weight] = float(mutual_information(logits_of(adapted, few, batch_size)))
+            found[weight] = float(task.information(logits_of(adapted, few, batch_size)))
         best = max(found, key=lambda w: found[w])
         _load(adapted, source, data, best)
         note = f"normalisation statistics mixed, {best:.0%} from {len(few)} samples"

@@ -6,7 +6,7 @@ from torch import nn
 
 from ttmpd.adapt._learner import Learner
 from ttmpd.data.samples import Samples
-from ttmpd.training.losses import entropy
+from ttmpd.training.task import task_of
 from ttmpd.training.test_time import Adaptation
 
 
@@ -20,4 +20,4 @@ class Tent(Learner):
 
     def begin(self, model: nn.Module, samples: Samples, seed: int) -> Adaptation:
         """The loss is the mean entropy."""
-        return self.adaptation(model, lambda _before, again, _step: entropy(again()).mean())
+        return self.adaptation(model, lambda _before, again, _step: task_of(model).uncertainty(again()).mean())

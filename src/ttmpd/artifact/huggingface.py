@@ -16,7 +16,7 @@ from ttmpd.data.preprocessing import Preparation
 from ttmpd.data.tokenization import Tokenization, load_tokenizer, without_bars
 from ttmpd.models.run import call, evaluating
 from ttmpd.models.tokens import mask_padding, random_ids
-from ttmpd.records import Removal
+from ttmpd.records import Removal, WidthUnit
 
 _HIDDEN = ("intermediate_size", "n_inner", "hidden_dim", "ffn_dim")
 _HEADS = ("num_attention_heads", "num_key_value_heads")
@@ -117,15 +117,15 @@ def _shortened(config: Any, layers: _Layers) -> None:
 
 def _narrowed(config: Any, removals: Sequence[Removal], layers: _Layers) -> bool:
     """Say how wide all layers are now; False where they differ, or where there is no word for it."""
-    for kind in ("neuron", "head"):
-        cut = [r for r in removals if r.unit.kind == kind and not layers.is_gone(r.unit.path)]
-        if not cut:
-            continue
-        sizes = {(removal.unit.members, len(removal.kept)) for removal in cut}
-        if len(sizes) != 1 or len(cut) != int(config.num_hidden_layers) - len(layers.gone):
+    sizes: dict[str, list[tuple[int, int]]] = {}
+    for removal in removals:
+        if isinstance(removal.unit, WidthUnit) and not layers.is_gone(removal.unit.path):
+            sizes.setdefault(removal.unit.kind, []).append((removal.unit.n_members, len(removal.kept)))
+    for cut in sorted(sizes.values(), reverse=True):  # the larger numbers are those of neurons
+        if len(set(cut)) != 1 or len(cut) != int(config.num_hidden_layers) - len(layers.gone):
             return False
-        members, kept = sizes.pop()
-        if not (_set_hidden(config, members, kept) if kind == "neuron" else _set_heads(config, members, kept)):
+        members, kept = cut[0]
+        if not _set_hidden(config, members, kept) and not _set_heads(config, members, kept):
             return False
     return True
 

@@ -6,10 +6,9 @@ only models of timm, torchvision, Hugging Face and this package are rebuilt from
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +24,7 @@ from ttmpd.models.config import preprocessing_of
 from ttmpd.models.open import is_rebuildable, open_model
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.tokens import mask_padding
-from ttmpd.records import ACTIONS, UNCHANGED, Folded, Form, Lossless, Removal, Unit
+from ttmpd.records import ACTIONS, UNCHANGED, Folded, Lossless, Removal
 from ttmpd.surgery.cut import check_units, replay
 from ttmpd.surgery.exits.model import restore_exits
 from ttmpd.surgery.exits.spec import Exits
@@ -206,23 +205,26 @@ def _removal(row: Mapping[str, Any]) -> Removal:
             f"action of {row.get('path')!r} must be one of {', '.join(ACTIONS)}, but got 'conv': 3x3 replacements were "
             "dropped; ttmpd 0.1.0 still reads this artifact, or compress the model again"
         )
-    fields = {field.name for field in dataclasses.fields(Unit)}
-    row = {"members": 0, "feeders": [], "widths": [], "kept": [], **row}
-    if set(row) != fields | {"action", "kept"}:
-        different = ", ".join(sorted(set(row) ^ (fields | {"action", "kept"})))
-        raise CheckpointError(f"a removal must have the keys of a unit and an action, but differs in {different}")
-    _check_kind(row["kind"])
-    known = {"action": ACTIONS, "form": get_args(Form),
-             "layout": ("channels_first", "channels_last"), "activation": ("", "relu", "relu6")}  # fmt: skip
-    for key, values in known.items():
-        if row[key] not in values:
-            raise CheckpointError(f"{key} of a removal must be one of {', '.join(values)}, but got {row[key]!r}")
-    lists = {"shape": tuple(map(int, row["shape"])), "feeders": tuple(map(str, row["feeders"]))}
-    lists |= {"widths": tuple(map(int, row["widths"]))}
-    unit = Unit(**{key: row[key] for key in fields} | lists)
-    if not unit.shape or math.prod(unit.shape) < 1 or not isinstance(unit.path, str):
-        raise CheckpointError(f"a removal must name a path and a shape, but got {unit.path!r} and {unit.shape}")
-    return Removal(unit, row["action"], tuple(map(int, row["kept"])))
+    row = _without_format_1(row)
+    _check_kind(row.get("kind"))
+    return Removal.from_dict(row)
+
+
+def _without_format_1(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The removal in today's words: in format 1 one record served units with members and those without."""
+    if "n_members" in row or "branch" in row:
+        return dict(row)
+    old = {"members": 0, "feeders": [], "widths": [], "kept": [], "form": "plain", **row}
+    n_members, producers, widths = old.pop("members"), old.pop("feeders"), old.pop("widths")
+    if not n_members:
+        return old | {"branch": False, "upstream": []}
+    old.pop("activation", None)
+    return old | {
+        "n_members": n_members,
+        "producers": producers,
+        "consumers": [old.get("path")],
+        "widths": [width for width in widths if width < n_members],
+    }
 
 
 def _check_kind(kind: Any) -> None:

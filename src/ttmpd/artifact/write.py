@@ -13,7 +13,7 @@ from torch import nn
 from ttmpd.errors import InvalidValueError
 from ttmpd.models.open import is_rebuildable
 from ttmpd.models.opened import OpenedModel
-from ttmpd.records import UNCHANGED, Lossless, Plan, Removal
+from ttmpd.records import UNCHANGED, Lossless, Plan
 from ttmpd.storage import disk_guarded, write_json
 from ttmpd.surgery.cut import joined
 from ttmpd.surgery.exits.model import exits_data
@@ -146,7 +146,7 @@ def _described(result: Result) -> dict[str, Any]:
         "preprocessing": opened.preprocessing.to_dict() if opened.preprocessing else None,
         "class_names": list(opened.class_names),
         "input_shape": facts.get("samples", {}).get("input_shape"),
-        "plan": {"removals": [_row(removal) for removal in removals]} | numbers,
+        "plan": {"removals": [removal.to_dict() for removal in removals]} | numbers,
         "lossless": {
             "folded": [list(pair) for pair in (*opened.lossless.folded, *result.lossless.folded)],
             "channels_last": opened.lossless.channels_last or result.lossless.channels_last,
@@ -155,10 +155,6 @@ def _described(result: Result) -> dict[str, Any]:
         "settings": facts.get("settings", {}),
         "sample_ids": list(dict.fromkeys((*opened.used_ids, *result.sample_ids))),
     }
-
-
-def _row(removal: Removal) -> dict[str, Any]:
-    return dataclasses.asdict(removal.unit) | {"action": removal.action, "kept": list(removal.kept)}
 
 
 def sha256(path: Path) -> str:

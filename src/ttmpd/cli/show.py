@@ -171,6 +171,9 @@ def show_agreement(console: Console, facts: Mapping[str, Any]) -> None:
     told = f"; before distillation {before['share']:.1%}" if before else ""
     held = f"{n} held-out {facts.get('each', 'sample')}s"
     console.print(f"Agreement: {percent(facts['agreement'])} on {held}{told} ({NOT_ACCURACY})")
+    task = facts.get("task")
+    if task is not None and task["name"] != "classification":
+        console.print(f"Task: {escape(task['name'])}; agreement means {escape(task['same'])}.")
 
 
 def show_seconds(seconds: Mapping[str, float]) -> None:

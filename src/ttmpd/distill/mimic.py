@@ -17,6 +17,7 @@ from ttmpd.models.taps import find_feature_tap, read
 from ttmpd.records import Fit
 from ttmpd.training.freeze import freeze_head
 from ttmpd.training.loop import Loop, Schedule, batch_order, train
+from ttmpd.training.task import train_norms
 from ttmpd.training.teacher_outputs import Targets
 
 
@@ -59,7 +60,7 @@ class Mimic(Distiller):
         device = next(student.parameters()).device
         to_fast_format(student)
         frozen = freeze_head(student, samples.batch(slice(0, 2), device))
-        student.train()
+        train_norms(student)
         generator = torch.Generator().manual_seed(work.seed)
 
         def loss_at(step: int) -> Tensor:

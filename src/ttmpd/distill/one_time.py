@@ -23,7 +23,8 @@ from ttmpd.records import Fit, Tap
 from ttmpd.training.freeze import freeze
 from ttmpd.training.held_out import held_out_check, mix_with_start
 from ttmpd.training.loop import Check, Loop, Schedule, autocast, batch_order, choose_amp, train
-from ttmpd.training.losses import feature_loss, feature_variance, soft_label_loss
+from ttmpd.training.losses import feature_loss, feature_variance
+from ttmpd.training.task import task_of, train_norms
 from ttmpd.training.teacher_outputs import Targets, TargetsWriter
 
 MIN_BATCH = 8
@@ -128,7 +129,7 @@ class OneTime(Distiller):
         device = next(student.parameters()).device
         to_fast_format(student)
         few = samples.batch(slice(0, 2), device)
-        student.train(self.train_norm)
+        train_norms(student, self.train_norm)
         frozen = freeze(student, work.first, few)
         n_views, n, places = len(targets.logits), len(samples), answers_until(student, samples.inputs)
         size = self._step_size(student, samples)
@@ -204,7 +205,7 @@ class OneTime(Distiller):
         with tapped(student, taps) as seen:
             logits = call(student, batch)
         wanted = targets.logits[view, place].to(device)
-        loss = self.soft_weight * soft_label_loss(logits, wanted, self.temperature)
+        loss = self.soft_weight * task_of(student).loss(logits, wanted, self.temperature)
         if targets.features is not None:
             features = targets.features[view, place].to(device, torch.float32)
             loss = loss + feature_loss(seen["f"], features, targets.feature_variance)

@@ -68,7 +68,7 @@ class _Weights:
         return unit
 
 
-def wanted_of(logits: Tensor, labels: Tensor | None, label_weight: float) -> Tensor:
+def exit_targets(logits: Tensor, labels: Tensor | None, label_weight: float) -> Tensor:
     """(..., N, n_classes) probabilities to learn: the model's own, mixed with the labels where there are some."""
     soft = logits.softmax(-1)
     if labels is None:
@@ -77,7 +77,7 @@ def wanted_of(logits: Tensor, labels: Tensor | None, label_weight: float) -> Ten
 
 
 def train_heads(
-    features: Features, wanted: Tensor, decays: Sequence[float], steps: int, seed: int
+    features: Features, targets: Tensor, decays: Sequence[float], steps: int, seed: int
 ) -> tuple[TrainedHead, ...]:
     """A head for every exit.
 
@@ -86,39 +86,39 @@ def train_heads(
 
     Args:
         features: read off the model.
-        wanted: (n_views, N, n_classes) probabilities to learn.
+        targets: (n_views, N, n_classes) probabilities to learn.
         decays: weight decays to choose from, on standardised features.
         steps: of L-BFGS for one fit.
         seed: of the folds.
 
     Cost: for each exit as many fits as there are decays and folds together.
     """
-    n = wanted.shape[1]
+    n = targets.shape[1]
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     folds = [part for part in order.chunk(min(FOLDS, n)) if len(part)]
     return tuple(
-        _train(read, wanted, folds, sorted(decays, reverse=True), steps)
+        _train(read, targets, folds, sorted(decays, reverse=True), steps)
         for read in track(features.read, "exits", len(features.read))
     )
 
 
-def _train(read: Tensor, wanted: Tensor, folds: list[Tensor], decays: Sequence[float], steps: int) -> TrainedHead:
+def _train(read: Tensor, targets: Tensor, folds: list[Tensor], decays: Sequence[float], steps: int) -> TrainedHead:
     mean, scale = read.mean((0, 1)), 1 / read.std((0, 1), correction=0).clamp_min(1e-5)
     x = (read - mean) * scale
-    answers = torch.zeros_like(wanted[0])
+    answers = torch.zeros_like(targets[0])
     decay = decays[0]
     if len(folds) > 1:
         n_held = max(1, len(folds) // 4)
         held, rest = torch.cat(folds[:n_held]), torch.cat(folds[n_held:])
-        path, start = [], _start(x, wanted)
+        path, start = [], _start(x, targets)
         for candidate in decays:  # the strongest first, each from where the one before it ended
-            start = _fit(x[:, rest], wanted[:, rest], candidate, start, steps)
-            path.append((float(F.cross_entropy(start.logits(x[0, held]), wanted[0, held])), candidate))
+            start = _fit(x[:, rest], targets[:, rest], candidate, start, steps)
+            path.append((float(F.cross_entropy(start.logits(x[0, held]), targets[0, held])), candidate))
         decay = min(path)[1]
         for number, fold in enumerate(folds):
             rest = torch.cat([*folds[:number], *folds[number + 1 :]])
-            answers[fold] = _fit(x[:, rest], wanted[:, rest], decay, _start(x, wanted), steps).logits(x[0, fold])
-    final = _fit(x, wanted, decay, _start(x, wanted), steps)
+            answers[fold] = _fit(x[:, rest], targets[:, rest], decay, _start(x, targets), steps).logits(x[0, fold])
+    final = _fit(x, targets, decay, _start(x, targets), steps)
     if len(folds) == 1:  # one sample: nothing is out of fold
         answers = final.logits(x[0])
     weight = final.unit[:, None, None] * scale[:, :, None] * final.weight  # (n_blocks, width, n_classes)
@@ -126,24 +126,24 @@ def _train(read: Tensor, wanted: Tensor, folds: list[Tensor], decays: Sequence[f
     return TrainedHead(weight.flatten(0, 1).T.contiguous(), bias, final.unit, decay, answers)
 
 
-def _start(x: Tensor, wanted: Tensor) -> _Weights:
+def _start(x: Tensor, targets: Tensor) -> _Weights:
     """Nothing but the last block, and no opinion."""
     mix = torch.zeros(x.shape[2], device=x.device)
     mix[-1] = 1.0
-    return _Weights(mix, x.new_zeros(x.shape[3], wanted.shape[2]), x.new_zeros(wanted.shape[2]))
+    return _Weights(mix, x.new_zeros(x.shape[3], targets.shape[2]), x.new_zeros(targets.shape[2]))
 
 
-def _fit(x: Tensor, wanted: Tensor, decay: float, start: _Weights, steps: int) -> _Weights:
-    """The least mean cross entropy to ``wanted`` plus decay / 2 times the squared weights.
+def _fit(x: Tensor, targets: Tensor, decay: float, start: _Weights, steps: int) -> _Weights:
+    """The least mean cross entropy to ``targets`` plus decay / 2 times the squared weights.
 
     Args:
         x: (n_views, R, n_blocks, width) standardised.
-        wanted: (n_views, R, n_classes).
+        targets: (n_views, R, n_classes).
         decay: of the weights; bias and mix have none.
         start: where to begin.
         steps: of L-BFGS.
     """
-    rows, goal = x.flatten(0, 1), wanted.flatten(0, 1)
+    rows, goal = x.flatten(0, 1), targets.flatten(0, 1)
     with torch.enable_grad():
         parts = [part.clone().requires_grad_() for part in (start.mix, start.weight, start.bias)]
         now = _Weights(*parts)

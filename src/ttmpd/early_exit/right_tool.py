@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.data.views import fixed_view
-from ttmpd.early_exit._heads import Features, TrainedHead, train_heads, wanted_of
+from ttmpd.early_exit._heads import Features, TrainedHead, exit_targets, train_heads
 from ttmpd.early_exit.base import EarlyExit, Equipped
 from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_fields, check_range
@@ -77,21 +77,23 @@ class RightTool(EarlyExit):
         Cost: a pass of the model per view, then convex fits on what was read.
         """
         device = next(model.parameters()).device
-        few = samples.trimmed(slice(0, 5), device)
-        places, fixed = find_places(model, few)
+        first_samples = samples.trimmed(slice(0, 5), device)
+        places, fixed = find_places(model, first_samples)
         with evaluating(model):
-            n_classes = call(model, few).shape[-1]
+            n_classes = call(model, first_samples).shape[-1]
         if labels is not None:
             _check_labels(labels, len(samples), n_classes)
         spec = exits_at(
             places, self._chosen(places), n_classes, mix=self.mix, fixed=fixed, padding=samples.padding
         )  # fmt: skip
-        equipped = EarlyExitModel(clone(model).eval(), proven(clone(model), spec, few), NEVER).requires_grad_(False)
+        equipped = EarlyExitModel(clone(model).eval(), proven(clone(model), spec, first_samples), NEVER).requires_grad_(
+            False
+        )
         features = self._read(equipped, samples, batch_size, seed)
         logits = features.logits[0]
         classes = logits.argmax(-1) if labels is None else labels.to(logits.device)
-        wanted = wanted_of(features.logits, None if labels is None else classes, self.label_weight)
-        heads = train_heads(features, wanted, self.decays, self.steps, seed)
+        targets = exit_targets(features.logits, None if labels is None else classes, self.label_weight)
+        heads = train_heads(features, targets, self.decays, self.steps, seed)
         temperatures = [self._temperature(head, classes) for head in heads]
         for head, trained, temperature in zip(equipped.heads, heads, temperatures, strict=True):
             assert isinstance(head, ExitHead)
@@ -135,15 +137,15 @@ class RightTool(EarlyExit):
                 index = torch.arange(start, min(start + batch_size, len(samples)))
                 batch = samples.trimmed(index, device)
                 shown = fixed_view(batch, index, view, seed, len(samples), self.smallest_crop)
-                found, answers = model.features(shown)
+                exit_features, answers = model.features(shown)
                 logits[view].append(answers.float())
-                for kept, value in zip(read[view], found, strict=True):
-                    kept.append(value)
+                for columns, value in zip(read[view], exit_features, strict=True):
+                    columns.append(value)
         exits = tuple(
             torch.stack([torch.cat(read[view][number]) for view in range(n_views)])
             for number in range(len(model.heads))
         )
-        return Features(exits, torch.stack([torch.cat(found) for found in logits]))
+        return Features(exits, torch.stack([torch.cat(view_logits) for view_logits in logits]))
 
 
 def _numbers(values: tuple[int | str, ...]) -> tuple[int, ...]:

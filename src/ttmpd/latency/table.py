@@ -20,11 +20,11 @@ from ttmpd.models.modules import common_path, module_at
 from ttmpd.models.run import evaluating, first_tensor
 from ttmpd.models.taps import read
 from ttmpd.models.trace import trace
-from ttmpd.records import UNCHANGED, Action, Lossless, Saving, Tap, Timing, Unit
+from ttmpd.records import UNCHANGED, Action, DepthUnit, Lossless, Saving, Tap, Timing, Unit, WidthUnit
 from ttmpd.runtimes.base import Runtime
 from ttmpd.runtimes.eager import Eager
-from ttmpd.surgery.cut import WHOLE
-from ttmpd.surgery.find import narrow_kind
+from ttmpd.surgery.cut import has_replacement, replacement
+from ttmpd.surgery.find import width_kind
 from ttmpd.surgery.lossless import applied, apply, within
 
 PRECISION = 0.015
@@ -128,11 +128,15 @@ def runtime_ratio(model: nn.Module, batch: Tensor, runtime: Runtime) -> float:
 
 def _bounded(units: Sequence[Unit], timings: Sequence[UnitLatency]) -> tuple[UnitLatency, ...]:
     """The timings, those of members no longer than the block that holds them: more than that is noise."""
-    blocks = {f"{unit.path}.": timing.ms for unit, timing in zip(units, timings, strict=True) if not unit.members}
+    blocks = {
+        f"{unit.path}.": timing.ms
+        for unit, timing in zip(units, timings, strict=True)
+        if isinstance(unit, DepthUnit) and not unit.branch
+    }
     found = []
     for unit, timing in zip(units, timings, strict=True):
         around = [ms for path, ms in blocks.items() if f"{timed_path(unit)}.".startswith(path)]
-        if unit.members and around and timing.ms > min(around):
+        if not (isinstance(unit, DepthUnit) and not unit.branch) and around and timing.ms > min(around):
             share = min(around) / timing.ms
             widths = {name: ms * share for name, ms in timing.widths.items()}
             timing = dataclasses.replace(timing, ms=min(around), widths=widths)
@@ -193,10 +197,10 @@ def count_units(units: Sequence[Unit]) -> tuple[UnitLatency, ...]:
 
 def _counted(unit: Unit) -> UnitLatency:
     millions = unit.macs / 1e6
-    if unit.members:
-        return UnitLatency(unit.id, millions, {}, {str(n): millions * n / unit.members for n in unit.widths})
+    if isinstance(unit, WidthUnit):
+        return UnitLatency(unit.id, millions, {}, {str(n): millions * n / unit.n_members for n in unit.widths})
     per_weight = math.prod(unit.shape) * unit.channels / 1e6
-    return UnitLatency(unit.id, millions, {"linear": per_weight})
+    return UnitLatency(unit.id, millions, {"linear": per_weight} if has_replacement(unit) else {})
 
 
 def _far_apart(model: nn.Module, units: Iterable[Unit], batch: Tensor) -> frozenset[str]:
@@ -204,21 +208,23 @@ def _far_apart(model: nn.Module, units: Iterable[Unit], batch: Tensor) -> frozen
 
     Those between two blocks, say, or in a list or dictionary of layers, which a model's own forward calls one by one.
     """
-    narrow = [unit for unit in units if unit.members]
-    if not narrow:
+    spread = [unit for unit in units if len(unit.paths) > 1]
+    if not spread:
         return frozenset()
     macs = count_macs(model, batch[:2])
-    return frozenset(unit.id for unit in narrow if macs.get(timed_path(unit), math.inf) > macs[""] / 2)
+    return frozenset(unit.id for unit in spread if macs.get(timed_path(unit), math.inf) > macs[""] / 2)
 
 
 def _layers(timed: _Timed, unit: Unit, batch: Tensor) -> dict[str, Callable[[], object]]:
     """What is timed of a unit far apart, at every width: the layers that make and read its members."""
-    taps = {path: Tap(path, "input") for path in (*unit.feeders, unit.path)}
+    taps = {path: Tap(path, "input") for path in unit.paths}
     given = read(timed.ready, batch, taps)
     runs = {"unit": _in_turn(timed.ready, given)}
+    if not isinstance(unit, WidthUnit):
+        return runs
     for width in _timed_widths(unit):
         smaller = copy.deepcopy(timed.model)
-        narrow_kind(unit).narrow(smaller, unit, range(width))
+        width_kind(unit).narrow(smaller, unit, range(width))
         apply(smaller, timed.how)
         few = read(smaller, batch[:2], taps)  # how wide the inputs are now
         cut_inputs = {path: _compact(x[:, *map(slice, few[path].shape[1:])], like=x) for path, x in given.items()}
@@ -244,30 +250,32 @@ def _variants(timed: _Timed, unit: Unit, given: Mapping[str, _Given]) -> dict[st
     place = timed_path(unit)
     args, kwargs = given[place]
     runs: dict[str, Callable[[], object]] = {"unit": functools.partial(module_at(timed.ready, place), *args, **kwargs)}
-    if unit.members:
-        kind = narrow_kind(unit)
+    if isinstance(unit, WidthUnit):
+        kind = width_kind(unit)
         for width in _timed_widths(unit):
             smaller = _Held(copy.deepcopy(module_at(timed.model, place)))
             kind.narrow(smaller, _inside(unit), range(width))
             apply(smaller, within(timed.how, place, "held"))
             runs[str(width)] = functools.partial(smaller, *args, **kwargs)
         return runs
-    x = first_tensor(args or kwargs)
-    assert x is not None
-    stand_in = apply(WHOLE.stand_in(unit).to(x.device).eval(), within(timed.how, place))
-    runs["linear"] = functools.partial(stand_in, x)
+    if has_replacement(unit):
+        x = first_tensor(args or kwargs)
+        assert x is not None
+        linear = apply(replacement(unit).to(x.device).eval(), within(timed.how, place))
+        runs["linear"] = functools.partial(linear, x)
     return runs
 
 
 def _timing(unit: Unit, number: int, median: Mapping[str, float]) -> UnitLatency:
     whole = median[f"{number} unit"]
-    if not unit.members:
-        return UnitLatency(unit.id, whole, {"linear": median[f"{number} linear"]})
+    if not isinstance(unit, WidthUnit):
+        replacements = {"linear": median[f"{number} linear"]} if has_replacement(unit) else {}
+        return UnitLatency(unit.id, whole, replacements)
     timed = _timed_widths(unit)
     left = _falling([whole, *(median[f"{number} {width}"] for width in timed)])
-    ms = (left[0] - left[-1]) * unit.members / (unit.members - timed[-1])
+    ms = (left[0] - left[-1]) * unit.n_members / (unit.n_members - timed[-1])
     saved = [left[0] - value for value in reversed(left)]
-    between = np.interp(unit.widths, [*reversed(timed), unit.members], saved)
+    between = np.interp(unit.widths, [*reversed(timed), unit.n_members], saved)
     return UnitLatency(
         unit.id, ms, {}, {str(n): ms - float(value) for n, value in zip(unit.widths, between, strict=True)}
     )
@@ -292,14 +300,14 @@ def _falling(values: Sequence[float]) -> list[float]:
     return [mean for mean, n in pools for _ in range(n)]
 
 
-def _timed_widths(unit: Unit) -> tuple[int, ...]:
+def _timed_widths(unit: WidthUnit) -> tuple[int, ...]:
     """The widths that are timed, widest first: of many every second one, the narrowest among them."""
     return unit.widths[::-2][::-1] if len(unit.widths) > 4 else unit.widths
 
 
 def timed_path(unit: Unit) -> str:
     """Path of the smallest module that holds everything of the unit."""
-    return common_path(unit.path, *unit.feeders)
+    return common_path(*unit.paths)
 
 
 class _Held(nn.Module):
@@ -313,15 +321,22 @@ class _Held(nn.Module):
         return self.held(*args, **kwargs)
 
 
-def _inside(unit: Unit) -> Unit:
+def _inside(unit: WidthUnit) -> WidthUnit:
     """The unit with its paths as seen from what holds the module that is timed."""
     n = len(prefix) + 1 if (prefix := timed_path(unit)) else 0
-    paths = [f"held.{path[n:]}" for path in (unit.path, *unit.feeders)]
-    return dataclasses.replace(unit, path=paths[0], feeders=tuple(paths[1:]))
+    producers, consumers = (tuple(f"held.{path[n:]}" for path in paths) for paths in (unit.producers, unit.consumers))
+    return dataclasses.replace(unit, path=consumers[0], producers=producers, consumers=consumers)
 
 
 def _signature(unit: Unit) -> tuple[object, ...]:
-    return (unit.kind, unit.module, unit.shape, unit.n_params, unit.macs, unit.members)
+    return (
+        unit.kind,
+        unit.module,
+        unit.shape,
+        unit.n_params,
+        unit.macs,
+        unit.widths if isinstance(unit, WidthUnit) else (),
+    )
 
 
 def _recorded_calls(model: nn.Module, paths: Set[str], batch: Tensor) -> dict[str, _Given]:

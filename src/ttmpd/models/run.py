@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.errors import ModelError
-from ttmpd.models.tokens import answered
+from ttmpd.models.tokens import answered, carried_task
 
 
 def logits_of(model: nn.Module, samples: Samples, batch_size: int) -> Tensor:
@@ -63,12 +63,16 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def call(model: nn.Module, batch: Tensor) -> Tensor:
-    """The model's logits for a batch, (B, n_classes).
+    """The model's predictions for a batch as its task reads them, (rows, values): of classes the logits.
 
     Of a model that answers each token, (M, n_classes): sample by sample those that count, see
     :func:`ttmpd.models.tokens.answered`.
     """
-    logits = first_tensor(model(batch))
+    output, task = model(batch), carried_task(model)
+    if task is not None:
+        outputs: Tensor = task.outputs(output, batch)
+        return outputs
+    logits = first_tensor(output)
     if logits is None:
         raise ModelError(f"{type(model).__name__} must answer with a tensor, but answered without one")
     tokens = answered(model, batch)

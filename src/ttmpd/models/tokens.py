@@ -70,6 +70,16 @@ def mask_of(module: nn.Module) -> PaddingMask | None:
     return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, PaddingMask)), None)
 
 
+def carry_task(module: nn.Module, task: object) -> None:
+    """Let a module and its later copies carry what it predicts, see :func:`ttmpd.models.run.predict`. In place."""
+    module.__dict__["ttmpd_task"] = task
+
+
+def carried_task(module: nn.Module) -> Any:
+    """The task that :func:`carry_task` left, or None."""
+    return module.__dict__.get("ttmpd_task")
+
+
 def answered(module: nn.Module, batch: Tensor) -> Tensor | None:
     """(B, S) which tokens of a batch a model's answers count of; None for a model that answers each sample once.
 
@@ -79,6 +89,9 @@ def answered(module: nn.Module, batch: Tensor) -> Tensor | None:
         module: of which the answers are.
         batch: (B, S) token ids, or anything else that the module takes.
     """
+    if carried_task(module) is not None:
+        tokens: Tensor | None = carried_task(module).predicted_tokens(batch)
+        return tokens
     mask = mask_of(module)
     if mask is None or not mask.n_answers or batch.dim() != 2 or batch.is_floating_point():
         return None
@@ -100,6 +113,9 @@ def answers_until(module: nn.Module, inputs: Tensor) -> Tensor:
         >>> answers_until(nn.Linear(2, 2), torch.zeros(3, 2)).tolist()
         [0, 1, 2, 3]
     """
+    if carried_task(module) is not None:
+        ends = carried_task(module).row_counts(inputs).cumsum(0)
+        return torch.cat([torch.zeros(1, dtype=torch.long), ends])
     counts = answered(module, inputs)
     ends = torch.arange(1, len(inputs) + 1) if counts is None else counts.sum(1).cumsum(0).cpu()
     return torch.cat([torch.zeros(1, dtype=torch.long), ends])

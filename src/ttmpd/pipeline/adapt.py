@@ -18,7 +18,7 @@ from ttmpd.pipeline.report_data import collect_adapted
 from ttmpd.pipeline.settings import settings_of
 from ttmpd.records import Plan
 
-_USED = ("adapt", "num_samples", "holdout", "batch_size", "device", "seed")
+_USED = ("adapt", "num_samples", "holdout", "batch_size", "device", "seed", "task")
 """The settings of a run that an adaptation alone looks at."""
 
 
@@ -53,7 +53,7 @@ def adapt_to(
         check_output(Path(output))
     opened = model if isinstance(model, OpenedModel) else open_model(model)
     few = split(open_pool(samples, opened, chosen), chosen)
-    source = to_fast_format(source_of(opened, few[0], choose_device(chosen.device)))
+    source = to_fast_format(source_of(opened, few[0], choose_device(chosen.device), chosen.task))
     start = time.perf_counter()
     adapted = chosen.adapt.adapt(source, few[0], batch_size=step_size(source, few[0], chosen), seed=chosen.seed)
     seconds = time.perf_counter() - start

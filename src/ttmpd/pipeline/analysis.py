@@ -13,21 +13,22 @@ from torch import Tensor, nn
 
 from ttmpd.data.open import by_length, open_samples
 from ttmpd.data.samples import Samples
-from ttmpd.errors import ModelError, SamplesError, UnsupportedError
+from ttmpd.errors import SamplesError, UnsupportedError
 from ttmpd.latency.device import choose_device
 from ttmpd.latency.lossless import find_lossless, unchanged
 from ttmpd.latency.table import UnitLatency, runtime_ratio, time_units
 from ttmpd.models.batch_size import samples_that_fit
-from ttmpd.models.modules import clone, has_nan, to_fast_format
+from ttmpd.models.modules import clone, to_fast_format
 from ttmpd.models.opened import OpenedModel
-from ttmpd.models.run import logits_of
-from ttmpd.pipeline.settings import Settings
+from ttmpd.pipeline.settings import Settings, judged_kinds
 from ttmpd.pipeline.stages import ADAPT_STAGE, Stages
 from ttmpd.records import Lossless, Option, Removal, Score, Unit
 from ttmpd.surgery.exits.model import check_without_exits
 from ttmpd.surgery.find import find_units, whole_of
 from ttmpd.surgery.lossless import applied
-from ttmpd.surgery.units.base import Found
+from ttmpd.surgery.units.base import UnitSearch
+from ttmpd.tasks.base import Task
+from ttmpd.training.task import assign_task, check_structure
 
 PASS_SIZE = 64
 """Samples per pass, if memory has room, where latency is measured on fewer."""
@@ -44,7 +45,7 @@ class Ready:
     teacher: nn.Module
     samples: Samples
     held_out: Samples
-    found: Found
+    found: UnitSearch
     timings: tuple[UnitLatency, ...]
     original_ms: float
     lossless: Lossless
@@ -74,15 +75,17 @@ class Ready:
         wholes = {unit.id: whole_of(unit, self.found.units) for unit in self.found.units}
         options = []
         for score in scores:
-            timing, n_kept = by_unit[score.unit], len(score.kept)
+            timing, n_kept = by_unit[score.unit_id], len(score.kept)
             if score.action in self.settings.actions and timing.offers(score.action, n_kept):
                 saved = timing.saving(score.action, n_kept).saved_ms
-                options.append(Option(score.unit, score.action, score.harm, saved, score.kept, wholes[score.unit]))
+                options.append(
+                    Option(score.unit_id, score.action, score.harm, saved, score.kept, wholes[score.unit_id])
+                )
         return tuple(options)
 
     def removals(self, chosen: Sequence[Option]) -> tuple[Removal, ...]:
         """The chosen options as removals, in the order of the network."""
-        by_unit = {option.unit: option for option in chosen}
+        by_unit = {option.unit_id: option for option in chosen}
         return tuple(
             Removal(unit, by_unit[unit.id].action, by_unit[unit.id].kept)
             for unit in self.found.units
@@ -101,10 +104,10 @@ def get_ready(
     """Adapt the teacher, find and time the units."""
     samples, held_out = few
     device = choose_device(settings.device)
-    source = source_of(opened, samples, device)
+    source = source_of(opened, samples, device, settings.task)
     with stages.timed("find"):
-        kinds = [name for name in settings.units if name in settings.score.kinds]
-        found = find_units(source, samples.batch(slice(0, 2), device), kinds)
+        found = find_units(source, samples.batch(slice(0, 2), device), judged_kinds(settings.units, settings.score))
+        found = dataclasses.replace(found, units=tuple(u for u in found.units if settings.score.can_judge(source, u)))
     if not found.units:
         raise UnsupportedError(_nothing_to_remove(source, found))
     teacher = clone(source)
@@ -138,7 +141,7 @@ def get_ready(
     )
 
 
-def source_of(opened: OpenedModel, samples: Samples, device: torch.device) -> nn.Module:
+def source_of(opened: OpenedModel, samples: Samples, device: torch.device, task: Task | None = None) -> nn.Module:
     """A copy of the model as it is, on the device; it has answered.
 
     What its owner froze is frozen for another training: students of it learn in all of their layers.
@@ -147,7 +150,9 @@ def source_of(opened: OpenedModel, samples: Samples, device: torch.device) -> nn
     source = clone(opened.module).to(device).eval()
     for parameter in source.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    _check_answers(source, samples, device)
+    few = samples.first(4).trimmed(slice(None), device)
+    assign_task(source, few, task, opened.preprocessing)
+    check_structure(source, few)
     return source
 
 
@@ -174,7 +179,7 @@ def selected(opened: OpenedModel, pool: Samples, n: int, settings: Settings, sta
         return pool
 
     def compute() -> list[int]:
-        source = to_fast_format(source_of(opened, pool, choose_device(settings.device)))
+        source = to_fast_format(source_of(opened, pool, choose_device(settings.device), settings.task))
         return list(
             settings.select.select(source, pool, n, batch_size=step_size(source, pool, settings), seed=settings.seed)
         )
@@ -192,18 +197,8 @@ def latency_batch(source: nn.Module, samples: Samples, settings: Settings) -> Te
     return samples.trimmed(index, next(source.parameters()).device)
 
 
-def _check_answers(model: nn.Module, samples: Samples, device: torch.device) -> None:
-    logits = logits_of(model, samples.first(4), 4)
-    if logits.dim() != 2 or has_nan(logits):
-        what = "NaN or infinity" if has_nan(logits) else f"the shape {tuple(logits.shape)}"
-        raise ModelError(
-            f"{type(model).__name__} must answer each sample with one finite row of class scores, but got {what}; "
-            "check the weights and the preprocessing"
-        )
-
-
-def _nothing_to_remove(model: nn.Module, found: Found) -> str:
-    reasons = "; ".join(f"{path} {reason}" for path, reason in found.refused[:5])
+def _nothing_to_remove(model: nn.Module, found: UnitSearch) -> str:
+    reasons = "; ".join(f"{path} {reason}" for path, reason in list(found.not_removable.items())[:5])
     return (
         f"{type(model).__name__} must have a block whose output has the shape of its input, but none was found"
         f"{': ' + reasons if reasons else ''}; run `ttmpd inspect` for the whole list"
@@ -217,7 +212,7 @@ def _adapt(teacher: nn.Module, samples: Samples, settings: Settings) -> tuple[di
     return adapted.model.state_dict(), {"note": adapted.note, "facts": adapted.facts}
 
 
-def _time(source: nn.Module, found: Found, batch: Tensor, settings: Settings) -> dict[str, Any]:
+def _time(source: nn.Module, found: UnitSearch, batch: Tensor, settings: Settings) -> dict[str, Any]:
     """Milliseconds of the model as it was given and after what is lossless, and of its units after that.
 
     Units are timed in eager PyTorch; their milliseconds are scaled by how the runtime changes the whole model's.

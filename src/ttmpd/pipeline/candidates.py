@@ -15,7 +15,7 @@ from ttmpd.errors import BudgetUnreachableError
 from ttmpd.pipeline.analysis import Ready, score_of, score_rows
 from ttmpd.pipeline.stages import Stages
 from ttmpd.plan.base import most_saved
-from ttmpd.records import Action, Option, Removal, Unit
+from ttmpd.records import Action, DepthUnit, Option, Removal, Unit
 from ttmpd.repair.sequential import repaired
 from ttmpd.score.base import Job
 from ttmpd.surgery.find import whole_of
@@ -109,7 +109,7 @@ def _rescored(ready: Ready, chosen: Sequence[Option]) -> list[dict[str, Any]]:
 
 def _left(ready: Ready, chosen: Sequence[Option]) -> list[Unit]:
     """The units that can still go: not those that have gone, nor their parts, nor the wholes of which a part has."""
-    gone = {option.unit for option in chosen}
+    gone = {option.unit_id for option in chosen}
     opened = {option.whole for option in chosen}
     units = ready.found.units
     return [unit for unit in units if unit.id not in gone | opened and whole_of(unit, units) not in gone]
@@ -148,7 +148,7 @@ def choose(
             plans[way] = min(found, key=total_harm)
     if not plans and tuple(ways) != WAYS:
         return choose(ready, waypoints, needed_ms, harm_of)
-    same = {way: frozenset((option.unit, option.action, option.kept) for option in plans[way]) for way in plans}
+    same = {way: frozenset((option.unit_id, option.action, option.kept) for option in plans[way]) for way in plans}
     some = {removed: way for way, removed in same.items()}
     if len(some) == 1:  # nothing to compare
         return plans[next(iter(plans))], tuple(plans)
@@ -207,23 +207,23 @@ def tidied(
     """
     if not {"drop", "linear"} <= set(ready.settings.actions):
         return tuple(chosen)
-    known = {(o.unit, o.action): o for point in waypoints for o in (*point.options, *point.chosen)}
-    gone = {option.unit for option in chosen if option.action != "narrow"}
+    known = {(o.unit_id, o.action): o for point in waypoints for o in (*point.options, *point.chosen)}
+    gone = {option.unit_id for option in chosen if option.action != "narrow"}
     found = []
     for option in chosen:
         if option.action == "narrow":
             found.append(option)
             continue
-        at_end = _ends_run(ready, option.unit, gone)
+        at_end = _ends_run(ready, option.unit_id, gone)
         action: Action = "drop" if not at_end else "linear" if ends else option.action
-        wanted = known.get((option.unit, action), option)
+        wanted = known.get((option.unit_id, action), option)
         found.append(wanted if wanted.saved_ms > 0 else option)
     return tuple(found)
 
 
 def _ends_run(ready: Ready, unit: str, gone: Set[str]) -> bool:
     """Whether the unit that takes this one's output stays."""
-    wholes = [other for other in ready.found.units if other.kind == "block"]
+    wholes = [other for other in ready.found.units if isinstance(other, DepthUnit) and not other.branch]
     return not any(a.id == unit and b.id in gone and _adjacent(a, b) for a, b in itertools.pairwise(wholes))
 
 

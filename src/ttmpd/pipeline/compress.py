@@ -35,6 +35,7 @@ from ttmpd.repair.sequential import repaired
 from ttmpd.storage import disk_guarded, fingerprint, locked, weights_fingerprint
 from ttmpd.surgery.cut import replay
 from ttmpd.surgery.lossless import applied, apply, present
+from ttmpd.training.task import task_of
 from ttmpd.training.teacher_outputs import load_targets, save_targets
 
 NOTHING_TO_FIT = Fit(steps=0, stopped="nothing removed", rolled_back=False, best_step=0)
@@ -259,7 +260,7 @@ def first_path(removals: Sequence[Removal]) -> str:
     if not removals:
         return ""
     unit = removals[0].unit
-    return unit.feeders[0] if unit.feeders else unit.path
+    return unit.paths[0]
 
 
 def _key(target: Target) -> str:
@@ -314,9 +315,10 @@ def _starts(ready: Ready, students: Sequence[nn.Module]) -> list[Start]:
     answers = [logits_of(student, ready.held_out, ready.pass_size) for student in students]
     if not len(ready.held_out):
         return [Start(student, logits, 1.0) for student, logits in zip(students, answers, strict=True)]
-    wanted = logits_of(ready.teacher, ready.held_out, ready.pass_size).argmax(-1)
+    wanted = logits_of(ready.teacher, ready.held_out, ready.pass_size)
+    task = task_of(ready.teacher)
     return [
-        Start(student, logits, float((logits.argmax(-1) == wanted).float().mean()))
+        Start(student, logits, task.agreement(logits, wanted))
         for student, logits in zip(students, answers, strict=True)
     ]
 

@@ -12,8 +12,6 @@ METHODS: Final = {
     "early_exit": "right_tool",
 }
 """The method of each setting; a test compares them with :class:`ttmpd.Settings`."""
-UNITS: Final = ("block", "head", "neuron", "channel")
-"""Kinds of units that are looked for: names of files in ``ttmpd/surgery/units``."""
 NUM_SAMPLES: Final = 500
 POOL: Final = 5000
 HOLDOUT: Final = 0.15

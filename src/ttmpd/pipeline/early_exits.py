@@ -14,7 +14,7 @@ from ttmpd.data.labels import Labels, open_labels
 from ttmpd.data.samples import Samples
 from ttmpd.early_exit.base import EarlyExit, Equipped
 from ttmpd.early_exit.right_tool import RightTool
-from ttmpd.errors import InvalidValueError
+from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.latency.device import choose_device
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
@@ -27,8 +27,10 @@ from ttmpd.pipeline.report_data import collect_exits
 from ttmpd.pipeline.settings import Settings, Target, settings_of
 from ttmpd.records import Plan
 from ttmpd.surgery.exits.model import check_without_exits
+from ttmpd.tasks.classification import Classification
+from ttmpd.training.task import task_of
 
-_USED = ("num_samples", "holdout", "batch_size", "device", "seed")
+_USED = ("num_samples", "holdout", "batch_size", "device", "seed", "task")
 """The settings of a run that exits look at."""
 _DEFAULTS = {"num_samples": defaults.EXIT_NUM_SAMPLES, "batch_size": defaults.EXIT_BATCH_SIZE}
 
@@ -82,7 +84,8 @@ def add_early_exits(
     check_without_exits(opened.module)
     classes = _labels(labels, samples)
     few = split(open_pool(samples, opened, chosen), chosen)
-    source = source_of(opened, few[0], choose_device(chosen.device))
+    source = source_of(opened, few[0], choose_device(chosen.device), chosen.task)
+    check_exits_fit(source)
     start = time.perf_counter()
     classes_of_fit = None if classes is None else classes.of(few[0])
     equipped, confidences, before = _equipped(source, few, method, classes_of_fit, chosen.seed)
@@ -110,6 +113,16 @@ def add_early_exits(
     if output is not None:
         result.save(output)
     return result
+
+
+def check_exits_fit(model: nn.Module) -> None:
+    """Raise :class:`UnsupportedError` unless the model predicts one class per sample and nothing else beside it."""
+    task = task_of(model)
+    if not isinstance(task, Classification) or task.parts not in ((), ("",), ("logits",)):
+        raise UnsupportedError(
+            "a model with early exits must answer with one tensor of class scores, but the task is "
+            f"{task.name}{' of ' + ', '.join(task.parts) if any(task.parts) else ''}; wrap the model so that it does"
+        )
 
 
 def _equipped(

@@ -4,7 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from ttmpd.data.samples import Samples
 from ttmpd.data.tokenization import Tokenization
 from ttmpd.errors import ModelError, SamplesError, UnsupportedError
 from ttmpd.latency.device import choose_device
-from ttmpd.method import check_range
+from ttmpd.method import check_range, method_of
 from ttmpd.models.modules import clone, has_nan
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import logits_of
@@ -25,6 +25,9 @@ from ttmpd.models.tokens import followers
 from ttmpd.progress import tell
 from ttmpd.quality.agreement import Agreement, agreement
 from ttmpd.quality.calibration import N_BINS, calibration_sums, error_of
+from ttmpd.tasks.base import Task
+from ttmpd.tasks.classification import Classification
+from ttmpd.training.task import assign_task
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,13 +45,13 @@ class Quality:
     """How one model answers.
 
     Args:
-        confidence: mean probability of the predicted class.
+        confidence: mean probability of the predicted class; None where the task knows no confidence.
         accuracy: with its interval; None without labels.
         calibration_error: expected calibration error over 15 bins; None without labels.
         loss: mean cross entropy in nats; None without labels. Its exponential is a decoder's perplexity.
     """
 
-    confidence: float
+    confidence: float | None
     accuracy: Accuracy | None = None
     calibration_error: float | None = None
     loss: float | None = None
@@ -66,7 +69,8 @@ class Evaluation:
         against: quality of the other model, if there is one.
         agreement: share of samples on which both answer alike. It is not accuracy.
         notes: (what, how many) of what was done to samples before the model saw them.
-        each: what is answered, "sample" or "token".
+        each: what is answered, "sample", "token" or "pixel".
+        task: what the models predict, which says what agreement means: the name of a file in ``ttmpd/tasks``.
     """
 
     n_samples: int
@@ -77,6 +81,7 @@ class Evaluation:
     agreement: Agreement | None = None
     notes: tuple[tuple[str, int], ...] = ()
     each: str = "sample"
+    task: str = "classification"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -90,22 +95,25 @@ class _Sums:
     n: int = 0
     right: int = 0
     confidence: float = 0.0
+    sure: bool = True
     loss: float = 0.0
     bins: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(3, N_BINS, dtype=torch.float64))
 
-    def add(self, logits: Tensor, labels: Tensor | None) -> None:
-        sure, answers = logits.double().softmax(-1).max(-1)
-        self.n += len(logits)
-        self.confidence += float(sure.sum())
+    def add(self, outputs: Tensor, labels: Tensor | None, task: Task) -> None:
+        confidence = task.confidence(outputs.double())
+        self.n, self.sure = self.n + len(outputs), confidence is not None
+        self.confidence += 0.0 if confidence is None else float(confidence.sum())
         if labels is None:
             return
+        logits = task.split(outputs)[0]
+        sure, answers = logits.double().softmax(-1).max(-1)
         right = (answers == labels).double()
         self.right += int(right.sum())
         self.loss += float(cross_entropy(logits.double(), labels, reduction="sum"))
         self.bins += calibration_sums(sure, right)
 
     def quality(self, labelled: bool) -> Quality:
-        confidence = self.confidence / self.n
+        confidence = self.confidence / self.n if self.sure else None
         if not labelled:
             return Quality(confidence)
         interval = agreement(self.right, self.n)
@@ -123,6 +131,7 @@ def evaluate(
     source: str | None = None,
     batch_size: int = 64,
     device: str = "auto",
+    task: Task | str | None = None,
 ) -> Evaluation:
     """How good a model is on data; samples that compression used are left out.
 
@@ -138,6 +147,7 @@ def evaluate(
         source: id of the original model, for artifacts of a model from your own code.
         batch_size: samples per forward pass.
         device: "auto", "cpu", "cuda", "mps".
+        task: what the models predict; None detects it.
 
     Raises:
         SamplesError: nothing is left to evaluate on, or a sample has no label or one that the model does not know.
@@ -154,13 +164,13 @@ def evaluate(
     where = choose_device(device)
     opened = _alike([open_any(place, source) for place in (model, against) if place is not None])
     nets = [clone(one.module).to(where).eval() for one in opened]
-    task = _task(opened, labels)
+    reads = _task(opened, labels)
     known = None if labels is None else _labels(labels, data, _class_names(opened[0].module))
     used = frozenset(name for one in opened for name in one.used_ids)
     sums = [_Sums() for _ in opened]
-    alike = n_left_out = n_skipped = 0
+    alike, n_left_out, n_skipped, tasks = 0.0, 0, 0, list[Task]()
     notes: Counter[str] = Counter()
-    for chunk in _chunks(data, opened, chunk=max(batch_size, 512 if task == "sequence" else 0)):
+    for chunk in _chunks(data, opened, chunk=max(batch_size, 512 if reads == "sequence" else 0)):
         n_skipped += len(chunk[0].skipped)
         notes.update(dict(chunk[0].notes))
         kept = [i for i, name in enumerate(chunk[0].ids) if name not in used]
@@ -168,14 +178,17 @@ def evaluate(
         if not kept:
             continue
         parts = [samples.subset(kept) for samples in chunk]
+        if not sums[0].n:
+            tasks = [_assigned(net, part, one, task, where) for net, part, one in zip(nets, parts, opened, strict=True)]
+            _check_labels(tasks, labels)
         answers = [_answers(net, part, batch_size) for net, part in zip(nets, parts, strict=True)]
         right = None if known is None else _checked(known.of(parts[0]), answers, known.source)
-        if task == "next":
+        if reads == "next":
             right = followers(nets[0], parts[0].inputs)
             answers, right = [logits[right >= 0] for logits in answers], right[right >= 0]
         for one, logits in zip(sums, answers, strict=True):
-            one.add(logits, right)
-        alike += int((answers[0].argmax(-1) == answers[-1].argmax(-1)).sum())
+            one.add(logits, right, tasks[0])
+        alike += float(tasks[0].alike(answers[0], answers[-1]).sum())
         tell("evaluate", sums[0].n, 0)
     n = sums[0].n
     tell("evaluate", n, n)
@@ -183,10 +196,32 @@ def evaluate(
         raise SamplesError(
             f"evaluate must have samples that compression has not seen, but all {n_left_out} were used; give other data"
         )
-    quality = [one.quality(known is not None or task == "next") for one in sums]
-    other, same = (None, None) if len(quality) == 1 else (quality[1], agreement(alike, n))
-    each = "sample" if task == "sequence" else "token"
-    return Evaluation(n, n_left_out, n_skipped, quality[0], other, same, tuple(notes.items()), each)
+    quality = [one.quality(known is not None or reads == "next") for one in sums]
+    other, same = (None, None) if len(quality) == 1 else (quality[1], agreement(round(alike), n))
+    return Evaluation(
+        n, n_left_out, n_skipped, quality[0], other, same, tuple(notes.items()), tasks[0].each, tasks[0].name
+    )
+
+
+def _assigned(
+    net: nn.Module, samples: Samples, opened: OpenedModel, task: Task | str | None, where: torch.device
+) -> Task:
+    chosen = cast(Task, method_of("task", task)) if isinstance(task, str) else task
+    return assign_task(net, samples.first(2).trimmed(slice(None), where), chosen, opened.preprocessing)
+
+
+def _check_labels(tasks: Sequence[Task], labels: object) -> None:
+    """Both models must predict the same; class indices are labels of classes alone."""
+    first, last = tasks[0], tasks[-1]
+    if type(first) is not type(last) or len(first.widths) != len(last.widths):
+        raise UnsupportedError(
+            f"two models must predict the same to be compared, but the tasks are {first.name} and {last.name}"
+        )
+    if labels is not None and not isinstance(first, Classification):
+        raise UnsupportedError(
+            f"labels must be one class per sample, but the task is {first.name}; leave them out, and give the outputs "
+            "and true values to its metrics()"
+        )
 
 
 def _alike(opened: list[OpenedModel]) -> list[OpenedModel]:
@@ -244,11 +279,8 @@ def _checked(labels: Tensor, answers: Sequence[Tensor], source: str) -> Tensor:
 
 def _answers(net: nn.Module, samples: Samples, batch_size: int) -> Tensor:
     logits = logits_of(net, samples, batch_size)
-    if logits.dim() != 2 or has_nan(logits):
-        found = "NaN or infinity" if has_nan(logits) else f"the shape {tuple(logits.shape)}"
-        raise ModelError(
-            f"{type(net).__name__} must answer each sample with one finite row of class scores, but got {found}"
-        )
+    if has_nan(logits):
+        raise ModelError(f"{type(net).__name__} must predict finite values for each sample, but got NaN or infinity")
     return logits
 
 

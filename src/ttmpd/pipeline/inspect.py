@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from ttmpd.latency.device import choose_device, machine
 from ttmpd.latency.table import UnitLatency, time_units
 from ttmpd.latency.timing import time_models
-from ttmpd.method import check_range
+from ttmpd.method import check_range, method_of
 from ttmpd.models.example import example_batch
 from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import clone, count_parameters
@@ -23,6 +23,8 @@ from ttmpd.pipeline.settings import DEFAULT_UNITS, Target, check_kinds, settings
 from ttmpd.records import Timing, Unit
 from ttmpd.surgery.exits.model import check_without_exits
 from ttmpd.surgery.find import find_units, whole_of
+from ttmpd.tasks.base import Task
+from ttmpd.training.task import assign_task
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class Inspection:
         machine: device, threads and torch version they belong to.
         whole: milliseconds per batch of the whole model; None when nothing was timed.
         timings: milliseconds per batch of each unit; empty when nothing was timed.
+        task: what the model predicts: the name of a file in ``ttmpd/tasks``.
     """
 
     model: str
@@ -52,6 +55,7 @@ class Inspection:
     machine: dict[str, str | int]
     whole: Timing | None = None
     timings: tuple[UnitLatency, ...] = ()
+    task: str = "classification"
 
     @property
     def removable_share(self) -> float:
@@ -84,6 +88,7 @@ def inspect(
     device: str = "auto",
     timed: bool = True,
     units: Sequence[str] = DEFAULT_UNITS,
+    task: Task | str | None = None,
 ) -> Inspection:
     """What can be removed from a model, what cannot and why, and how long each part takes here.
 
@@ -94,6 +99,7 @@ def inspect(
         device: "auto", "cpu", "cuda", "mps".
         timed: False leaves the clock alone.
         units: the kinds to look for, as in :class:`ttmpd.Settings`.
+        task: what the model predicts; None detects it.
 
     Raises:
         InvalidValueError: there are no samples and the model does not say how large its input is.
@@ -113,6 +119,8 @@ def inspect(
     net = clone(opened.module).to(where).eval()
     batch = example_batch(opened, samples, batch_size).to(where)
     few = batch[:2]
+    chosen = cast(Task, method_of("task", task)) if isinstance(task, str) else task
+    what = assign_task(net, few, chosen, opened.preprocessing)
     found = find_units(net, few, units)
     known = Inspection(
         type(net).__name__,
@@ -120,9 +128,10 @@ def inspect(
         count_macs(net, few)[""],
         tuple(batch.shape[1:]),
         found.units,
-        found.refused,
+        tuple((path, str(refusal)) for path, refusal in found.not_removable.items()),
         batch_size,
         machine(where),
+        task=what.name,
     )
     if not timed:
         return known

@@ -196,8 +196,8 @@ def _units_on(ready: Ready, few: Tensor) -> list[Unit]:
 
 def _in_ms(ready: Ready, chosen: Sequence[Option]) -> list[Option]:
     """The chosen options as they are in milliseconds."""
-    wanted = {(option.unit, option.action, option.kept) for option in chosen}
-    return [option for option in ready.options if (option.unit, option.action, option.kept) in wanted]
+    wanted = {(option.unit_id, option.action, option.kept) for option in chosen}
+    return [option for option in ready.options if (option.unit_id, option.action, option.kept) in wanted]
 
 
 def _unreachable(ready: Ready, target: Target, best_ms: float) -> str:

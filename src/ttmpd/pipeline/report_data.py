@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ttmpd.adapt.base import Adapted
 from ttmpd.data.samples import Samples
-from ttmpd.data.tokenization import Tokenization, is_tokens
+from ttmpd.data.tokenization import Tokenization
 from ttmpd.latency.device import machine
 from ttmpd.latency.table import UnitLatency
 from ttmpd.latency.timing import Timings
@@ -23,7 +23,9 @@ from ttmpd.pipeline.analysis import Ready, latency_batch
 from ttmpd.pipeline.planning import Planned
 from ttmpd.pipeline.settings import Settings
 from ttmpd.quality.agreement import agreement
-from ttmpd.records import ACTIONS, Action, Fit, Plan, Score, Unit
+from ttmpd.records import ACTIONS, Action, Fit, Plan, Score, WidthUnit
+from ttmpd.tasks.base import OneOf, Task
+from ttmpd.training.task import task_of
 
 FORMAT = 1
 MAX_COUNTED = 20_000
@@ -65,21 +67,21 @@ def collect(
     """
     plan = planned.plan
     budget_ms = None if planned.target.macs is not None else plan.budget_ms
-    teacher, start, final = logits
+    (teacher, start, final), task = logits, task_of(ready.source)
     few = (ready.samples, ready.held_out)
     return _known(ready.opened, ready.source, student, few, ready.settings) | {
         "adapt": {"note": ready.adapt_note, "facts": ready.adapt_facts},
         "units": _units(ready, plan),
-        "refused": [list(row) for row in ready.found.refused],
+        "refused": [[path, str(refusal)] for path, refusal in ready.found.not_removable.items()],
         "target": {"asked": str(planned.target), "budget_ms": budget_ms, "harm": plan.harm},
         "attempts": [{"predicted_ms": a.predicted_ms, "measured_ms": a.measured_ms} for a in planned.attempts],
         "front": [dict(row) for row in planned.front],
         "lossless": str(ready.lossless),
         "latency": _latency(rounds, plan, [a.measured_ms for a in planned.attempts if a.removals == plan.removals]),
-        "agreement": _agreement(teacher, final),
-        "agreement_repaired": _agreement(teacher, start),
-        "held_out": _held_out(ready.held_out, teacher, final),
-        "parted": _parted(ready.held_out, teacher, final, ready.opened),
+        "agreement": _agreement(teacher, final, task),
+        "agreement_repaired": _agreement(teacher, start, task),
+        "held_out": _held_out(ready.held_out, teacher, final, task),
+        "parted": _parted(ready.held_out, teacher, final, ready.opened, task),
         "fit": dataclasses.asdict(fit),
         "seconds": dict(seconds),
     }
@@ -111,9 +113,9 @@ def collect_adapted(
         "settings": {name: known["settings"][name] for name in used},
         "methods": {"adapt": known["methods"]["adapt"]},
         "adapt": {"note": adapted.note, "facts": adapted.facts},
-        "agreement": _agreement(*logits),
-        "held_out": _held_out(few[1], *logits),
-        "parted": _parted(few[1], *logits, opened),
+        "agreement": _agreement(*logits, task_of(source)),
+        "held_out": _held_out(few[1], *logits, task_of(source)),
+        "parted": _parted(few[1], *logits, opened, task_of(source)),
         "seconds": {"adapt": seconds},
     }
 
@@ -153,9 +155,9 @@ def collect_exits(
         "target": {"asked": found["target"], "budget_ms": plan.budget_ms},
         "attempts": found["attempts"],
         "latency": _latency(rounds, plan),
-        "agreement": _agreement(*logits),
-        "held_out": _held_out(few[1], *logits),
-        "parted": _parted(few[1], *logits, opened),
+        "agreement": _agreement(*logits, task_of(source)),
+        "held_out": _held_out(few[1], *logits, task_of(source)),
+        "parted": _parted(few[1], *logits, opened, task_of(source)),
         "seconds": found["seconds"],
     }
 
@@ -187,7 +189,8 @@ def _known(
             "tokens": _lengths(few[0]),
         },
         "class_names": list(opened.class_names),
-        "each": "token" if is_tokens(opened.preprocessing) else "sample",
+        "each": task_of(source).each,
+        "task": task_of(source).to_dict() | {"same": task_of(source).same},
     }
 
 
@@ -217,12 +220,12 @@ def _units(ready: Ready, plan: Plan) -> list[dict[str, Any]]:
     timings = {timing.unit: timing for timing in ready.timings}
     known = ready.scores if plan.removals else ()
     harms: dict[tuple[str, Action], Score] = {
-        (score.unit, score.action): score for score in known if score.action != "narrow"
+        (score.unit_id, score.action): score for score in known if score.action != "narrow"
     }
     widths: dict[str, list[list[float]]] = {}
     for score in known:
         if score.action == "narrow":
-            widths.setdefault(score.unit, []).append([len(score.kept), score.harm])
+            widths.setdefault(score.unit_id, []).append([len(score.kept), score.harm])
     kept = {removal.unit.id: len(removal.kept) for removal in plan.removals}
     saved = {
         removal.unit.id: timings[removal.unit.id].saving(removal.action, len(removal.kept)).saved_ms
@@ -242,7 +245,7 @@ def _units(ready: Ready, plan: Plan) -> list[dict[str, Any]]:
                 **{f"{action}_ms": ms for action, ms in timings[unit.id].stand_ins.items()},
                 **{f"harm_{action}": score.harm for action, score in scores.items()},
                 "parts": dict(next(iter(scores.values())).parts) if scores else {},
-                **(_members(unit, kept, widths, timings[unit.id]) if unit.members else {}),
+                **(_members(unit, kept, widths, timings[unit.id]) if isinstance(unit, WidthUnit) else {}),
                 "action": plan.actions.get(unit.id, "keep"),
                 **({"saved_ms": saved[unit.id]} if unit.id in saved else {}),
             }
@@ -251,12 +254,12 @@ def _units(ready: Ready, plan: Plan) -> list[dict[str, Any]]:
 
 
 def _members(
-    unit: Unit, kept: Mapping[str, int], widths: Mapping[str, list[list[float]]], timing: UnitLatency
+    unit: WidthUnit, kept: Mapping[str, int], widths: Mapping[str, list[list[float]]], timing: UnitLatency
 ) -> dict[str, Any]:
     """How many members there are and stay; (members, harm) of every width, and milliseconds by members."""
     return {
-        "members": unit.members,
-        "kept": kept.get(unit.id, unit.members),
+        "members": unit.n_members,
+        "kept": kept.get(unit.id, unit.n_members),
         "width_harms": widths.get(unit.id, []),
         "width_ms": dict(timing.widths),
     }
@@ -282,31 +285,33 @@ def _latency(rounds: Timings, plan: Plan, before_ms: Sequence[float] = ()) -> di
     }
 
 
-def _agreement(teacher: Tensor, student: Tensor) -> dict[str, Any] | None:
+def _agreement(teacher: Tensor, student: Tensor, task: Task) -> dict[str, Any] | None:
     if not len(teacher):
         return None
-    alike = int((teacher.argmax(-1) == student.argmax(-1)).sum())
-    return dataclasses.asdict(agreement(alike, len(teacher)))
+    return dataclasses.asdict(agreement(round(task.agreement(student, teacher) * len(teacher)), len(teacher)))
 
 
-def _held_out(samples: Samples, teacher: Tensor, student: Tensor) -> dict[str, Any]:
-    sure = [logits.softmax(-1).max(-1) if len(logits) else None for logits in (teacher, student)]
+def _held_out(samples: Samples, teacher: Tensor, student: Tensor, task: Task) -> dict[str, Any]:
     by_sample = len(teacher) == len(samples)
-    few = by_sample or teacher.shape[-1] <= MAX_COUNTED
+    counted = isinstance(task, OneOf) and len(teacher) > 0 and (by_sample or teacher.shape[-1] <= MAX_COUNTED)
+    confidence = [task.confidence(outputs) if len(outputs) else None for outputs in (teacher, student)]
+    classes = [task.split(outputs)[0].argmax(-1).tolist() if counted else [] for outputs in (teacher, student)]
     return {
         "names": list(samples.names) if by_sample else [],
-        "teacher": sure[0].indices.tolist() if sure[0] and few else [],
-        "student": sure[1].indices.tolist() if sure[1] and few else [],
-        "teacher_confidence": sure[0].values.tolist() if sure[0] else [],
-        "student_confidence": sure[1].values.tolist() if sure[1] else [],
+        "teacher": classes[0],
+        "student": classes[1],
+        "teacher_confidence": [] if confidence[0] is None else confidence[0].tolist(),
+        "student_confidence": [] if confidence[1] is None else confidence[1].tolist(),
     }
 
 
-def _parted(samples: Samples, teacher: Tensor, student: Tensor, opened: OpenedModel) -> list[dict[str, Any]]:
-    """The held-out samples on which student and teacher part, the surest student answers first."""
-    if not len(samples) or is_tokens(opened.preprocessing):
+def _parted(
+    samples: Samples, teacher: Tensor, student: Tensor, opened: OpenedModel, task: Task
+) -> list[dict[str, Any]]:
+    """The held-out samples to which student and teacher give different classes, the surest student first."""
+    if not len(samples) or not isinstance(task, OneOf) or task.each != "sample":
         return []
-    theirs, ours = teacher.softmax(-1).max(-1), student.softmax(-1).max(-1)
+    theirs, ours = task.split(teacher)[0].softmax(-1).max(-1), task.split(student)[0].softmax(-1).max(-1)
     parted = torch.nonzero(theirs.indices != ours.indices).flatten().tolist()
     parted.sort(key=lambda i: -float(ours.values[i]))
     return [

@@ -21,6 +21,8 @@ from ttmpd.score.base import Scorer
 from ttmpd.score.ttmpd import TTMPD
 from ttmpd.select.base import Selector
 from ttmpd.select.random import Random
+from ttmpd.surgery.find import default_kinds, kind_of, scope_of
+from ttmpd.tasks.base import Task
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ def _share(text: str | float) -> float:
         raise InvalidValueError(f'macs must be like "0.7x", but got {text!r}') from None
 
 
-DEFAULT_UNITS = defaults.UNITS
+DEFAULT_UNITS = default_kinds()
 """What is looked for where nothing else is asked for: names of files in ``ttmpd/surgery/units``."""
 
 
@@ -113,6 +115,11 @@ def check_kinds(units: Sequence[str]) -> None:
         raise InvalidValueError(f"units must be some of {', '.join(kinds)}, but got {units!r}")
     for name in units:
         method_class("units", name)
+
+
+def judged_kinds(units: Sequence[str], score: Scorer) -> list[str]:
+    """Names of those kinds of units that a scorer judges."""
+    return [name for name in units if scope_of(kind_of(name)) in score.scopes]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +133,8 @@ class Settings:
     distill: Distiller = OneTime()
     runtime: Runtime = Eager()
     """Runs the whole models whose latency is measured."""
+    task: Task | None = None
+    """What the model predicts; None detects it from the model, see :mod:`ttmpd.tasks.base`."""
     units: tuple[str, ...] = DEFAULT_UNITS
     """What may be removed: names of files in ``ttmpd/surgery/units``; of them, what the scorer can judge."""
     actions: tuple[Action, ...] = ACTIONS
@@ -146,10 +155,10 @@ class Settings:
         if not self.actions or not set(self.actions) <= set(ACTIONS):
             raise InvalidValueError(f"actions must be some of {', '.join(ACTIONS)}, but got {self.actions!r}")
         check_kinds(self.units)
-        if not set(self.units) & set(self.score.kinds):
+        if not judged_kinds(self.units, self.score):
             raise InvalidValueError(
-                f"score {self.score.name} must know one of the units, but judges {', '.join(self.score.kinds)} and "
-                f"got {self.units!r}; choose another scorer or other units"
+                f"score {self.score.name} must know one of the units, but judges {' and '.join(self.score.scopes)} "
+                f"units and got {self.units!r}; choose another scorer or other units"
             )
         if self.amp not in ("auto", "on", "off"):
             raise InvalidValueError(f"amp must be auto, on or off, but got {self.amp!r}")

@@ -45,9 +45,9 @@ def require_reachable(options: Sequence[Option], needed_ms: float) -> None:
 def most_saved(options: Sequence[Option]) -> float:
     """What can be saved in all, in milliseconds: of every unit the best action, and it or its parts."""
     best: dict[str, float] = {}
-    wholes = {option.unit: option.whole for option in options}
+    wholes = {option.unit_id: option.whole for option in options}
     for option in options:
-        best[option.unit] = max(best.get(option.unit, 0.0), option.saved_ms)
+        best[option.unit_id] = max(best.get(option.unit_id, 0.0), option.saved_ms)
     parts: dict[str, float] = {}
     for unit, whole in wholes.items():
         parts[whole or unit] = parts.get(whole or unit, 0.0) + (best[unit] if whole else 0.0)

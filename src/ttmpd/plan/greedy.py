@@ -16,4 +16,4 @@ class Greedy(Planner):
     def choose(self, options: Sequence[Option], needed_ms: float, *, seed: int = 0) -> tuple[Option, ...]:
         """The cheapest options per millisecond that meet the budget."""
         require_reachable(options, needed_ms)
-        return take_until(sorted(useful(options), key=lambda o: (o.harm / o.saved_ms, o.unit)), needed_ms)
+        return take_until(sorted(useful(options), key=lambda o: (o.harm / o.saved_ms, o.unit_id)), needed_ms)

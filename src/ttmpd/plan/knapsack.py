@@ -34,7 +34,7 @@ class Knapsack(Planner):
             return ()
         groups: dict[str, dict[str, list[Option]]] = defaultdict(lambda: defaultdict(list))
         for option in useful(options):
-            groups[option.whole or option.unit][option.unit].append(option)
+            groups[option.whole or option.unit_id][option.unit_id].append(option)
         front: list[_Point] = [(0.0, 0.0, None)]
         for whole, by_unit in groups.items():
             # A whole unit goes, or any of its parts.

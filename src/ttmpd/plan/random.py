@@ -32,18 +32,18 @@ def take_until(order: Sequence[Option], needed_ms: float) -> tuple[Option, ...]:
     for option in order:
         if _saved(chosen) >= needed_ms:
             return tuple(chosen.values())
-        others = option.whole in chosen or any(other.whole == option.unit for other in chosen.values())
-        narrower = option.action == "narrow" and option.unit in chosen and _more(option, chosen[option.unit])
-        if not others and (narrower or option.unit not in chosen):
-            chosen[option.unit] = option
+        others = option.whole in chosen or any(other.whole == option.unit_id for other in chosen.values())
+        narrower = option.action == "narrow" and option.unit_id in chosen and _more(option, chosen[option.unit_id])
+        if not others and (narrower or option.unit_id not in chosen):
+            chosen[option.unit_id] = option
     for option in sorted(order, key=lambda o: o.saved_ms, reverse=True):
         if _saved(chosen) >= needed_ms:
             break
-        parts = {unit: part for unit, part in chosen.items() if part.whole == option.unit}
+        parts = {unit: part for unit, part in chosen.items() if part.whole == option.unit_id}
         if option.whole in chosen or _saved(parts) >= option.saved_ms:
             continue
-        if option.unit not in chosen or _more(option, chosen[option.unit]):
-            chosen = {unit: other for unit, other in chosen.items() if unit not in parts} | {option.unit: option}
+        if option.unit_id not in chosen or _more(option, chosen[option.unit_id]):
+            chosen = {unit: other for unit, other in chosen.items() if unit not in parts} | {option.unit_id: option}
     return tuple(chosen.values())
 
 

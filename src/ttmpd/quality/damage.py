@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,11 @@ from ttmpd.models.run import call, evaluating
 from ttmpd.models.taps import find_feature_tap, read, tapped
 from ttmpd.models.tokens import answers_until
 from ttmpd.progress import track
-from ttmpd.records import Tap, Unit
+from ttmpd.records import DepthUnit, Tap, Unit
 from ttmpd.surgery.replacements import answering
 from ttmpd.training.losses import soft_label_loss
+
+U = TypeVar("U", bound=Unit)
 
 Replacement = Callable[[Tensor], Tensor]
 """What answers for a unit, given its input."""
@@ -23,9 +25,9 @@ Replacement = Callable[[Tensor], Tensor]
 
 def teacher_tails(
     teacher: nn.Module,
-    units: Sequence[Unit],
+    units: Sequence[U],
     samples: Samples,
-    replacements: Callable[[Unit], Mapping[str, Replacement]],
+    replacements: Callable[[U], Mapping[str, Replacement]],
     *,
     batch_size: int = 64,
     wholes: Sequence[Unit] = (),
@@ -34,11 +36,11 @@ def teacher_tails(
 
     Args:
         teacher: left untouched.
-        units: in the order of the network, all whole ones or all with members.
+        units: in the order of the network; all of them hold their shortcut, or none does.
         samples: on which distances are measured.
         replacements: by name, what may answer for a unit.
         batch_size: samples per forward pass.
-        wholes: larger units of the model, for units with members: those before the one that holds them are skipped.
+        wholes: units that hold their shortcut, for units that are part of one: those before it are skipped.
 
     Returns:
         (unit id, replacement name) -> {"feature": squared change of the final features over their variance,
@@ -73,7 +75,7 @@ def _entries(
     teacher: nn.Module, units: Sequence[Unit], wholes: Sequence[Unit], few: Tensor
 ) -> dict[str, tuple[Unit, Sequence[Unit]]]:
     """Where to enter the network for each unit: unit id -> (the whole unit to begin with, the ones before it)."""
-    if not any(unit.members for unit in units):
+    if all(_hands_on(unit) for unit in units):
         proven = skippable(teacher, units, few)
         return {unit.id: (unit, units[:number]) for number, unit in enumerate(units) if unit.id in proven}
     proven, found = skippable(teacher, wholes, few), {}
@@ -85,6 +87,11 @@ def _entries(
             if known and unit.path.startswith(f"{whole.path}."):
                 found[unit.id] = (whole, wholes[:number])
     return found
+
+
+def _hands_on(unit: Unit) -> bool:
+    """Whether the model goes on with the unit's input once it is dropped."""
+    return isinstance(unit, DepthUnit) and not unit.branch
 
 
 def _following(teacher: nn.Module, wholes: Sequence[Unit], few: Tensor) -> set[int]:

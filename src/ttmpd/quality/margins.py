@@ -18,9 +18,9 @@ NORMS = ("l2", "linf")
 RULES = ("clip", "quantile")
 
 
-def _check_word(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InvalidValueError(f"{name} must be one of {', '.join(known)}, but got {value!r}")
+def _check_word(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidValueError(f"{name} must be one of {', '.join(choices)}, but got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +93,15 @@ def margins(
         raise UnsupportedError("margins must be those of inputs that can change a little, but text cannot")
     device = next(model.parameters()).device
     std = _std(samples).to(device)
-    found = [torch.empty(0)]
+    chunks = [torch.empty(0)]
     starts = range(0, len(samples), batch_size)
     for start in track(starts, "select", len(starts)):
         index = slice(start, start + batch_size)
-        own = None if labels is None else labels[index]
-        found.append(deepfool(model, samples.batch(index, device), search, labels=own, std=std).margin.float().cpu())
-    return torch.cat(found)
+        target = None if labels is None else labels[index]
+        chunks.append(
+            deepfool(model, samples.batch(index, device), search, labels=target, std=std).margin.float().cpu()
+        )
+    return torch.cat(chunks)
 
 
 def _std(samples: Samples) -> Tensor:
@@ -134,11 +136,11 @@ def deepfool(
     scale = torch.ones((), device=batch.device) if std is None else std
     with _differentiated(model):
         logits = _answers(model, batch)
-        own = logits.argmax(-1) if labels is None else labels.to(batch.device).long()
+        target = logits.argmax(-1) if labels is None else labels.to(batch.device).long()
         finite = torch.isfinite(logits).all(-1)
-        walk = _DeepFool(model, batch, own, _rivals(logits, own, search.classes), scale.to(batch.dtype), search)
+        walk = _DeepFool(model, batch, target, _rivals(logits, target, search.classes), scale.to(batch.dtype), search)
         walk.margin[~finite] = math.nan
-        active = (finite & (logits.argmax(-1) == own)).nonzero().squeeze(-1)
+        active = (finite & (logits.argmax(-1) == target)).nonzero().squeeze(-1)
         for _ in range(search.max_iter):
             active = walk.advance(active)
         walk.margin[active] = math.inf
@@ -149,13 +151,13 @@ class _DeepFool:
     """The state of :func:`deepfool`: how far each sample of a batch has come."""
 
     def __init__(
-        self, model: nn.Module, batch: Tensor, own: Tensor, rivals: Tensor, scale: Tensor, search: DeepFoolConfig
+        self, model: nn.Module, batch: Tensor, target: Tensor, rivals: Tensor, scale: Tensor, search: DeepFoolConfig
     ) -> None:
-        self.model, self.batch, self.own = model, batch, own
+        self.model, self.batch, self.target = model, batch, target
         self.rivals, self.scale, self.search = rivals, scale, search
         self.step = torch.zeros_like(batch)
         self.margin = batch.new_zeros(len(batch))
-        self.iterations = torch.zeros_like(own)
+        self.iterations = torch.zeros_like(target)
 
     def advance(self, active: Tensor) -> Tensor:
         """One linearisation for the samples at the given positions; those that have to go on."""
@@ -166,9 +168,9 @@ class _DeepFool:
         self.iterations[active] += 1
         answers = _answers(self.model, self._beyond(active)).argmax(-1)
         # A move of nothing ends on the boundary itself: rounding hides which side is which.
-        crossed = ~lost & ((answers != self.own[active]) | (move.flatten(1) == 0).all(-1))
+        crossed = ~lost & ((answers != self.target[active]) | (move.flatten(1) == 0).all(-1))
         self.margin[active[lost]] = math.inf
-        self.margin[active[crossed]] = _length(self.step[active[crossed]], self.search.norm)
+        self.margin[active[crossed]] = row_norms(self.step[active[crossed]], self.search.norm)
         return active[~(crossed | lost)]
 
     def _beyond(self, active: Tensor) -> Tensor:
@@ -178,7 +180,7 @@ class _DeepFool:
     def _nearest(self, active: Tensor) -> tuple[Tensor, Tensor]:
         """(b, ...) the step to the nearest boundary of the linearised model, and (b,) which samples see none.
 
-        w_k = gradient of (g_k - g_own), f_k = g_k - g_own; the nearest has the least |f_k| / |w_k|, in the dual norm.
+        w_k = gradient of (g_k - g_t), f_k = g_k - g_t; the nearest has the least |f_k| / |w_k|, in the dual norm.
         """
         here = self._beyond(active).detach().requires_grad_()
         gaps, tiny = self._gaps(here, active)
@@ -190,10 +192,10 @@ class _DeepFool:
             distance, way = _to_plane(gaps[:, number].detach(), slope, self.search.norm)
             closer = distance < best  # never for NaN
             best = torch.where(closer, distance, best)
-            move = torch.where(_rows(closer, move), _rows(distance, move) * way, move)
+            move = torch.where(per_row(closer, move), per_row(distance, move) * way, move)
         lost = ~(torch.isfinite(best) & torch.isfinite(move.flatten(1)).all(-1))
         stays = lost | (gaps.detach().amax(-1) >= -tiny)
-        return torch.where(_rows(stays, move), torch.zeros_like(move), move), lost
+        return torch.where(per_row(stays, move), torch.zeros_like(move), move), lost
 
     def _gaps(self, here: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """(b, K) how far each rival's logit lies above the own one, and (b,) what of it may be rounding."""
@@ -203,7 +205,7 @@ class _DeepFool:
                 f"{type(self.model).__name__} must have answers that can be differentiated by its inputs, but has "
                 "none; select by another method than puma"
             )
-        gaps = logits.gather(1, self.rivals[active]) - logits.gather(1, self.own[active, None])
+        gaps = logits.gather(1, self.rivals[active]) - logits.gather(1, self.target[active, None])
         return gaps, 4 * torch.finfo(logits.dtype).eps * logits.detach().abs().amax(-1)
 
 
@@ -221,26 +223,26 @@ def _answers(model: nn.Module, batch: Tensor) -> Tensor:
         return call(model, batch)
 
 
-def _rivals(logits: Tensor, own: Tensor, classes: int) -> Tensor:
+def _rivals(logits: Tensor, target: Tensor, classes: int) -> Tensor:
     """(B, K) the likeliest classes beside each sample's own."""
-    others = torch.nan_to_num(logits).scatter(1, own[:, None], -math.inf)
+    others = torch.nan_to_num(logits).scatter(1, target[:, None], -math.inf)
     return others.topk(min(classes, logits.shape[1]) - 1, dim=1).indices
 
 
 def _to_plane(gap: Tensor, slope: Tensor, norm: str) -> tuple[Tensor, Tensor]:
     """(b,) distances to where gap + slope . r = 0, and (b, ...) the direction of length 1 that leads there."""
-    length = _length(slope, "l2" if norm == "l2" else "l1")
-    return gap.abs() / length, slope / _rows(length, slope) if norm == "l2" else slope.sign()
+    length = row_norms(slope, "l2" if norm == "l2" else "l1")
+    return gap.abs() / length, slope / per_row(length, slope) if norm == "l2" else slope.sign()
 
 
-def _length(steps: Tensor, norm: str) -> Tensor:
+def row_norms(steps: Tensor, norm: str) -> Tensor:
     """(b,) norm of each row: "l2", "linf", or the dual of the latter, "l1"."""
     order = {"l1": 1.0, "l2": 2.0, "linf": math.inf}[norm]
     length: Tensor = torch.linalg.vector_norm(steps.flatten(1), order, dim=1)
     return length
 
 
-def _rows(values: Tensor, like: Tensor) -> Tensor:
+def per_row(values: Tensor, like: Tensor) -> Tensor:
     """(b,) values shaped to multiply rows of ``like``."""
     return values.view(-1, *[1] * (like.dim() - 1))
 
@@ -272,13 +274,15 @@ def radii(
     check_range("eps_min", eps_min, 0.0, eps)
     check_range("kappa", kappa, 0.0)
     check_range("share", share, 0.0, 1.0)
-    known = torch.where(torch.isnan(margin), 0.0, margin)
+    finite_margin = torch.where(torch.isnan(margin), 0.0, margin)
     if rule == "clip":  # 0 x inf is no number
-        return (kappa * known).nan_to_num(nan=0.0, posinf=math.inf).clamp(eps_min, eps)
-    n_low = math.ceil(share * len(known))
+        return (kappa * finite_margin).nan_to_num(nan=0.0, posinf=math.inf).clamp(eps_min, eps)
+    n_low = math.ceil(share * len(finite_margin))
     if not n_low:
-        return torch.full_like(known, eps)
-    limit = known.kthvalue(n_low).values
+        return torch.full_like(finite_margin, eps)
+    limit = finite_margin.kthvalue(n_low).values
     if not bool(torch.isfinite(limit)):  # even these reach no boundary
-        limit = torch.where(torch.isfinite(known), known, 0.0).max()
-    return torch.where(known < limit, eps * known / limit, eps * (known > 0).to(known.dtype)).clamp(max=eps)
+        limit = torch.where(torch.isfinite(finite_margin), finite_margin, 0.0).max()
+    return torch.where(
+        finite_margin < limit, eps * finite_margin / limit, eps * (finite_margin > 0).to(finite_margin.dtype)
+    ).clamp(max=eps)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.models.modules import module_at
-from ttmpd.records import Unit
+from ttmpd.records import WidthUnit
 from ttmpd.repair.least_squares import Moments
 from ttmpd.surgery.layers import columns
 
@@ -97,7 +97,7 @@ def _saliency(inverse: Tensor, weight: Tensor, size: int) -> Tensor:
     return together
 
 
-def narrowed_answer(model: nn.Module, unit: Unit, choice: Choice) -> Callable[[Tensor], Tensor]:
+def narrowed_answer(model: nn.Module, unit: WidthUnit, choice: Choice) -> Callable[[Tensor], Tensor]:
     """What the layer at ``unit.path`` answers to all its inputs once only the kept members speak."""
     index, layer = columns(model, unit, choice.kept), module_at(model, unit.path)
     weight, bias = choice.weight, choice.bias

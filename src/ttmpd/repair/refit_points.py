@@ -18,7 +18,7 @@ from ttmpd.models.modules import clone, common_path, hooks, module_at
 from ttmpd.models.run import first_tensor
 from ttmpd.models.taps import find_head
 from ttmpd.models.trace import trace
-from ttmpd.records import Layout, Removal
+from ttmpd.records import DepthUnit, Layout, Removal, WidthUnit
 from ttmpd.surgery.cut import cut
 from ttmpd.surgery.dataflow import ADDING, Layer, layers_of
 from ttmpd.surgery.layers import is_convolution, is_layer, matrix_of, set_matrix
@@ -84,9 +84,15 @@ def find_sites(
         behind: all layers behind the first removal but the one that gives the logits; else the stand-ins and the layers
             that read the members of narrowed units alone.
     """
-    stand_ins = {_stand_in_path(student, removal): removal for removal in removals if removal.action == "linear"}
-    readers = {removal.unit.path: removal for removal in removals if removal.action == "narrow"}
-    starts = {path for removal in removals for path in (removal.unit.path, *removal.unit.feeders)}
+    stand_ins = {
+        _stand_in_path(student, removal): removal.unit
+        for removal in removals
+        if removal.action == "linear" and isinstance(removal.unit, DepthUnit)
+    }
+    readers = {
+        path: removal for removal in removals if isinstance(removal.unit, WidthUnit) for path in removal.unit.consumers
+    }
+    starts = {path for removal in removals for path in removal.unit.paths}
     calls = trace(student, batch).order
     first = next((i for i, path in enumerate(calls) if path in starts), len(calls))
     known, head = layers_of(teacher, batch), find_head(student, batch)
@@ -94,7 +100,7 @@ def find_sites(
     sites = []
     for path in calls[first:]:
         if path in stand_ins:
-            unit = stand_ins[path].unit
+            unit = stand_ins[path]
             sites.append(Site(path, unit.path, unit.shape, unit.layout, activation=unit.activation))
         elif path in wanted and matrix_of(module_at(student, path)).shape[1] <= MOST_INPUTS:
             sites.append(_site(student, known[path], len(readers[path].kept) if path in readers else 0))
@@ -122,7 +128,7 @@ def _with_kept(teacher: nn.Module, removals: Sequence[Removal], sites: Sequence[
 
     Each row of a copy's matrices is filled with its number, and the copy is cut like the student.
     """
-    narrowed = {path for removal in removals if removal.action == "narrow" for path in removal.unit.feeders}
+    narrowed = {path for removal in removals if isinstance(removal.unit, WidthUnit) for path in removal.unit.producers}
     if not any(site.layer in narrowed for site in sites):
         return list(sites)
     numbered = clone(teacher)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.method import Method
-from ttmpd.records import ACTIONS, Action, Removal, Repair, Score, Unit
+from ttmpd.records import ACTIONS, Action, DepthUnit, Removal, Repair, Scope, Score, Unit, WidthUnit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,18 +29,33 @@ class Job:
         """Where the teacher is."""
         return next(self.teacher.parameters()).device
 
+    @property
+    def depth_units(self) -> list[DepthUnit]:
+        """Those of the units that go as a whole."""
+        return [unit for unit in self.units if isinstance(unit, DepthUnit)]
+
+    @property
+    def width_units(self) -> list[WidthUnit]:
+        """Those of the units that go member by member."""
+        return [unit for unit in self.units if isinstance(unit, WidthUnit)]
+
 
 class Scorer(Method, abc.ABC):
     """Predicts, for every unit and action, how much the removal would hurt after recovery; higher hurts more."""
 
     actions: ClassVar[tuple[Action, ...]] = ("drop",)
     """The actions it tells apart. A planner offers no others."""
-    kinds: ClassVar[tuple[str, ...]] = ("block",)
-    """The kinds of units that it can judge; ``narrowed`` gives the scores of those that go member by member."""
+    scopes: ClassVar[tuple[Scope, ...]] = ("depth",)
+    """Whether it judges units that go as a whole, member by member (see :func:`narrowed`), or both."""
     repair: ClassVar[Repair] = "behind"
     """What is fitted again in the students of its plans, see :func:`ttmpd.repair.sequential.repaired`."""
     judges_plans: ClassVar[bool] = False
     """Whether :meth:`of_plan` says what a plan as a whole would do; else the harms of its removals are added up."""
+
+    def can_judge(self, model: nn.Module, unit: Unit) -> bool:
+        """Whether the method can treat this unit of the model; others are not offered to a planner."""
+        del model
+        return ("width" if isinstance(unit, WidthUnit) else "depth") in self.scopes
 
     def score(
         self,
@@ -81,7 +96,7 @@ class Scorer(Method, abc.ABC):
         """The scores of :meth:`score`."""
 
 
-def narrowed(unit: Unit, importance: Tensor) -> Iterable[Score]:
+def narrowed(unit: WidthUnit, importance: Tensor) -> Iterable[Score]:
     """One score per width: the most important members stay, the harm is the sum over the others.
 
     Args:

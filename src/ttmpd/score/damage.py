@@ -1,5 +1,6 @@
 """Raw damage: how far the final features move when a unit is dropped, with nothing repaired."""
 
+import functools
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -7,6 +8,7 @@ from ttmpd.method import check_fields
 from ttmpd.quality.damage import distances, teacher_tails
 from ttmpd.records import Score
 from ttmpd.score.base import Job, Scorer
+from ttmpd.surgery.replacements import dropped
 
 
 class Damage(Scorer):
@@ -25,7 +27,16 @@ class Damage(Scorer):
         Cost: one teacher pass and one run of the layers behind each unit, over at most ``max_samples`` samples.
         """
         few = job.samples.first(self.max_samples)
-        found = teacher_tails(job.teacher, job.units, few, lambda _: {"drop": lambda x: x}, batch_size=job.batch_size)
-        for unit in job.units:
-            parts = found[unit.id, "drop"]
-            yield Score(unit.id, "drop", distances(parts), parts)
+        holders = [unit for unit in job.depth_units if not unit.branch]
+        for units in (holders, [unit for unit in job.depth_units if unit.branch]):
+            damages = teacher_tails(
+                job.teacher,
+                units,
+                few,
+                lambda unit: {"drop": functools.partial(dropped, unit)},
+                batch_size=job.batch_size,
+                wholes=holders,
+            )
+            for unit in units:
+                parts = damages[unit.id, "drop"]
+                yield Score(unit.id, "drop", distances(parts), parts)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_fields
@@ -12,9 +12,9 @@ from ttmpd.models.modules import module_at
 from ttmpd.models.run import evaluating
 from ttmpd.models.taps import read
 from ttmpd.progress import track
-from ttmpd.records import Action, Repair, Score, Tap, Unit
+from ttmpd.records import Action, Repair, Scope, Score, Tap, Unit, WidthUnit
 from ttmpd.score.base import Job, Scorer, narrowed
-from ttmpd.surgery.layers import matrix_of
+from ttmpd.surgery.layers import is_layer, matrix_of
 
 _TINY = 1e-30
 
@@ -32,7 +32,7 @@ class KCM(Scorer):
         "instead of one by one, and heads are scored too, all columns of one as a point"
     )
     actions: ClassVar[tuple[Action, ...]] = ()
-    kinds: ClassVar[tuple[str, ...]] = ("head", "neuron")
+    scopes: ClassVar[tuple[Scope, ...]] = ("width",)
     repair: ClassVar[Repair] = "rescaled"
     sigma: float = 1.0
     """Width of the Gaussian kernel; 0 takes the median distance of the rows over the root of two, for rows whose norms
@@ -48,16 +48,20 @@ class KCM(Scorer):
         if self.parts not in ("r2d2", "r2", "d2"):
             raise InvalidValueError(f"kcm.parts must be r2d2, r2 or d2, but got {self.parts!r}")
 
+    def can_judge(self, model: nn.Module, unit: Unit) -> bool:
+        """Members that a matrix reads at every position: its rows are the points that represent each other."""
+        return super().can_judge(model, unit) and is_layer(module_at(model, unit.path))
+
     def scores(self, job: Job) -> Iterable[Score]:
         """One score per width: the most important members stay, the harm is the sum of the others.
 
         Cost: one teacher pass; a few products of (members x members) matrices per layer.
         """
         norms = activity(job) if "d2" in self.parts else {}
-        for unit in track(job.units, "kcm", len(job.units)):
-            importance = torch.ones(unit.members)
+        for unit in track(job.width_units, "kcm", len(job.units)):
+            importance = torch.ones(unit.n_members)
             if "r2" in self.parts:
-                points = matrix_of(module_at(job.teacher, unit.path)).detach().T.reshape(unit.members, -1)
+                points = matrix_of(module_at(job.teacher, unit.path)).detach().T.reshape(unit.n_members, -1)
                 importance = importance * scaled(representative(points, self.sigma, self.alpha, self.max_iterations))
             if "d2" in self.parts:
                 importance = importance * scaled(norms[unit.id])
@@ -99,23 +103,23 @@ def _median(squares: Tensor) -> float:
 
 def activity(job: Job) -> dict[str, Tensor]:
     """Unit id -> (members,) norm of what each member says, over the tokens of a batch, averaged over batches."""
-    taps = {unit.id: Tap(unit.path, "input") for unit in job.units}
-    sums = {unit.id: torch.zeros(unit.members, dtype=torch.float64) for unit in job.units}
+    taps = {unit.id: Tap(unit.path, "input") for unit in job.width_units}
+    sums = {unit.id: torch.zeros(unit.n_members, dtype=torch.float64) for unit in job.width_units}
     n_batches = -(-len(job.samples) // job.batch_size)
     with evaluating(job.teacher):
         for batch in track(job.samples.batches(job.batch_size, job.device), "activity", n_batches):
             seen = read(job.teacher, batch, taps)
-            for unit in job.units:
+            for unit in job.width_units:
                 sums[unit.id] += _norms(seen[unit.id], unit, job.samples.kept(batch)).cpu()
     return {name: (total / max(1, n_batches)).float() for name, total in sums.items()}
 
 
-def _norms(given: Tensor, unit: Unit, kept: Tensor | None) -> Tensor:
+def _norms(given: Tensor, unit: WidthUnit, kept: Tensor | None) -> Tensor:
     given = given.flatten(2).transpose(1, 2) if unit.layout == "channels_first" else given
     rows = given.flatten(0, -2).double()
     if kept is not None and kept.numel() == len(rows):
         rows = rows[kept.flatten()]  # padding says nothing
-    return rows.square().sum(0).view(unit.members, -1).sum(1).sqrt()
+    return rows.square().sum(0).view(unit.n_members, -1).sum(1).sqrt()
 
 
 def scaled(values: Tensor) -> Tensor:

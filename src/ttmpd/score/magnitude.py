@@ -1,12 +1,12 @@
 """Small weights hurt little: the oldest criterion."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from torch import nn
 
 from ttmpd.models.modules import module_at
-from ttmpd.records import Score
+from ttmpd.records import Scope, Score, WidthUnit
 from ttmpd.score.base import Job, Scorer, narrowed
 from ttmpd.surgery.layers import matrix_of
 
@@ -16,7 +16,7 @@ class Magnitude(Scorer):
 
     source: ClassVar[str] = "L1 norm of weights (Li et al., 2017, arXiv 1608.08710), averaged over a block"
 
-    kinds: ClassVar[tuple[str, ...]] = ("block", "head", "neuron", "channel")
+    scopes: ClassVar[tuple[Scope, ...]] = ("depth", "width")
 
     def scores(self, job: Job) -> Iterable[Score]:
         """The mean absolute value of all weights with two or more axes; of all weights where there are none.
@@ -25,16 +25,18 @@ class Magnitude(Scorer):
         """
         for unit in job.units:
             module = module_at(job.teacher, unit.path)
-            if unit.members:
-                parts = matrix_of(module).detach().view(-1, unit.members, matrix_of(module).shape[1] // unit.members)
+            if isinstance(unit, WidthUnit):
+                parts = (
+                    matrix_of(module).detach().view(-1, unit.n_members, matrix_of(module).shape[1] // unit.n_members)
+                )
                 norms = parts.square().sum((0, 2)).sqrt()
                 yield from narrowed(unit, norms / norms.mean().clamp_min(1e-12))
             else:
-                yield Score(unit.id, "drop", _mean_magnitude(module))
+                yield Score(unit.id, "drop", _mean_magnitude([module_at(job.teacher, path) for path in unit.paths]))
 
 
-def _mean_magnitude(module: nn.Module) -> float:
-    weights = [p.detach() for p in module.parameters()]
+def _mean_magnitude(modules: Sequence[nn.Module]) -> float:
+    weights = [p.detach() for module in modules for p in module.parameters()]
     matrices = [p for p in weights if p.dim() >= 2] or weights
     total = sum(float(p.abs().sum()) for p in matrices)
     return total / max(1, sum(p.numel() for p in matrices))

@@ -15,7 +15,7 @@ from ttmpd.models.run import evaluating
 from ttmpd.models.taps import find_feature_tap, read
 from ttmpd.models.trace import trace
 from ttmpd.progress import track
-from ttmpd.records import Removal, Repair, Score, Tap, Unit
+from ttmpd.records import DepthUnit, Removal, Repair, Score, Tap, Unit
 from ttmpd.score.base import Job, Scorer
 from ttmpd.surgery.cut import build
 from ttmpd.training.loop import Loop, Schedule, batch_order, train
@@ -36,6 +36,10 @@ class Practise(Scorer):
 
     def __post_init__(self) -> None:
         check_fields(self, steps=0, train_batch=1)
+
+    def can_judge(self, model: nn.Module, unit: Unit) -> bool:
+        """Blocks that hold their shortcut: adaptors stand around them."""
+        return super().can_judge(model, unit) and isinstance(unit, DepthUnit) and not unit.branch
 
     def scores(self, job: Job) -> Iterable[Score]:
         """One score per unit for "drop": the mean squared error that remains.

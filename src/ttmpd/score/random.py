@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from ttmpd.records import Score
+from ttmpd.records import Scope, Score, WidthUnit
 from ttmpd.score.base import Job, Scorer, narrowed
 
 
@@ -15,13 +15,13 @@ class Random(Scorer):
 
     source: ClassVar[str] = "control"
 
-    kinds: ClassVar[tuple[str, ...]] = ("block", "head", "neuron", "channel")
+    scopes: ClassVar[tuple[Scope, ...]] = ("depth", "width")
 
     def scores(self, job: Job) -> Iterable[Score]:
         """A harm from 0 to 1 per unit, or per head or neuron, by seed."""
         draw = Generator(job.seed)
         for unit in job.units:
-            if unit.members:
-                yield from narrowed(unit, torch.tensor([draw.random() for _ in range(unit.members)]))
+            if isinstance(unit, WidthUnit):
+                yield from narrowed(unit, torch.tensor([draw.random() for _ in range(unit.n_members)]))
             else:
                 yield Score(unit.id, "drop", draw.random())

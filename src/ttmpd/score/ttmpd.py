@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.method import check_fields
@@ -15,7 +16,7 @@ from ttmpd.models.run import evaluating
 from ttmpd.models.taps import read
 from ttmpd.progress import track
 from ttmpd.quality.damage import Replacement, distances, student_distances, teacher_tails
-from ttmpd.records import Action, Removal, Score, Tap, Unit
+from ttmpd.records import Action, DepthUnit, Removal, Scope, Score, Tap, Unit, WidthUnit
 from ttmpd.repair.least_squares import Moments
 from ttmpd.repair.linear import NormalEquations
 from ttmpd.repair.obs import Choice, choices, narrowed_answer
@@ -24,7 +25,7 @@ from ttmpd.repair.sequential import repaired
 from ttmpd.repair.unfold import input_rows, rows
 from ttmpd.score.base import Job, Scorer
 from ttmpd.surgery.layers import bias_of, is_convolution, matrix_of
-from ttmpd.surgery.replacements import LinearMap
+from ttmpd.surgery.replacements import LinearMap, dropped
 
 
 class TTMPD(Scorer):
@@ -46,7 +47,7 @@ class TTMPD(Scorer):
     needs: ClassVar[tuple[str, ...]] = ("gradients",)
     actions: ClassVar[tuple[Action, ...]] = ("drop", "linear")
     judges_plans: ClassVar[bool] = True
-    kinds: ClassVar[tuple[str, ...]] = ("block", "head", "neuron", "channel")
+    scopes: ClassVar[tuple[Scope, ...]] = ("depth", "width")
     ridge: float = 1e-3
     """Relative to the mean diagonal of the normal equations."""
     max_samples: int = 256
@@ -72,15 +73,18 @@ class TTMPD(Scorer):
                      sensitivity=(0.0, 1.0),                     channels=0.0)  # fmt: skip
 
     def scores(self, job: Job) -> Iterable[Score]:
-        """Scores for "drop" and for the stand-in of every whole unit, and for each width of those with members.
+        """Scores for "drop" and "linear" of every block, "drop" of every branch of one, and every width of members.
 
-        Cost: one batch with gradients and two teacher passes; two runs of the layers behind each unit, up to three
-        behind the whole that holds the members, and for these a factorisation of their second moments.
+        Cost: one batch with gradients and three teacher passes; two runs of the layers behind each block, one behind
+        the block that holds a branch, two behind the one that holds members, and for these a factorisation of their
+        second moments.
         """
-        wholes = [unit for unit in job.units if not unit.members]
-        yield from self._of_wholes(dataclasses.replace(job, units=wholes)) if wholes else ()
-        for units in _in_memory([unit for unit in job.units if unit.members], job.teacher):
-            yield from self._of_members(dataclasses.replace(job, units=units), wholes)
+        blocks = [unit for unit in job.depth_units if not unit.branch]
+        yield from self._of_blocks(dataclasses.replace(job, units=blocks)) if blocks else ()
+        branches = [unit for unit in job.depth_units if unit.branch]
+        yield from self._of_branches(dataclasses.replace(job, units=branches), blocks) if branches else ()
+        for units in _in_memory(job.width_units, job.teacher):
+            yield from self._of_members(dataclasses.replace(job, units=units), blocks)
 
     def of_plan(self, job: Job, removals: Sequence[Removal]) -> float:
         """Repaired damage of a whole plan, every layer behind it fitted, on samples that no layer was fitted to.
@@ -93,7 +97,7 @@ class TTMPD(Scorer):
         unseen = job.samples.subset(others) if others else fitted
         return distances(student_distances(job.teacher, student, unseen, job.batch_size))
 
-    def _of_wholes(self, job: Job) -> Iterable[Score]:
+    def _of_blocks(self, job: Job) -> Iterable[Score]:
         fits = fit_stand_ins(
             job.teacher,
             job.units,
@@ -104,11 +108,11 @@ class TTMPD(Scorer):
             job.seed,
         )
 
-        def replacements(unit: Unit) -> dict[str, Replacement]:
+        def replacements(unit: DepthUnit) -> dict[str, Replacement]:
             return {"drop": lambda x: x, "linear": functools.partial(fits[unit.id], unit)}
 
         few = job.samples.first(self.tail_samples)
-        found = teacher_tails(job.teacher, job.units, few, replacements, batch_size=job.batch_size)
+        found = teacher_tails(job.teacher, job.depth_units, few, replacements, batch_size=job.batch_size)
         for unit in job.units:
             damage, repaired = distances(found[unit.id, "drop"]), distances(found[unit.id, "linear"])
             parts = {
@@ -120,25 +124,39 @@ class TTMPD(Scorer):
             yield Score(unit.id, "drop", repaired + self.drop_share * max(0.0, damage - repaired), parts)
             yield Score(unit.id, "linear", repaired, parts)
 
+    def _of_branches(self, job: Job, blocks: Sequence[Unit]) -> Iterable[Score]:
+        """Damage of every branch that always adds its mean: as much as the biases of later layers can make up for."""
+        means = branch_means(job, job.samples.first(self.max_samples))
+        damages = teacher_tails(
+            job.teacher,
+            job.units,
+            job.samples.first(self.tail_samples),
+            lambda unit: {"mean": lambda x: dropped(unit, x) + means[unit.id].to(x)},
+            batch_size=job.batch_size,
+            wholes=blocks,
+        )
+        for unit in job.units:
+            yield Score(unit.id, "drop", distances(damages[unit.id, "mean"]))
+
     def _of_members(self, job: Job, wholes: Sequence[Unit]) -> Iterable[Score]:
-        """Repaired damage of every width: measured at three of them, on the lines through these for the others."""
+        """Repaired damage of every width: measured at the outer ones, on the line through these for the others."""
         moments = member_moments(job, job.samples.first(self.max_samples), self.sensitivity)
         found: dict[str, list[Choice]] = {}
-        for unit in job.units:
+        for unit in job.width_units:
             layer = module_at(job.teacher, unit.path)
             matrix, bias = matrix_of(layer).detach(), bias_of(layer)
-            found[unit.id] = choices(moments.pop(unit.id), matrix, bias, unit.members, unit.widths, self.ridge)
+            found[unit.id] = choices(moments.pop(unit.id), matrix, bias, unit.n_members, unit.widths, self.ridge)
 
-        def replacements(unit: Unit) -> dict[str, Replacement]:
+        def replacements(unit: WidthUnit) -> dict[str, Replacement]:
             return {
                 str(len(choice.kept)): narrowed_answer(job.teacher, unit, choice)
                 for choice in _measured(found[unit.id])
             }
 
         few = job.samples.first(self.tail_samples)
-        moved = teacher_tails(job.teacher, job.units, few, replacements, batch_size=job.batch_size, wholes=wholes)
+        moved = teacher_tails(job.teacher, job.width_units, few, replacements, batch_size=job.batch_size, wholes=wholes)
         trains_well = has_batch_norm(job.teacher)
-        for unit in job.units:
+        for unit in job.width_units:
             convolution = is_convolution(module_at(job.teacher, unit.path))
             times = self.channels if convolution and trains_well else 1.0
             points = [(c.error, distances(moved[unit.id, str(len(c.kept))])) for c in _measured(found[unit.id])]
@@ -148,19 +166,34 @@ class TTMPD(Scorer):
                 yield Score(unit.id, "narrow", times * harm, {"lost": choice.error}, choice.kept)
 
 
-def _measured(found: Sequence[Choice]) -> list[Choice]:
-    """The outer widths, and the last one that keeps anything: without any member much more is lost."""
-    some = [choice for choice in found if choice.kept]
-    return list({len(choice.kept): choice for choice in (*some[:1], *some[-1:], found[-1])}.values())
+def _measured(choices: Sequence[Choice]) -> list[Choice]:
+    """The outer widths."""
+    return list({len(choice.kept): choice for choice in (choices[0], choices[-1])}.values())
+
+
+def branch_means(job: Job, samples: Samples) -> dict[str, Tensor]:
+    """Unit id -> the mean of what a branch answers, one value a channel, over samples and positions."""
+    taps = {unit.id: Tap(unit.path, "output") for unit in job.units}
+    sums = {unit.id: torch.zeros(unit.channels, dtype=torch.float64) for unit in job.units}
+    with evaluating(job.teacher):
+        for batch in samples.batches(job.batch_size, job.device):
+            outputs = read(job.teacher, batch, taps)
+            for unit in job.units:
+                first = unit.layout == "channels_first"
+                value = outputs[unit.id].movedim(1, -1) if first else outputs[unit.id]
+                sums[unit.id] += value.flatten(0, -2).double().mean(0).cpu() * len(batch)
+    shapes = {unit.id: (-1, *[1] * (len(unit.shape) - 1)) if unit.layout == "channels_first" else (-1,)
+              for unit in job.units}  # fmt: skip
+    return {name: (total / len(samples)).float().view(shapes[name]) for name, total in sums.items()}
 
 
 MAX_MOMENTS = 64 * 2**20
 """Values of second moments that are held at once: 512 MiB in double precision."""
 
 
-def _in_memory(units: Sequence[Unit], teacher: nn.Module) -> Iterator[Sequence[Unit]]:
+def _in_memory(units: Sequence[WidthUnit], teacher: nn.Module) -> Iterator[Sequence[WidthUnit]]:
     """The units in groups whose second moments fit into memory together."""
-    group: list[Unit] = []
+    group: list[WidthUnit] = []
     total = 0
     for unit in units:
         n_inputs = matrix_of(module_at(teacher, unit.path)).shape[1]

@@ -16,6 +16,8 @@ from ttmpd.models.taps import find_feature_tap, tapped
 from ttmpd.models.tokens import answered
 from ttmpd.progress import track
 from ttmpd.records import Tap
+from ttmpd.tasks.base import OneOf, Task
+from ttmpd.training.task import task_of
 
 
 class Selector(Method, abc.ABC):
@@ -60,6 +62,8 @@ class Selector(Method, abc.ABC):
                 f"a selector must have one answer per sample, but {type(teacher).__name__} answers each token; "
                 "use random"
             )
+        if self.looks:
+            _check_task(task_of(teacher))
         return tuple(sorted(self.choose(teacher, pool, n, labels, batch_size=batch_size, seed=seed)))
 
     @abc.abstractmethod
@@ -67,6 +71,15 @@ class Selector(Method, abc.ABC):
         self, teacher: nn.Module, pool: Samples, n: int, labels: Tensor | None, *, batch_size: int, seed: int
     ) -> Iterable[int]:
         """``n`` different positions in any order; ``n`` is less than the pool holds. Arguments as :meth:`select`."""
+
+
+def _check_task(task: Task) -> None:
+    """Raise :class:`UnsupportedError` unless there is one row of class scores per sample."""
+    if not (isinstance(task, OneOf) and task.each == "sample" and len(task.widths) < 2):
+        raise UnsupportedError(
+            "a selector must have one row of class scores per sample, but the task is "
+            f"{task.name}{' of several parts' if len(task.widths) > 1 else ''}; use random"
+        )
 
 
 def highest(values: Tensor, n: int) -> list[int]:

@@ -226,7 +226,7 @@ class ServiceController:
         _log.info("%s", event)
 
     def state(self) -> dict[str, Any]:
-        """What is going on, as plain data; from any thread."""
+        """The state of the service as plain data; may be called from any thread."""
         job, reservoir, acceptance = self._job, self.reservoir, self._acceptance
         return {
             "phase": self.phase,

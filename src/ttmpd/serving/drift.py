@@ -1,4 +1,4 @@
-"""Whether answers still look like those of a reference: rank tests on a moving window, with known false alarms."""
+"""Drift of a model's answers away from a reference: rank tests on a moving window, with known false alarms."""
 
 import math
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class DriftTest:
 
     @property
     def alarm(self) -> bool:
-        """Whether the statistic exceeds the threshold."""
+        """True when the statistic exceeds the threshold."""
         return self.statistic > self.threshold
 
 

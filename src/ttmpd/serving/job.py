@@ -63,7 +63,7 @@ class CompressionJob:
 
     @property
     def waiting(self) -> bool:
-        """Whether a worker died and the next one has not been started yet."""
+        """True while a worker died and the next one has not been started yet."""
         return self._next_try is not None
 
     @property
@@ -81,11 +81,11 @@ class CompressionJob:
             self._worker = FailedStart(cause(error))
 
     def progress(self) -> Progress:
-        """What the worker is at."""
+        """The stage that the worker is in, and its steps."""
         return self._worker.progress()
 
     def outcome(self) -> Outcome | None:
-        """How the job ended; None while it goes on. A worker that died is replaced when its time has come."""
+        """The end of the job; None while it runs. A worker that died is replaced when its time has come."""
         if self._next_try is not None:
             if self._clock() >= self._next_try:
                 self._start()

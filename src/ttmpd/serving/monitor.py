@@ -62,7 +62,7 @@ class AnswerMonitor:
         self._inbox.clear()
 
     def moved(self) -> str:
-        """How the answers moved away from the reference; "" while they did not."""
+        """Test the new answers for drift: a sentence that says what moved, or "" when nothing did."""
         for _ in range(len(self._inbox)):  # what comes meanwhile waits, so that fast callers cannot hold this up
             number, logits = self._inbox.popleft()
             if self._drift is not None and number == self._number:
@@ -75,7 +75,7 @@ class AnswerMonitor:
         return f"the data moved: {test.signal} by {test.statistic:.1f} standard errors"
 
     def disagreement(self, student: nn.Module, teacher: nn.Module) -> str:
-        """Whether a student that serves no longer answers like the teacher; asked about a share of the samples only."""
+        """A sentence that says so when student and teacher no longer agree on a share of the samples; else ""."""
         if self._n_since * self.policy.shadow < self.recent.capacity:
             return ""
         shadow = self.compare(student, teacher)
@@ -104,7 +104,7 @@ class AnswerMonitor:
         return max(candidates, key=lambda served: float(mutual_information(logits_on(served.module, rows))))
 
     def state(self) -> dict[str, Any]:
-        """What was found, as plain data."""
+        """The last drift test and the last comparison with the teacher, as plain data."""
         test, drift, shadow = self._test, self._drift, self._shadow
         return {
             "drift": {

@@ -1,4 +1,4 @@
-"""What a request brings, as a batch: images, a .npy array or JSON; nothing is unpickled and no path is read."""
+"""Decode the body of a request to a batch: images, a .npy array or JSON; nothing is unpickled and no path is read."""
 
 import io
 import json
@@ -25,7 +25,7 @@ _MOST_AXES = 32  # that every version of NumPy can hold
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a request may ask for.
+    """Limits of a request.
 
     Args:
         max_bytes: of the body; no more than this is read.

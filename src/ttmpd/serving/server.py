@@ -11,6 +11,7 @@ import anyio
 import torch
 import uvicorn
 from anyio.to_thread import run_sync
+from python_multipart.exceptions import FormParserError
 from starlette.applications import Starlette
 from starlette.datastructures import QueryParams, UploadFile
 from starlette.exceptions import HTTPException
@@ -91,7 +92,7 @@ def _predict_route(service: OnlineService, limits: Limits, metrics: Metrics) -> 
 
 
 def _query(parameters: QueryParams) -> tuple[int, bool]:
-    """How many classes an answer lists, and whether it holds the scores."""
+    """Read the query: the number of classes that an answer lists, and true when it holds the scores."""
     top, scores = parameters.get("top", "5"), parameters.get("scores", "true").lower()
     if not (top.isascii() and top.isdigit() and len(top) < 9 and 1 <= int(top) <= MAX_TOP):
         raise HTTPException(422, f"query.top must be a whole number from 1 to {MAX_TOP}; correct the query")
@@ -121,11 +122,12 @@ async def _files(request: Request, limits: Limits) -> list[bytes]:
     try:
         async with request.form(max_files=limits.max_batch, max_fields=8) as form:
             return [await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)]
-    except HTTPException as error:  # of the parser, or of the gate
-        if error.status_code != 400:
+    except (HTTPException, FormParserError) as error:  # of Starlette or of the gate; of the parser, which some hand on
+        if isinstance(error, HTTPException) and error.status_code != 400:
             raise
+        reason = error.detail if isinstance(error, HTTPException) else error
         rule = f"a form must be whole and hold at most {limits.max_batch} files"
-        raise HTTPException(422, f"{rule}, but: {error.detail}; send several") from error
+        raise HTTPException(422, f"{rule}, but: {reason}; send several") from error
 
 
 def _answer(
@@ -214,7 +216,7 @@ async def _unexpected(_: Request, __: Exception) -> JSONResponse:  # it is raise
 
 
 def _problem(status: int, message: str, headers: Any = None) -> JSONResponse:
-    """What is wrong and what to do next, as JSON; every error is answered so."""
+    """The answer to any error: JSON of what is wrong and what to do next."""
     error, _, step = message.rpartition("; ")
     steps = {404: "GET /state, /report, /health, /metrics or POST /predict", 405: "POST /predict, GET everything else"}
     plain = {"error": error or message, "next": step if error else steps.get(status, f"send {TYPES}")}

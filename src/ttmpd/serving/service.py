@@ -46,7 +46,7 @@ _log = logging.getLogger("ttmpd")
 
 
 class Answer(NamedTuple):
-    """What a model gave for a batch, and which one: ``by`` is "source", "teacher" or "student"."""
+    """The output of a model for a batch, and the model's name: ``by`` is "source", "teacher" or "student"."""
 
     output: Any
     by: str
@@ -151,7 +151,7 @@ class OnlineService:
     # -------------------------------------------------------------------------------------------------------- answering
 
     def __call__(self, x: Any) -> Any:
-        """What the model in service gives for ``x``, as it gives it.
+        """Run the model in service on ``x`` and return its output unchanged.
 
         Args:
             x: a batch in the form that the module takes, (B, ...), already prepared.
@@ -159,7 +159,7 @@ class OnlineService:
         return self.answer(x).output
 
     def answer(self, x: Any) -> Answer:
-        """What the model in service gives for ``x``, and which model that was.
+        """Run the model in service on ``x``; return its output and the model's name.
 
         What goes wrong in the model is raised here, and to nobody else. Samples that are not finite are answered and
         not collected.

@@ -38,7 +38,7 @@ TEACHER, STUDENT, STATUS, LOG = "teacher.safetensors", "student", "status.json",
 TELL_EVERY = 0.2
 """Seconds between two notes of progress."""
 STOP_SECONDS = 3.0
-"""How long a worker that was asked to end may take before it is killed, or left alone if it is a thread."""
+"""Seconds that a worker has to end when it is asked to; then a process is killed and a thread is left alone."""
 
 Kind = Literal["process", "thread"]
 
@@ -68,7 +68,7 @@ class JobInputs:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a worker ended.
+    """The end of a worker.
 
     Args:
         error: "" when the artifact is there.
@@ -83,7 +83,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a worker is at: ``done`` of ``total`` steps of a stage."""
+    """Progress of a worker: ``done`` of ``total`` steps of a stage."""
 
     stage: str = ""
     done: int = 0
@@ -98,10 +98,10 @@ class Worker(Protocol):
         """Where it works: "process" or "thread"."""
 
     def progress(self) -> Progress:
-        """What it is at."""
+        """The stage that it is in, and its steps."""
 
     def outcome(self) -> Outcome | None:
-        """How it ended; None while it runs."""
+        """Its end; None while it runs."""
 
     def stop(self) -> None:
         """End it, whatever it is doing; may be called again."""
@@ -156,7 +156,7 @@ def run_job(inputs: JobInputs, tell: Watcher) -> None:
 
 
 def outcome_of(error: Exception) -> Outcome:
-    """What an error of :func:`run_job` means for another try."""
+    """The outcome that an error of :func:`run_job` stands for: may another try go better?"""
     hopeless = isinstance(error, TTMPDError)  # stated rules: the same samples break them again
     return Outcome(str(error) if hopeless else f"the background job failed: {cause(error)}", retryable=not hopeless)
 
@@ -208,12 +208,12 @@ class ProcessWorker:
         return None if self._process is None else self._process.pid
 
     def progress(self) -> Progress:
-        """What it told last."""
+        """The progress in its status file."""
         status = _status(self.folder)
         return Progress(**{key: status[key] for key in ("stage", "done", "total")}) if "stage" in status else Progress()
 
     def outcome(self) -> Outcome | None:
-        """How it ended; None while it runs."""
+        """Its end; None while it runs."""
         if self._process is None:
             return self._broken
         code = self._process.poll()
@@ -265,7 +265,7 @@ process_main(head, inputs, sys.argv[3])
 
 
 def process_main(head: bytes, sent: bytes, place: str) -> None:
-    """What the process does; ``head`` and ``sent`` are from the service that started it, and from nowhere else."""
+    """Main function of the process; ``head`` and ``sent`` are from the service that started it alone."""
     with contextlib.suppress(ValueError, OSError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the service is interrupted, and ends this process
     folder = Path(place)
@@ -355,11 +355,11 @@ class ThreadWorker:
         self._progress = Progress(stage, done, total)
 
     def progress(self) -> Progress:
-        """What it is at."""
+        """The stage that it is in, and its steps."""
         return self._progress
 
     def outcome(self) -> Outcome | None:
-        """How it ended; None while it runs."""
+        """Its end; None while it runs."""
         return self._outcome
 
     def stop(self) -> None:

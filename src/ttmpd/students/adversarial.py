@@ -11,7 +11,7 @@ from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.method import check_range
 from ttmpd.models.run import call, evaluating
-from ttmpd.quality.margins import NORMS, RULES
+from ttmpd.quality.margins import NORMS, RULES, per_row, row_norms
 from ttmpd.training.losses import soft_label_loss
 
 LOSSES = ("trades", "pgd")
@@ -19,7 +19,7 @@ LOSSES = ("trades", "pgd")
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """How samples are attacked while a student learns.
+    """An attack on samples while a student learns.
 
     Args:
         eps: the largest radius, in pixel units (0..1); for floating inputs in the units of these.
@@ -52,7 +52,7 @@ class Attack:
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """What a model's inputs are in pixels: mean + std x input, from ``low`` to ``high``; broadcasts over a batch."""
+    """Scale from inputs to pixels: mean + std x input, from ``low`` to ``high``; broadcasts over a batch."""
 
     mean: Tensor
     std: Tensor
@@ -189,5 +189,4 @@ def _within(step: Tensor, size: Tensor, room: tuple[Tensor, Tensor], norm: str) 
 
 def _lengths(steps: Tensor) -> Tensor:
     """Euclidean length of each sample's step, shaped to broadcast over the batch."""
-    length: Tensor = torch.linalg.vector_norm(steps.flatten(1), dim=1)
-    return length.view(-1, *[1] * (steps.dim() - 1))
+    return per_row(row_norms(steps, "l2"), steps)

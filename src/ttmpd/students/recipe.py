@@ -1,4 +1,4 @@
-"""How a student is trained on a part of the labelled samples: every choice that a user has."""
+"""Settings for training a student on a part of the labelled samples: every choice that a user has."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def alpha_for(fraction: float) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a student is trained.
+    """Settings for training a student.
 
     Args:
         fraction: share of the samples that is *kept*; many papers state the share that is removed.

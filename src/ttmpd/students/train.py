@@ -149,7 +149,7 @@ def distillation_loss(
 
 
 def _count(samples: Samples, teacher_samples: Samples, labels: Tensor, fraction: float) -> int:
-    """How many samples are kept, once it is clear that samples and labels belong together."""
+    """Check that samples and labels belong together; the number of samples that are selected."""
     if labels.shape != (len(samples),) or labels.is_floating_point():
         raise InvalidValueError(
             f"labels must be one class index per sample, ({len(samples)},), but got {labels.dtype} of the shape "

@@ -1,4 +1,4 @@
-"""What a student learns from: the kept samples, and everything the teacher is asked about them, asked once."""
+"""The set that a student learns from: selected samples and the teacher's answers to them, asked for once."""
 
 import math
 from collections import Counter
@@ -64,7 +64,7 @@ def choose(model: nn.Module, pool: Samples, labels: Tensor, n: int, recipe: Reci
 
 
 def quotas(labels: Tensor, n: int) -> dict[int, int]:
-    """How many samples of each class make ``n``, as evenly as the classes allow; large classes take what is left over.
+    """Numbers of samples per class that add up to ``n``, as evenly as the classes allow; large classes take the rest.
 
     Example:
         >>> quotas(torch.tensor([0, 1, 1, 1, 2, 2, 2, 2]), 6)

@@ -6,24 +6,38 @@ from torch import Tensor, nn
 
 from ttmpd.errors import InvalidValueError
 from ttmpd.models.modules import count_parameters, module_at, to_fast_format
-from ttmpd.records import NOTHING_FOLDED, UNCHANGED, Folded, Lossless, Removal, Unit
-from ttmpd.surgery.find import narrow_kind
+from ttmpd.records import NOTHING_FOLDED, UNCHANGED, DepthUnit, Folded, Lossless, Removal, Unit, WidthUnit
+from ttmpd.surgery.find import depth_kind, width_kind
 from ttmpd.surgery.layers import matrix_of
 from ttmpd.surgery.lossless import apply, with_norms_gone
-from ttmpd.surgery.replacements import as_identity, put
-from ttmpd.surgery.units.block import Block
-
-WHOLE = Block()
-"""The kind of unit that goes as a whole and may have a stand-in."""
+from ttmpd.surgery.replacements import as_identity, copied_without, put
 
 
 def cut(model: nn.Module, removals: Sequence[Removal]) -> nn.Module:
-    """A new model: an identity where a whole unit was, kept members alone where one is narrowed; no stand-ins yet."""
-    student = WHOLE.cut(model, [removal.unit for removal in removals if not removal.unit.members])
+    """A new model without the units, and with the kept members alone where one is narrowed; no replacements yet."""
+    student = copied_without(model, [removal.unit for removal in removals if isinstance(removal.unit, DepthUnit)])
     for removal in removals:
-        if removal.unit.members:
-            narrow_kind(removal.unit).narrow(student, removal.unit, removal.kept)
+        remove(student, removal.unit, removal.kept)
     return student
+
+
+def remove(student: nn.Module, unit: Unit, kept: Sequence[int] = ()) -> None:
+    """Take a unit out of ``student``, in place; of one with members all but ``kept``."""
+    if isinstance(unit, WidthUnit):
+        width_kind(unit).narrow(student, unit, kept)
+    elif isinstance(unit, DepthUnit):
+        depth_kind(unit).drop(student, unit)
+
+
+def replacement(unit: Unit) -> nn.Module:
+    """An untrained linear replacement of a depth unit."""
+    assert isinstance(unit, DepthUnit)
+    return depth_kind(unit).replacement(unit)
+
+
+def has_replacement(unit: Unit) -> bool:
+    """Whether a linear map can take the unit's place."""
+    return isinstance(unit, DepthUnit) and "linear" in depth_kind(unit).actions
 
 
 def joined(earlier: Sequence[Removal], later: Sequence[Removal]) -> tuple[Removal, ...]:
@@ -32,8 +46,8 @@ def joined(earlier: Sequence[Removal], later: Sequence[Removal]) -> tuple[Remova
     Example:
         A block whose channels were narrowed first and which is dropped now is one removal: the block.
     """
-    wholes = [removal.unit.path for removal in later if not removal.unit.members]
-    return (*(r for r in earlier if not any(r.unit.path.startswith(f"{path}.") for path in wholes)), *later)
+    gone = [path for removal in later if isinstance(removal.unit, DepthUnit) for path in removal.unit.paths]
+    return (*(r for r in earlier if not any(r.unit.path.startswith(f"{path}.") for path in gone)), *later)
 
 
 def check_units(model: nn.Module, units: Sequence[Unit]) -> None:
@@ -43,13 +57,13 @@ def check_units(model: nn.Module, units: Sequence[Unit]) -> None:
     """
     for unit in units:
         module = module_at(model, unit.path)
-        found = count_parameters(module)
-        if unit.members:
+        found = sum(count_parameters(module_at(model, path)) for path in unit.paths)
+        if isinstance(unit, WidthUnit):
             n_inputs = matrix_of(module).shape[1]
-            if n_inputs < unit.members:
+            if n_inputs < unit.n_members:
                 raise InvalidValueError(
-                    f"unit {unit.id} must have {unit.members} members, but the model's layer reads {n_inputs} inputs; "
-                    "the plan belongs to another model"
+                    f"unit {unit.id} must have {unit.n_members} members, but the model's layer reads {n_inputs} "
+                    "inputs; the plan belongs to another model"
                 )
         elif found < unit.n_params:
             raise InvalidValueError(
@@ -74,7 +88,7 @@ def build(model: nn.Module, removals: Sequence[Removal], folded: Folded = NOTHIN
     student = cut(model, removals)
     for removal in removals:
         if removal.action == "linear" and removal.unit.path not in folded.replacements:
-            put(student, removal.unit, as_identity(WHOLE.stand_in(removal.unit)))
+            put(student, removal.unit, as_identity(replacement(removal.unit)))
     for path in folded.biases:
         layer = module_at(student, path)
         if isinstance(layer, nn.Linear | nn.Conv2d) and layer.bias is None:

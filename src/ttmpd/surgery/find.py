@@ -1,67 +1,115 @@
 """All removable units of a model, and which kind a unit is of."""
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ttmpd.method import method_class, names
-from ttmpd.models.modules import hooks, module_at
-from ttmpd.models.run import call, evaluating
-from ttmpd.models.taps import read
-from ttmpd.records import Tap, Unit
-from ttmpd.surgery.units.base import Found, Kind, Narrow
+from ttmpd.models.run import output_tensors
+from ttmpd.models.trace import trace
+from ttmpd.records import DepthUnit, Scope, Unit, WidthUnit
+from ttmpd.surgery.reasons import Reason, Refusal
+from ttmpd.surgery.units.base import DepthUnits, UnitFinder, UnitSearch, WidthUnits
+
+ALL_OF_IT = 0.9
+"""A part that holds so much of a larger unit's parameters is that unit over again."""
 
 
-def kind_of(name: str) -> Kind:
-    """The kind of unit in the file of that name."""
-    return cast(Kind, method_class("units", name)())
+def kind_of(name: str) -> UnitFinder:
+    """The kind of unit of that name."""
+    return cast(UnitFinder, method_class("units", name)())
 
 
-def narrow_kind(unit: Unit) -> Narrow:
+def default_kinds() -> tuple[str, ...]:
+    """Names of the kinds that are looked for unless others are named."""
+    return tuple(name for name in names("units") if kind_of(name).default)
+
+
+def scope_of(kind: UnitFinder) -> Scope:
+    """Whether units of the kind go as a whole, "depth", or member by member, "width"."""
+    return "depth" if isinstance(kind, DepthUnits) else "width"
+
+
+def kinds_of(*scopes: Scope) -> tuple[str, ...]:
+    """Names of the kinds that are on by default, of those scopes."""
+    return tuple(name for name in default_kinds() if scope_of(kind_of(name)) in scopes)
+
+
+def depth_kind(unit: Unit) -> DepthUnits:
+    """The kind of a unit that goes as a whole."""
+    return cast(DepthUnits, kind_of(unit.kind))
+
+
+def width_kind(unit: Unit) -> WidthUnits:
     """The kind of a unit with members."""
-    return cast(Narrow, kind_of(unit.kind))
+    return cast(WidthUnits, kind_of(unit.kind))
 
 
-def find_units(model: nn.Module, batch: Tensor, kinds: Sequence[str] | None = None) -> Found:
+def find_units(model: nn.Module, batch: Tensor, kinds: Sequence[str] | None = None) -> UnitSearch:
     """The units of several kinds, in the order in which the network runs them.
 
     Args:
         model: left untouched.
         batch: a few samples on the model's device.
-        kinds: names of files in ``ttmpd/surgery/units``; all of them when not given.
+        kinds: names of kinds; those that are on by default when not given.
     """
-    found = [kind_of(name).find(model, batch) for name in (names("units") if kinds is None else kinds)]
-    units = [unit for some in found for unit in some.units]
-    mixed = _mixed(model, units, batch)
-    units = [unit for unit in units if unit.path not in mixed]
-    order = _calling_order(model, batch, {unit.path for unit in units})
-    units.sort(key=lambda unit: order[unit.path])
-    return Found(tuple(units), tuple(row for some in found for row in some.refused) + tuple(mixed.items()))
+    searches = [kind_of(name).find(model, batch) for name in (default_kinds() if kinds is None else kinds)]
+    units = [unit for search in searches for unit in search.units]
+    order, refusals = _looked_at(model, units, batch)
+    units = [unit for unit in units if unit.path not in refusals and not _is_whole(unit, units)]
+    units.sort(key=lambda unit: (order[unit.path], isinstance(unit, WidthUnit), unit.kind))
+    not_removable = {path: refusal for search in searches for path, refusal in search.not_removable.items()}
+    return UnitSearch(tuple(units), not_removable | refusals)
 
 
-def _mixed(model: nn.Module, units: Sequence[Unit], batch: Tensor) -> dict[str, str]:
-    """Path -> reason of the units whose rows are not those of one sample after the other."""
-    if len(batch) < 2:
-        return {}
-    taps = {unit.path: Tap(unit.path, "output") for unit in units}
-    with evaluating(model):
-        one, all_of_them = read(model, batch[:1], taps), read(model, batch, taps)
-    return {
-        path: f"samples must come first in what it answers, but it has the shape {tuple(answer.shape)}"
-        for path, answer in all_of_them.items()
-        if len(answer) != len(batch) * len(one[path])
-    }
+def _looked_at(model: nn.Module, units: Sequence[Unit], batch: Tensor) -> tuple[dict[str, int], dict[str, Refusal]]:
+    """(path -> place in calling order, path -> why it cannot be removed after all), seen in a pass or two."""
+    paths = {unit.path for unit in units}
+    whole = trace(model, batch, paths=paths, gradients=True)
+    outputs = {path: calls[0].output for path, calls in whole.by_path().items()}
+    refusals: dict[str, Refusal] = {}
+    if len(batch) > 1:
+        for call in trace(model, batch[:1], paths=paths).calls:
+            one, several = call.output, outputs[call.path]
+            if one is not None and several is not None and several.shape[0] != len(batch) * one.shape[0]:
+                refusals[call.path] = Refusal(Reason.MIXED_SAMPLES, f"it has the shape {several.shape}")
+    predicted = _ancestors(tensor.grad_fn for tensor in output_tensors(whole.output))
+    for path, output in outputs.items():
+        if output is not None and output.node is not None and output.node not in predicted:
+            refusals.setdefault(path, Refusal(Reason.FEEDS_NOTHING))
+    return {path: whole.order.index(path) for path in paths}, refusals
 
 
-def _calling_order(model: nn.Module, batch: Tensor, paths: set[str]) -> dict[str, int]:
-    calls: list[str] = []
-    handles = [module_at(model, path).register_forward_pre_hook(lambda *_, p=path: calls.append(p)) for path in paths]
-    with evaluating(model), hooks(handles):
-        call(model, batch[:1])
-    return {path: calls.index(path) for path in paths}
+def _ancestors(nodes: Iterable[Any]) -> set[Any]:
+    """The nodes of the autograd graph from which the given ones are computed, and these themselves."""
+    stack, visited = [node for node in nodes if node is not None], set()
+    while stack:
+        node = stack.pop()
+        if node not in visited:
+            visited.add(node)
+            stack += [parent for parent, _ in node.next_functions if parent is not None]
+    return visited
+
+
+def _is_whole(unit: Unit, units: Sequence[Unit]) -> bool:
+    """Whether the unit is a branch that holds nearly all of a larger one."""
+    if not isinstance(unit, DepthUnit) or not unit.branch:
+        return False
+    return any(other.id == whole_of(unit, units) and unit.n_params >= ALL_OF_IT * other.n_params for other in units)
 
 
 def whole_of(unit: Unit, units: Sequence[Unit]) -> str:
-    """Id of the larger unit that ``unit`` is a part of, "" when there is none."""
-    return next((u.id for u in units if not u.members and u is not unit and unit.path.startswith(f"{u.path}.")), "")
+    """Id of the largest unit that goes as a whole and holds ``unit``, "" when there is none."""
+    holders = [other for other in units if isinstance(other, DepthUnit) and _holds(other, unit)]
+    return max(holders, key=lambda other: other.n_params).id if holders else ""
+
+
+def _holds(whole: DepthUnit, unit: Unit) -> bool:
+    if whole == unit or (whole.branch and isinstance(unit, DepthUnit) and unit.n_params >= whole.n_params):
+        return False
+    return any(_within(unit.path, path) for path in whole.paths)
+
+
+def _within(path: str, holder: str) -> bool:
+    return path == holder or path.startswith(f"{holder}.")

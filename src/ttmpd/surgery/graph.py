@@ -44,14 +44,14 @@ def calls_of(model: nn.Module, batch: Tensor, watched: Callable[[nn.Module], boo
     return seen
 
 
-def feeders_of(
+def producers_of(
     path: str, calls: Mapping[str, Call], functions: Set[str], through: Callable[[str], bool] = lambda _: False
 ) -> tuple[tuple[str, ...], Set[str]]:
     """(the modules whose outputs alone make the input of the one at ``path``, the functions met on the way to them).
 
     The first is in calling order, and () when any other than the named autograd functions (``"Relu"`` for
-    ``ReluBackward0``) stands between, or the module ran twice. ``through`` says of which modules the feeders are looked
-    for, too.
+    ``ReluBackward0``) stands between, or the module ran twice. ``through`` says of which modules the producers are
+    looked for, too.
     """
     ends = {other.made: name for name, other in calls.items() if other.count == 1 and name != path}
     found, met, visited = set(), set(), set()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.models.modules import module_at
-from ttmpd.records import Unit
+from ttmpd.records import WidthUnit
 
 ROUND = 8
 """Widths are multiples of this where there are enough members: matrix units run them at full speed."""
@@ -117,9 +117,9 @@ def inputs_of(layer: nn.Module) -> int:
     return matrix_of(layer).shape[1] // kernel_area(layer)
 
 
-def columns(model: nn.Module, unit: Unit, kept: Sequence[int]) -> Tensor:
+def columns(model: nn.Module, unit: WidthUnit, kept: Sequence[int]) -> Tensor:
     """What of that which the layer at ``unit.path`` reads belongs to the kept members."""
-    return spread_out(kept, inputs_of(module_at(model, unit.path)) // unit.members)
+    return spread_out(kept, inputs_of(module_at(model, unit.path)) // unit.n_members)
 
 
 def bias_of(layer: nn.Module) -> Tensor:

@@ -1,77 +1,165 @@
-"""Members switched off in place; the masked output equals the cut output."""
+"""Units masked in place, by values that may have gradients; the masked output equals the cut output."""
 
 import contextlib
 import copy
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ttmpd.errors import first_line
-from ttmpd.models.modules import hooks, module_at
-from ttmpd.models.run import call, evaluating
-from ttmpd.records import Unit
-from ttmpd.surgery.layers import columns, inputs_of
+from ttmpd.models.modules import hooks, module_at, stubbed
+from ttmpd.models.run import evaluating, first_tensor, output_tensors
+from ttmpd.models.trace import first_argument
+from ttmpd.records import DepthUnit, Unit, WidthUnit
+from ttmpd.surgery.layers import inputs_of
+from ttmpd.surgery.reasons import Reason, Refusal
+from ttmpd.surgery.replacements import answering, dropped
 
-Narrow = Callable[[nn.Module, Unit, Sequence[int]], None]
-"""Takes all members of a unit but those given out of a model, in place."""
+U = TypeVar("U", bound=Unit)
+Remove = Callable[[nn.Module, U, Sequence[int]], None]
+"""Takes a unit out of a model, in place; of one with members all but those given."""
 
 
 @contextlib.contextmanager
-def masked(model: nn.Module, kept: Mapping[Unit, Sequence[int]]) -> Iterator[None]:
-    """While active, the layers at the units' paths see zeros where members are that are not kept."""
+def masked(model: nn.Module, masks: Mapping[U, Tensor]) -> Iterator[None]:
+    """While active, every unit counts as much as its mask says: 1 as it is, 0 as if it were removed.
+
+    Args:
+        model: left untouched; hooks are on it while the mask is.
+        masks: unit -> its mask. Of a depth unit one value: its output times the mask, and where the unit holds the
+            shortcut itself its input times the rest. Of a width unit (n_members,) values: what its consumers read is
+            multiplied. Any values; gradients flow to them.
+
+    Example:
+        >>> from ttmpd.surgery.units.neuron import Neuron
+        >>> model, batch = Neuron().example()
+        >>> unit = Neuron().find(model, batch).units[0]
+        >>> mask = torch.ones(unit.n_members, requires_grad=True)
+        >>> with masked(model, {unit: mask}):
+        ...     model(batch).sum().backward()
+        >>> mask.grad.shape == mask.shape
+        True
+    """
     handles = []
-    for unit, members in kept.items():
-        layer = module_at(model, unit.path)
-        mask = torch.zeros(inputs_of(layer))
-        mask[columns(model, unit, members)] = 1
-        mask = mask.view((-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,))
-        handles.append(layer.register_forward_pre_hook(lambda _m, args, mask=mask: _hidden(args, mask)))
+    for unit, mask in masks.items():
+        if isinstance(unit, WidthUnit):
+            for path in unit.consumers:
+                layer = module_at(model, path)
+                handles.append(layer.register_forward_pre_hook(_scaling(layer, mask)))
+        else:
+            module = module_at(model, unit.path)
+            hook = _blending(unit, mask)
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
     with hooks(handles):
         yield
 
 
-def _hidden(args: tuple[Tensor, ...], mask: Tensor) -> tuple[Tensor, ...]:
-    return (args[0] * mask.to(args[0]), *args[1:])
+def mask_of(unit: Unit, kept: Sequence[int] = ()) -> Tensor:
+    """The mask of a removal: 1 for the members that are kept, 0 for all others, and for a unit without members.
+
+    Example:
+        >>> mask_of(DepthUnit("block", "body.0", "Block", (4,), "channels_last", 20, 20))
+        tensor(0.)
+    """
+    if not isinstance(unit, WidthUnit):
+        return torch.zeros(())
+    mask = torch.zeros(unit.n_members)
+    mask[list(kept)] = 1
+    return mask
 
 
-def _half(unit: Unit) -> tuple[int, ...]:
-    return tuple(range(0, unit.members, 2))
+def _scaling(layer: nn.Module, mask: Tensor) -> Callable[..., tuple[Any, ...]]:
+    def scale(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        spread = mask.to(args[0]).repeat_interleave(inputs_of(layer) // len(mask))
+        return (args[0] * spread.view((-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)), *args[1:])
+
+    return scale
+
+
+def _blending(unit: Unit, mask: Tensor) -> Callable[..., Any]:
+    def blend(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        value = first_tensor(output)
+        assert value is not None
+        share = mask.to(value)
+        mixed = share * value
+        if isinstance(unit, DepthUnit) and not unit.branch:
+            mixed = mixed + (1 - share) * first_argument(args, kwargs)
+        return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+
+    return blend
+
+
+def skipped(model: nn.Module, units: Sequence[Unit]) -> contextlib.AbstractContextManager[None]:
+    """While active, the depth units are not run: the model answers as the cut model would, at its speed."""
+    stubs = {unit.path: answering(unit, functools.partial(dropped, unit)) for unit in units}
+    for unit in units:
+        for path, form in unit.upstream if isinstance(unit, DepthUnit) else ():
+            stubs[path] = answering(DepthUnit("", path, "", (1,), "channels_last", 0, 0, form=form), lambda x: x)
+    return stubbed(model, stubs)
+
+
+def every_second(unit: Unit) -> tuple[int, ...]:
+    """Every second member of a unit, and none of one without members: the removal by which a unit is tried."""
+    return tuple(range(0, unit.n_members, 2)) if isinstance(unit, WidthUnit) else ()
 
 
 def proven(
-    narrow: Narrow,
+    remove: Remove[U],
     model: nn.Module,
-    units: Sequence[Unit],
+    units: Sequence[U],
     batch: Tensor,
-    keep: Callable[[Unit], tuple[int, ...]] = _half,
-) -> tuple[list[Unit], dict[str, str]]:
-    """(units that can be narrowed, path -> reason of the others): masked and cut models must answer alike.
+    keep: Callable[[U], tuple[int, ...]] = every_second,
+) -> tuple[list[U], dict[str, Refusal]]:
+    """(units that can be removed, path -> why the others cannot): masked and cut models must answer alike.
 
-    ``narrow(student, unit, members)`` takes all other members out of a copy. ``keep`` says which members stay in this
-    trial. All units are tried at once on one copy, and one by one only where that fails.
+    ``keep`` says which members stay in this trial. All units are tried at once on one copy, and in halves where that
+    fails.
     """
-    if not units or not (reason := _differs(narrow, model, {unit: keep(unit) for unit in units}, batch)):
+    if not units or not (refusal := _difference(remove, model, {unit: keep(unit) for unit in units}, batch)):
         return list(units), {}
     if len(units) == 1:
-        return [], {units[0].path: reason}
+        return [], {units[0].path: refusal}
     half = len(units) // 2
-    kept, refused = proven(narrow, model, units[:half], batch, keep)
-    more, others = proven(narrow, model, units[half:], batch, keep)
-    return kept + more, refused | others
+    first, refused = proven(remove, model, units[:half], batch, keep)
+    second, others = proven(remove, model, units[half:], batch, keep)
+    return first + second, refused | others
 
 
-def _differs(narrow: Narrow, model: nn.Module, kept: Mapping[Unit, Sequence[int]], batch: Tensor) -> str:
-    """Why the units cannot be narrowed to the members, "" when they can."""
+def _difference(remove: Remove[U], model: nn.Module, kept: Mapping[U, Sequence[int]], batch: Tensor) -> Refusal | None:
+    """Why the units cannot be removed but for the members, None when they can."""
     try:
         student = copy.deepcopy(model)
         for unit, members in kept.items():
-            narrow(student, unit, members)
+            remove(student, unit, members)
         with evaluating(student):
-            cut = call(student, batch)
+            cut = student(batch)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError) as error:
-        return f"the model does not run with fewer: {first_line(error)[:120]}"
-    with evaluating(model), masked(model, kept):
-        wanted = call(model, batch)
-    scale = max(1.0, float(wanted.abs().max()))
-    return "" if torch.allclose(cut, wanted, rtol=0, atol=1e-4 * scale) else "what it computes depends on all of them"
+        return Refusal(Reason.NEEDED, first_line(error)[:120])
+    with evaluating(model), masked(model, {unit: mask_of(unit, members) for unit, members in kept.items()}):
+        whole = model(batch)
+    return None if same_outputs(cut, whole) else Refusal(Reason.DEPENDENT)
+
+
+def same_outputs(first: Any, second: Any, tolerance: float = 1e-4) -> bool:
+    """Whether two outputs of a model are alike, tensor by tensor, within ``tolerance`` of the scale of each.
+
+    Example:
+        >>> same_outputs((torch.ones(2), {"more": torch.ones(3)}), (torch.ones(2), {"more": torch.zeros(3)}))
+        False
+    """
+    pairs = itertools.zip_longest(output_tensors(first), output_tensors(second))
+    return all(a is not None and b is not None and _same(a, b, tolerance) for a, b in pairs)
+
+
+def _same(first: Tensor, second: Tensor, tolerance: float) -> bool:
+    if first.shape != second.shape:
+        return False
+    if not second.is_floating_point() or not second.numel():
+        return torch.equal(first, second)
+    finite = second[second.isfinite()]
+    scale = max(1.0, float(finite.abs().max())) if len(finite) else 1.0
+    return torch.allclose(first, second, rtol=0, atol=tolerance * scale, equal_nan=True)

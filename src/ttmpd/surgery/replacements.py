@@ -1,6 +1,7 @@
-"""An identity or a linear map in the place of a block."""
+"""What stands in the place of a unit that goes as a whole: an identity, zeros or a linear map."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ttmpd.models.modules import module_at, replace_module
-from ttmpd.records import Unit
+from ttmpd.models.trace import first_argument
+from ttmpd.records import DepthUnit, Form, Unit
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +26,7 @@ class LinearMap:
     weight: Tensor
     bias: Tensor
 
-    def __call__(self, unit: Unit, x: Tensor) -> Tensor:
+    def __call__(self, unit: DepthUnit, x: Tensor) -> Tensor:
         """The stand-in's answer for the unit's input, its activation included."""
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         if unit.layout == "channels_last":
@@ -39,28 +41,76 @@ class LinearMap:
 class PassThrough(nn.Module):
     """Stands where a unit was: hands on its first argument, or what ``inner`` makes of it.
 
-    Used where ``nn.Identity`` does not do: blocks that are called with more arguments or answer with a tuple.
+    Used where ``nn.Identity`` does not do: modules that are called with more arguments or answer with a tuple.
     """
 
-    def __init__(self, inner: nn.Module | None = None, as_tuple: bool = False) -> None:
+    def __init__(self, inner: nn.Module | None = None, form: Form = "arguments") -> None:
         super().__init__()
         self.inner = inner if inner is not None else nn.Identity()
-        self.as_tuple = as_tuple
+        self.form = form
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What ``inner`` makes of the first argument, as a tuple of one where the unit answered with a tuple."""
-        answer = self.inner(_given(args, kwargs))
-        return (answer,) if self.as_tuple else answer
+        """What ``inner`` makes of the first argument, in the form in which the module answered."""
+        return shaped(self.inner(first_argument(args, kwargs)), self.form)
+
+
+class Zero(nn.Module):
+    """Stands where the last module of a branch was: zeros of the shape that it answered with.
+
+    Args:
+        width: of the answer.
+        axis: that holds the channels, counted with the batch.
+    """
+
+    def __init__(self, width: int, axis: int) -> None:
+        super().__init__()
+        self.width, self.axis = width, axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zeros of the shape of ``x``, but for the width."""
+        return zeros(x, self.width, self.axis)
+
+
+def zeros(x: Tensor, width: int, axis: int) -> Tensor:
+    """Zeros of the shape of ``x``, but ``width`` along ``axis``."""
+    if x.shape[axis] == width:
+        return torch.zeros_like(x)
+    axis = axis % x.dim()
+    return x.new_zeros((*x.shape[:axis], width, *x.shape[axis + 1 :]))
+
+
+def shaped(value: Tensor, form: Form) -> Any:
+    """The value in the form in which a unit answers."""
+    return (value,) if form == "tuple" else (value, None) if form == "pair" else value
 
 
 def wrapped(unit: Unit, new: nn.Module) -> nn.Module:
     """``new`` in the form in which the model calls the unit."""
-    return new if unit.form == "plain" else PassThrough(new, unit.form == "tuple")
+    form = unit.form if isinstance(unit, DepthUnit) else "plain"
+    return new if form == "plain" else PassThrough(new, form)
 
 
 def put(student: nn.Module, unit: Unit, new: nn.Module) -> None:
     """Set ``new`` in the place of ``unit``, in place."""
     replace_module(student, unit.path, wrapped(unit, new))
+
+
+def drop(student: nn.Module, unit: DepthUnit) -> None:
+    """Take ``unit`` out, in place: its input is handed on, or zeros stand where it was the branch of a sum."""
+    for path, form in unit.upstream:
+        replace_module(student, path, PassThrough(form=form))
+    put(student, unit, Zero(unit.channels, _axis(unit)) if unit.branch else nn.Identity())
+
+
+def copied_without(model: nn.Module, units: Sequence[DepthUnit]) -> nn.Module:
+    """A copy of the model in which what is about to go is not copied, but shared."""
+    gone = (module_at(model, path) for unit in units for path in unit.paths)
+    student: nn.Module = copy.deepcopy(model, {id(module): module for module in gone})
+    return student
+
+
+def _axis(unit: DepthUnit) -> int:
+    return 1 if unit.layout == "channels_first" else -1
 
 
 def standing(student: nn.Module, unit: Unit) -> nn.Module:
@@ -85,12 +135,14 @@ def answering(unit: Unit, function: Callable[[Tensor], Tensor]) -> Callable[...,
     """A ``forward`` for the unit's place that answers with ``function(input)``, for ``modules.stubbed``."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        answer = function(_given(args, kwargs))
-        return (answer,) if unit.form == "tuple" else answer
+        form = unit.form if isinstance(unit, DepthUnit) else "plain"
+        return shaped(function(first_argument(args, kwargs)), form)
 
     return forward
 
 
-def _given(args: Any, kwargs: Any) -> Any:
-    """What a block is called with first."""
-    return args[0] if args else next(iter(kwargs.values()), None)
+def dropped(unit: Unit, x: Tensor) -> Tensor:
+    """What the model goes on with when a depth unit that is given ``x`` is dropped."""
+    if isinstance(unit, DepthUnit) and unit.branch:
+        return zeros(x, unit.channels, _axis(unit))
+    return x

@@ -259,8 +259,8 @@ def default_parts(raw: Any) -> tuple[str, ...]:
     keys = ", ".join(values)
     raise ModelError(
         f"it must be clear which tensor is predicted, but the output has {keys}; name them, as in "
-        f"task=Classification(parts=({', '.join(map(repr, values))})) or --set task.parts={','.join(values)}, or wrap "
-        "the model so that it answers with one tensor"
+        f"task=Classification(parts=({', '.join(map(repr, values))})) or --task classification:{','.join(values)}, "
+        "or wrap the model so that it answers with one tensor"
     )
 
 

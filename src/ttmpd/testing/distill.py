@@ -11,7 +11,8 @@ from ttmpd.data.samples import Samples
 from ttmpd.distill.base import Distiller, Work
 from ttmpd.models.modules import clone
 from ttmpd.models.taps import find_head
-from ttmpd.surgery.units.block import Block
+from ttmpd.records import Removal
+from ttmpd.surgery.cut import cut
 from ttmpd.testing.common import equal, quick, twice
 from ttmpd.testing.tiny_models import require, tiny_model, tiny_samples, tiny_units, untouched
 from ttmpd.training.held_out import held_out_check
@@ -19,7 +20,7 @@ from ttmpd.training.teacher_outputs import Targets
 
 
 def _student(teacher: nn.Module) -> nn.Module:
-    return Block().cut(teacher, tiny_units(teacher)[1:2])
+    return cut(teacher, [Removal(unit, "drop") for unit in tiny_units(teacher)[1:2]])
 
 
 def _distilled(

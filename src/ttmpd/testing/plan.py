@@ -32,7 +32,7 @@ def check_plan_meets(planner: Planner) -> None:
         options = tiny_options(seed)
         for needed in _budgets(options):
             chosen = planner.choose(options, needed, seed=seed)
-            units = [option.unit for option in chosen]
+            units = [option.unit_id for option in chosen]
             require(len(set(units)) == len(units), "a plan must choose one option per unit")
             require(set(chosen) <= set(options), "a plan must choose among the options")
             saved = sum(option.saved_ms for option in chosen)
@@ -42,7 +42,7 @@ def check_plan_meets(planner: Planner) -> None:
 def check_plan_unreachable(planner: Planner) -> None:
     """What cannot be reached is said, with what can."""
     options = tiny_options()
-    best = sum(max(o.saved_ms for o in options if o.unit == unit) for unit in {o.unit for o in options})
+    best = sum(max(o.saved_ms for o in options if o.unit_id == unit) for unit in {o.unit_id for o in options})
     for offer, most in ((options, best), ((), 0.0)):
         try:
             planner.choose(offer, best + 0.01)

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from ttmpd.data.samples import Samples
-from ttmpd.records import ACTIONS, Score, Unit
+from ttmpd.records import ACTIONS, Score, Unit, WidthUnit
 from ttmpd.score.base import Scorer
-from ttmpd.surgery.find import find_units
+from ttmpd.surgery.find import depth_kind, find_units, kinds_of
 from ttmpd.testing.common import quick, twice
 from ttmpd.testing.tiny_models import TinyNet, require, specimen, tiny_model, tiny_samples, tiny_units, untouched
 
@@ -17,11 +17,15 @@ Case = tuple[nn.Module, tuple[Unit, ...], Samples]
 
 
 def _cases(scorer: Scorer, n: int = 12) -> Iterator[Case]:
-    """Networks with the units that the scorer says it can judge: whole ones, channels, heads and neurons together."""
-    for kinds in ({"block"}, {"channel"}, {"head", "neuron"}):
-        if judged := [kind for kind in scorer.kinds if kind in kinds]:
-            model, samples = specimen(judged[0], n)
-            yield model, find_units(model, samples.batch(slice(0, 2)), judged).units, samples
+    """The example of every kind of unit, with all units in it that the scorer says it can judge."""
+    kinds, examples = kinds_of(*scorer.scopes), set[type[nn.Module]]()
+    for kind in kinds:
+        model, samples = specimen(kind, n)
+        units = find_units(model, samples.batch(slice(0, 2)), kinds).units
+        judged = tuple(unit for unit in units if scorer.can_judge(model, unit))
+        if judged and type(model) not in examples:
+            examples.add(type(model))
+            yield model, judged, samples
 
 
 def _scores(scorer: Scorer, case: Case, seed: int = 0) -> tuple[Score, ...]:
@@ -47,15 +51,21 @@ def check_score_complete(scorer: Scorer) -> None:
     """One finite score per unit and action that is declared, or per width; the kept members belong to the unit."""
     for _, units, samples in (cases := list(_cases(scorer))):
         del samples
-        wanted = [(unit.id, action, 0) for unit in units if not unit.members for action in type(scorer).actions]
-        wanted += [(u.id, "narrow", n) for u in units if u.members for n in u.widths]
+        wanted = [
+            (unit.id, action, 0)
+            for unit in units
+            if not isinstance(unit, WidthUnit)
+            for action in type(scorer).actions
+            if action in depth_kind(unit).actions
+        ]
+        wanted += [(unit.id, "narrow", n) for unit in units if isinstance(unit, WidthUnit) for n in unit.widths]
         scores = _scores(scorer, next(case for case in cases if case[1] is units))
-        found = [(score.unit, score.action, len(score.kept)) for score in scores]
+        found = [(score.unit_id, score.action, len(score.kept)) for score in scores]
         require(sorted(found) == sorted(wanted), f"scores must be one per unit and action or width, but got {found}")
         require(all(math.isfinite(score.harm) for score in scores), "scores must be finite")
-        members = {unit.id: unit.members for unit in units}
+        members = {unit.id: unit.n_members if isinstance(unit, WidthUnit) else 0 for unit in units}
         for score in scores:
-            inside = all(0 <= member < members[score.unit] for member in score.kept)
+            inside = all(0 <= member < members[score.unit_id] for member in score.kept)
             require(inside and list(score.kept) == sorted(set(score.kept)), "kept members must be some of the unit's")
 
 
@@ -70,12 +80,11 @@ def check_score_edges(scorer: Scorer) -> None:
 
 def check_score_of_nothing(scorer: Scorer) -> None:
     """What adds nothing hurts least: a unit whose branch is all zeros, under every action, and heads and neurons."""
-    if "block" in scorer.kinds:
+    if "depth" in scorer.scopes:
         for number in range(3):
             _check_block_of_nothing(scorer, number)
-    for kind in scorer.kinds:
-        if kind != "block":
-            _check_members_of_nothing(scorer, kind)
+    for kind in kinds_of("width") if "width" in scorer.scopes else ():
+        _check_members_of_nothing(scorer, kind)
 
 
 def _check_block_of_nothing(scorer: Scorer, number: int) -> None:
@@ -95,13 +104,15 @@ def _check_members_of_nothing(scorer: Scorer, kind: str) -> None:
     """The first half of the members of the first unit says nothing: all others stay before any of them does."""
     model, samples = specimen(kind)
     unit = find_units(model, samples.batch(slice(0, 2)), [kind]).units[0]
+    if not isinstance(unit, WidthUnit) or not scorer.can_judge(model, unit):
+        return
     layer = model.get_submodule(unit.path)
     assert isinstance(layer, nn.Linear | nn.Conv2d)
     with torch.no_grad():
         layer.weight[:, : layer.weight.shape[1] // 2] = 0
-    silent = set(range(unit.members // 2))
+    silent = set(range(unit.n_members // 2))
     for score in _scores(scorer, (model, (unit,), samples)):
-        kept, others = silent & set(score.kept), set(range(unit.members)) - silent - set(score.kept)
+        kept, others = silent & set(score.kept), set(range(unit.n_members)) - silent - set(score.kept)
         require(not (kept and others), f"members that add nothing must go first, but {sorted(others)} went before")
 
 

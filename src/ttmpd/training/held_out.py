@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ttmpd.data.samples import Samples
 from ttmpd.models.run import logits_of
 from ttmpd.training.loop import SHOWN, Check
-from ttmpd.training.losses import tempered_loss
+from ttmpd.training.task import task_of
 from ttmpd.training.teacher_outputs import Targets
 
 
@@ -18,11 +18,12 @@ def held_out_check(
     """A check of the student against the stored answers on the held-out samples; None when there are none."""
     if not len(held_out):
         return None
+    task = task_of(student)
 
     def check() -> Check:
         logits = logits_of(student, held_out, batch_size)
-        alike = float((logits.argmax(-1) == targets.held_out.argmax(-1)).float().mean())
-        return Check(alike, tempered_loss(logits, targets.held_out), len(held_out))
+        alike, loss = task.agreement(logits, targets.held_out), task.held_out_loss(logits, targets.held_out)
+        return Check(alike, loss, len(held_out))
 
     return check
 

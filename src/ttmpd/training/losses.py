@@ -20,16 +20,6 @@ def feature_loss(student: Tensor, teacher: Tensor, variance: float) -> Tensor:
     return F.mse_loss(student.float(), teacher.float()) / variance
 
 
-def tempered_loss(student: Tensor, teacher: Tensor) -> float:
-    """The soft-label loss under the one temperature of the student that suits best: what it knows, however sure it is.
-
-    A closed-form repair draws logits together, training at a high temperature spreads them; neither makes the student
-    know less. Factors from a quarter to four are tried, half an octave apart. NaN where an answer is.
-    """
-    losses = [soft_label_loss(student * 2 ** (power / 2), teacher) for power in range(-4, 5)]
-    return float(torch.stack(losses).amin().detach())
-
-
 def entropy_of(probabilities: Tensor) -> Tensor:
     """Entropy in nats over the last axis of probabilities, which may hold zeros."""
     return -torch.xlogy(probabilities, probabilities).sum(-1)

@@ -1,5 +1,6 @@
 """Blocks found, masked and cut in real architectures with random weights, and in hand-written corner cases."""
 
+import dataclasses
 import gc
 
 import pytest
@@ -11,6 +12,8 @@ from ttmpd.errors import InvalidValueError, ModelError
 from ttmpd.models.modules import count_parameters, replace_module
 from ttmpd.models.run import call
 from ttmpd.surgery.cut import check_units
+from ttmpd.surgery.masks import skipped
+from ttmpd.surgery.reasons import Reason
 from ttmpd.surgery.replacements import PassThrough, put, standing
 from ttmpd.surgery.units.block import Block
 from ttmpd.testing.tiny_models import TinyNet, tiny_model, tiny_units, untouched
@@ -168,7 +171,7 @@ def test_units_of_an_architecture(name):
         whole = model(batch)
         for chosen in (units[:1], units):
             cut = BLOCK.cut(model, chosen)
-            with BLOCK.mask(model, chosen):
+            with skipped(model, chosen):
                 assert torch.allclose(model(batch), cut(batch), rtol=0, atol=1e-5)
             assert count_parameters(model) - count_parameters(cut) == sum(unit.n_params for unit in chosen)
             gone = tuple(f"{unit.path}." for unit in chosen)
@@ -188,8 +191,8 @@ def test_relus_are_seen_on_maps_of_ordinary_size():
 def test_nothing_of_a_densenet_keeps_its_shape_and_every_reason_is_given():
     found = BLOCK.find(torchvision_model("densenet121").eval(), image(32))
     assert found.units == ()
-    reasons = dict(found.refused)
-    assert reasons["features.denseblock1"].startswith("changes the shape from (64,")
+    reasons = {path: str(refusal) for path, refusal in found.not_removable.items()}
+    assert reasons["features.denseblock1"].startswith("changes the shape: (64,")
     assert len(reasons) >= 58
 
 
@@ -242,7 +245,7 @@ def masked_equals_cut(model: nn.Module, batch: torch.Tensor = ROWS) -> None:
     assert units
     for chosen in [(unit,) for unit in units] + [units]:
         cut = BLOCK.cut(model, chosen)
-        with torch.no_grad(), BLOCK.mask(model, chosen):
+        with torch.no_grad(), skipped(model, chosen):
             masked = call(model, batch)
         with torch.no_grad():
             assert torch.allclose(call(cut, batch), masked, atol=1e-6)
@@ -382,7 +385,7 @@ class Twice(TinyNet):
 def test_a_refused_block_on_a_map_is_named_with_the_reason():
     found = BLOCK.find(Twice().eval(), image(8))
     assert [unit.path for unit in found.units] == ["blocks.1", "blocks.2"]
-    assert dict(found.refused)["blocks.0"] == "called 2 times in one pass"
+    assert str(found.not_removable["blocks.0"]) == "is called more than once in one pass: 2 times"
 
 
 def test_more_arguments_and_tuples():
@@ -434,7 +437,7 @@ def test_a_tuple_of_which_more_is_used_is_refused():
 
     found = BLOCK.find(Net(Layer(), Layer(), run=run), ROWS)
     assert found.units == ()
-    assert dict(found.refused)["body.0"].startswith("the model does not run without it")
+    assert found.not_removable["body.0"].reason is Reason.NEEDED
 
 
 def test_a_block_on_a_list_of_tensors_is_no_unit():
@@ -452,7 +455,7 @@ def test_an_attribute_that_the_model_reads_keeps_the_block():
     model = Net(Layer(), Layer(), run=lambda body, x: body[1](body[0](x) * body[0].gain))
     found = BLOCK.find(model, ROWS)
     assert [unit.path for unit in found.units] == ["body.1"]
-    assert "gain" in dict(found.refused)["body.0"]
+    assert "gain" in str(found.not_removable["body.0"])
 
 
 def test_a_block_that_writes_into_its_input_is_refused():
@@ -526,8 +529,8 @@ def test_activations_are_read_off_the_values():
 )
 def test_stand_ins_keep_the_shape(shape, layout, kind):
     unit = tiny_units(tiny_model())[0]
-    unit = type(unit)(**{f: getattr(unit, f) for f in unit.__slots__} | {"shape": shape, "layout": layout})
-    stand_in = BLOCK.stand_in(unit)
+    unit = dataclasses.replace(unit, shape=shape, layout=layout)
+    stand_in = BLOCK.replacement(unit)
     assert isinstance(stand_in[0], kind)
     assert isinstance(stand_in[1], nn.ReLU)
     assert stand_in(torch.randn(2, *shape)).shape == (2, *shape)

@@ -20,7 +20,8 @@ from ttmpd.repair.sequential import repaired
 from ttmpd.repair.unfold import under_kernel
 from ttmpd.surgery.cut import cut
 from ttmpd.surgery.find import find_units, whole_of
-from ttmpd.surgery.masks import masked
+from ttmpd.surgery.masks import mask_of, masked
+from ttmpd.surgery.reasons import Reason
 from ttmpd.surgery.units.channel import Channel
 from ttmpd.surgery.units.neuron import Neuron
 from ttmpd.testing.tiny_models import tiny_model, tiny_samples
@@ -54,9 +55,9 @@ def test_layers_that_read_too_many_values_are_left_alone_and_named():
     model, batch = built("resnet18")
     found = Channel(most_inputs=1000).find(model, batch[:2])
     assert {unit.path.partition(".")[0] for unit in found.units} == {"layer1"}
-    large = {path: reason for path, reason in found.refused if "too many" in reason}
+    large = {path: reason for path, reason in found.not_removable.items() if reason.reason is Reason.TOO_WIDE}
     assert large.keys() == {f"layer{stage}.{block}.conv2" for stage in (2, 3, 4) for block in (0, 1)}
-    assert large["layer2.0.conv2"].startswith("reads 1152 values")
+    assert large["layer2.0.conv2"].detail.startswith("1152, more than")
 
 
 def test_what_lies_between_two_blocks_is_timed_by_its_own_layers():
@@ -64,12 +65,12 @@ def test_what_lies_between_two_blocks_is_timed_by_its_own_layers():
     model, batch = built("mobilenet_v2")
     units = {unit.id: unit for unit in find_units(model, batch[:2], ["block", "channel", "neuron"]).units}
     between = units["channel:features.1.conv.1"]
-    assert (savings.timed_path(between), units[between.id].feeders[0]) == ("features", "features.0.0")
+    assert (savings.timed_path(between), units[between.id].producers[0]) == ("features", "features.0.0")
     far = savings._far_apart(model, units.values(), batch)
     assert between.id in far
     assert all(savings.timed_path(units[name]) in ("", "features") for name in far)
     ran = []
-    modules = [module_at(model, path) for path in (*between.feeders, between.path)]
+    modules = [module_at(model, path) for path in (*between.producers, between.path)]
     with hooks([m.register_forward_hook(lambda m, *_: ran.append(m)) for m in model.modules()]):
         runs = savings._layers(savings._Timed(model, model, UNCHANGED), between, batch)
         assert list(runs) == ["unit", *map(str, savings._timed_widths(between))]
@@ -120,9 +121,9 @@ def test_masked_equals_cut_in_real_architectures(name):
     model, batch = built(name)
     units = Channel().find(model, batch[:2]).units
     assert len(units) == FAMILIES[name]
-    removals = [Removal(unit, "narrow", tuple(range(unit.members))[-unit.widths[-1] :]) for unit in units]
+    removals = [Removal(unit, "narrow", tuple(range(unit.n_members))[-unit.widths[-1] :]) for unit in units]
     student = cut(model, removals)
-    with torch.no_grad(), masked(model, {removal.unit: removal.kept for removal in removals}):
+    with torch.no_grad(), masked(model, {removal.unit: mask_of(removal.unit, removal.kept) for removal in removals}):
         wanted = model(batch)
     with torch.no_grad():
         found = student(batch)
@@ -135,8 +136,8 @@ def test_what_goes_with_the_channels_is_counted():
     model, batch = built("mobilenet_v2")
     unit = next(u for u in Channel().find(model, batch[:2]).units if u.path == "features.2.conv.2")
     # expansion, its norm, the depthwise convolution, its norm; projection
-    assert unit.feeders == tuple(f"features.2.conv.{name}" for name in ("0.0", "0.1", "1.0", "1.1"))
-    assert unit.members == 96
+    assert unit.producers == tuple(f"features.2.conv.{name}" for name in ("0.0", "0.1", "1.0", "1.1"))
+    assert unit.n_members == 96
     assert unit.widths[0] < 96
     assert unit.widths[-1] == 16
     assert all(width % 8 == 0 for width in unit.widths)
@@ -151,10 +152,10 @@ def test_channels_behind_squeeze_and_excitation_and_of_the_residual_stream_stay(
     model, batch = built("mobilenet_v3_small")
     found = Channel().find(model, batch[:2])
     paths = {unit.path for unit in found.units}
-    refused = dict(found.refused)
+    refused = {path: str(refusal) for path, refusal in found.not_removable.items()}
     assert "features.2.block.2.0" in paths  # without squeeze and excitation
     assert "features.4.block.3.0" in refused
-    assert "fewer" in refused["features.4.block.3.0"]
+    assert "does not run" in refused["features.4.block.3.0"]
     resnet, batch = built("resnet18")
     readers = {unit.path for unit in Channel().find(resnet, batch[:2]).units}
     assert not any(path.endswith("conv1") for path in readers)

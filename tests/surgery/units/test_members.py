@@ -20,7 +20,8 @@ from ttmpd.records import Plan, Removal
 from ttmpd.repair.sequential import repaired
 from ttmpd.surgery.cut import check_units, cut
 from ttmpd.surgery.find import find_units, whole_of
-from ttmpd.surgery.masks import masked
+from ttmpd.surgery.masks import mask_of, masked
+from ttmpd.surgery.reasons import Reason, Refusal
 from ttmpd.surgery.units.block import Block
 from ttmpd.surgery.units.head import Head
 from ttmpd.surgery.units.neuron import Neuron
@@ -129,21 +130,17 @@ def test_masked_equals_cut(name):
     batch = example(model, name)
     found = [kind.find(model, batch).units for kind in (Head(), Neuron(least=8))]
     assert tuple(map(len, found)) == FAMILIES[name]
-    silent = [unit for unit in found[0] if 0 in unit.widths]
-    assert len(silent) == (0 if name == "gpt2" else FAMILIES[name][0])  # whose Conv1D cannot read nothing
     units = [unit for some in found for unit in some]
     with torch.no_grad():
         whole = call(model, batch)
-    for choose in (lambda n: range(0, n, 2), lambda n: range(n // 2, n), lambda n: [n - 1], lambda _: []):
-        # Without any member where that is offered: whole attentions and whole MLPs go.
-        kept = {u: tuple(choose(u.members)) for u in units}
-        removals = [Removal(u, "narrow", kept[u] if kept[u] or 0 in u.widths else (0,)) for u in units]
+    for choose in (lambda n: range(0, n, 2), lambda n: range(n // 2, n), lambda n: [n - 1]):
+        removals = [Removal(u, "narrow", tuple(choose(u.n_members))) for u in units]
         student = cut(model, removals)
-        with torch.no_grad(), masked(model, {r.unit: r.kept for r in removals}):
+        with torch.no_grad(), masked(model, {r.unit: mask_of(r.unit, r.kept) for r in removals}):
             wanted = call(model, batch)
         with torch.no_grad():
             assert torch.allclose(call(student, batch), wanted, atol=1e-5)
-        gone = sum(r.unit.n_params * (1 - len(r.kept) / r.unit.members) for r in removals)
+        gone = sum(r.unit.n_params * (1 - len(r.kept) / r.unit.n_members) for r in removals)
         assert count_parameters(model) - count_parameters(student) == pytest.approx(gone)
         assert not torch.allclose(wanted, whole, atol=1e-5)
     with torch.no_grad():
@@ -155,9 +152,7 @@ def narrowed_by_half(name: str) -> tuple[nn.Module, tuple[Removal, ...]]:
     model = family(name)
     units = [kind.find(model, example(model, name)).units for kind in (Block(), Head(), Neuron(least=8))]
     gone = units[0][-1]
-    removals = [Removal(u, "narrow", tuple(range(u.members // 2))) for some in units[1:] for u in some]
-    if units[1] and 0 in units[1][0].widths:
-        removals[0] = Removal(units[1][0], "narrow", ())  # a whole attention
+    removals = [Removal(u, "narrow", tuple(range(u.n_members // 2))) for some in units[1:] for u in some]
     removals = [r for r in removals if not r.unit.path.startswith(f"{gone.path}.")]
     return model, (*removals, Removal(gone, "linear"))
 
@@ -214,14 +209,14 @@ def test_artifacts_of_all_families_load_in_a_fresh_process(tmp_path):
 
 def test_a_group_of_queries_goes_with_its_key_and_value():
     unit = Head().find(text_model("llama, grouped queries"), torch.tensor([[3, 4, 5]])).units[0]
-    assert unit.members == 2
-    assert len(unit.feeders) == 3
+    assert unit.n_members == 2
+    assert len(unit.producers) == 3
 
 
 def test_attention_that_hides_its_layers_is_refused_with_the_reason():
     found = Head().find(vision_model("beit"), torch.randn(2, 3, 32, 32))
     assert found.units == ()
-    assert dict(found.refused)["blocks.0.attn"] == "computes with the weights of its layers without calling them"
+    assert found.not_removable["blocks.0.attn"].reason is Reason.HIDDEN_LAYERS
 
 
 def test_attention_of_torch_is_refused_with_the_reason():
@@ -235,7 +230,7 @@ def test_attention_of_torch_is_refused_with_the_reason():
 
     found = Head().find(Net().eval(), torch.randn(2, 4, 8))
     assert found.units == ()
-    assert dict(found.refused) == {"attention": "torch's MultiheadAttention computes with all heads at once"}
+    assert found.not_removable["attention"].reason is Reason.FUSED_HEADS
 
 
 class Mlp(nn.Module):
@@ -254,7 +249,7 @@ class Mlp(nn.Module):
 @pytest.mark.parametrize("between", [nn.GELU(), nn.ReLU(), nn.SiLU(), nn.Hardswish(), nn.Identity(), nn.Dropout(0.1)])
 def test_element_wise_functions_are_looked_through(between):
     units = Neuron().find(Mlp(between).eval(), torch.randn(3, 4)).units
-    assert [(unit.path, unit.members, unit.feeders) for unit in units] == [("down", 32, ("up",))]
+    assert [(unit.path, unit.n_members, unit.producers) for unit in units] == [("down", 32, ("up",))]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +269,7 @@ def test_a_layer_that_feeds_two_is_no_unit():
 
     found = Neuron().find(Net(nn.Identity()).eval(), torch.randn(3, 4))
     assert found.units == ()
-    assert dict(found.refused) == {"down": "what it computes depends on all of them"}
+    assert found.not_removable == {"down": Refusal(Reason.DEPENDENT)}
 
 
 def test_the_layer_that_gives_the_logits_keeps_its_inputs():
@@ -286,18 +281,12 @@ def test_few_neurons_are_left_alone():
     assert Neuron().find(Mlp(nn.GELU(), hidden=15).eval(), torch.randn(3, 4)).units == ()
 
 
-def test_widths_are_multiples_of_eight_and_fall_to_none():
+def test_widths_are_multiples_of_eight_down_to_the_least():
     unit = Neuron().find(Mlp(nn.GELU(), hidden=100).eval(), torch.randn(3, 4)).units[0]
-    assert unit.widths == (96, 88, 80, 72, 64, 56, 48, 40, 32, 24, 16, 8, 0)
+    assert unit.widths == (96, 88, 80, 72, 64, 56, 48, 40, 32, 24, 16, 8)
     halves = Neuron(parts=2).find(Mlp(nn.GELU(), hidden=100).eval(), torch.randn(3, 4)).units[0]
-    assert halves.widths == (48, 0)
-    assert Head().find(tiny_transformer(), tiny_tokens()).units[0].widths == (3, 2, 1, 0)
-
-
-def test_layers_that_cannot_read_nothing_keep_a_neuron():
-    units = Neuron(least=8).find(text_model("gpt2"), torch.tensor([[3, 4, 5]])).units
-    assert units[0].module == "Conv1D"
-    assert units[0].widths[-1] == 1
+    assert halves.widths == (48,)
+    assert Head().find(tiny_transformer(), tiny_tokens()).units[0].widths == (3, 2, 1)
 
 
 def test_a_branch_without_any_neuron_answers_with_its_bias():
@@ -319,9 +308,9 @@ def test_all_kinds_stand_in_the_order_of_the_network_and_parts_know_their_whole(
 def test_a_narrowed_model_can_be_narrowed_again():
     model = tiny_transformer()
     first = find_units(model, tiny_tokens(), ["head", "neuron"]).units
-    student = cut(model, [Removal(unit, "narrow", tuple(range(unit.members // 2))) for unit in first])
+    student = cut(model, [Removal(unit, "narrow", tuple(range(unit.n_members // 2))) for unit in first])
     second = find_units(student, tiny_tokens(), ["head", "neuron"]).units
-    assert [unit.members for unit in second] == [unit.members // 2 for unit in first]
+    assert [unit.n_members for unit in second] == [unit.n_members // 2 for unit in first]
     smaller = cut(student, [Removal(unit, "narrow", (0,)) for unit in second])
     assert call(smaller, tiny_tokens()).shape == (4, 4)
 
@@ -344,7 +333,7 @@ def test_kept_members_rise_and_belong_to_the_unit(kept):
 def test_whole_units_are_not_narrowed_nor_members_dropped():
     block, head = find_units(tiny_transformer(), tiny_tokens()).units[:2]
     for unit, action in ((block, "narrow"), (head, "drop")):
-        with pytest.raises(InvalidValueError, match="if and only if it has members"):
+        with pytest.raises(InvalidValueError, match=r"must be narrowed|cannot be narrowed"):
             Removal(unit, action)
 
 

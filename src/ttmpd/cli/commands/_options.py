@@ -18,6 +18,8 @@ from ttmpd.method import names
 from ttmpd.pipeline import defaults
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ttmpd.models.opened import OpenedModel
 
 TARGET, MODEL, DATA, METHODS, RUN, OUTPUT = "Target", "Model", "Data", "Methods", "Run", "Output"
@@ -84,10 +86,14 @@ Steps = Annotated[
     ),
 ]
 Units = Annotated[
-    str,
-    typer.Option("--units", metavar="KIND,...", help="Kinds of units that may be removed.", rich_help_panel=METHODS),
+    str | None,
+    typer.Option(
+        "--units",
+        metavar="KIND,...",
+        help="Kinds of units that may be removed; by default those that are on by default.",
+        rich_help_panel=METHODS,
+    ),
 ]
-UNITS = ",".join(defaults.UNITS)
 Runtime = Annotated[
     str,
     typer.Option(
@@ -121,6 +127,16 @@ Verbose = Annotated[
     bool, typer.Option("--verbose", help="Log more, and show the traceback of an error.", rich_help_panel=RUN)
 ]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.", rich_help_panel=RUN)]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="NAME|NAME:KEY,KEY",
+        help=f"What the model predicts, if not what is detected: {', '.join(names('tasks'))}; with the keys of those "
+        "outputs that count, where there are several.",
+        rich_help_panel=MODEL,
+    ),
+]
 Source = Annotated[
     str | None,
     typer.Option(
@@ -165,6 +181,7 @@ class Model:
     weights: Weights = None
     no_pretrained: NoPretrained = False
     source: Source = None
+    task: Task = None
     max_length: Annotated[
         int | None,
         typer.Option(
@@ -176,7 +193,7 @@ class Model:
     ] = None
 
     def open(self) -> "OpenedModel":
-        """The model: that of an artifact, or one by its id."""
+        """The model: that of an artifact, or one by its id; it carries the task that is named."""
         from ttmpd.artifact.read import is_artifact, open_artifact
         from ttmpd.models.open import open_model
 
@@ -189,7 +206,20 @@ class Model:
             )
         else:
             opened = open_artifact(self.model, self.source)
-        return opened.reading(self.max_length)
+        opened = opened.reading(self.max_length)
+        if self.task is not None:
+            carry_named(opened.module, self.task)
+        return opened
+
+
+def carry_named(module: "nn.Module", task: str) -> None:
+    """Let a module carry the task NAME, or NAME:KEY,KEY. In place."""
+    from ttmpd.method import method_of
+    from ttmpd.models.tokens import carry_task
+
+    name, _, keys = task.partition(":")
+    parts = tuple(key.strip() for key in keys.split(",") if key.strip())
+    carry_task(module, method_of("task", name).with_settings(parts=parts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from ttmpd.cli.commands import _options as option
 from ttmpd.cli.commands._parsing import choose_methods, parse_duration, parse_targets, parts_of
 from ttmpd.cli.commands._reporting import TARGET_MISSED, command_line, reporting, show_machine
 from ttmpd.pipeline import defaults
-from ttmpd.records import ACTIONS
+from ttmpd.records import ACTIONS, WidthUnit
 
 if TYPE_CHECKING:
     from ttmpd.artifact.write import Result
@@ -90,7 +90,7 @@ def command(
     plan: Annotated[str, option.method("plan", "Chooses what is removed.")] = defaults.METHODS["plan"],
     distill: Annotated[str, option.method("distill", "Trains the student.")] = defaults.METHODS["distill"],
     settings: option.Set = None,
-    units: option.Units = option.UNITS,
+    units: option.Units = None,
     actions: Actions = ACTIONS_TEXT,
     lossless: Lossless = True,
     runtime: option.Runtime = defaults.METHODS["runtime"],
@@ -121,11 +121,12 @@ def command(
             "batch_size": batch_size,
             "device": run.device,
             "seed": run.seed,
-            "units": parts_of(units),
             "actions": parts_of(actions),
             "amp": amp,
             "lossless": lossless,
         }
+        if units is not None:
+            values["units"] = parts_of(units)
         if time_budget is not None:
             values["time_budget"] = parse_duration(time_budget)
         opened = model.open()
@@ -205,8 +206,10 @@ def _show_preview(found: "Preview") -> None:
         plan = planned.plan
         table = display.new_table("would remove", "class", "action", title=f"Plan for {planned.target}")
         for removal in plan.removals:
-            action = f"keep {len(removal.kept)} of {removal.unit.members}" if removal.unit.members else removal.action
-            table.add_row(escape(removal.unit.id), escape(removal.unit.module), action)
+            unit, action = removal.unit, str(removal.action)
+            if isinstance(unit, WidthUnit):
+                action = f"keep {len(removal.kept)} of {unit.n_members}"
+            table.add_row(escape(unit.id), escape(unit.module), action)
         console.print(table)
         tried = [attempt.measured_ms for attempt in planned.attempts]
         nearest = min(tried, key=lambda value: abs(value - plan.budget_ms), default=None)

@@ -44,6 +44,8 @@ def command(
 
         opened = model.open()
         other = None if against is None else open_any(against, model.source).reading(model.max_length)
+        if other is not None and model.task is not None:
+            option.carry_named(other.module, model.task)
         result = evaluate(opened, data, labels, against=other, batch_size=batch_size, device=device)
         _show(result)
         write_result(json_file, result.to_dict())
@@ -60,10 +62,13 @@ def _show(found: "Evaluation") -> None:
         table.add_row("calibration error", *(f"{row.calibration_error:.3f}" for row in rows))
     if found.each == "token" and found.model.loss is not None:
         table.add_row("nats per token", *(f"{row.loss:.4f}" for row in rows))
-    table.add_row("mean confidence", *(f"{row.confidence:.1%}" for row in rows))
+    if found.model.confidence is not None:
+        table.add_row("mean confidence", *(f"{row.confidence or 0.0:.1%}" for row in rows))
     console.print(table)
     if found.agreement is not None:
         console.print(f"Agreement between them: {display.percent(found.agreement)} (not accuracy)")
+        if found.task != "classification":
+            console.print(f"Task: {escape(found.task)}.")
     console.print(f"{found.n_samples} {found.each}s; intervals are 95 % Wilson.")
     if found.n_left_out:
         console.print(f"{found.n_left_out} samples left out: compression had used them.")

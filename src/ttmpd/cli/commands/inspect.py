@@ -1,7 +1,7 @@
 """``ttmpd inspect``: what can be removed from a model."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -27,7 +27,7 @@ def command(
     model: option.Model,
     data: option.DataOrRandom = None,
     batch_size: option.BatchSize = defaults.BATCH_SIZE,
-    units: option.Units = option.UNITS,
+    units: option.Units = None,
     timed: Timed = True,
     json_file: option.Json = None,
     device: option.Device = defaults.DEVICE,
@@ -38,7 +38,8 @@ def command(
         from ttmpd.pipeline.inspect import inspect
 
         opened = model.open()
-        result = inspect(opened, data, batch_size=batch_size, device=device, timed=timed, units=parts_of(units))
+        chosen: dict[str, Any] = {} if units is None else {"units": parts_of(units)}
+        result = inspect(opened, data, batch_size=batch_size, device=device, timed=timed, **chosen)
         _show(result)
         write_result(json_file, result.to_dict())
 

@@ -10,14 +10,15 @@ from ttmpd.errors import UnsupportedError
 from ttmpd.models.modules import module_at
 from ttmpd.models.run import call, evaluating
 from ttmpd.models.trace import ModuleCall, trace
-from ttmpd.records import Layout
+from ttmpd.records import DepthUnit, Layout
 from ttmpd.surgery.exits.model import EarlyExitModel
 from ttmpd.surgery.exits.pooling import choose_pool, width
 from ttmpd.surgery.exits.routing import changed
 from ttmpd.surgery.exits.spec import NEVER, Exit, Exits
-from ttmpd.surgery.units.block import Block
+from ttmpd.surgery.find import find_units, kinds_of
+from ttmpd.surgery.reasons import Reason
 
-_BLOCKS_ALL_THE_SAME = ("the model does not run without it", "writes into its input", "its output is written into")
+_BLOCKS_ALL_THE_SAME = (Reason.NEEDED, Reason.WRITES_INPUT, Reason.OUTPUT_WRITTEN)
 """Why a block cannot be removed although it is one: as a place for an exit it is as good as others."""
 
 
@@ -51,7 +52,7 @@ class _Watched:
 def find_places(model: nn.Module, batch: Tensor) -> tuple[tuple[ExitLocation, ...], tuple[str, ...]]:
     """The blocks in calling order, and the names of their arguments whose first axis is not that of the samples.
 
-    Blocks are the removable ones, as the kind ``block`` finds them, and all others of the same class:
+    Blocks are the removable ones, those that hold their shortcut, and all others of the same class:
     those that change the shape, or that the model does not run without. The model is run on two and on three samples;
     what has another first axis then belongs to the samples.
 
@@ -62,9 +63,9 @@ def find_places(model: nn.Module, batch: Tensor) -> tuple[tuple[ExitLocation, ..
     Raises:
         UnsupportedError: there is no row of blocks.
     """
-    found = Block().find(model, batch[:2])
-    blocks = [unit.path for unit in found.units]
-    blocks += [path for path, reason in found.refused if reason.startswith(_BLOCKS_ALL_THE_SAME)]
+    search = find_units(model, batch[:2], kinds_of("depth"))
+    blocks = [unit.path for unit in search.units if isinstance(unit, DepthUnit) and not unit.branch]
+    blocks += [path for path, refusal in search.not_removable.items() if refusal.reason in _BLOCKS_ALL_THE_SAME]
     classes = {type(module_at(model, path)) for path in blocks}
     paths = [path for path, module in model.named_modules() if path and type(module) in classes]
     two, three = (_watched(model, paths, _repeated(batch, n)) for n in (2, 3))
@@ -75,7 +76,7 @@ def find_places(model: nn.Module, batch: Tensor) -> tuple[tuple[ExitLocation, ..
     ]
     outer = [path for path in good if not any(path.startswith(f"{other}.") for other in good)]
     if len(outer) < 2:
-        reasons = "; ".join(f"{path} {reason}" for path, reason in found.refused[:3])
+        reasons = "; ".join(f"{path} {refusal}" for path, refusal in list(search.not_removable.items())[:3])
         raise UnsupportedError(
             f"{type(model).__name__} must have a row of blocks for exits to stand behind, but {len(outer)} were found"
             f"{': ' + reasons if reasons else ''}; `ttmpd inspect` lists what it has"

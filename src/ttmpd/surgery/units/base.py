@@ -1,69 +1,82 @@
 """The contract of a kind of unit."""
 
 import abc
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
+from ttmpd.errors import UnsupportedError
 from ttmpd.method import Method
-from ttmpd.records import Action, Unit
+from ttmpd.records import Action, DepthUnit, Unit, WidthUnit
+from ttmpd.surgery.reasons import Refusal
+from ttmpd.surgery.replacements import copied_without, drop
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What a model offers.
+class UnitSearch:
+    """What was found in a model.
 
     Args:
         units: removable, in the order in which the network runs them.
-        refused: (path, reason) of parts that look like units and are not removable.
+        not_removable: path -> why a part that looks like a unit is none.
     """
 
     units: tuple[Unit, ...]
-    refused: tuple[tuple[str, str], ...]
+    not_removable: Mapping[str, Refusal]
 
 
-class Kind(Method, abc.ABC):
-    """Finds one kind of unit, and removes it. Masked output equals cut output."""
+class UnitFinder(Method, abc.ABC):
+    """Finds one kind of unit. Masked output equals cut output."""
 
+    default: ClassVar[bool] = True
+    """Whether units of this kind are looked for unless others are named."""
     actions: ClassVar[tuple[Action, ...]] = ("drop",)
+    """What can be done to a unit of this kind."""
 
     @abc.abstractmethod
-    def find(self, model: nn.Module, batch: Tensor) -> Found:
-        """The units of ``model``, seen by running ``batch`` (a few samples, already on the model's device)."""
+    def find(self, model: nn.Module, batch: Tensor) -> UnitSearch:
+        """The units of ``model``, seen by running it.
 
-
-class Whole(Kind):
-    """A kind of unit that goes as a whole, and may have a stand-in."""
-
-    @abc.abstractmethod
-    def cut(self, model: nn.Module, units: Sequence[Unit]) -> nn.Module:
-        """A new model without the units; ``model`` stays as it is."""
-
-    @abc.abstractmethod
-    def mask(self, model: nn.Module, units: Sequence[Unit]) -> contextlib.AbstractContextManager[None]:
-        """While active, ``model`` answers as the cut model would, with nothing removed."""
-
-    @abc.abstractmethod
-    def stand_in(self, unit: Unit) -> nn.Module:
-        """An untrained linear replacement of the right shape for the unit (for timing, and to load weights into).
-
-        Raises:
-            UnsupportedError: this kind has no linear stand-in.
+        Args:
+            model: left untouched.
+            batch: a few samples, on the model's device.
         """
 
+    @abc.abstractmethod
+    def example(self, n: int = 4) -> tuple[nn.Module, Tensor]:
+        """A small model in eval mode that holds at least two units of this kind, and ``n`` samples: for the checks."""
 
-class Narrow(Kind):
-    """A kind of unit whose members, heads, neurons or channels, go one by one.
 
-    The layer at ``unit.path`` reads ``width`` inputs of every member; the members are made by the layers
-    ``unit.feeders``.
-    """
+class DepthUnits(UnitFinder):
+    """A kind of unit that goes as a whole."""
+
+    def cut(self, model: nn.Module, units: Sequence[DepthUnit]) -> nn.Module:
+        """A new model without the units; all other paths keep their names, and ``model`` stays as it is."""
+        student = copied_without(model, units)
+        for unit in units:
+            self.drop(student, unit)
+        return student
+
+    def drop(self, student: nn.Module, unit: DepthUnit) -> None:
+        """Take the unit out of ``student``, in place."""
+        drop(student, unit)
+
+    def replacement(self, unit: DepthUnit) -> nn.Module:
+        """An untrained linear replacement of the unit (for timing, and to load weights into).
+
+        Raises:
+            UnsupportedError: units of this kind have none.
+        """
+        raise UnsupportedError(f"{unit.id} has no linear replacement: units of kind {self.name} can only be dropped")
+
+
+class WidthUnits(UnitFinder):
+    """A kind of unit whose members, heads, neurons or channels, go one by one."""
 
     actions: ClassVar[tuple[Action, ...]] = ("narrow",)
 
     @abc.abstractmethod
-    def narrow(self, student: nn.Module, unit: Unit, kept: Sequence[int]) -> None:
+    def narrow(self, student: nn.Module, unit: WidthUnit, kept: Sequence[int]) -> None:
         """Take all members but ``kept`` out of ``student``, in place; they are numbered as found."""

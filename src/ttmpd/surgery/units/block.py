@@ -6,9 +6,7 @@ to input that crosses an addition and no weights. A path that crosses products o
 which is no unit.
 """
 
-import contextlib
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,11 +15,14 @@ from torch import Tensor, nn
 
 from ttmpd.errors import ModelError, first_line
 from ttmpd.models.macs import count_macs
-from ttmpd.models.modules import count_parameters, has_nan, hooks, module_at, replace_module, stubbed
+from ttmpd.models.modules import count_parameters, has_nan, hooks, module_at, replace_module
 from ttmpd.models.run import call, evaluating, first_tensor
-from ttmpd.records import Action, Layout, Unit
-from ttmpd.surgery.replacements import _given, answering, put, wrapped
-from ttmpd.surgery.units.base import Found, Whole
+from ttmpd.models.tiny import tiny_model
+from ttmpd.models.trace import first_argument
+from ttmpd.records import Action, DepthUnit, Layout
+from ttmpd.surgery.reasons import Reason, Refusal
+from ttmpd.surgery.replacements import drop
+from ttmpd.surgery.units.base import DepthUnits, UnitSearch
 
 # Backward nodes that keep every value apart from shifts, clipping and normalisation: a shortcut may cross them.
 _TRANSPARENT = {
@@ -45,7 +46,7 @@ class _Call:
     versions: tuple[int, int] = (0, 0)
 
 
-class Block(Whole):
+class Block(DepthUnits):
     """Blocks whose output has the shape of their input.
 
     Example:
@@ -57,14 +58,14 @@ class Block(Whole):
     source: ClassVar[str] = "PRACTISE (arXiv 2202.07861), section 3: blocks of equal shape; found here by running"
     actions: ClassVar[tuple[Action, ...]] = ("drop", "linear")
 
-    def find(self, model: nn.Module, batch: Tensor) -> Found:
+    def find(self, model: nn.Module, batch: Tensor) -> UnitSearch:
         """The removable blocks, in the order of the network.
 
         Raises:
             ModelError: the model cannot be run on the batch or answers with NaN.
         """
         seen = _watch(model, batch)
-        refused: dict[str, str] = {}
+        refused: dict[str, Refusal] = {}
         repeated = _in_rows(model, seen)
         chosen = _choose(model, "", seen, repeated, refused)
         order = {path: number for number, path in enumerate(seen)}
@@ -72,24 +73,14 @@ class Block(Whole):
         units = [
             _unit(path, module_at(model, path), seen[path], macs) for path in sorted(chosen, key=order.__getitem__)
         ]
-        kept = [unit for unit in units if _works_without(self, model, unit, batch, refused)]
-        return Found(tuple(kept), tuple(refused.items()))
+        kept = [unit for unit in units if _works_without(model, unit, batch, refused)]
+        return UnitSearch(tuple(kept), refused)
 
-    def cut(self, model: nn.Module, units: Sequence[Unit]) -> nn.Module:
-        """A copy of the model in which an identity stands where each unit was; all other paths keep their names."""
-        # The memo makes deepcopy take the replacement instead of copying what is cut.
-        student: nn.Module = copy.deepcopy(
-            model, {id(module_at(model, u.path)): wrapped(u, nn.Identity()) for u in units}
-        )
-        return student
+    def example(self, n: int = 4) -> tuple[nn.Module, Tensor]:
+        """Three residual blocks between a stem and a head, and images for them."""
+        return tiny_model(), torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
-    @contextlib.contextmanager
-    def mask(self, model: nn.Module, units: Sequence[Unit]) -> Iterator[None]:
-        """The blocks stay in the model, but each hands on its input."""
-        with stubbed(model, {unit.path: answering(unit, lambda x: x) for unit in units}):
-            yield
-
-    def stand_in(self, unit: Unit) -> nn.Module:
+    def replacement(self, unit: DepthUnit) -> nn.Module:
         """A 1x1 convolution or a square matrix, followed by the block's own activation."""
         linear: nn.Module
         with torch.random.fork_rng():
@@ -111,7 +102,7 @@ def _watch(model: nn.Module, batch: Tensor) -> dict[str, _Call]:
     def before(path: str, args: Any, kwargs: Any) -> Any:
         record = seen.setdefault(path, _Call())
         record.count += 1
-        given = _given(args, kwargs)
+        given = first_argument(args, kwargs)
         record.given = given if isinstance(given, Tensor) else None
         record.plain = len(args) == 1 and not kwargs
         record.versions = (0 if record.given is None else record.given._version, 0)
@@ -209,11 +200,11 @@ def _in_rows(model: nn.Module, seen: dict[str, _Call]) -> set[str]:
 
 
 def _choose(
-    model: nn.Module, path: str, seen: dict[str, _Call], repeated: set[str], refused: dict[str, str]
+    model: nn.Module, path: str, seen: dict[str, _Call], repeated: set[str], refused: dict[str, Refusal]
 ) -> list[str]:
     """The units below ``path``: a module itself, or its parts when they make up nearly all of it (a stage)."""
     module, record = module_at(model, path), seen.get(path)
-    refused_below: dict[str, str] = {}
+    refused_below: dict[str, Refusal] = {}
     below: list[str] = []
     for name, _ in module.named_children():
         below += _choose(model, f"{path}.{name}" if path else name, seen, repeated, refused_below)
@@ -233,23 +224,23 @@ def _choose(
     return [path]
 
 
-def _refusal(record: _Call, in_row: bool) -> str:
-    """Why a module is no unit; "" when it is one."""
+def _refusal(record: _Call, in_row: bool) -> Refusal | None:
+    """Why a module is no unit; None when it is one."""
     if record.given is None or record.answer is None:
-        return "is not a function of one tensor"
+        return Refusal(Reason.NO_TENSOR)
     if record.count > 1:
-        return f"called {record.count} times in one pass"
+        return Refusal(Reason.CALLED_AGAIN, f"{record.count} times")
     if not _same_shape(record):
-        return f"changes the shape from {tuple(record.given.shape[1:])} to {tuple(record.answer.shape[1:])}"
+        return Refusal(Reason.OTHER_SHAPE, f"{tuple(record.given.shape[1:])} to {tuple(record.answer.shape[1:])}")
     if record.gate:
-        return "only scales its input"
+        return Refusal(Reason.GATE)
     if not record.shortcut and not in_row:
-        return "has no shortcut around it"
+        return Refusal(Reason.NO_SHORTCUT)
     if record.versions[0]:
-        return "writes into its input"
+        return Refusal(Reason.WRITES_INPUT)
     if record.answer._version != record.versions[1]:
-        return "its output is written into by what follows"
-    return ""
+        return Refusal(Reason.OUTPUT_WRITTEN)
+    return None
 
 
 def _worth_telling(module: nn.Module, record: _Call) -> bool:
@@ -264,10 +255,10 @@ def _n_layers(module: nn.Module) -> int:
     return sum(1 for parameter in module.parameters() if parameter.dim() >= 2)
 
 
-def _unit(path: str, module: nn.Module, record: _Call, macs: dict[str, int]) -> Unit:
+def _unit(path: str, module: nn.Module, record: _Call, macs: dict[str, int]) -> DepthUnit:
     assert record.answer is not None
     answer = record.answer.detach()
-    return Unit(
+    return DepthUnit(
         kind="block",
         path=path,
         module=type(module).__name__,
@@ -299,15 +290,15 @@ def _activation(answer: Tensor) -> str:
     return "relu6" if float(answer.max()) == 6.0 else "relu"
 
 
-def _works_without(kind: Block, model: nn.Module, unit: Unit, batch: Tensor, refused: dict[str, str]) -> bool:
+def _works_without(model: nn.Module, unit: DepthUnit, batch: Tensor, refused: dict[str, Refusal]) -> bool:
     """Whether the rest of the model runs when the unit is really gone (some models read a block's attributes)."""
     original = module_at(model, unit.path)
-    put(model, unit, nn.Identity())
+    drop(model, unit)
     try:
         with evaluating(model):
             call(model, batch[:1])
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-        refused[unit.path] = f"the model does not run without it: {first_line(error)[:120]}"
+        refused[unit.path] = Refusal(Reason.NEEDED, first_line(error)[:120])
         return False
     finally:
         replace_module(model, unit.path, original)

@@ -4,13 +4,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ttmpd.method import check_fields
 from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import module_at
-from ttmpd.records import Unit
-from ttmpd.surgery.graph import Call, calls_of, feeders_of
+from ttmpd.models.tiny import tiny_model
+from ttmpd.records import WidthUnit
+from ttmpd.surgery.graph import Call, calls_of, producers_of
 from ttmpd.surgery.layers import (
     ROUND,
     is_convolution,
@@ -22,7 +24,8 @@ from ttmpd.surgery.layers import (
     take_outputs,
 )
 from ttmpd.surgery.masks import proven
-from ttmpd.surgery.units.base import Found, Narrow
+from ttmpd.surgery.reasons import Reason, Refusal
+from ttmpd.surgery.units.base import UnitSearch, WidthUnits
 
 _CHANNELWISE = {
     "Relu", "Hardtanh", "LeakyRelu", "Elu", "Gelu", "Silu", "Hardswish", "Mish", "Tanh", "Sigmoid", "Hardsigmoid",
@@ -31,7 +34,7 @@ _CHANNELWISE = {
 }  # fmt: skip
 
 
-class Channel(Narrow):
+class Channel(WidthUnits):
     """Hidden channels that one convolution makes and another one reads, alone.
 
     Between the two may stand batch norm, depthwise convolutions, pooling and element-wise functions. Channels of the
@@ -42,7 +45,7 @@ class Channel(Narrow):
         >>> from torchvision.models import resnet18
         >>> net = resnet18().eval()
         >>> unit = Channel().find(net, torch.zeros(1, 3, 64, 64)).units[0]
-        >>> unit.path, unit.members, unit.feeders
+        >>> unit.path, unit.n_members, unit.producers
         ('layer1.0.conv2', 64, ('layer1.0.conv1', 'layer1.0.bn1'))
     """
 
@@ -58,7 +61,7 @@ class Channel(Narrow):
     def __post_init__(self) -> None:
         check_fields(self, least=2, parts=2, most_inputs=1)
 
-    def find(self, model: nn.Module, batch: Tensor) -> Found:
+    def find(self, model: nn.Module, batch: Tensor) -> UnitSearch:
         """The hidden channels of at least ``least``, in the order of the network."""
         calls = calls_of(model, batch, lambda module: is_convolution(module) or _is_channelwise(module))
         macs = count_macs(model, batch)
@@ -70,23 +73,27 @@ class Channel(Narrow):
         ]  # fmt: skip
         read = {path: matrix_of(module_at(model, path)).shape[1] for path in wide}
         large = {
-            path: f"reads {n} values for each of its own; more than {self.most_inputs} are too many to choose among"
+            path: Refusal(Reason.TOO_WIDE, f"{n}, more than {self.most_inputs}")
             for path, n in read.items()
             if n > self.most_inputs
         }
         units = [self._sized(_unit(model, path, made_by[path], calls, macs)) for path in wide if path not in large]
         kept, refused = proven(self.narrow, model, units, batch[:2])
-        return Found(tuple(kept), tuple((refused | large).items()))
+        return UnitSearch(tuple(kept), refused | large)
 
-    def _sized(self, unit: Unit) -> Unit:
+    def _sized(self, unit: WidthUnit) -> WidthUnit:
         """With equal steps down to the last one, in multiples of 8: kernels run other numbers of channels no faster."""
-        shares = (unit.members * (self.parts - i) / self.parts for i in range(1, self.parts))
+        shares = (unit.n_members * (self.parts - i) / self.parts for i in range(1, self.parts))
         counts = (max(ROUND, round(share / ROUND) * ROUND) for share in shares)
-        return dataclasses.replace(unit, widths=tuple(dict.fromkeys(n for n in counts if n < unit.members)))
+        return dataclasses.replace(unit, widths=tuple(dict.fromkeys(n for n in counts if n < unit.n_members)))
 
-    def narrow(self, student: nn.Module, unit: Unit, kept: Sequence[int]) -> None:
+    def example(self, n: int = 4) -> tuple[nn.Module, Tensor]:
+        """Three residual blocks with hidden channels, and images for them."""
+        return tiny_model(hidden=24), torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def narrow(self, student: nn.Module, unit: WidthUnit, kept: Sequence[int]) -> None:
         """Rows of what makes the channels and works on each alone, columns of the convolution behind."""
-        for path in unit.feeders:
+        for path in unit.producers:
             take_outputs(module_at(student, path), spread_out(kept, 1))
         reader = module_at(student, unit.path)
         take_inputs(reader, spread_out(kept, kernel_area(reader)))
@@ -104,25 +111,27 @@ def _makers(model: nn.Module, path: str, calls: dict[str, Call]) -> tuple[str, .
 
     () where anything else enters, or where two 1x1 convolutions have only functions in between: those are neurons.
     """
-    found, _ = feeders_of(path, calls, _CHANNELWISE, through=lambda name: _is_channelwise(module_at(model, name)))
+    found, _ = producers_of(path, calls, _CHANNELWISE, through=lambda name: _is_channelwise(module_at(model, name)))
     modules = [module_at(model, name) for name in found]
     right = all(calls[name].outputs[:1] == calls[path].inputs[:1] for name in found)
     neurons = all(is_layer(module) for module in (module_at(model, path), *modules))
     return found if right and any(map(is_convolution, modules)) and not neurons else ()
 
 
-def _unit(model: nn.Module, path: str, makers: tuple[str, ...], calls: dict[str, Call], macs: dict[str, int]) -> Unit:
+def _unit(
+    model: nn.Module, path: str, makers: tuple[str, ...], calls: dict[str, Call], macs: dict[str, int]
+) -> WidthUnit:
     layer = module_at(model, path)
     own = [parameter for name in makers for parameter in module_at(model, name).parameters()]
-    return Unit(
+    return WidthUnit(
         kind="channel",
         path=path,
         module=type(layer).__name__,
         shape=calls[path].outputs,
         layout="channels_first",
-        activation="",
         n_params=sum(parameter.numel() for parameter in own) + matrix_of(layer).numel(),
         macs=sum(macs.get(name, 0) for name in (path, *makers)),
-        members=calls[path].inputs[0],
-        feeders=makers,
+        n_members=calls[path].inputs[0],
+        consumers=(path,),
+        producers=makers,
     )

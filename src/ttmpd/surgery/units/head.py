@@ -11,10 +11,12 @@ from ttmpd.method import check_fields
 from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import hooks, module_at, replace_module
 from ttmpd.models.run import call, evaluating, first_tensor
-from ttmpd.records import Unit
+from ttmpd.models.tiny import tiny_tokens, tiny_transformer
+from ttmpd.records import WidthUnit
 from ttmpd.surgery.layers import is_layer, matrix_of, spread_out, take_inputs, take_outputs
 from ttmpd.surgery.masks import proven
-from ttmpd.surgery.units.base import Found, Narrow
+from ttmpd.surgery.reasons import Reason, Refusal
+from ttmpd.surgery.units.base import UnitSearch, WidthUnits
 
 _COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _GROUPS = ("num_key_value_heads", "num_kv_heads")
@@ -45,7 +47,7 @@ class Silent(nn.Module):
         return (answer, None) if self.as_pair else answer
 
 
-class Head(Narrow):
+class Head(WidthUnits):
     """Attention heads; where several queries share a key and a value, the whole group is one member.
 
     An attention module is known by its number of heads and by its layers: those it holds itself make queries, keys and
@@ -59,50 +61,52 @@ class Head(Narrow):
     def __post_init__(self) -> None:
         check_fields(self, parts=1)
 
-    def find(self, model: nn.Module, batch: Tensor) -> Found:
+    def find(self, model: nn.Module, batch: Tensor) -> UnitSearch:
         """Every attention of two or more heads or groups, in the order of the network."""
         calls = _order(model, batch)
         shapes, tuples = dict(calls), _tuples(model, batch)
         macs = count_macs(model, batch)
-        units, refused = [], {}
+        units: list[WidthUnit] = []
+        refused: dict[str, Refusal] = {}
         for path, module in model.named_modules():
             if isinstance(module, nn.MultiheadAttention):
-                refused[path] = "torch's MultiheadAttention computes with all heads at once"
+                refused[path] = Refusal(Reason.FUSED_HEADS, "torch's MultiheadAttention")
                 continue
             found = _layers(path, module, [name for name, _ in calls], model)
             if found is not None:
                 unit = _unit(model, path, found, shapes, macs)
                 units.append(dataclasses.replace(unit, form="pair") if path in tuples else unit)
             elif _is_silent(path, module, shapes):
-                refused[path] = "computes with the weights of its layers without calling them"
-        units = [self._sized(unit) for unit in units if unit.members > 1]
+                refused[path] = Refusal(Reason.HIDDEN_LAYERS)
+        units = [self._sized(unit) for unit in units if unit.n_members > 1]
         kept, others = proven(self.narrow, model, units, batch[:2])
-        whole, _ = proven(self.narrow, model, kept, batch[:2], keep=lambda _: ())
-        silenced = {unit.path for unit in whole}
-        kept = [dataclasses.replace(u, widths=(*u.widths, 0)) if u.path in silenced else u for u in kept]
-        return Found(tuple(kept), tuple((refused | others).items()))
+        return UnitSearch(tuple(kept), refused | others)
 
-    def _sized(self, unit: Unit) -> Unit:
+    def _sized(self, unit: WidthUnit) -> WidthUnit:
         """With every number of heads down to one, or equal steps where there are many."""
-        counts = (round(unit.members * (self.parts - i) / self.parts) for i in range(1, self.parts))
-        return dataclasses.replace(unit, widths=tuple(dict.fromkeys(n for n in counts if 0 < n < unit.members)))
+        counts = (round(unit.n_members * (self.parts - i) / self.parts) for i in range(1, self.parts))
+        return dataclasses.replace(unit, widths=tuple(dict.fromkeys(n for n in counts if 0 < n < unit.n_members)))
 
-    def narrow(self, student: nn.Module, unit: Unit, kept: Sequence[int]) -> None:
+    def example(self, n: int = 4) -> tuple[nn.Module, Tensor]:
+        """Two transformer blocks, and tokens for them."""
+        return tiny_transformer(), tiny_tokens(n)
+
+    def narrow(self, student: nn.Module, unit: WidthUnit, kept: Sequence[int]) -> None:
         """Rows of queries, keys and values, columns of the layer behind them, and what else there is once per head.
 
-        Without any head the whole attention goes, and the layer behind it is left with its bias.
+        Without any head, as older artifacts have it, the attention goes and the layer behind it is left with its bias.
         """
         if not kept:
             return _silence(student, unit)
-        attention = module_at(student, unit.feeders[0].rpartition(".")[0])
+        attention = module_at(student, unit.producers[0].rpartition(".")[0])
         reader = module_at(student, unit.path)
         n_inputs = matrix_of(reader).shape[1]
-        for path in unit.feeders:
+        for path in unit.producers:
             _take_rows(module_at(student, path), unit, kept, n_inputs)
         for owner, name, axis, index in _per_head(attention, unit, kept, n_inputs):
             _set(owner, name, axis, index)
-        _count(attention, n_inputs, unit.members, len(kept))
-        take_inputs(reader, spread_out(kept, n_inputs // unit.members))
+        _count(attention, n_inputs, unit.n_members, len(kept))
+        take_inputs(reader, spread_out(kept, n_inputs // unit.n_members))
 
 
 def _order(model: nn.Module, batch: Tensor) -> list[tuple[str, tuple[int, ...]]]:
@@ -136,8 +140,8 @@ def _tuples(model: nn.Module, batch: Tensor) -> set[str]:
     return found
 
 
-def _silence(student: nn.Module, unit: Unit) -> None:
-    home = unit.feeders[0].rpartition(".")[0]
+def _silence(student: nn.Module, unit: WidthUnit) -> None:
+    home = unit.producers[0].rpartition(".")[0]
     reader = module_at(student, unit.path)
     take_inputs(reader, spread_out((), 1))
     name = unit.path.removeprefix(f"{home}.") if unit.path.startswith(f"{home}.") else ""
@@ -194,40 +198,40 @@ def _unit(
     found: tuple[tuple[str, ...], str],
     shapes: dict[str, tuple[int, ...]],
     macs: dict[str, int],
-) -> Unit:
+) -> WidthUnit:
     makers, reader = found
     attention, layer = module_at(model, path), module_at(model, reader)
     n_inputs = matrix_of(layer).shape[1]
     heads = _attribute(attention, _COUNTS)
     members = min(heads, *(matrix_of(module_at(model, name)).shape[0] // (n_inputs // heads) for name in makers))
     within = reader.startswith(f"{path}.")
-    unit = Unit(
+    unit = WidthUnit(
         kind="head",
         path=reader,
         module=type(attention).__name__,
         shape=shapes[reader],
         layout="channels_first" if isinstance(layer, nn.Conv2d) else "channels_last",
-        activation="",
         n_params=sum(p.numel() for name in makers for p in module_at(model, name).parameters(recurse=False)),
         macs=macs.get(path, 0) + (0 if within else macs.get(reader, 0)),
-        members=members,
-        feeders=makers,
+        n_members=members,
+        consumers=(reader,),
+        producers=makers,
     )
     parts = _per_head(attention, unit, range(members), n_inputs)
     owned = sum(value.numel() for o, n, *_ in parts if isinstance(value := getattr(o, n), nn.Parameter))
     return dataclasses.replace(unit, n_params=unit.n_params + matrix_of(layer).numel() + owned)
 
 
-def _take_rows(layer: nn.Module, unit: Unit, kept: Sequence[int], n_inputs: int) -> None:
+def _take_rows(layer: nn.Module, unit: WidthUnit, kept: Sequence[int], n_inputs: int) -> None:
     n_outputs = matrix_of(layer).shape[0]
     n_parts = 3 if n_outputs == 3 * n_inputs else 1
     size = n_outputs // n_parts
-    index = spread_out(kept, size // unit.members)
+    index = spread_out(kept, size // unit.n_members)
     take_outputs(layer, torch.cat([index + part * size for part in range(n_parts)]))
 
 
 def _per_head(
-    attention: nn.Module, unit: Unit, kept: Sequence[int], n_inputs: int
+    attention: nn.Module, unit: WidthUnit, kept: Sequence[int], n_inputs: int
 ) -> Iterator[tuple[nn.Module, str, int, Tensor]]:
     """(module, name, axis, index) of parameters and buffers that hold something for each head: tables, biases."""
     heads = _attribute(attention, _COUNTS)
@@ -235,7 +239,7 @@ def _per_head(
         for size in dict.fromkeys((heads, n_inputs)):
             axes = [axis for axis, n in enumerate(value.shape) if n == size]
             if len(axes) == 1 and value.is_floating_point():
-                yield attention, name, axes[0], spread_out(kept, size // unit.members)
+                yield attention, name, axes[0], spread_out(kept, size // unit.n_members)
                 break
 
 

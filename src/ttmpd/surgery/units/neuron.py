@@ -11,11 +11,12 @@ from ttmpd.method import check_fields
 from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import module_at
 from ttmpd.models.taps import find_head
-from ttmpd.records import Unit
-from ttmpd.surgery.graph import Call, calls_of, feeders_of
+from ttmpd.models.tiny import tiny_tokens, tiny_transformer
+from ttmpd.records import WidthUnit
+from ttmpd.surgery.graph import Call, calls_of, producers_of
 from ttmpd.surgery.layers import ROUND, is_layer, matrix_of, spread_out, take_inputs, take_outputs
 from ttmpd.surgery.masks import proven
-from ttmpd.surgery.units.base import Found, Narrow
+from ttmpd.surgery.units.base import UnitSearch, WidthUnits
 
 _ELEMENTWISE = {
     "Gelu", "Silu", "Relu", "Mul", "Add", "Sub", "Div", "Pow", "Tanh", "Sigmoid", "Hardswish", "Hardtanh", "LeakyRelu",
@@ -25,12 +26,12 @@ _SHAPING = {"View", "UnsafeView", "ReshapeAlias", "T", "Permute", "Transpose", "
 _PARTING = {"Split", "SplitWithSizes", "Slice", "Unbind", "Chunk"}
 
 
-class Neuron(Narrow):
+class Neuron(WidthUnits):
     """Hidden neurons between two layers of an MLP, gated ones (SwiGLU) included.
 
     Example:
         >>> mlp = nn.Sequential(nn.Linear(4, 32), nn.GELU(), nn.Linear(32, 3))
-        >>> [(unit.path, unit.members, unit.feeders) for unit in Neuron().find(mlp, torch.zeros(2, 4)).units]
+        >>> [(unit.path, unit.n_members, unit.producers) for unit in Neuron().find(mlp, torch.zeros(2, 4)).units]
         [('2', 32, ('0',))]
     """
 
@@ -46,62 +47,65 @@ class Neuron(Narrow):
     def __post_init__(self) -> None:
         check_fields(self, least=2, parts=1)
 
-    def find(self, model: nn.Module, batch: Tensor) -> Found:
+    def find(self, model: nn.Module, batch: Tensor) -> UnitSearch:
         """The hidden layers of at least ``least`` neurons, in the order of the network."""
         calls = calls_of(model, batch, is_layer)
         head = None if self.last else find_head(model, batch)  # its input is what distillation compares
-        feeders = {path: _feeders(model, path, calls) for path in calls if path != head}
+        producers = {path: _producers(model, path, calls) for path in calls if path != head}
         macs = count_macs(model, batch)
         units = [
             self._sized(_unit(model, path, found, calls[path], macs))
-            for path, found in feeders.items()
+            for path, found in producers.items()
             if found and len(matrix_of(module_at(model, path))[0]) >= self.least
         ]
-        shared = [f for found in feeders.values() for f in found]
-        units = [unit for unit in units if all(shared.count(feeder) == 1 for feeder in unit.feeders)]
+        shared = [f for found in producers.values() for f in found]
+        units = [unit for unit in units if all(shared.count(producer) == 1 for producer in unit.producers)]
         kept, refused = proven(self.narrow, model, units, batch[:2])
-        return Found(tuple(kept), tuple(refused.items()))
+        return UnitSearch(tuple(kept), refused)
 
-    def _sized(self, unit: Unit) -> Unit:
-        """With equal steps down to none at all, in multiples of 8."""
-        step = ROUND if unit.members >= ROUND**2 else 1
-        shares = (unit.members * (self.parts - i) / self.parts for i in range(1, self.parts + 1))
-        least = 0 if unit.module == "Linear" else 1  # convolutions and Hugging Face's own layer cannot read nothing
-        counts = (max(least, round(share / step) * step) for share in shares)
-        return dataclasses.replace(unit, widths=tuple(dict.fromkeys(n for n in counts if n < unit.members)))
+    def _sized(self, unit: WidthUnit) -> WidthUnit:
+        """With equal steps, in multiples of 8 where there are enough."""
+        step = ROUND if unit.n_members >= ROUND**2 else 1
+        shares = (unit.n_members * (self.parts - i) / self.parts for i in range(1, self.parts))
+        counts = (max(step, round(share / step) * step) for share in shares)
+        return dataclasses.replace(unit, widths=tuple(dict.fromkeys(n for n in counts if n < unit.n_members)))
 
-    def narrow(self, student: nn.Module, unit: Unit, kept: Sequence[int]) -> None:
-        """Rows of the feeders and columns of the layer behind them."""
+    def example(self, n: int = 4) -> tuple[nn.Module, Tensor]:
+        """Two transformer blocks, and tokens for them."""
+        return tiny_transformer(), tiny_tokens(n)
+
+    def narrow(self, student: nn.Module, unit: WidthUnit, kept: Sequence[int]) -> None:
+        """Rows of the producers and columns of the layer behind them."""
         index = spread_out(kept, 1)
-        for path in unit.feeders:
+        for path in unit.producers:
             layer = module_at(student, path)
-            n_parts = matrix_of(layer).shape[0] // unit.members  # gate and value in one matrix
-            take_outputs(layer, torch.cat([index + part * unit.members for part in range(n_parts)]))
+            n_parts = matrix_of(layer).shape[0] // unit.n_members  # gate and value in one matrix
+            take_outputs(layer, torch.cat([index + part * unit.n_members for part in range(n_parts)]))
         take_inputs(module_at(student, unit.path), index)
 
 
-def _feeders(model: nn.Module, path: str, calls: dict[str, Call]) -> tuple[str, ...]:
+def _producers(model: nn.Module, path: str, calls: dict[str, Call]) -> tuple[str, ...]:
     """The layers that make what the layer reads, element by element; () when their sizes do not fit."""
-    found, met = feeders_of(path, calls, _ELEMENTWISE | _SHAPING | _PARTING)
+    found, met = producers_of(path, calls, _ELEMENTWISE | _SHAPING | _PARTING)
     n_in = matrix_of(module_at(model, path)).shape[1]
     sizes = {len(matrix_of(module_at(model, name))) for name in found}
     return found if sizes == {n_in} or (met & _PARTING and sizes == {2 * n_in}) else ()
 
 
-def _unit(model: nn.Module, path: str, feeders: tuple[str, ...], seen: Call, macs: dict[str, int]) -> Unit:
+def _unit(model: nn.Module, path: str, producers: tuple[str, ...], seen: Call, macs: dict[str, int]) -> WidthUnit:
     layer = module_at(model, path)
-    parts = [module_at(model, name) for name in feeders]
+    parts = [module_at(model, name) for name in producers]
     weights = sum(matrix_of(part).numel() for part in (*parts, layer))
     biases = sum(len(part.bias) for part in parts if isinstance(part.bias, Tensor))
-    return Unit(
+    return WidthUnit(
         kind="neuron",
         path=path,
         module=type(layer).__name__,
         shape=seen.outputs,
         layout="channels_first" if isinstance(layer, nn.Conv2d) else "channels_last",
-        activation="",
         n_params=weights + biases,
-        macs=macs.get(path, 0) + sum(macs.get(name, 0) for name in feeders),
-        members=matrix_of(layer).shape[1],
-        feeders=feeders,
+        macs=macs.get(path, 0) + sum(macs.get(name, 0) for name in producers),
+        n_members=matrix_of(layer).shape[1],
+        consumers=(path,),
+        producers=producers,
     )

@@ -1,0 +1,114 @@
+"""The task of a model: found once, and carried by every copy; and train mode for those layers alone that need it."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ttmpd.data.tokenization import Tokenization
+from ttmpd.errors import ModelError, cause
+from ttmpd.models.modules import clone, has_nan
+from ttmpd.models.run import evaluating
+from ttmpd.models.tokens import carried_task, carry_task
+from ttmpd.tasks.base import Clues, Task, detect_task
+from ttmpd.tasks.classification import Classification
+
+_RANDOM = ("Drop", "StochasticDepth")
+"""Beginnings of the names of layers that draw at random in train mode."""
+
+
+def task_of(model: nn.Module) -> Task:
+    """The task that :func:`assign_task` found for a model or for the one that it is a copy of; else classification."""
+    return cast(Task, carried_task(model) or Classification())
+
+
+def assign_task(model: nn.Module, batch: Tensor, task: Task | None = None, preparation: object = None) -> Task:
+    """Find what a model predicts, check that it does, and let the model and its copies carry the task. In place.
+
+    Args:
+        model: in eval mode from the first pass to the last.
+        batch: (B, ...) a few samples on its device.
+        task: the task by hand; None for the one that the model carries, else the one that is detected.
+        preparation: the preprocessing of the model; of text it says what each token is for.
+
+    Raises:
+        ModelError: the model does not run on the batch, no task fits its output, or a prediction is not finite.
+    """
+    raw = _run(model, batch)
+    by_hand = task or cast(Task | None, carried_task(model))
+    text, padding = "", 0
+    if isinstance(preparation, Tokenization):
+        text, padding = preparation.task, preparation.padding
+    found = detect_task(Clues(model, raw, batch, text, padding)) if by_hand is None else by_hand.resolved(raw, batch)
+    outputs = found.outputs(raw, batch)
+    if has_nan(outputs):
+        raise ModelError(
+            f"{type(model).__name__} must predict finite values, but got NaN or infinity; check the weights and the "
+            "preprocessing"
+        )
+    if len(outputs) != int(found.row_counts(batch).sum()):
+        raise ModelError(
+            f"{type(model).__name__} must predict {int(found.row_counts(batch).sum())} rows for {len(batch)} samples, "
+            f"but predicted {len(outputs)}; samples must come first in its output"
+        )
+    carry_task(model, found)
+    return found
+
+
+def check_structure(model: nn.Module, batch: Tensor) -> None:
+    """Refuse a model whose output has another structure once its norm and dropout layers are in train mode.
+
+    Raises:
+        ModelError: it has; other modules are never put into train mode, so that a model that asks for its own mode
+            is not concerned.
+    """
+    copy = clone(model)
+    there = _structure(_run(copy, batch))
+    with torch.random.fork_rng(enabled=True), torch.no_grad():
+        train_norms(copy)
+        here = _structure(copy(batch))
+    if here != there:
+        raise ModelError(
+            f"{type(model).__name__} must answer in train mode as in eval mode, but answers {here} in place of "
+            f"{there}; wrap the model so that it always answers the same way"
+        )
+
+
+def train_norms(model: nn.Module, on: bool = True) -> None:
+    """Put norm and dropout layers into train mode and everything else into eval mode, in place.
+
+    What a model answers may depend on its own mode (auxiliary heads, losses): that stays as it is in use.
+
+    Args:
+        model: in any mode.
+        on: False puts these into eval mode, too.
+    """
+    model.eval()
+    for module in model.modules():
+        random = type(module).__name__.startswith(_RANDOM) or isinstance(module, nn.modules.dropout._DropoutNd)
+        if on and (random or isinstance(module, nn.modules.batchnorm._NormBase)):
+            module.training = True
+
+
+def _run(model: nn.Module, batch: Tensor) -> Any:
+    with evaluating(model):
+        try:
+            return model(batch)
+        except ModelError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise ModelError(
+                f"{type(model).__name__} must run on a batch of shape {tuple(batch.shape)}, but failed: "
+                f"{cause(error)}; check the input size and the preprocessing"
+            ) from error
+
+
+def _structure(raw: Any) -> Any:
+    """Types and shapes of an output, without its values."""
+    if isinstance(raw, Tensor):
+        return tuple(raw.shape)
+    if isinstance(raw, dict):
+        return {key: _structure(value) for key, value in raw.items()}
+    if isinstance(raw, list | tuple):
+        return [type(raw).__name__, *map(_structure, raw)]
+    return type(raw).__name__
