@@ -170,13 +170,13 @@ def _zoom_blur(x: Floats, settings: tuple[float, float], rngs: Rngs) -> Floats:
 
 def _snow(x: Floats, settings: tuple[float, ...], rngs: Rngs) -> Floats:
     """Streaked flakes, once more upside down, on a picture that is paler."""
-    mean, deviation, zoom, threshold, radius, sigma, kept = settings
+    mean, deviation, zoom, threshold, radius, sigma, colour_share = settings
     layer = np.stack([rng.normal(mean, deviation, x.shape[1:3]) for rng in rngs]).astype(np.float32)
     layer = zoomed(layer[..., None], zoom)
     flakes = np.where(layer < threshold, np.float32(0), layer).clip(0, 1)
     flakes = streaked(flakes, int(radius), sigma, [rng.uniform(-135, -45) for rng in rngs])
     grey = 0.299 * x[..., :1] + 0.587 * x[..., 1:2] + 0.114 * x[..., 2:]
-    pale = kept * x + (1 - kept) * np.maximum(x, 1.5 * grey + 0.5)
+    pale = colour_share * x + (1 - colour_share) * np.maximum(x, 1.5 * grey + 0.5)
     return np.asarray(pale + flakes + np.rot90(flakes, 2, (1, 2)))
 
 
@@ -208,11 +208,11 @@ def _brightness(x: Floats, amount: float, rngs: Rngs) -> Floats:
     return np.asarray(np.where(value > 0, x * brighter / np.where(value > 0, value, 1), brighter))
 
 
-def _contrast(x: Floats, kept: float, rngs: Rngs) -> Floats:
+def _contrast(x: Floats, share: float, rngs: Rngs) -> Floats:
     """The distance to the image's mean shrinks, channel by channel."""
     levels = np.rint(x * 255).sum((1, 2), keepdims=True, dtype=np.float64)  # whole numbers: exact in every order
     mean = (levels / (255 * x.shape[1] * x.shape[2])).astype(np.float32)
-    return np.asarray((x - mean) * kept + mean)
+    return np.asarray((x - mean) * share + mean)
 
 
 def _elastic_transform(x: Floats, settings: tuple[float, float, float], rngs: Rngs) -> Floats:

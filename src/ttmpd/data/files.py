@@ -47,24 +47,24 @@ def image_files(folder: Path) -> tuple[str, ...]:
     return files_below(folder, lambda name: Path(name).suffix.lower() in SUFFIXES)
 
 
-def files_below(folder: Path, wanted: Callable[[str], bool]) -> tuple[str, ...]:
-    """Paths of all wanted files, relative to the folder, sorted; what is hidden is left out, links are followed."""
-    found: list[str] = []
-    seen: set[str] = set()
+def files_below(folder: Path, accepts: Callable[[str], bool]) -> tuple[str, ...]:
+    """Paths of the files of an accepted name, relative to the folder, sorted; hidden ones are left out."""
+    paths: list[str] = []
+    visited: set[str] = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         here = os.path.realpath(root)
-        folders[:] = [] if here in seen else [name for name in folders if not name.startswith(".")]
-        names = [name for name in files if not name.startswith(".") and wanted(name)]
-        found += [] if here in seen else [(Path(root) / name).relative_to(folder).as_posix() for name in names]
-        seen.add(here)
-    return tuple(sorted(found))
+        folders[:] = [] if here in visited else [name for name in folders if not name.startswith(".")]
+        names = [name for name in files if not name.startswith(".") and accepts(name)]
+        paths += [] if here in visited else [(Path(root) / name).relative_to(folder).as_posix() for name in names]
+        visited.add(here)
+    return tuple(sorted(paths))
 
 
 def read_array(path: Path) -> Any:
     """The array of a .npy file (memory-mapped), or the inputs of a .npz file; nothing is unpickled."""
     if path.suffix.lower() not in (".npz", ".npy") or not path.is_file():
-        found = f"got {str(path)!r}" if path.is_file() else f"{str(path)!r} does not exist"
-        raise SamplesError(f"data must be {FORMS}, but {found}; check the path")
+        problem = f"got {str(path)!r}" if path.is_file() else f"{str(path)!r} does not exist"
+        raise SamplesError(f"data must be {FORMS}, but {problem}; check the path")
     if path.suffix.lower() == ".npz":
         return npz_member(path, ("x", "images", "data"), ("y", "labels"))
     try:

@@ -88,15 +88,15 @@ def _folder(folder: Path, names: Sequence[str], preprocessing: Preprocessing | N
     return Indexed(len(names), load)
 
 
-def _from_image(name: str, image: Image.Image, preprocessing: Preprocessing | None, known_id: str = "") -> Row:
+def _from_image(name: str, image: Image.Image, preprocessing: Preprocessing | None, sample_id: str = "") -> Row:
     upright = ImageOps.exif_transpose(image)
     if reason := _too_small(upright.width, upright.height, preprocessing):
         return Row(name, reason=reason)
     if preprocessing is None:
         upright = upright if upright.mode in ("L", "RGB") else upright.convert("RGB")
         return _from_tensor(name, torch.from_numpy(np.array(upright)), None)
-    known_id = known_id or content_id(np.asarray(upright).tobytes(), upright.size)
-    return Row(name, preprocessing.pixels(upright), known_id)
+    sample_id = sample_id or content_id(np.asarray(upright).tobytes(), upright.size)
+    return Row(name, preprocessing.pixels(upright), sample_id)
 
 
 def _too_small(width: int, height: int, preprocessing: Preprocessing | None) -> str:
@@ -118,11 +118,11 @@ def _from_tensor(name: str, value: Tensor, preprocessing: Preprocessing | None) 
     height, width, channels = value.shape
     if reason := _too_small(width, height, preprocessing):
         return Row(name, reason=reason)
-    own_id = content_id(value.numpy().tobytes(), value.shape)
+    sample_id = content_id(value.numpy().tobytes(), value.shape)
     if preprocessing is None or tuple(preprocessing.input_size) == (channels, height, width):
-        return Row(name, value.permute(2, 0, 1), own_id)
+        return Row(name, value.permute(2, 0, 1), sample_id)
     image = Image.fromarray(value.numpy()[..., 0] if channels == 1 else value.numpy())
-    return Row(name, preprocessing.pixels(image), own_id)
+    return Row(name, preprocessing.pixels(image), sample_id)
 
 
 def _from_values(name: str, value: Tensor, preprocessing: Preprocessing | None) -> Row:
@@ -147,15 +147,15 @@ def _array(data: Any, preprocessing: Preprocessing | None) -> Indexed:
 
 
 def _from_any(name: str, item: Any, preprocessing: Preprocessing | None) -> Row:
-    found = _first(item)
-    if isinstance(found, Image.Image):
+    value = _first(item)
+    if isinstance(value, Image.Image):
         try:
-            return _from_image(name, found, preprocessing)
+            return _from_image(name, value, preprocessing)
         except (OSError, ValueError) as error:
             return Row(name, reason=f"cannot be read as an image ({type(error).__name__}: {error})"[:200])
-    if found is None:
+    if value is None:
         return Row(name, reason=f"holds no tensor, array or image, but {type(item).__name__}")
-    return _from_tensor(name, _tensor(found), preprocessing)
+    return _from_tensor(name, _tensor(value), preprocessing)
 
 
 def _first(item: Any) -> Any:
@@ -166,7 +166,7 @@ def _first(item: Any) -> Any:
         named = [item[key] for key in ("pixel_values", "image", "images", "img", "x") if key in item]
         item = [*named, *item.values()]
     if isinstance(item, Sequence) and not isinstance(item, str | bytes):
-        return next((found for found in map(_first, item) if found is not None), None)
+        return next((value for value in map(_first, item) if value is not None), None)
     return None
 
 
@@ -201,14 +201,14 @@ def _samples_of(item: Any, batched: bool | None) -> Iterable[Any]:
 
     A sample is an image (H, W), (H, W, C) or (C, H, W), or a vector; everything else is a batch.
     """
-    found = _first(item)
-    if isinstance(found, Image.Image):
+    value = _first(item)
+    if isinstance(value, Image.Image):
         holders = [item, *item] if isinstance(item, list | tuple) else [item]
-        return next((h for h in holders if isinstance(h, list) and isinstance(h[0], Image.Image)), [found])
-    if not isinstance(found, Tensor | np.ndarray):
+        return next((h for h in holders if isinstance(h, list) and isinstance(h[0], Image.Image)), [value])
+    if not isinstance(value, Tensor | np.ndarray):
         return [item]
     if batched is None:
-        image = found.ndim == 3 and (found.shape[0] in (1, 3, 4) or found.shape[-1] in (1, 3, 4))
-        vector = found.ndim < 2 or (found.ndim == 2 and _tensor(found[:1]).dtype == torch.uint8)
+        image = value.ndim == 3 and (value.shape[0] in (1, 3, 4) or value.shape[-1] in (1, 3, 4))
+        vector = value.ndim < 2 or (value.ndim == 2 and _tensor(value[:1]).dtype == torch.uint8)
         batched = not (image or vector)
-    return found if batched and found.ndim else [found]
+    return value if batched and value.ndim else [value]

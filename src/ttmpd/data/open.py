@@ -68,9 +68,9 @@ def open_samples(
     else:
         rows = _choose(source, n_samples, seed) if isinstance(source, Indexed) else _reservoir(source, n_samples, seed)
     samples = _pack(rows, preprocessing, data)
-    wanted = n_samples if enough is None else enough
-    if wanted is not None and len(samples) < wanted:
-        _log.warning("only %d of the %d samples that were asked for are there", len(samples), wanted)
+    n_expected = n_samples if enough is None else enough
+    if n_expected is not None and len(samples) < n_expected:
+        _log.warning("only %d of the %d samples that were asked for are there", len(samples), n_expected)
     for what, n in samples.notes:
         _log.warning("%d of %d samples: %s", n, len(samples), what)
     return samples
@@ -151,20 +151,20 @@ def _choose(source: Indexed, n_samples: int, seed: int) -> list[Row]:
 def _reservoir(rows: Iterable[Row], n_samples: int, seed: int) -> list[Row]:
     """Algorithm R (Waterman): every usable row of the stream has the same chance; then shuffled."""
     rng = random.Random(seed)
-    kept: list[Row] = []
+    chosen: list[Row] = []
     skipped: list[Row] = []
-    n_seen = 0
+    n_usable = 0
     for row in rows:
         if row.value is None:
             skipped.append(row)
             continue
-        n_seen += 1
-        if len(kept) < n_samples:
-            kept.append(row)
-        elif (place := rng.randrange(n_seen)) < n_samples:
-            kept[place] = row
-    rng.shuffle(kept)
-    return kept + skipped
+        n_usable += 1
+        if len(chosen) < n_samples:
+            chosen.append(row)
+        elif (place := rng.randrange(n_usable)) < n_samples:
+            chosen[place] = row
+    rng.shuffle(chosen)
+    return chosen + skipped
 
 
 def _pack(rows: Sequence[Row], preprocessing: Preparation | None, data: Any, like: Tensor | None = None) -> Samples:
@@ -183,9 +183,9 @@ def _pack(rows: Sequence[Row], preprocessing: Preparation | None, data: Any, lik
             usable.append((row, value))
     if not usable:
         listed = "; ".join(f"{name}: {reason}" for name, reason in skipped[:5])
-        found = f"skipped all {len(skipped)}: {listed}" if skipped else "it is empty"
+        problem = f"skipped all {len(skipped)}: {listed}" if skipped else "it is empty"
         forms = FORMS if text is None else tables.FORMS
-        raise SamplesError(f"data must hold usable samples, but got none at {place_of(data)} ({found}); pass {forms}")
+        raise SamplesError(f"data must hold usable samples, but got none at {place_of(data)} ({problem}); pass {forms}")
     values = [value for _, value in usable]
     inputs = torch.stack(values) if text is None else pad_sequence(values, True, text.padding)
     names, ids = tuple(row.name for row, _ in usable), tuple(row.id for row, _ in usable)
@@ -207,10 +207,10 @@ def by_length(samples: Samples, run: int) -> Samples:
     the first one texts of medium length. A rest that fills no run, of the longest texts, stands at the end. What is no
     text stays as it is.
     """
-    kept = samples.kept(samples.inputs)
-    if kept is None:
+    mask = samples.kept(samples.inputs)
+    if mask is None:
         return samples
-    runs = torch.split(kept.sum(1).argsort(stable=True), run)
+    runs = torch.split(mask.sum(1).argsort(stable=True), run)
     n_whole = len(samples) // run
     places = sorted(range(n_whole), key=lambda i: _halving(i + 1))  # of the runs, shortest texts first
     order = sorted(range(n_whole), key=places.__getitem__)
@@ -219,7 +219,7 @@ def by_length(samples: Samples, run: int) -> Samples:
 
 def _halving(i: int) -> float:
     """1/2, 1/4, 3/4, 1/8, 5/8, ... for i = 1, 2, 3, ...: any run of them is spread evenly (van der Corput, 1935)."""
-    found, part = 0.0, 0.5
+    fraction, part = 0.0, 0.5
     while i:
-        found, part, i = found + part * (i % 2), part / 2, i // 2
-    return found
+        fraction, part, i = fraction + part * (i % 2), part / 2, i // 2
+    return fraction

@@ -53,12 +53,12 @@ class Preprocessing:
                 raise InvalidValueError(f"{name} must {rule}, one per channel, but got {values!r}")
         if not 0 < self.crop_pct <= 1:
             raise InvalidValueError(f"crop_pct must lie above 0 and not above 1, but got {self.crop_pct!r}")
-        for name, value, known in (
+        for name, value, choices in (
             ("interpolation", self.interpolation, tuple(INTERPOLATIONS)),
             ("crop_mode", self.crop_mode, CROP_MODES),
         ):
-            if value not in known:
-                raise InvalidValueError(f"{name} must be one of {', '.join(known)}, but got {value!r}")
+            if value not in choices:
+                raise InvalidValueError(f"{name} must be one of {', '.join(choices)}, but got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with timm's keys, that :meth:`from_dict` turns back into an equal record."""

@@ -48,8 +48,8 @@ class Table:
         named = next((by_name[name] for name in COLUMNS if name in by_name), None)
         if named is not None:
             return named
-        few = [row for row in self.rows if isinstance(row, Mapping)][:_LOOKED_AT]
-        words = [name for name in self.columns if any(_is_words(row.get(name)) for row in few)]
+        first_rows = [row for row in self.rows if isinstance(row, Mapping)][:_LOOKED_AT]
+        words = [name for name in self.columns if any(_is_words(row.get(name)) for row in first_rows)]
         left = [name for name in words if name.strip().lower() not in _OTHERS]
         if len(left) == 1:
             return left[0]
@@ -120,21 +120,21 @@ def _from_json(line: str) -> Mapping[str, Any] | str:
 
 def _from_list(source: str, text: str) -> tuple[Mapping[str, Any] | str, ...]:
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SamplesError(f"{source} must be JSON, but is not ({str(error)[:200]}); save it again") from error
-    if not isinstance(found, list):
-        raise SamplesError(f"{source} must hold a list of samples, but holds a {type(found).__name__}")
-    return tuple(map(_row_of, found))
+    if not isinstance(content, list):
+        raise SamplesError(f"{source} must hold a list of samples, but holds a {type(content).__name__}")
+    return tuple(map(_row_of, content))
 
 
-def _row_of(found: Any) -> Mapping[str, Any] | str:
+def _row_of(value: Any) -> Mapping[str, Any] | str:
     """An object as it is; a text, or a list of token ids, as the only value of its row."""
-    if isinstance(found, str):
-        return {"text": found}
-    if isinstance(found, list) and found and all(isinstance(value, int) for value in found):
-        return {"input_ids": found}
-    return found if isinstance(found, Mapping) else f"must be a JSON object, but is a {type(found).__name__}"
+    if isinstance(value, str):
+        return {"text": value}
+    if isinstance(value, list) and value and all(isinstance(number, int) for number in value):
+        return {"input_ids": value}
+    return value if isinstance(value, Mapping) else f"must be a JSON object, but is a {type(value).__name__}"
 
 
 def _quoted(text: str) -> Iterator[list[str] | str]:

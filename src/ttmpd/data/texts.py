@@ -60,10 +60,10 @@ def _place(path: Path, tokenization: Tokenization) -> Indexed:
     if path.is_file() and path.suffix.lower() in (".npy", ".npz"):
         array = read_array(path)
         return _indexed(numbered(len(array)), lambda i: array[i], tokenization)
-    found = f"{str(path)!r} does not exist"
+    problem = f"{str(path)!r} does not exist"
     if path.is_file():
-        found = f"got {'an image' if path.suffix.lower() in SUFFIXES else 'another kind of file'}, {str(path)!r}"
-    raise SamplesError(f"data of a text model must be {FORMS}, but {found}; check the path")
+        problem = f"got {'an image' if path.suffix.lower() in SUFFIXES else 'another kind of file'}, {str(path)!r}"
+    raise SamplesError(f"data of a text model must be {FORMS}, but {problem}; check the path")
 
 
 def _whole_file(folder: Path, name: str) -> Any:
@@ -76,10 +76,10 @@ def _whole_file(folder: Path, name: str) -> Any:
 def _cell(number: int, row: Mapping[str, Any] | str, column: str) -> Any:
     if isinstance(row, str):
         return Row(str(number), reason=row)
-    found = row.get(column, "")
-    if not isinstance(found, str | list):
-        return Row(str(number), reason=f"{column} must be text, but is {type(found).__name__}")
-    return found
+    value = row.get(column, "")
+    if not isinstance(value, str | list):
+        return Row(str(number), reason=f"{column} must be text, but is {type(value).__name__}")
+    return value
 
 
 def _indexed(names: Sequence[str], item: Any, tokenization: Tokenization) -> Indexed:
@@ -87,9 +87,9 @@ def _indexed(names: Sequence[str], item: Any, tokenization: Tokenization) -> Ind
 
 
 def _stream(data: Iterable[Any], tokenization: Tokenization, seed: int) -> Iterator[Row]:
-    items = enumerate(one for item in isolated(data, seed) for one in _samples_of(item))
-    while few := list(islice(items, _AT_ONCE)):
-        yield from _encoded([(str(i), item) for i, item in few], tokenization)
+    items = enumerate(sample for item in isolated(data, seed) for sample in _samples_of(item))
+    while batch := list(islice(items, _AT_ONCE)):
+        yield from _encoded([(str(i), item) for i, item in batch], tokenization)
 
 
 def _samples_of(item: Any) -> Iterable[Any]:
@@ -97,14 +97,14 @@ def _samples_of(item: Any) -> Iterable[Any]:
 
     A tuple that begins with a text is one sample with its label.
     """
-    found = _named(item) if isinstance(item, Mapping) else item
-    if isinstance(found, list | tuple) and found and not isinstance(found[0], str | int | np.integer):
-        found = found[0]  # a batch of texts or ids, then labels
-    batch = isinstance(found, list) or (isinstance(found, tuple) and found is not item)
-    if batch and found and isinstance(found[0], str):
-        return list(found)
-    if isinstance(found, Tensor | np.ndarray) and found.ndim == 2:
-        return found
+    value = _named(item) if isinstance(item, Mapping) else item
+    if isinstance(value, list | tuple) and value and not isinstance(value[0], str | int | np.integer):
+        value = value[0]  # a batch of texts or ids, then labels
+    batch = isinstance(value, list) or (isinstance(value, tuple) and value is not item)
+    if batch and value and isinstance(value[0], str):
+        return list(value)
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 2:
+        return value
     return [item]
 
 
@@ -118,22 +118,22 @@ def _first(item: Any) -> Any:
     if isinstance(item, str | Row | Tensor | np.ndarray | np.generic):
         return item
     if isinstance(item, Mapping):
-        found = _named(item)
-        item = list(item.values()) if found is item else [found]
+        named = _named(item)
+        item = list(item.values()) if named is item else [named]
     if isinstance(item, Sequence) and not isinstance(item, bytes):
-        if item and all(isinstance(one, int) for one in item):
+        if item and all(isinstance(number, int) for number in item):
             return torch.tensor(item)
-        return next((found for found in map(_first, item) if found is not None), None)
+        return next((value for value in map(_first, item) if value is not None), None)
     return None
 
 
-def _encoded(few: Sequence[Named], tokenization: Tokenization) -> list[Row]:
+def _encoded(samples: Sequence[Named], tokenization: Tokenization) -> list[Row]:
     """A row for each sample; the texts among them go through the tokenizer together."""
-    found = [_first(item) for _, item in few]
-    texts = {i: value.strip() for i, value in enumerate(found) if isinstance(value, str) and value.strip()}
+    values = [_first(item) for _, item in samples]
+    texts = {i: value.strip() for i, value in enumerate(values) if isinstance(value, str) and value.strip()}
     tokens = dict(zip(texts, tokenization.encode(list(texts.values())), strict=True))
     rows = []
-    for i, ((name, item), value) in enumerate(zip(few, found, strict=True)):
+    for i, ((name, item), value) in enumerate(zip(samples, values, strict=True)):
         if i in texts:
             rows.append(_from_text(name, texts[i], *tokens[i], tokenization))
         elif isinstance(value, Row):
@@ -170,5 +170,5 @@ def _from_ids(name: str, value: Tensor | np.ndarray | np.generic, tokenization: 
 
 def _unpadded(ids: Tensor, padding: int) -> Tensor:
     """Without the padding at either end."""
-    kept = (ids != padding).nonzero()
-    return ids[int(kept[0]) : int(kept[-1]) + 1] if len(kept) else ids[:0]
+    places = (ids != padding).nonzero()
+    return ids[int(places[0]) : int(places[-1]) + 1] if len(places) else ids[:0]

@@ -100,11 +100,11 @@ class Tokenization:
                 "config.json, or give token ids"
             )
         tokenizer = load_tokenizer(self.tokenizer)
-        found = tokenizer(list(texts), truncation=True, max_length=self.max_length, verbose=False)["input_ids"]
-        full = [i for i, ids in enumerate(found) if len(ids) >= self.max_length]
+        token_ids = tokenizer(list(texts), truncation=True, max_length=self.max_length, verbose=False)["input_ids"]
+        full = [i for i, ids in enumerate(token_ids) if len(ids) >= self.max_length]
         whole = tokenizer([texts[i] for i in full], verbose=False)["input_ids"] if full else []
         cut = {i for i, ids in zip(full, whole, strict=True) if len(ids) > self.max_length}
-        return [(torch.tensor(ids, dtype=torch.int64), i in cut) for i, ids in enumerate(found)]
+        return [(torch.tensor(ids, dtype=torch.int64), i in cut) for i, ids in enumerate(token_ids)]
 
     def text_of(self, ids: Tensor) -> str:
         """What the model reads of a sample, as text again; markers and padding are left out."""
@@ -113,9 +113,9 @@ class Tokenization:
         return str(load_tokenizer(self.tokenizer).decode(ids[ids != self.padding].tolist(), skip_special_tokens=True))
 
 
-def is_tokens(how: object) -> bool:
+def is_tokens(preparation: object) -> bool:
     """Whether a model that wants its inputs like this answers each token of a text."""
-    return isinstance(how, Tokenization) and how.task != "sequence"
+    return isinstance(preparation, Tokenization) and preparation.task != "sequence"
 
 
 @functools.lru_cache(maxsize=4)
@@ -135,16 +135,16 @@ def load_tokenizer(place: str) -> Any:
     folder = Path(place).expanduser()
     source, local = (str(folder), True) if folder.is_dir() else (place, False)
     try:
-        found = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
     except Exception as error:  # each library below has errors of its own
         why = (str(error).strip().splitlines() or [""])[0][:200]
         raise ModelError(
             f"{place} must hold a tokenizer, but it cannot be loaded ({type(error).__name__}: {why}); put the "
             "tokenizer.json of the model beside its config.json"
         ) from error
-    if set(found.get_vocab().values()) <= set(found.all_special_ids):  # made up, where the directory holds none
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):  # made up, where the directory holds none
         raise ModelError(f"{place} must hold a tokenizer, but it knows no words; put tokenizer.json beside config.json")
-    return found
+    return tokenizer
 
 
 @contextlib.contextmanager
@@ -190,8 +190,8 @@ def trimmed(batch: Tensor, padding: int | None) -> Tensor:
         >>> trimmed(torch.tensor([[5, 6, 0, 0], [7, 0, 0, 0]]), 0).tolist()
         [[5, 6], [7, 0]]
     """
-    kept = kept_tokens(batch, padding)
-    if kept is None:
+    mask = kept_tokens(batch, padding)
+    if mask is None:
         return batch
-    used = kept.any(0).nonzero()
+    used = mask.any(0).nonzero()
     return batch[:, : int(used[-1]) + 1] if len(used) else batch[:, :1]

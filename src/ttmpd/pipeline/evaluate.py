@@ -184,8 +184,7 @@ def evaluate(
         answers = [_answers(net, part, batch_size) for net, part in zip(nets, parts, strict=True)]
         right = None if known is None else _checked(known.of(parts[0]), answers, known.source)
         if reads == "next":
-            right = followers(nets[0], parts[0].inputs)
-            answers, right = [logits[right >= 0] for logits in answers], right[right >= 0]
+            answers, right = _next_tokens(nets[0], parts[0], answers)
         for one, logits in zip(sums, answers, strict=True):
             one.add(logits, right, tasks[0])
         alike += float(tasks[0].alike(answers[0], answers[-1]).sum())
@@ -208,6 +207,12 @@ def _assigned(
 ) -> Task:
     chosen = cast(Task, method_of("task", task)) if isinstance(task, str) else task
     return assign_task(net, samples.first(2).trimmed(slice(None), where), chosen, opened.preprocessing)
+
+
+def _next_tokens(net: nn.Module, samples: Samples, answers: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The predictions for tokens that another one follows, and those tokens."""
+    following = followers(net, samples.inputs)
+    return [logits[following >= 0] for logits in answers], following[following >= 0]
 
 
 def _check_labels(tasks: Sequence[Task], labels: object) -> None:

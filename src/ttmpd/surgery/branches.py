@@ -49,7 +49,7 @@ def find_branches(model: nn.Module, batch: Tensor) -> list[Branch]:
     """
     run = trace(model, batch, gradients=True, note=lambda _module, _args, output: _form(output))
     users = _users([tensor.grad_fn for tensor in output_tensors(run.output) if tensor.grad_fn is not None])
-    branches = []
+    branches: list[Branch] = []
     for node in users:
         parents = [parent for parent, _ in node.next_functions]
         if _name(node) == "Add" and len(parents) == 2 and None not in parents:
