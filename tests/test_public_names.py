@@ -12,9 +12,7 @@ import torch
 
 import ttmpd
 
-LONG = {"adapt_to", "add_early_exits", "compress", "compress_many", "preview"}
-"""Their examples measure or train: too long to be run here."""
-FUNCTIONS = sorted(name for name in ttmpd.__all__ if inspect.isfunction(getattr(ttmpd, name)) and name not in LONG)
+FUNCTIONS = sorted(name for name in ttmpd.__all__ if inspect.isfunction(getattr(ttmpd, name)))
 """What users call."""
 
 

@@ -81,8 +81,9 @@ def compress(
 
     Example:
         >>> import torch
+        >>> from ttmpd.distill.one_time import OneTime
         >>> from ttmpd.testing.tiny_models import tiny_model
-        >>> quick = {"score": "magnitude", "adapt": "none", "distill": "mimic", "lossless": False, "batch_size": 8}
+        >>> quick = {"score": "magnitude", "adapt": "none", "distill": OneTime(steps=2, views=1), "batch_size": 8}
         >>> result = compress(tiny_model(), torch.rand(40, 3, 8, 8), macs=0.9, num_samples=40, **quick)
         >>> result.met, result.model(torch.rand(1, 3, 8, 8)).shape
         (True, torch.Size([1, 4]))
@@ -118,9 +119,10 @@ def compress_many(
 
     Example:
         >>> import torch
+        >>> from ttmpd.distill.one_time import OneTime
         >>> from ttmpd.pipeline.settings import Target
         >>> from ttmpd.testing.tiny_models import tiny_model
-        >>> quick = {"score": "magnitude", "adapt": "none", "distill": "mimic", "lossless": False, "batch_size": 8}
+        >>> quick = {"score": "magnitude", "adapt": "none", "distill": OneTime(steps=2, views=1), "batch_size": 8}
         >>> targets = [Target(macs=0.9), Target(macs=0.8)]
         >>> results = compress_many(tiny_model(), torch.rand(40, 3, 8, 8), targets=targets, num_samples=40, **quick)
         >>> [result.met for result in results]
