@@ -2,9 +2,9 @@
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ttmpd.data.files import FORMS, SUFFIXES, image_files, is_labelled, read_array
+from ttmpd.data.files import FORMS, SUFFIXES, image_files, read_array
 from ttmpd.data.preprocessing import Preprocessing
-from ttmpd.data.rows import Indexed, Row, content_id, described, isolated, load_item
+from ttmpd.data.rows import Indexed, Named, Row, content_id, described, rows_of_array
 from ttmpd.data.tables import kind_of, text_files
 from ttmpd.errors import SamplesError, UnsupportedError
 
@@ -24,30 +23,35 @@ MIN_SIDE = 8
 """Images with a shorter side than this are skipped, unless the model's own input is smaller."""
 
 
-def rows_of(data: Any, preprocessing: Preprocessing | None, seed: int) -> Indexed | Iterator[Row]:
-    """The rows of ``data``: of known length where it has one, else a stream.
+@dataclass(frozen=True, slots=True)
+class ImageReader:
+    """Reads images, and arrays of any shape, for a model with this preprocessing."""
 
-    Raises:
-        SamplesError: this is no kind of data.
-    """
-    if isinstance(data, str | Path):
-        path = Path(data).expanduser()
+    preprocessing: Preprocessing | None
+    forms: str = FORMS
+    rows_at_once: int = 1
+
+    def open_path(self, path: Path) -> Indexed:
+        """The rows of a folder of images, of one image, or of an array file.
+
+        Raises:
+            SamplesError: it is none of them.
+        """
         if path.is_dir():
-            return _folder(path, _images_in(path), preprocessing)
+            return _folder(path, _images_in(path), self.preprocessing)
         if path.is_file() and kind_of(path):
             raise SamplesError(_no_text(path.name))
         if path.suffix.lower() in SUFFIXES and path.is_file():
-            return _folder(path.parent, (path.name,), preprocessing)
-        return _array(read_array(path), preprocessing)
-    if isinstance(data, tuple) and len(data) == 2 and is_labelled(*data):
-        data = data[0]
-    if isinstance(data, Tensor | np.ndarray):
-        return _array(data, preprocessing)
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset) and isinstance(data, Sized):
-        return _dataset(data, preprocessing, seed)
-    if isinstance(data, Iterable) and not isinstance(data, Mapping | bytes):
-        return _stream(data, preprocessing, seed)
-    raise SamplesError(f"data must be {FORMS}, but got {type(data).__name__}")
+            return _folder(path.parent, (path.name,), self.preprocessing)
+        return rows_of_array(read_array(path), self)
+
+    def rows(self, samples: Sequence[Named]) -> list[Row]:
+        """A row for each sample."""
+        return [item if isinstance(item, Row) else _from_any(name, item, self.preprocessing) for name, item in samples]
+
+    def samples_of(self, item: Any, batched: bool | None) -> Iterable[Any]:
+        """The samples in one item of a stream."""
+        return _samples_of(item, batched)
 
 
 def _images_in(folder: Path) -> tuple[str, ...]:
@@ -139,13 +143,6 @@ def _from_values(name: str, value: Tensor, preprocessing: Preprocessing | None) 
     return Row(name, value, content_id(value.reshape(-1).view(torch.uint8).numpy().tobytes(), value.shape))
 
 
-def _array(data: Any, preprocessing: Preprocessing | None) -> Indexed:
-    """The rows of a tensor or array; a memory-mapped one is read row by row."""
-    if data.ndim < 1:
-        raise SamplesError("an array of samples must have a first axis of samples, but got a single number")
-    return Indexed(len(data), lambda index: [_from_any(str(i), data[i], preprocessing) for i in index])
-
-
 def _from_any(name: str, item: Any, preprocessing: Preprocessing | None) -> Row:
     value = _first(item)
     if isinstance(value, Image.Image):
@@ -179,21 +176,6 @@ def _tensor(value: Any) -> Tensor:
     if array.dtype.kind == "u" and array.dtype.itemsize > 1:
         array = array.astype(np.int64)
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
-
-
-def _dataset(data: Any, preprocessing: Preprocessing | None, seed: int) -> Indexed:
-    def load_one(i: int) -> Row:
-        item = load_item(data, i, seed)
-        return item if isinstance(item, Row) else _from_any(str(i), item, preprocessing)
-
-    return Indexed(len(data), lambda index: [load_one(i) for i in index])
-
-
-def _stream(data: Iterable[Any], preprocessing: Preprocessing | None, seed: int) -> Iterator[Row]:
-    batched = data.batch_sampler is not None or data.batch_size is not None if isinstance(data, DataLoader) else None
-    values: Iterator[Any] = chain.from_iterable(_samples_of(item, batched) for item in isolated(data, seed))
-    for i, value in enumerate(values):
-        yield _from_any(str(i), value, preprocessing)
 
 
 def _samples_of(item: Any, batched: bool | None) -> Iterable[Any]:

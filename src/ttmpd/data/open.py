@@ -13,11 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ttmpd.data import tables
 from ttmpd.data.files import FORMS, place_of
-from ttmpd.data.images import rows_of
 from ttmpd.data.preprocessing import Preparation, Preprocessing
 from ttmpd.data.rows import Indexed, Row, described
 from ttmpd.data.samples import Samples
-from ttmpd.data.texts import text_rows_of
+from ttmpd.data.sources import open_rows
 from ttmpd.data.tokenization import Tokenization
 from ttmpd.errors import InvalidValueError, SamplesError
 
@@ -62,7 +61,7 @@ def open_samples(
     if isinstance(data, Samples):
         order = random.Random(seed).sample(range(len(data)), min(n_samples or 0, len(data)))
         return data if n_samples is None else data.subset(order)
-    source = _source(data, preprocessing, seed)
+    source = open_rows(data, preprocessing, seed)
     if n_samples is None:
         rows = source.load(range(source.size)) if isinstance(source, Indexed) else list(source)
     else:
@@ -74,12 +73,6 @@ def open_samples(
     for what, n in samples.notes:
         _log.warning("%d of %d samples: %s", n, len(samples), what)
     return samples
-
-
-def _source(data: Any, preprocessing: Preparation | None, seed: int) -> Indexed | Iterator[Row]:
-    if isinstance(preprocessing, Tokenization):
-        return text_rows_of(data, preprocessing, seed)
-    return rows_of(data, preprocessing, seed)
 
 
 def _check_kind(data: Any, preprocessing: Preparation | None) -> None:
@@ -103,7 +96,7 @@ def stream_samples(data: Any, preprocessing: Preparation | None, *, chunk: int =
     if isinstance(data, Samples):
         yield from (data.subset(range(start, min(start + chunk, len(data)))) for start in range(0, len(data), chunk))
         return
-    source = _source(data, preprocessing, 0)
+    source = open_rows(data, preprocessing, 0)
     pending: list[Row] = []
     first: Tensor | None = None
     for rows in _chunks(source, chunk):

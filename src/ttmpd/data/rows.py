@@ -3,10 +3,16 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from ttmpd.errors import SamplesError
+
+Named = tuple[str, Any]
+"""A sample before it is read: its name, and what the data hold, or a row that says why there is nothing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +35,38 @@ class Indexed:
 
     size: int
     load: Callable[[Sequence[int]], list[Row]]
+
+
+class Reader(Protocol):
+    """Turns samples into rows as one kind of model wants them: images and values, or text."""
+
+    @property
+    def forms(self) -> str:
+        """What may be opened, for messages."""
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many samples of a stream are read together."""
+
+    def open_path(self, path: Path) -> Indexed:
+        """The rows of a file or folder."""
+
+    def rows(self, samples: Sequence[Named]) -> list[Row]:
+        """A row for each sample."""
+
+    def samples_of(self, item: Any, batched: bool | None) -> Iterable[Any]:
+        """The samples in one item of a stream; ``batched`` is what a DataLoader says of its items, else None."""
+
+
+def rows_of_array(data: Any, reader: Reader) -> Indexed:
+    """The rows of an array, a tensor or a list; a memory-mapped array is read row by row.
+
+    Raises:
+        SamplesError: the array has no axis of samples.
+    """
+    if getattr(data, "ndim", 1) < 1:
+        raise SamplesError("an array of samples must have a first axis of samples, but got a single number")
+    return Indexed(len(data), lambda index: reader.rows([(str(i), data[i]) for i in index]))
 
 
 def described(value: Tensor) -> str:

@@ -1,26 +1,21 @@
 """Anything a user calls text, one sample at a time: each is a row of token ids, or the reason why there is none."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
 
 from ttmpd.data.files import SUFFIXES, image_files, read_array
-from ttmpd.data.rows import Indexed, Row, content_id, isolated, load_item
+from ttmpd.data.rows import Indexed, Named, Row, content_id, rows_of_array
 from ttmpd.data.tables import COLUMNS, FORMS, kind_of, numbered, read_table, read_text, text_files
 from ttmpd.data.tokenization import Tokenization
 from ttmpd.errors import SamplesError
 
 UNDECODABLE = "held bytes that are no UTF-8"
-_AT_ONCE = 256  # texts of a stream that are handed to the tokenizer together
-
-Named = tuple[str, Any]
-"""A sample before it is read: its name, and a text, token ids, or a row that says why there is neither."""
 
 
 def cut_note(tokenization: Tokenization) -> str:
@@ -28,38 +23,43 @@ def cut_note(tokenization: Tokenization) -> str:
     return f"longer than {tokenization.max_length} tokens, of which the first were read"
 
 
-def text_rows_of(data: Any, tokenization: Tokenization, seed: int) -> Indexed | Iterator[Row]:
-    """The rows of ``data``: of known length where it has one, else a stream.
+@dataclass(frozen=True, slots=True)
+class TextReader:
+    """Reads text, and token ids, for a model with this tokenization."""
 
-    Raises:
-        SamplesError: this is no kind of text.
-    """
-    if isinstance(data, str | Path):
-        return _place(Path(data).expanduser(), tokenization)
-    if isinstance(data, Tensor | np.ndarray):
-        return _indexed(numbered(len(data)), lambda i: data[i], tokenization)
-    if isinstance(data, list | tuple) and all(isinstance(item, str) for item in data):
-        return _indexed(numbered(len(data)), data.__getitem__, tokenization)
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset) and isinstance(data, Sized):
-        return _indexed(numbered(len(data)), lambda i: load_item(data, i, seed), tokenization)
-    if isinstance(data, Iterable) and not isinstance(data, Mapping | bytes):
-        return _stream(data, tokenization, seed)
-    raise SamplesError(f"data must be {FORMS}, but got {type(data).__name__}")
+    tokenization: Tokenization
+    forms: str = FORMS
+    rows_at_once: int = 256  # they are handed to the tokenizer together
+
+    def open_path(self, path: Path) -> Indexed:
+        """The rows of a folder of texts, of a table, or of an array file.
+
+        Raises:
+            SamplesError: it is none of them.
+        """
+        return _open_path(path, self)
+
+    def rows(self, samples: Sequence[Named]) -> list[Row]:
+        """A row for each sample."""
+        return _encoded(samples, self.tokenization)
+
+    def samples_of(self, item: Any, batched: bool | None) -> Iterable[Any]:
+        """The samples in one item of a stream; the item itself shows whether it is a batch."""
+        return _samples_of(item)
 
 
-def _place(path: Path, tokenization: Tokenization) -> Indexed:
+def _open_path(path: Path, reader: TextReader) -> Indexed:
     if path.is_dir():
         names = text_files(path)
         if not names and image_files(path):
             raise SamplesError(f"a text model must be given text, but {str(path)!r} holds images; pass {FORMS}")
-        return _indexed(names, lambda i: _whole_file(path, names[i]), tokenization)
+        return _indexed(names, lambda i: _whole_file(path, names[i]), reader)
     if path.is_file() and kind_of(path):
         table = read_table(path)
         column = table.text_column()
-        return _indexed(numbered(len(table.rows)), lambda i: _cell(i, table.rows[i], column), tokenization)
+        return _indexed(numbered(len(table.rows)), lambda i: _cell(i, table.rows[i], column), reader)
     if path.is_file() and path.suffix.lower() in (".npy", ".npz"):
-        array = read_array(path)
-        return _indexed(numbered(len(array)), lambda i: array[i], tokenization)
+        return rows_of_array(read_array(path), reader)
     problem = f"{str(path)!r} does not exist"
     if path.is_file():
         problem = f"got {'an image' if path.suffix.lower() in SUFFIXES else 'another kind of file'}, {str(path)!r}"
@@ -82,14 +82,8 @@ def _cell(number: int, row: Mapping[str, Any] | str, column: str) -> Any:
     return value
 
 
-def _indexed(names: Sequence[str], item: Any, tokenization: Tokenization) -> Indexed:
-    return Indexed(len(names), lambda index: _encoded([(names[i], item(i)) for i in index], tokenization))
-
-
-def _stream(data: Iterable[Any], tokenization: Tokenization, seed: int) -> Iterator[Row]:
-    items = enumerate(sample for item in isolated(data, seed) for sample in _samples_of(item))
-    while batch := list(islice(items, _AT_ONCE)):
-        yield from _encoded([(str(i), item) for i, item in batch], tokenization)
+def _indexed(names: Sequence[str], item: Callable[[int], Any], reader: TextReader) -> Indexed:
+    return Indexed(len(names), lambda index: reader.rows([(names[i], item(i)) for i in index]))
 
 
 def _samples_of(item: Any) -> Iterable[Any]:
