@@ -9,88 +9,40 @@ Example:
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ttmpd.errors import (
-    BudgetUnreachableError,
-    CheckpointError,
-    InvalidValueError,
-    MissingPackageError,
-    ModelError,
-    SamplesError,
-    TTMPDError,
-    UnknownMethodError,
-    UnsupportedError,
-)
-
-if TYPE_CHECKING:
-    from ttmpd.adapt.eata import EATA
-    from ttmpd.adapt.eata_c import EATAC
-    from ttmpd.adapt.none import NoAdaptation
-    from ttmpd.adapt.norm import Norm
-    from ttmpd.adapt.tent import Tent
-    from ttmpd.artifact.read import load
-    from ttmpd.artifact.write import Result
-    from ttmpd.data.open import open_samples
-    from ttmpd.data.preprocessing import Preprocessing
-    from ttmpd.data.samples import Samples
-    from ttmpd.data.tokenization import Tokenization
-    from ttmpd.distill.mimic import Mimic
-    from ttmpd.distill.one_time import OneTime
-    from ttmpd.early_exit.right_tool import RightTool
-    from ttmpd.latency.memory import keep_freed_memory
-    from ttmpd.models.open import open_model
-    from ttmpd.models.opened import OpenedModel
-    from ttmpd.pipeline.adapt import adapt_to
-    from ttmpd.pipeline.bench import BenchRow, bench
-    from ttmpd.pipeline.compress import compress, compress_many
-    from ttmpd.pipeline.early_exits import add_early_exits
-    from ttmpd.pipeline.evaluate import Accuracy, Evaluation, Quality, evaluate
-    from ttmpd.pipeline.inspect import Inspection, Preview, inspect, preview
-    from ttmpd.pipeline.settings import Settings, Target
-    from ttmpd.plan.greedy import Greedy
-    from ttmpd.plan.knapsack import Knapsack
-    from ttmpd.quality.agreement import Agreement
-    from ttmpd.records import Fit, Plan, Removal, Score, Timing, Unit
-    from ttmpd.score.damage import Damage
-    from ttmpd.score.magnitude import Magnitude
-    from ttmpd.score.practise import Practise
-    from ttmpd.score.ttmpd import TTMPD
-    from ttmpd.select.eata import Reliable
-    from ttmpd.select.el2n import EL2N
-    from ttmpd.select.forgetting import Forgetting
-    from ttmpd.select.grand import GraNd
-    from ttmpd.select.kcenter import KCenter
-    from ttmpd.select.puma import PUMA
-    from ttmpd.serving.service import OnlineService
-    from ttmpd.students.train import train_student
-    from ttmpd.surgery.exits.model import EarlyExitModel
-    from ttmpd.surgery.units.block import Block
-
-    from_pretrained = load
-
-# Everything that needs torch is imported when it is first asked for: the command line starts at once.
-_HOMES = {
+_MODULES = {
     "Accuracy": "pipeline.evaluate",
     "Agreement": "quality.agreement",
     "BenchRow": "pipeline.bench",
     "Block": "surgery.units.block",
+    "BudgetUnreachableError": "errors",
+    "Channel": "surgery.units.channel",
+    "CheckpointError": "errors",
     "Damage": "score.damage",
     "EATA": "adapt.eata",
     "EATAC": "adapt.eata_c",
     "EL2N": "select.el2n",
+    "Eager": "runtimes.eager",
     "EarlyExitModel": "surgery.exits.model",
     "Evaluation": "pipeline.evaluate",
     "Fit": "records",
     "Forgetting": "select.forgetting",
     "GraNd": "select.grand",
     "Greedy": "plan.greedy",
+    "Head": "surgery.units.head",
     "Inspection": "pipeline.inspect",
+    "InvalidValueError": "errors",
+    "KCM": "score.kcm",
     "KCenter": "select.kcenter",
     "Knapsack": "plan.knapsack",
     "Magnitude": "score.magnitude",
     "Mimic": "distill.mimic",
+    "MissingPackageError": "errors",
+    "ModelError": "errors",
+    "Neuron": "surgery.units.neuron",
     "NoAdaptation": "adapt.none",
     "Norm": "adapt.norm",
     "OneTime": "distill.one_time",
+    "OnlineService": "serving.service",
     "OpenedModel": "models.opened",
     "PUMA": "select.puma",
     "Plan": "records",
@@ -103,15 +55,18 @@ _HOMES = {
     "Result": "artifact.write",
     "RightTool": "early_exit.right_tool",
     "Samples": "data.samples",
+    "SamplesError": "errors",
     "Score": "records",
     "Settings": "pipeline.settings",
     "TTMPD": "score.ttmpd",
+    "TTMPDError": "errors",
     "Target": "pipeline.settings",
     "Tent": "adapt.tent",
-    "Tokenization": "data.tokenization",
-    "OnlineService": "serving.service",
     "Timing": "records",
+    "Tokenization": "data.tokenization",
     "Unit": "records",
+    "UnknownMethodError": "errors",
+    "UnsupportedError": "errors",
     "adapt_to": "pipeline.adapt",
     "add_early_exits": "pipeline.early_exits",
     "bench": "pipeline.bench",
@@ -127,75 +82,86 @@ _HOMES = {
     "preview": "pipeline.inspect",
     "train_student": "students.train",
 }
+"""Public name -> its module in ``ttmpd``. Each is imported when it is first asked for.
 
-__all__ = [
-    "EATA",
-    "EATAC",
-    "EL2N",
-    "PUMA",
-    "TTMPD",
-    "Accuracy",
-    "Agreement",
-    "BenchRow",
-    "Block",
-    "BudgetUnreachableError",
-    "CheckpointError",
-    "Damage",
-    "EarlyExitModel",
-    "Evaluation",
-    "Fit",
-    "Forgetting",
-    "GraNd",
-    "Greedy",
-    "Inspection",
-    "InvalidValueError",
-    "KCenter",
-    "Knapsack",
-    "Magnitude",
-    "Mimic",
-    "MissingPackageError",
-    "ModelError",
-    "NoAdaptation",
-    "Norm",
-    "OneTime",
-    "OnlineService",
-    "OpenedModel",
-    "Plan",
-    "Practise",
-    "Preprocessing",
-    "Preview",
-    "Quality",
-    "Reliable",
-    "Removal",
-    "Result",
-    "RightTool",
-    "Samples",
-    "SamplesError",
-    "Score",
-    "Settings",
-    "TTMPDError",
-    "Target",
-    "Tent",
-    "Timing",
-    "Tokenization",
-    "Unit",
-    "UnknownMethodError",
-    "UnsupportedError",
-    "adapt_to",
-    "add_early_exits",
-    "bench",
-    "compress",
-    "compress_many",
-    "evaluate",
-    "from_pretrained",
-    "inspect",
-    "keep_freed_memory",
-    "load",
-    "open_model",
-    "open_samples",
-    "preview",
-    "train_student",
-]
+A new name is written here and, for type checkers, below: ``tests/test_public_names.py`` prints what it should be.
+"""
+
+if TYPE_CHECKING:
+    from ttmpd.adapt.eata import EATA as EATA
+    from ttmpd.adapt.eata_c import EATAC as EATAC
+    from ttmpd.adapt.none import NoAdaptation as NoAdaptation
+    from ttmpd.adapt.norm import Norm as Norm
+    from ttmpd.adapt.tent import Tent as Tent
+    from ttmpd.artifact.read import load as load
+    from ttmpd.artifact.write import Result as Result
+    from ttmpd.data.open import open_samples as open_samples
+    from ttmpd.data.preprocessing import Preprocessing as Preprocessing
+    from ttmpd.data.samples import Samples as Samples
+    from ttmpd.data.tokenization import Tokenization as Tokenization
+    from ttmpd.distill.mimic import Mimic as Mimic
+    from ttmpd.distill.one_time import OneTime as OneTime
+    from ttmpd.early_exit.right_tool import RightTool as RightTool
+    from ttmpd.errors import BudgetUnreachableError as BudgetUnreachableError
+    from ttmpd.errors import CheckpointError as CheckpointError
+    from ttmpd.errors import InvalidValueError as InvalidValueError
+    from ttmpd.errors import MissingPackageError as MissingPackageError
+    from ttmpd.errors import ModelError as ModelError
+    from ttmpd.errors import SamplesError as SamplesError
+    from ttmpd.errors import TTMPDError as TTMPDError
+    from ttmpd.errors import UnknownMethodError as UnknownMethodError
+    from ttmpd.errors import UnsupportedError as UnsupportedError
+    from ttmpd.latency.memory import keep_freed_memory as keep_freed_memory
+    from ttmpd.models.open import open_model as open_model
+    from ttmpd.models.opened import OpenedModel as OpenedModel
+    from ttmpd.pipeline.adapt import adapt_to as adapt_to
+    from ttmpd.pipeline.bench import BenchRow as BenchRow
+    from ttmpd.pipeline.bench import bench as bench
+    from ttmpd.pipeline.compress import compress as compress
+    from ttmpd.pipeline.compress import compress_many as compress_many
+    from ttmpd.pipeline.early_exits import add_early_exits as add_early_exits
+    from ttmpd.pipeline.evaluate import Accuracy as Accuracy
+    from ttmpd.pipeline.evaluate import Evaluation as Evaluation
+    from ttmpd.pipeline.evaluate import Quality as Quality
+    from ttmpd.pipeline.evaluate import evaluate as evaluate
+    from ttmpd.pipeline.inspect import Inspection as Inspection
+    from ttmpd.pipeline.inspect import Preview as Preview
+    from ttmpd.pipeline.inspect import inspect as inspect
+    from ttmpd.pipeline.inspect import preview as preview
+    from ttmpd.pipeline.settings import Settings as Settings
+    from ttmpd.pipeline.settings import Target as Target
+    from ttmpd.plan.greedy import Greedy as Greedy
+    from ttmpd.plan.knapsack import Knapsack as Knapsack
+    from ttmpd.quality.agreement import Agreement as Agreement
+    from ttmpd.records import Fit as Fit
+    from ttmpd.records import Plan as Plan
+    from ttmpd.records import Removal as Removal
+    from ttmpd.records import Score as Score
+    from ttmpd.records import Timing as Timing
+    from ttmpd.records import Unit as Unit
+    from ttmpd.runtimes.eager import Eager as Eager
+    from ttmpd.score.damage import Damage as Damage
+    from ttmpd.score.kcm import KCM as KCM
+    from ttmpd.score.magnitude import Magnitude as Magnitude
+    from ttmpd.score.practise import Practise as Practise
+    from ttmpd.score.ttmpd import TTMPD as TTMPD
+    from ttmpd.select.eata import Reliable as Reliable
+    from ttmpd.select.el2n import EL2N as EL2N
+    from ttmpd.select.forgetting import Forgetting as Forgetting
+    from ttmpd.select.grand import GraNd as GraNd
+    from ttmpd.select.kcenter import KCenter as KCenter
+    from ttmpd.select.puma import PUMA as PUMA
+    from ttmpd.serving.service import OnlineService as OnlineService
+    from ttmpd.students.train import train_student as train_student
+    from ttmpd.surgery.exits.model import EarlyExitModel as EarlyExitModel
+    from ttmpd.surgery.units.block import Block as Block
+    from ttmpd.surgery.units.channel import Channel as Channel
+    from ttmpd.surgery.units.head import Head as Head
+    from ttmpd.surgery.units.neuron import Neuron as Neuron
+
+    from_pretrained = load
+
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
@@ -203,11 +169,11 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("ttmpd")
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'ttmpd' has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"ttmpd.{_HOMES[name]}"), "load" if name == "from_pretrained" else name)
-    globals()[name] = found
-    return found
+    module = importlib.import_module(f"ttmpd.{_MODULES[name]}")
+    globals()[name] = value = getattr(module, "load" if name == "from_pretrained" else name)
+    return value
 
 
 def __dir__() -> list[str]:

@@ -1,11 +1,15 @@
 """The base of every method: a frozen set of hyper-parameters, found by its file name."""
 
+import ast
 import dataclasses
 import importlib
 import inspect
+import itertools
 import pkgutil
+import re
 import sys
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar, Self, dataclass_transform
 
@@ -223,6 +227,91 @@ def from_dict(verb: str, data: dict[str, Any]) -> Method:
     return method_class(verb, settings.pop("name"))().with_settings(**settings)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Parameter:
+    """A hyper-parameter of a method, as ``--set VERB.NAME=VALUE`` takes it.
+
+    Args:
+        name: of the field.
+        type: e.g. "int" or "tuple[int, ...]".
+        default: as text.
+        what: the first sentence of its description.
+    """
+
+    name: str
+    type: str
+    default: str
+    what: str
+
+
+def parameters(verb: str, name: str) -> tuple[Parameter, ...]:
+    """The hyper-parameters of a method, those of its bases first.
+
+    Raises:
+        UnknownMethodError: no file bears the name.
+
+    Example:
+        >>> [parameter.name for parameter in parameters("adapt", "none")]
+        []
+    """
+    method = method_class(verb, name)
+    descriptions: dict[str, str] = {}
+    for cls in reversed(method.__mro__):
+        descriptions |= _descriptions(cls) if issubclass(cls, Method) else {}
+    return tuple(
+        Parameter(
+            item.name, inspect.formatannotation(item.type), _text_of(item.default), descriptions.get(item.name, "")
+        )
+        for item in dataclasses.fields(method)  # type: ignore[arg-type]
+    )
+
+
+def _text_of(default: object) -> str:
+    """A default as ``--set`` takes it."""
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _descriptions(cls: type) -> dict[str, str]:
+    """The first sentence of the text below each field of a class, from its source."""
+    try:
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    except (OSError, TypeError):  # a class that was made in an interpreter
+        return {}
+    statements = body.body if isinstance(body, ast.ClassDef) else []
+    sentences = {}
+    for field, text in itertools.pairwise(statements):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+        ):
+            sentences[field.target.id] = _first_sentence(str(text.value.value))
+    return sentences
+
+
+def _first_sentence(text: str) -> str:
+    plain = " ".join(text.partition("\n\n")[0].split())
+    return re.split(r"(?<=\.)\s+(?=[A-Z])", plain)[0]
+
+
+def matching(words: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of :func:`listing` of a verb, of a name, or of a verb and a name; all without either.
+
+    Raises:
+        UnknownMethodError: there is none.
+    """
+    rows = [row for row in listing() if set(words) <= {row["verb"], row["name"]}]
+    if not rows:
+        known = tuple(dict.fromkeys(row["name"] for row in listing()))
+        raise UnknownMethodError(
+            f"a method must be given as VERB, NAME or VERB NAME, but got {' '.join(words)!r}; `ttmpd methods` lists "
+            "them all",
+            known,
+        )
+    return rows
+
+
 def listing() -> list[dict[str, str]]:
     """Every method of every verb, from the files: verb, name, what, needs, source."""
     rows = []
@@ -237,8 +326,20 @@ def listing() -> list[dict[str, str]]:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """The listing as a page of the docs."""
+    """The listing and the settings of every method as a page of the docs."""
     lines = ["# Methods", "", "Made by `ttmpd methods --markdown > docs/methods.md`; one file per method.", ""]
     lines += ["| verb | name | what | needs | source |", "|---|---|---|---|---|"]
     lines += [f"| `{r['verb']}` | `{r['name']}` | {r['what']} | {r['needs'] or '–'} | {r['source']} |" for r in rows]
+    lines += ["", "## Settings", "", "What `--set VERB.FIELD=VALUE` takes; `ttmpd methods NAME` lists one method's."]
+    for row in rows:
+        lines += _settings_table(row["verb"], row["name"])
     return "\n".join(lines) + "\n"
+
+
+def _settings_table(verb: str, name: str) -> list[str]:
+    lines = []
+    for item in parameters(verb, name):
+        cells = (f"`{item.name}`", item.type, item.default or "–", item.what)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    heading = ["", f"### `{verb}` `{name}`", "", "| field | type | default | what |", "|---|---|---|---|"]
+    return heading + lines if lines else []

@@ -20,6 +20,7 @@ from ttmpd.cli.commands import _parsing, _reporting, compress, inspect
 from ttmpd.errors import InvalidValueError, UnknownMethodError
 from ttmpd.latency.table import UnitLatency
 from ttmpd.method import VERBS, names
+from ttmpd.pipeline.defaults import METHODS
 from ttmpd.pipeline.settings import Settings
 from ttmpd.storage import locked
 
@@ -280,6 +281,32 @@ def test_methods_are_read_from_the_files(run):
             assert any(f" {verb} " in line and f" {name} " in line for line in found.stdout.splitlines()), name
 
 
+def test_methods_lists_the_settings_of_one(run, said):
+    text = said(run("methods", "distill", "one_time"))
+    for words in ("Settings of distill.one_time", "distill.steps", "400", "distill.views", "Fixed views per sample"):
+        assert words in text
+    assert "has no settings" in said(run("methods", "adapt", "none"))
+    refused = run("methods", "adaptation")
+    assert refused.exit_code == _reporting.FAILED
+    assert "VERB, NAME or VERB NAME" in said(refused)
+
+
+def test_version(run):
+    found = run("--version")
+    assert found.exit_code == 0
+    assert found.stdout == f"ttmpd {ttmpd.__version__}\n"
+
+
+def test_help_lists_commands_by_place_and_options_by_section(run):
+    lines = [line.strip("│ ").split() for line in run("--help").stdout.splitlines()]
+    listed = [line[0] for line in lines if line]
+    places = [listed.index(name) for name in ("inspect", "compress", "evaluate", "bench", "adapt", "early-exit")]
+    assert places == sorted(places)
+    text = run("compress", "--help").stdout
+    for words_of_help in ("─ Target ─", "─ Data ─", "─ Methods ─", "─ Run ─", "─ Model ─", "─ Output ─", "12ms|0.6x"):
+        assert words_of_help in text
+
+
 def test_inspect_and_its_json(quick_timing, tmp_path, run):
     found = run("inspect", "--model", DEMO, "--batch-size", 2, "--json", tmp_path / "i.json")
     assert found.exit_code == 0
@@ -393,7 +420,7 @@ def test_verbose_shows_where_an_error_came_from(tmp_path, run):
 
 
 def test_help_loads_no_torch():
-    code = "import sys, ttmpd.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, ttmpd.cli.app; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -461,8 +488,8 @@ def test_options_left_out_mean_what_they_mean_in_python():
     shared = {"num_samples", "pool", "holdout", "batch_size", "device", "seed", "amp"}
     assert shared <= given.keys()
     assert {name: given[name] for name in shared} == {name: plain[name] for name in shared}
-    for name in ("units", "actions"):
-        assert given[name].split(",") == plain[name]
-    for verb in ("select", "adapt", "score", "plan", "distill"):
-        assert given[verb] == getattr(Settings(), verb).name
-    assert signature(inspect.command).parameters["units"].default.split(",") == plain["units"]
+    assert given["actions"].split(",") == plain["actions"]
+    assert given["units"] is None
+    for verb in ("select", "adapt", "score", "plan", "distill", "runtime"):
+        assert given[verb] == METHODS[verb] == getattr(Settings(), verb).name
+    assert signature(inspect.command).parameters["units"].default is None

@@ -382,7 +382,17 @@ def test_the_command_opens_the_model_and_serves_it(monkeypatch):
         seen.update(given, by=service.answer(torch.zeros(1, 1, 8, 8)).by, state=service.state(), service=service)
 
     monkeypatch.setattr("ttmpd.serving.server.serve", serve)
-    arguments = ("serve", "--model", "ttmpd.demo:demo_model", "--speedup", "1.5", "--samples", "20", "--device", "cpu")
+    arguments = (
+        "serve",
+        "--model",
+        "ttmpd.demo:demo_model",
+        "--speedup",
+        "1.5",
+        "--num-samples",
+        "20",
+        "--device",
+        "cpu",
+    )
     found = CliRunner().invoke(cli.app, [*arguments, "--port", "8123", "--max-mb", "2", "--max-batch", "3"])
     assert found.exit_code == 0, found.output
     assert "http://127.0.0.1:8123" in found.output

@@ -89,6 +89,13 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Raises:
         CheckpointError: the folder is broken, foreign, newer, or belongs to another model; the message says which.
+
+    Example:
+        >>> import torch
+        >>> from ttmpd.testing.tiny_models import tiny_model
+        >>> net = load("fast/", model=tiny_model())
+        >>> net(torch.rand(1, 3, 8, 8)).shape
+        torch.Size([1, 4])
     """
     artifact = read_artifact(folder)
     return _restored(artifact, stock_model(artifact) if model is None else model)[0]

@@ -2,6 +2,9 @@
 
 import pkgutil
 from importlib import import_module
+from importlib.metadata import version
+from types import ModuleType
+from typing import Annotated
 
 import typer
 
@@ -15,17 +18,30 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-ORDER = ("inspect", "compress", "evaluate", "bench", "adapt", "early_exit", "train_student", "serve", "methods", "demo")
-"""As a user comes to need them; others follow."""
+
+def _modules() -> list[ModuleType]:
+    """The commands' files in the order that each states as its ``PLACE``."""
+    names = (item.name for item in pkgutil.iter_modules(commands.__path__) if not item.name.startswith("_"))
+    return sorted((import_module(f"{commands.__name__}.{name}") for name in names), key=lambda module: module.PLACE)
 
 
-def _commands() -> list[str]:
-    found = [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
-    return sorted(found, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+for _module in _modules():
+    app.command(_module.__name__.rpartition(".")[2].replace("_", "-"))(_module.command)
 
 
-for _name in _commands():
-    app.command(_name.replace("_", "-"))(import_module(f"ttmpd.cli.commands.{_name}").command)
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ttmpd {version('ttmpd')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
 
 
 def main() -> None:

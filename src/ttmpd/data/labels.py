@@ -1,8 +1,9 @@
 """Class indices for evaluation; compression never sees them."""
 
 import csv
+import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +17,8 @@ from ttmpd.data.files import image_files, is_labelled, npz_member, place_of, rea
 from ttmpd.data.samples import Samples
 from ttmpd.data.tables import kind_of, read_table, text_files
 from ttmpd.errors import SamplesError
+
+_log = logging.getLogger("ttmpd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +50,16 @@ class Labels:
         return torch.tensor([self.values[name] for name in samples.names], dtype=torch.int64)
 
 
-def open_labels(labels: str | Path | None, data: Any) -> Labels:
+def open_labels(labels: str | Path | None, data: Any, class_names: Sequence[str] = ()) -> Labels:
     """The labels of ``data``, to be asked by sample.
 
     Args:
         labels: a .npz with ``y``, one label per row of ``data``; or a .csv with the columns ``file`` and ``label``,
             where a file is a path relative to the folder, a base name that is unique, or a row; or, for text, a .tsv,
-            .csv or .jsonl with a column ``label`` and as many rows as ``data``, such as ``data`` itself; None takes
-            them from ``data``.
+            .csv or .jsonl with a column ``label`` and as many rows as ``data``, such as ``data`` itself; or the folder
+            ``data`` with a sub-folder for each class; None takes them from ``data``.
         data: what the samples are opened from.
+        class_names: of the model's outputs, in their order; for folders that are named after classes.
 
     Raises:
         SamplesError: the file has another form, a label is no class index, or the counts differ.
@@ -66,10 +70,13 @@ def open_labels(labels: str | Path | None, data: Any) -> Labels:
             raise SamplesError(f"labels must be given, but got none for {place_of(data)}; pass a .csv or .npz file")
         labels = place
     path = Path(labels).expanduser()
+    if place is not None and path.is_dir() and path.resolve() == place.resolve():
+        return Labels(_folder_labels(place, class_names), str(path))
     if not path.is_file() or not (path.suffix.lower() == ".npz" or _is_table(path)):
         found = "another kind of file" if path.exists() else "no such file"
         raise SamplesError(
-            f"labels must be a .csv, .tsv, .jsonl or .npz file, but got {found}: {str(path)!r}; check the path"
+            f"labels must be a .csv, .tsv, .jsonl or .npz file, or the data folder with a sub-folder per class, "
+            f"but got {found}: {str(path)!r}; check the path"
         )
     if place is not None and _is_table(path) and kind_of(place):
         rows = _table_labels(path, place)
@@ -82,6 +89,51 @@ def open_labels(labels: str | Path | None, data: Any) -> Labels:
     if place is not None and place.is_dir():
         raise SamplesError(f"labels of a folder must be a .csv file, but got {path.name}; rows say nothing about files")
     return Labels(_npz_labels(path, data if place is None else place), path.name)
+
+
+def _folder_labels(folder: Path, class_names: Sequence[str]) -> dict[str, int]:
+    """The labels of files in class folders: those of the first folder below ``folder`` that a file lies in."""
+    files = image_files(folder) or text_files(folder)
+    loose = [name for name in files if "/" not in name]
+    if loose or not files:
+        found = f"{len(loose)} files lie beside them, e.g. {loose[0]}" if loose else "there are no files"
+        raise SamplesError(
+            f"{str(folder)!r} must hold one sub-folder for each class, but {found}; pass a .csv "
+            "with the columns 'file' and 'label' instead"
+        )
+    folders = {name: name.partition("/")[0] for name in files}
+    indices = class_indices(sorted(set(folders.values())), class_names)
+    return {name: indices[folder_name] for name, folder_name in folders.items()}
+
+
+def class_indices(folders: Sequence[str], class_names: Sequence[str] = ()) -> dict[str, int]:
+    """The class index of each class folder.
+
+    Folders that are all named by numbers are those indices. Other names are looked up in the model's class names.
+    Without class names they are numbered in alphabetical order, as torchvision's ImageFolder does; the log says so.
+
+    Raises:
+        SamplesError: the model has class names, and a folder's is not among them.
+
+    Example:
+        >>> class_indices(["0", "7"]), class_indices(["cat", "dog"], ["dog", "cat"])
+        ({'0': 0, '7': 7}, {'cat': 1, 'dog': 0})
+    """
+    if all(name.isascii() and name.isdecimal() for name in folders):
+        return {name: int(name) for name in folders}
+    places = {name.casefold().strip(): index for index, name in enumerate(class_names)}
+    if not places:
+        indices = {name: index for index, name in enumerate(folders)}
+        listed = ", ".join(f"{name} = {index}" for name, index in list(indices.items())[:20])
+        _log.warning("class folders in alphabetical order are taken for the model's classes: %s", listed)
+        return indices
+    unknown = [name for name in folders if name.casefold() not in places]
+    if unknown:
+        raise SamplesError(
+            f"class folders must be named by numbers or by the model's classes ({', '.join(class_names[:5])} ...), but "
+            f"got {', '.join(unknown[:5])}; rename them"
+        )
+    return {name: places[name.casefold()] for name in folders}
 
 
 def _is_table(path: Path) -> bool:

@@ -49,6 +49,11 @@ def open_samples(
         InvalidValueError: ``n_samples`` is not positive.
 
     Cost: only the chosen images of a folder are decoded; a stream without a length is read to its end.
+
+    Example:
+        >>> import torch
+        >>> open_samples(torch.rand(40, 3, 8, 8), None, n_samples=5)
+        <5 samples of 3x8x8 float32, 0 skipped>
     """
     if n_samples is not None and n_samples < 1:
         raise InvalidValueError(f"n_samples must be at least 1, but got {n_samples!r}")

@@ -26,6 +26,10 @@ def keep_freed_memory() -> bool:
 
     Returns:
         Whether it could be done; false where the C library is another one.
+
+    Example:
+        >>> keep_freed_memory() in (True, False)
+        True
     """
     global _kept
     if _kept or sys.platform != "linux":

@@ -33,6 +33,11 @@ def open_model(model: str | nn.Module, *, weights: Path | None = None, pretraine
         MissingPackageError: the package that knows the id is not installed.
         ModelError: the model cannot be built, downloaded, or does not fit ``weights``.
         UnsupportedError: it is no classifier of images or text, and no decoder of text.
+
+    Example:
+        >>> opened = open_model("ttmpd.demo:demo_model")
+        >>> opened.module.training
+        False
     """
     if weights is not None:
         _check_weights(Path(weights))

@@ -60,6 +60,11 @@ def bench(
         CheckpointError: the artifact cannot be loaded.
         InvalidValueError: a batch size is not positive, or nothing says how large an input is.
         UnsupportedError: the runtime cannot run one of the models.
+
+    Example:
+        >>> rows = bench("fast/", "ttmpd.testing.tiny_models:tiny_model", batch_sizes=[1, 4], device="cpu")
+        >>> [row.batch_size for row in rows]
+        [1, 4]
     """
     if any(size < 1 for size in batch_sizes):
         raise InvalidValueError(f"batch_sizes must be at least 1, but got {tuple(batch_sizes)}")

@@ -80,8 +80,13 @@ def compress(
         SamplesError, ModelError, UnsupportedError, InvalidValueError: see their messages.
 
     Example:
-        >>> result = compress(net, "photos/", speedup=2.0)  # doctest: +SKIP
-        >>> result.model(batch)  # doctest: +SKIP
+        >>> import torch
+        >>> from ttmpd.distill.one_time import OneTime
+        >>> from ttmpd.testing.tiny_models import tiny_model
+        >>> quick = {"score": "magnitude", "adapt": "none", "distill": OneTime(steps=2, views=1), "batch_size": 8}
+        >>> result = compress(tiny_model(), torch.rand(40, 3, 8, 8), macs=0.9, num_samples=40, **quick)
+        >>> result.met, result.model(torch.rand(1, 3, 8, 8)).shape
+        (True, torch.Size([1, 4]))
 
     Source: TT-MPD (arXiv 2412.07114).
     """
@@ -111,6 +116,17 @@ def compress_many(
         resume: as in :func:`compress`.
         command: as in :func:`compress`.
         **settings: as in :func:`compress`.
+
+    Example:
+        >>> import torch
+        >>> from ttmpd.distill.one_time import OneTime
+        >>> from ttmpd.pipeline.settings import Target
+        >>> from ttmpd.testing.tiny_models import tiny_model
+        >>> quick = {"score": "magnitude", "adapt": "none", "distill": OneTime(steps=2, views=1), "batch_size": 8}
+        >>> targets = [Target(macs=0.9), Target(macs=0.8)]
+        >>> results = compress_many(tiny_model(), torch.rand(40, 3, 8, 8), targets=targets, num_samples=40, **quick)
+        >>> [result.met for result in results]
+        [True, True]
     """
     chosen = settings_of(settings)
     folders = [None if o is None else Path(o) for o in (outputs or [None] * len(targets))]

@@ -19,6 +19,7 @@ from ttmpd.latency.device import choose_device
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import logits_of
+from ttmpd.pipeline import defaults
 from ttmpd.pipeline.analysis import PASS_SIZE, open_pool, pass_size, source_of, split
 from ttmpd.pipeline.exit_choice import ThresholdChoice, choose, fitted, time_exits
 from ttmpd.pipeline.exit_threshold import ExitConfidences, exit_answers, exit_confidences
@@ -31,7 +32,7 @@ from ttmpd.training.task import task_of
 
 _USED = ("num_samples", "holdout", "batch_size", "device", "seed", "task")
 """The settings of a run that exits look at."""
-_DEFAULTS = {"num_samples": 1000, "batch_size": 1}
+_DEFAULTS = {"num_samples": defaults.EXIT_NUM_SAMPLES, "batch_size": defaults.EXIT_BATCH_SIZE}
 
 
 def add_early_exits(
@@ -69,8 +70,10 @@ def add_early_exits(
         SamplesError, ModelError, InvalidValueError: see their messages.
 
     Example:
-        >>> found = add_early_exits(net, "photos/", speedup=1.5)  # doctest: +SKIP
-        >>> found.model.threshold = 1.1  # the answers of ``net``, bit for bit  # doctest: +SKIP
+        >>> import torch
+        >>> from ttmpd.testing.tiny_models import tiny_model
+        >>> found = add_early_exits(tiny_model(), torch.rand(60, 3, 8, 8), latency="1000ms", num_samples=60)
+        >>> found.model.threshold = 1.1  # no sample leaves early
 
     Cost: a few passes of the model over the samples, seconds of training, and about half a minute of measuring.
     """

@@ -141,7 +141,8 @@ def evaluate(
         model: a module, an id or an artifact folder.
         data: what :func:`ttmpd.compress` takes as samples; never all in memory.
         labels: a .npz with ``y``, a .csv with the columns ``file`` and ``label``, a .tsv, .csv or .jsonl with a column
-            ``label`` and a row for each text, or one class index per row of data; None evaluates without accuracy.
+            ``label`` and a row for each text, the folder ``data`` itself if it has a sub-folder for each class, or one
+            class index per row of data; None evaluates without accuracy.
         against: another model on the same samples, usually the original.
         source: id of the original model, for artifacts of a model from your own code.
         batch_size: samples per forward pass.
@@ -151,13 +152,20 @@ def evaluate(
     Raises:
         SamplesError: nothing is left to evaluate on, or a sample has no label or one that the model does not know.
         UnsupportedError: labels are given for a model that answers each token, or two models answer other tokens.
+
+    Example:
+        >>> import torch
+        >>> from ttmpd.testing.tiny_models import tiny_model
+        >>> found = evaluate(tiny_model(), torch.rand(20, 3, 8, 8), labels=[0, 1, 2, 3] * 5, against=tiny_model())
+        >>> found.n_samples, found.agreement.share
+        (20, 1.0)
     """
     check_range("batch_size", batch_size, 1)
     where = choose_device(device)
     opened = _alike([open_any(place, source) for place in (model, against) if place is not None])
     nets = [clone(one.module).to(where).eval() for one in opened]
     reads = _task(opened, labels)
-    known = None if labels is None else _labels(labels, data)
+    known = None if labels is None else _labels(labels, data, _class_names(opened[0].module))
     used = frozenset(name for one in opened for name in one.used_ids)
     sums = [_Sums() for _ in opened]
     alike, n_left_out, n_skipped, tasks = 0.0, 0, 0, list[Task]()
@@ -251,9 +259,16 @@ def _task(opened: Sequence[OpenedModel], labels: object) -> str:
     return tasks[0]
 
 
-def _labels(labels: str | Path | Sequence[int], data: Any) -> Labels:
+def _class_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of the model's classes in the order of its outputs, where its config has some of its own."""
+    names = getattr(getattr(module, "config", None), "id2label", None) or {}
+    named = isinstance(names, dict) and not all(str(name).startswith("LABEL_") for name in names.values())
+    return tuple(str(names[index]) for index in sorted(names)) if named else ()
+
+
+def _labels(labels: str | Path | Sequence[int], data: Any, class_names: Sequence[str]) -> Labels:
     if isinstance(labels, str | Path):
-        return open_labels(labels, data)
+        return open_labels(labels, data, class_names)
     return Labels({str(i): int(value) for i, value in enumerate(labels)}, "labels")
 
 

@@ -109,7 +109,7 @@ def inspect(
         >>> from ttmpd.demo.digits import demo_model
         >>> found = inspect(demo_model(), timed=False)
         >>> len(found.units), found.units[0].id
-        (12, 'stage1.0')
+        (25, 'stage1.0')
     """
     check_range("batch_size", batch_size, 1)
     check_kinds(units)
@@ -168,6 +168,15 @@ def preview(
 
     Raises:
         BudgetUnreachableError: a target cannot be reached.
+
+    Example:
+        >>> import torch
+        >>> from ttmpd.pipeline.settings import Target
+        >>> from ttmpd.testing.tiny_models import tiny_model
+        >>> quick = {"score": "magnitude", "adapt": "none", "lossless": False, "batch_size": 8, "num_samples": 40}
+        >>> plans = preview(tiny_model(), torch.rand(40, 3, 8, 8), targets=[Target(macs=0.9)], **quick).plans
+        >>> len(plans)
+        1
     """
     with prepared(model, samples, settings_of(settings)) as (ready, stages):
         waypoints = walk(ready, max(needed_ms(ready, target) for target in targets), stages)

@@ -11,6 +11,7 @@ from ttmpd.distill.base import Distiller
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_fields, method_class, named, names
+from ttmpd.pipeline import defaults
 from ttmpd.plan.base import Planner
 from ttmpd.plan.knapsack import Knapsack
 from ttmpd.records import ACTIONS, Action
@@ -139,14 +140,14 @@ class Settings:
     actions: tuple[Action, ...] = ACTIONS
     lossless: bool = True
     """Take first what makes the model faster and leaves its answers as they are: see :mod:`ttmpd.surgery.lossless`."""
-    num_samples: int = 500
-    pool: int = 5000
+    num_samples: int = defaults.NUM_SAMPLES
+    pool: int = defaults.POOL
     """How many samples are looked at to choose ``num_samples``; a random choice looks at none."""
-    holdout: float = 0.15
-    batch_size: int = 64
-    device: str = "auto"
-    seed: int = 0
-    amp: str = "auto"
+    holdout: float = defaults.HOLDOUT
+    batch_size: int = defaults.BATCH_SIZE
+    device: str = defaults.DEVICE
+    seed: int = defaults.SEED
+    amp: str = defaults.AMP
     time_budget: float = math.inf
 
     def __post_init__(self) -> None:

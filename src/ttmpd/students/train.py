@@ -89,6 +89,15 @@ def train_student(
         ModelError: the training ran away.
         UnsupportedError: the selector or the attack cannot treat a model.
 
+    Example:
+        >>> import torch
+        >>> from ttmpd.data.open import open_samples
+        >>> from ttmpd.testing.tiny_models import tiny_model
+        >>> samples, labels = open_samples(torch.rand(40, 3, 8, 8), None), torch.arange(40) % 4
+        >>> trained = train_student(tiny_model(), samples, labels, fraction=0.5, steps=2, batch=8)
+        >>> len(trained.selected)
+        20
+
     Source: Ben-Baruch et al., ICML 2025 (arXiv 2403.07854), on fixed views; temperature and alpha are this project's.
     Cost: a forward and a backward pass per step, ``attack.steps`` more of them with an attack; ``views`` teacher passes
         per kept sample, none when alpha is 0; and what the selector and the adapter cost.

@@ -1,1 +1,4 @@
-"""One file per command: its function ``command`` is what runs. ``_name`` files hold what they share."""
+"""One file per command: ``command`` runs it, ``PLACE`` orders ``ttmpd --help``, what it prints is beside it.
+
+``_name`` files hold what commands share.
+"""

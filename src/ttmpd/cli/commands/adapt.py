@@ -1,43 +1,68 @@
-"""A teacher moved to the data, with nothing removed."""
+"""``ttmpd adapt``: a model adapted to the data, with nothing removed."""
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from rich.markup import escape
 
 from ttmpd.cli import show as display
 from ttmpd.cli.commands import _options as option
 from ttmpd.cli.commands._parsing import choose_methods
 from ttmpd.cli.commands._reporting import reporting, show_machine
+from ttmpd.pipeline import defaults
+
+if TYPE_CHECKING:
+    from ttmpd.artifact.write import Result
+
+PLACE = 50
+"""In ``ttmpd --help``: commands are listed by their place."""
 
 
+@option.with_options
 def command(
     model: option.Model,
     data: option.Data,
-    output: Annotated[Path, typer.Option("--output", help="Folder for the artifact.")],
-    adapt: Annotated[str, typer.Option("--adapt", help="An adapter.")] = "norm",
-    settings: Annotated[list[str] | None, typer.Option("--set", help="adapt.FIELD=VALUE, as often as wanted.")] = None,
-    num_samples: option.NumSamples = 500,
-    holdout: option.Holdout = 0.15,
-    batch_size: option.BatchSize = 64,
-    device: option.Device = "auto",
-    seed: option.Seed = 0,
-    max_length: option.MaxLength = None,
-    task: option.Task = None,
-    source: option.Source = None,
-    weights: option.Weights = None,
-    no_pretrained: option.Pretrained = False,
-    verbose: option.Verbose = False,
+    output: option.Output,
+    run: option.Run,
+    adapt: Annotated[str, option.method("adapt", "How the model is adapted.")] = defaults.METHODS["adapt"],
+    settings: option.Set = None,
+    num_samples: option.NumSamples = defaults.NUM_SAMPLES,
+    holdout: option.Holdout = defaults.HOLDOUT,
+    batch_size: option.BatchSize = defaults.BATCH_SIZE,
 ) -> None:
-    """Adapt a model to unlabelled samples and keep all of it; `compress` and `evaluate` take the artifact."""
-    with reporting(verbose):
+    """Adapt a model to unlabelled samples without removing anything."""
+    with reporting(run.verbose):
         from ttmpd.pipeline.adapt import adapt_to
 
-        method = choose_methods({"adapt": adapt}, settings or [], None)
-        opened = option.open_chosen(model, source, weights, no_pretrained, max_length, task)
-        show_machine(device)
-        found = adapt_to(
-            opened, data, output=output, num_samples=num_samples, holdout=holdout, batch_size=batch_size,
-            device=device, seed=seed, **method,
-        )  # fmt: skip
-        display.show_adapted(found, output)
+        method = choose_methods({"adapt": adapt}, settings or [], None)["adapt"]
+        opened = model.open()
+        show_machine(run.device)
+        result = adapt_to(
+            opened,
+            data,
+            output=output,
+            adapt=method,
+            num_samples=num_samples,
+            holdout=holdout,
+            batch_size=batch_size,
+            device=run.device,
+            seed=run.seed,
+        )
+        _show(result, output)
+
+
+def _show(found: "Result", folder: object) -> None:
+    """What was done to the model, how far its answers moved, and where the artifact lies."""
+    console, facts = display.out(), found.facts
+    console.print(f"Adaptation: {escape(facts['adapt']['note'])}")
+    table = display.new_table("", "value", title="What was found")
+    for name, value in facts["adapt"]["facts"].items():
+        table.add_row(escape(name.replace("_", " ")), f"{value:.4g}")
+    if facts["adapt"]["facts"]:
+        console.print(table)
+    if facts["agreement"] is not None:
+        n = facts["agreement"]["n_samples"]
+        alike = display.percent(facts["agreement"])
+        console.print(f"Agreement with the original: {alike} on {n} held-out samples (not accuracy)")
+    display.show_skipped(console, facts)
+    display.show_seconds(facts["seconds"])
+    console.print(f"Artifact: {escape(str(folder))} (evaluate it with labels, or compress it)", soft_wrap=True)

@@ -1,28 +1,58 @@
-"""Milliseconds of an artifact on this machine."""
+"""``ttmpd bench``: milliseconds of an artifact on this machine."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ttmpd.cli import show as display
 from ttmpd.cli.commands import _options as option
 from ttmpd.cli.commands._reporting import reporting
+from ttmpd.pipeline import defaults
+
+if TYPE_CHECKING:
+    from ttmpd.pipeline.bench import BenchRow
+
+PLACE = 40
+
+BatchSizes = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--batch-size",
+        metavar="N",
+        help="Samples per batch; may be repeated (default: that of the run).",
+        rich_help_panel=option.RUN,
+    ),
+]
 
 
+@option.with_options
 def command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact folder.")],
-    batch_size: Annotated[list[int] | None, typer.Option("--batch-size", help="As often as wanted.")] = None,
-    data: option.MaybeData = None,
-    device: option.Device = "auto",
-    runtime: option.Runtime = "eager",
+    batch_size: BatchSizes = None,
+    data: option.DataOrRandom = None,
+    runtime: option.Runtime = defaults.METHODS["runtime"],
     source: option.Source = None,
+    device: option.Device = defaults.DEVICE,
     verbose: option.Verbose = False,
 ) -> None:
-    """Time original and compressed, interleaved, on this machine."""
+    """Measure the original and the compressed model in turns on this machine."""
     with reporting(verbose):
         from ttmpd.latency.device import choose_device, machine
         from ttmpd.pipeline.bench import bench
 
         rows = bench(folder, source, batch_sizes=batch_size or (), data=data, runtime=runtime, device=device)
-        display.show_bench(rows, machine(choose_device(device)))
+        _show(rows, machine(choose_device(device)))
+
+
+def _show(rows: "Sequence[BenchRow]", machine: Mapping[str, Any]) -> None:
+    """One line per batch size."""
+    display.show_machine(machine)
+    table = display.new_table("batch", "original", "compressed", "speedup", right=("batch",))
+    for row in rows:
+        ratio = row.speedup
+        faster = f"{ratio.median_ms:.2f}x ({ratio.low_ms:.2f}x to {ratio.high_ms:.2f}x)"
+        table.add_row(str(row.batch_size), display.spread(row.original), display.spread(row.compressed), faster)
+    display.out().print(table)
+    display.out().print("Median and quartiles of interleaved rounds.")

@@ -1,53 +1,86 @@
-"""Exits for samples that are sure early."""
+"""``ttmpd early-exit``: exits through which easy samples leave a model."""
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from ttmpd.cli import show as display
 from ttmpd.cli.commands import _options as option
 from ttmpd.cli.commands._parsing import choose_methods
 from ttmpd.cli.commands._reporting import TARGET_MISSED, command_line, reporting, show_machine
+from ttmpd.pipeline import defaults
+
+if TYPE_CHECKING:
+    from ttmpd.artifact.write import Result
+
+PLACE = 60
 
 
+@option.with_options
 def command(
     model: option.Model,
     data: option.Data,
-    output: Annotated[Path, typer.Option("--output", help="Folder for the artifact.")],
+    output: option.Output,
+    run: option.Run,
     speedup: option.Speedup = None,
     latency: option.Latency = None,
     labels: option.Labels = None,
-    method: Annotated[str, typer.Option("--method", help="How exits are made.")] = "right_tool",
-    settings: Annotated[list[str] | None, typer.Option("--set", help="early_exit.FIELD=VALUE, any number.")] = None,
-    num_samples: option.NumSamples = 1000,
-    holdout: option.Holdout = 0.15,
-    batch_size: option.BatchSize = 1,
-    device: option.Device = "auto",
-    seed: option.Seed = 0,
-    max_length: option.MaxLength = None,
-    task: option.Task = None,
-    source: option.Source = None,
-    weights: option.Weights = None,
-    no_pretrained: option.Pretrained = False,
-    verbose: option.Verbose = False,
+    method: Annotated[str, option.method("method", "How exits are made.")] = defaults.METHODS["early_exit"],
+    settings: option.Set = None,
+    num_samples: option.NumSamples = defaults.EXIT_NUM_SAMPLES,
+    holdout: option.Holdout = defaults.HOLDOUT,
+    batch_size: option.BatchSize = defaults.EXIT_BATCH_SIZE,
 ) -> None:
-    """Let sure samples leave a model early, for a mean latency; labels may be learned from, none are needed."""
-    with reporting(verbose):
+    """Add early exits to a model, for a mean latency; labels are used if there are some."""
+    with reporting(run.verbose):
         from ttmpd.pipeline.early_exits import add_early_exits
         from ttmpd.pipeline.settings import Target
 
         Target.of(speedup, latency)  # before anything is opened
-        tool = choose_methods({"early_exit": method}, settings or [], None)["early_exit"]
-        opened = option.open_chosen(model, source, weights, no_pretrained, max_length, task)
-        show_machine(device)
-        found = add_early_exits(
-            opened, data, speedup=speedup, latency=latency, labels=labels, method=tool, output=output,
-            command=command_line(), num_samples=num_samples, holdout=holdout, batch_size=batch_size, device=device,
-            seed=seed,
-        )  # fmt: skip
-        display.show_exits(found, output)
-        if not found.met:
-            best = found.facts["latency"]["compressed"]["median_ms"]
+        exit_method = choose_methods({"early_exit": method}, settings or [], None)["early_exit"]
+        opened = model.open()
+        show_machine(run.device)
+        result = add_early_exits(
+            opened,
+            data,
+            speedup=speedup,
+            latency=latency,
+            labels=labels,
+            method=exit_method,
+            output=output,
+            command=command_line(),
+            num_samples=num_samples,
+            holdout=holdout,
+            batch_size=batch_size,
+            device=run.device,
+            seed=run.seed,
+        )
+        _show(result, output)
+        if not result.met:
+            best = result.facts["latency"]["compressed"]["median_ms"]
             display.show_error("Target missed", f"the mean that was measured is {best:.4g} ms; the artifact is kept")
             raise typer.Exit(TARGET_MISSED)
+
+
+def _show(found: "Result", folder: object) -> None:
+    """Where samples leave, how fast that is, how far the answers are the model's, and where the artifact lies."""
+    console, facts = display.out(), found.facts
+    exits = facts["early_exit"]
+    numbers = ("samples", "leaves from", "ms", "agreement", "temperature", "calibration error")
+    table = display.new_table("exit behind", *numbers, right=numbers, title="Exits")
+    for row in exits["exits"]:
+        table.add_row(
+            escape(row["path"]), f"{row['share']:.1%}", f"{row['threshold']:.4g}", display.ms(row["ms"]),
+            f"{row['agreement']:.1%}",
+            f"{row['temperature']:.3g}", f"{row['calibration_error_before']:.3f} -> {row['calibration_error']:.3f}",
+        )  # fmt: skip
+    table.add_row("the end", f"{exits['end']['share']:.1%}", "", display.ms(exits["end"]["ms"]), "", "", "")
+    console.print(table)
+    when = f"{exits['threshold']:.4g}" if exits["threshold"] <= 1 else "above 1: none leaves early"
+    console.print(f"{escape(exits['note'][:1].upper() + exits['note'][1:])}. Threshold: {when}")
+    display.show_latency(console, facts)
+    display.show_agreement(console, facts)
+    display.show_skipped(console, facts)
+    display.show_seconds(facts["seconds"])
+    console.print(f"Artifact: {escape(str(folder))} (report.html shows it)", soft_wrap=True)

@@ -1,38 +1,78 @@
-"""Accuracy with labels, agreement without."""
+"""``ttmpd evaluate``: accuracy with labels, agreement of two models without."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from ttmpd.cli import show as display
 from ttmpd.cli.commands import _options as option
 from ttmpd.cli.commands._reporting import reporting, write_result
+from ttmpd.pipeline import defaults
+
+if TYPE_CHECKING:
+    from ttmpd.pipeline.evaluate import Evaluation
+
+PLACE = 30
+
+Against = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        metavar="ID",
+        help="Another model or artifact folder to compare with.",
+        rich_help_panel=option.MODEL,
+    ),
+]
 
 
+@option.with_options
 def command(
     model: option.Model,
     data: option.Data,
     labels: option.Labels = None,
-    against: Annotated[str | None, typer.Option("--against", help="Another model or artifact folder.")] = None,
-    batch_size: option.BatchSize = 64,
-    device: option.Device = "auto",
+    against: Against = None,
+    batch_size: option.BatchSize = defaults.BATCH_SIZE,
     json_file: option.Json = None,
-    max_length: option.MaxLength = None,
-    task: option.Task = None,
-    source: option.Source = None,
-    weights: option.Weights = None,
-    no_pretrained: option.Pretrained = False,
+    device: option.Device = defaults.DEVICE,
     verbose: option.Verbose = False,
 ) -> None:
-    """Accuracy and calibration with labels, agreement without; samples used for compression are left out."""
+    """Measure accuracy with labels, or agreement without; samples that compression used are left out."""
     with reporting(verbose):
         from ttmpd.artifact.read import open_any
         from ttmpd.pipeline.evaluate import evaluate
 
-        opened = option.open_chosen(model, source, weights, no_pretrained, max_length, task)
-        other = None if against is None else open_any(against, source).reading(max_length)
-        if other is not None and task is not None:
-            option.carry_named(other.module, task)
-        found = evaluate(opened, data, labels, against=other, batch_size=batch_size, device=device)
-        display.show_evaluation(found)
-        write_result(json_file, found.to_dict())
+        opened = model.open()
+        other = None if against is None else open_any(against, model.source).reading(model.max_length)
+        if other is not None and model.task is not None:
+            option.carry_named(other.module, model.task)
+        result = evaluate(opened, data, labels, against=other, batch_size=batch_size, device=device)
+        _show(result)
+        write_result(json_file, result.to_dict())
+
+
+def _show(found: "Evaluation") -> None:
+    """Accuracy, calibration and agreement, with intervals."""
+    console = display.out()
+    columns = ["model", *(["against"] if found.against else [])]
+    rows = [found.model, *([found.against] if found.against else [])]
+    table = display.new_table("", *columns)
+    if found.model.accuracy is not None:
+        table.add_row("accuracy", *(display.percent(row.accuracy) for row in rows))
+        table.add_row("calibration error", *(f"{row.calibration_error:.3f}" for row in rows))
+    if found.each == "token" and found.model.loss is not None:
+        table.add_row("nats per token", *(f"{row.loss:.4f}" for row in rows))
+    if found.model.confidence is not None:
+        table.add_row("mean confidence", *(f"{row.confidence or 0.0:.1%}" for row in rows))
+    console.print(table)
+    if found.agreement is not None:
+        console.print(f"Agreement between them: {display.percent(found.agreement)} (not accuracy)")
+        if found.task != "classification":
+            console.print(f"Task: {escape(found.task)}.")
+    console.print(f"{found.n_samples} {found.each}s; intervals are 95 % Wilson.")
+    if found.n_left_out:
+        console.print(f"{found.n_left_out} samples left out: compression had used them.")
+    if found.n_skipped:
+        console.print(f"{found.n_skipped} samples skipped: they cannot be used.")
+    for what, n in found.notes:
+        console.print(f"{n} samples: {escape(what)}.")

@@ -1,35 +1,83 @@
-"""What can be removed from a model."""
+"""``ttmpd inspect``: what can be removed from a model."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from ttmpd.cli import show as display
 from ttmpd.cli.commands import _options as option
 from ttmpd.cli.commands._parsing import parts_of
 from ttmpd.cli.commands._reporting import reporting, write_result
+from ttmpd.pipeline import defaults
+
+if TYPE_CHECKING:
+    from ttmpd.pipeline.inspect import Inspection
+
+PLACE = 10
+
+Timed = Annotated[
+    bool, typer.Option("--time/--no-time", help="Measure milliseconds on this device.", rich_help_panel=option.RUN)
+]
 
 
+@option.with_options
 def command(
     model: option.Model,
-    data: option.MaybeData = None,
-    batch_size: option.BatchSize = 64,
+    data: option.DataOrRandom = None,
+    batch_size: option.BatchSize = defaults.BATCH_SIZE,
+    units: option.Units = None,
+    timed: Timed = True,
     json_file: option.Json = None,
-    device: option.Device = "auto",
-    timed: Annotated[bool, typer.Option("--time/--no-time", help="Measure milliseconds on this device.")] = True,
-    units: option.Units = option.UNITS,
-    max_length: option.MaxLength = None,
-    task: option.Task = None,
-    source: option.Source = None,
-    weights: option.Weights = None,
-    no_pretrained: option.Pretrained = False,
+    device: option.Device = defaults.DEVICE,
     verbose: option.Verbose = False,
 ) -> None:
-    """List what can be removed from a model, what cannot and why; nothing is changed."""
+    """List what can be removed from a model, what cannot, and why; nothing is changed."""
     with reporting(verbose):
         from ttmpd.pipeline.inspect import inspect
 
-        opened = option.open_chosen(model, source, weights, no_pretrained, max_length, task)
-        found = inspect(opened, data, batch_size=batch_size, device=device, timed=timed, units=parts_of(units))
-        display.show_inspection(found)
-        write_result(json_file, found.to_dict())
+        opened = model.open()
+        chosen: dict[str, Any] = {} if units is None else {"units": parts_of(units)}
+        result = inspect(opened, data, batch_size=batch_size, device=device, timed=timed, **chosen)
+        _show(result)
+        write_result(json_file, result.to_dict())
+
+
+def _show(found: "Inspection") -> None:
+    """The units, and what cannot be removed."""
+    console, timed = display.out(), found.whole is not None
+    console.print(escape(display.machine_line(found.machine)))
+    whole = f", {display.spread(found.whole)} per batch of {found.batch_size}" if found.whole else ""
+    size = f"{display.count(found.parameters)} parameters, {display.count(found.macs)} MACs"
+    console.print(f"{escape(found.model)}: {size} for an input of {found.input_shape}{whole}")
+    if found.units:
+        extra = ("ms", "of ms", "linear ms") if timed else ()
+        numbers = ("parameters", "MACs", "of MACs", *extra)
+        table = display.new_table("unit", "class", "shape", *numbers, right=numbers)
+        for unit in found.to_dict()["units"]:
+            linear = display.ms(unit["linear_ms"]) if "linear_ms" in unit else ""
+            times = (display.ms(unit["ms"]), f"{unit['ms_share']:.1%}", linear) if timed else ()
+            shape = "x".join(map(str, unit["shape"]))
+            sizes = (display.count(unit["n_params"]), display.count(unit["macs"]), f"{unit['macs_share']:.1%}")
+            table.add_row(escape(unit["id"]), escape(unit["module"]), shape, *sizes, *times)
+        console.print(table)
+        console.print(f"{len(found.units)} removable units hold {found.removable_share:.1%} of the MACs.")
+    else:
+        console.print("Nothing is removable: no block answers with the shape of its input and can be skipped.")
+    if found.refused:
+        table = display.new_table("cannot be removed", "why")
+        for path, reason in _grouped(found.refused):
+            table.add_row(escape(path), escape(reason))
+        console.print(table)
+
+
+def _grouped(refused: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """One line for all siblings that are refused for the same reason."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for path, reason in refused:
+        groups.setdefault((path.rpartition(".")[0], reason), []).append(path)
+    return [
+        (f"{paths[0]} and {len(paths) - 1} beside it" if len(paths) > 1 else paths[0], reason)
+        for (_, reason), paths in groups.items()
+    ]

@@ -1,7 +1,6 @@
-"""A running service with HTTP in front."""
+"""``ttmpd serve``: a running service with HTTP in front."""
 
 import ipaddress
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,33 +8,50 @@ import typer
 from ttmpd.cli.commands import _options as option
 from ttmpd.cli.commands._reporting import reporting, show_machine
 from ttmpd.errors import MissingPackageError
+from ttmpd.pipeline import defaults
+
+PLACE = 80
+SERVER = "Server"
+"""A section of ``--help``."""
 
 
+def _option(name: str, text: str, section: str, **more: Any) -> Any:
+    return typer.Option(name, help=text, rich_help_panel=section, **more)
+
+
+NumSamples = Annotated[
+    int,
+    _option("--num-samples", "Samples to collect before compressing.", option.DATA, min=8, metavar="N"),
+]
+Host = Annotated[str, _option("--host", "Address to listen on; there is no password.", SERVER, metavar="ADDRESS")]
+Port = Annotated[int, _option("--port", "Port to listen on.", SERVER, min=1, max=65535, metavar="N")]
+MaxMb = Annotated[float, _option("--max-mb", "Largest body of a request, MiB.", SERVER, min=0.01, metavar="MIB")]
+MaxBatch = Annotated[int, _option("--max-batch", "Most samples in a request.", SERVER, min=1, metavar="N")]
+Threads = Annotated[int, _option("--threads", "Threads of the background process.", option.RUN, min=1, metavar="N")]
+Worker = Annotated[str, _option("--worker", "Where to compress.", option.RUN, metavar="process|thread")]
+
+
+@option.with_options
 def command(
     model: option.Model,
+    run: option.Run,
     speedup: option.Speedup = None,
     latency: option.Latency = None,
-    samples: Annotated[int, typer.Option("--samples", min=8, help="Samples to collect before compressing.")] = 512,
-    output: Annotated[Path | None, typer.Option("--output", help="Folder for the newest student's artifact.")] = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; there is no password.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8000,
-    max_mb: Annotated[float, typer.Option("--max-mb", min=0.01, help="Largest body of a request, MiB.")] = 16.0,
-    max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Most samples of a request.")] = 64,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the background process.")] = 1,
-    worker: Annotated[str, typer.Option("--worker", help="Where to compress: process or thread.")] = "process",
-    batch_size: option.BatchSize = 64,
+    num_samples: NumSamples = defaults.SERVE_NUM_SAMPLES,
+    output: option.OutputIfWanted = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    max_mb: MaxMb = 16.0,
+    max_batch: MaxBatch = 64,
+    threads: Threads = 1,
+    worker: Worker = "process",
+    batch_size: option.BatchSize = defaults.BATCH_SIZE,
     steps: option.Steps = None,
-    seed: option.Seed = 0,
-    device: option.Device = "auto",
-    source: option.Source = None,
-    weights: option.Weights = None,
-    no_pretrained: option.Pretrained = False,
-    verbose: option.Verbose = False,
 ) -> None:
-    """Answer over HTTP at once; collect samples, compress beside it, swap, and begin anew when the data move."""
+    """Serve a model over HTTP, compress it on the samples that come in, and again when they change."""
     if (speedup is None) == (latency is None):
         raise typer.BadParameter("give exactly one of --speedup and --latency")
-    with reporting(verbose):
+    with reporting(run.verbose):
         from ttmpd.distill.one_time import OneTime
         from ttmpd.latency.device import choose_device
         from ttmpd.serving.service import OnlineService
@@ -46,13 +62,13 @@ def command(
             step = 'pip install "ttmpd[serve]"'
             raise MissingPackageError(f"the packages of a server must be installed, but {error}; {step}") from error
 
-        opened = option.open_chosen(model, source, weights, no_pretrained)
-        opened.module.to(choose_device(device))
-        given: dict[str, Any] = {} if steps is None else {"distill": OneTime(steps=steps, seconds=0.0)}
+        opened = model.open()
+        opened.module.to(choose_device(run.device))
+        settings: dict[str, Any] = {} if steps is None else {"distill": OneTime(steps=steps, seconds=0.0)}
         target: dict[str, Any] = {"speedup": speedup} if latency is None else {"latency": latency}
-        given |= target | {"worker": worker, "threads": threads, "batch_size": batch_size, "seed": seed}
-        show_machine(device)
-        with OnlineService(opened, samples=samples, output=output, **given) as service:
+        settings |= target | {"worker": worker, "threads": threads, "batch_size": batch_size, "seed": run.seed}
+        show_machine(run.device)
+        with OnlineService(opened, samples=num_samples, output=output, **settings) as service:
             _greet(host, port)
             serve(service, host=host, port=port, limits=default_limits(max_mb, max_batch))
 

@@ -1,4 +1,4 @@
-"""A student from a part of the labels."""
+"""``ttmpd train-student``: a student from a part of the labels."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,57 +12,107 @@ from ttmpd.cli.commands import _options as option
 from ttmpd.cli.commands._parsing import choose_methods
 from ttmpd.cli.commands._reporting import command_line, reporting, show_machine
 from ttmpd.errors import InvalidValueError
+from ttmpd.pipeline import defaults
 
 if TYPE_CHECKING:
     from ttmpd.models.opened import OpenedModel
     from ttmpd.students.run import StudentRun
 
 
+PLACE = 70
+
+
+def _option(name: str, text: str, section: str, **more: Any) -> Any:
+    return typer.Option(name, help=text, rich_help_panel=section, **more)
+
+
+Student = Annotated[str, _option("--student", f"The model to train: {option.MODEL_IDS}.", option.MODEL, metavar="ID")]
+Teacher = Annotated[
+    str | None, _option("--teacher", "A model id or an artifact folder to learn from.", option.MODEL, metavar="ID")
+]
+TeacherWeights = Annotated[
+    Path | None,
+    _option("--teacher-weights", "A .safetensors file for the teacher.", option.MODEL, metavar="FILE"),
+]
+NumSamples = Annotated[
+    int | None, _option("--num-samples", "At most so many samples (default: all).", option.DATA, min=2, metavar="N")
+]
+Fraction = Annotated[
+    float, _option("--fraction", "Share of the samples that is trained on.", option.DATA, metavar="SHARE")
+]
+Balanced = Annotated[bool, _option("--balanced", "The same number of each class, where there are.", option.DATA)]
+Alpha = Annotated[
+    str, _option("--alpha", "Weight of the teacher; auto: by the fraction.", option.METHODS, metavar="0..1|auto")
+]
+Temperature = Annotated[float, _option("--temperature", "Of the teacher's soft labels.", option.METHODS, metavar="T")]
+Views = Annotated[
+    int, _option("--views", "Fixed augmented views per sample; 1 for none.", option.METHODS, min=1, metavar="N")
+]
+Steps = Annotated[int, _option("--steps", "Optimizer steps, whatever the fraction.", option.RUN, min=1, metavar="N")]
+BatchSize = Annotated[int, _option("--batch-size", "Samples per step.", option.RUN, min=2, metavar="N")]
+Lr = Annotated[float, _option("--lr", "Peak learning rate of SGD.", option.RUN, metavar="LR")]
+
+
+@option.with_options
 def command(
-    student: Annotated[str, typer.Option("--student", help="A model id, as --model elsewhere; no artifact.")],
+    student: Student,
     data: option.Data,
-    output: Annotated[Path, typer.Option("--output", help="Folder for the student.")],
+    output: option.Output,
+    run: option.Run,
     labels: option.Labels = None,
-    teacher: Annotated[str | None, typer.Option("--teacher", help="A model id or an artifact folder.")] = None,
-    fraction: Annotated[float, typer.Option("--fraction", help="Share of the samples that is kept.")] = 0.1,
-    select: Annotated[str, typer.Option("--select", help="A selector: which samples are kept.")] = "random",
-    balanced: Annotated[bool, typer.Option("--balanced", help="As evenly from all classes as they allow.")] = False,
-    adapt: Annotated[str, typer.Option("--adapt", help="An adapter of the teacher, or none.")] = "none",
-    alpha: Annotated[str, typer.Option("--alpha", help="Weight of the teacher, 0 to 1; auto: by fraction.")] = "auto",
-    temperature: Annotated[float, typer.Option("--temperature", help="Of the soft labels.")] = 4.0,
-    views: Annotated[int, typer.Option("--views", min=1, help="Fixed views per sample; 1 mirrors nothing.")] = 16,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps, whatever the fraction.")] = 3000,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=2, help="Samples per step.")] = 64,
-    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of SGD.")] = 0.05,
-    holdout: Annotated[float, typer.Option("--holdout", help="Share that is only measured on.")] = 0.15,
-    num_samples: Annotated[int | None, typer.Option("--num-samples", min=2, help="At most so many of DATA.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="VERB.FIELD=VALUE: select or adapt.")] = None,
-    seed: option.Seed = 0,
-    device: option.Device = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    num_samples: NumSamples = None,
+    holdout: option.Holdout = defaults.HOLDOUT,
+    fraction: Fraction = 0.1,
+    balanced: Balanced = False,
+    select: Annotated[str, option.method("select", "Chooses the samples.")] = "random",
+    teacher: Teacher = None,
+    adapt: Annotated[str, option.method("adapt", "Adapts the teacher; or none.")] = "none",
+    alpha: Alpha = "auto",
+    temperature: Temperature = 4.0,
+    views: Views = 16,
+    steps: Steps = 3000,
+    batch_size: BatchSize = 64,
+    lr: Lr = 0.05,
+    settings: option.Set = None,
+    resume: option.Resume = False,
     weights: option.Weights = None,
-    no_pretrained: option.Pretrained = False,
-    teacher_weights: Annotated[Path | None, typer.Option("--teacher-weights", help="The same for the teacher.")] = None,
+    no_pretrained: option.NoPretrained = False,
+    teacher_weights: TeacherWeights = None,
     source: option.Source = None,
-    verbose: option.Verbose = False,
 ) -> None:
-    """Train a student on few of your labels and a teacher's answers; --no-pretrained makes it start from nothing."""
-    with reporting(verbose, resumable=output):
+    """Train a student on a fraction of your labels, with a teacher's predictions or without."""
+    with reporting(run.verbose, resumable=output):
         from ttmpd.students.run import run_student
 
         methods = choose_methods({"select": select, "adapt": adapt}, settings or [], None)
         chosen: dict[str, Any] = methods | {
-            "fraction": fraction, "balanced": balanced, "alpha": _alpha(alpha), "temperature": temperature,
-            "views": views, "steps": steps, "batch": batch_size, "lr": lr, "seed": seed,
-        }  # fmt: skip
-        opened = _student(student, weights, no_pretrained, seed)
-        guide = None if teacher is None else option.open_chosen(teacher, source, teacher_weights, False)
-        show_machine(device)
-        found = run_student(
-            opened, data, labels, output, teacher=guide, holdout=holdout, num_samples=num_samples, device=device,
-            resume=resume, command=command_line(), **chosen,
-        )  # fmt: skip
-        _show(found)
+            "fraction": fraction,
+            "balanced": balanced,
+            "alpha": _alpha(alpha),
+            "temperature": temperature,
+            "views": views,
+            "steps": steps,
+            "batch": batch_size,
+            "lr": lr,
+            "seed": run.seed,
+        }
+        opened = _student(student, weights, no_pretrained, run.seed)
+        guide = None if teacher is None else option.Model(teacher, teacher_weights, source=source).open()
+        show_machine(run.device)
+        result = run_student(
+            opened,
+            data,
+            labels,
+            output,
+            teacher=guide,
+            holdout=holdout,
+            num_samples=num_samples,
+            device=run.device,
+            resume=resume,
+            command=command_line(),
+            **chosen,
+        )
+        _show(result)
 
 
 def _alpha(text: str) -> float | str:
