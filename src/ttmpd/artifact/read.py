@@ -6,7 +6,7 @@ only models of timm, torchvision, Hugging Face and this package are rebuilt from
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ttmpd.artifact import format_1
 from ttmpd.artifact.write import FORMAT, PLAN, UNFINISHED, WEIGHTS, Kind, sha256
 from ttmpd.data.preprocessing import Preparation, preparation_from
 from ttmpd.data.tokenization import Tokenization
@@ -24,7 +25,7 @@ from ttmpd.models.config import preprocessing_of
 from ttmpd.models.open import is_rebuildable, open_model
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.tokens import mask_padding
-from ttmpd.records import ACTIONS, UNCHANGED, Folded, Lossless, Removal
+from ttmpd.records import UNCHANGED, Folded, Lossless, Removal
 from ttmpd.surgery.cut import check_units, replay
 from ttmpd.surgery.exits.model import restore_exits
 from ttmpd.surgery.exits.spec import Exits
@@ -141,6 +142,7 @@ def read_artifact(folder: str | Path) -> Artifact:
     data = _read_plan(folder)
     _check_format(folder, data)
     try:
+        data = format_1.upgraded(data) if data["format"] == 1 else data
         weights = data["weights"]
         if weights["file"] != WEIGHTS:
             raise CheckpointError(f"weights of {str(folder)!r} must lie in {WEIGHTS}, but got {weights['file']!r}")
@@ -207,31 +209,8 @@ def _check_format(folder: Path, data: Any) -> None:
 
 
 def _removal(row: Mapping[str, Any]) -> Removal:
-    if row.get("action") == "conv":
-        raise CheckpointError(
-            f"action of {row.get('path')!r} must be one of {', '.join(ACTIONS)}, but got 'conv': 3x3 replacements were "
-            "dropped; ttmpd 0.1.0 still reads this artifact, or compress the model again"
-        )
-    row = _without_format_1(row)
     _check_kind(row.get("kind"))
     return Removal.from_dict(row)
-
-
-def _without_format_1(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The removal in today's words: in format 1 one record served units with members and those without."""
-    if "n_members" in row or "branch" in row:
-        return dict(row)
-    old = {"members": 0, "feeders": [], "widths": [], "kept": [], "form": "plain", **row}
-    n_members, producers, widths = old.pop("members"), old.pop("feeders"), old.pop("widths")
-    if not n_members:
-        return old | {"branch": False, "upstream": []}
-    old.pop("activation", None)
-    return old | {
-        "n_members": n_members,
-        "producers": producers,
-        "consumers": [old.get("path")],
-        "widths": [width for width in widths if width < n_members],
-    }
 
 
 def _check_kind(kind: Any) -> None:
@@ -243,9 +222,7 @@ def _check_kind(kind: Any) -> None:
 
 
 def _kind(data: Mapping[str, Any]) -> Kind:
-    """Which command made the artifact; format 1 does not say, but only one kind has exits and only one no removals."""
-    if data["format"] == 1:
-        return "exits" if data.get("early_exit") else "compressed" if data["plan"]["removals"] else "adapted"
+    """Which command made the artifact."""
     if data["kind"] not in get_args(Kind):
         raise CheckpointError(f"kind must be one of {', '.join(get_args(Kind))}, but got {data['kind']!r}")
     return cast(Kind, data["kind"])
@@ -301,7 +278,7 @@ def _restored(artifact: Artifact, stock: nn.Module) -> tuple[nn.Module, Folded]:
     backbone = state if artifact.exits is None else _below(state, "backbone")
     try:
         check_units(stock, [removal.unit for removal in artifact.removals])
-        folded = artifact.folded or _folded_in_format_1(stock, artifact.removals, backbone)
+        folded = artifact.folded or format_1.folded_in(stock, artifact.removals, backbone)
         model = replay(stock, artifact.removals, backbone, artifact.lossless, folded)
     except (TTMPDError, RuntimeError, AttributeError, KeyError, TypeError) as error:
         detail = " ".join(str(error).split())[:300]
@@ -315,15 +292,6 @@ def _restored(artifact: Artifact, stock: nn.Module) -> tuple[nn.Module, Folded]:
     if isinstance(artifact.preprocessing, Tokenization):
         mask_padding(model, artifact.preprocessing)
     return model if artifact.exits is None else _with_exits(artifact, artifact.exits, model, state), folded
-
-
-def _folded_in_format_1(stock: nn.Module, removals: Sequence[Removal], state: Mapping[str, Tensor]) -> Folded:
-    """What was folded in an artifact that does not say so, seen in the names of its weights."""
-    chosen = [removal.unit.path for removal in removals if removal.action == "linear"]
-    replacements = tuple(path for path in chosen if not any(key.startswith(f"{path}.") for key in state))
-    layers = [(path, module) for path, module in stock.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    biases = tuple(path for path, layer in layers if layer.bias is None and f"{path}.bias" in state)
-    return Folded(replacements, biases)
 
 
 def _with_exits(

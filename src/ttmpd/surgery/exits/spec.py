@@ -95,14 +95,14 @@ class Exits:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Exits":
-        """The record that plain data describe; artifacts of format 1 call two of the keys otherwise.
+        """The record that :meth:`to_dict` described.
 
         Raises:
             KeyError, TypeError, ValueError: a value is missing or of another kind.
         """
         exits = tuple(
             Exit(str(row["path"]), tuple(map(str, row["reads"])), row["pool"], row["layout"], int(row["n_features"]))
-            for row in data.get("exits", data.get("places"))
+            for row in data["exits"]
         )
         padding = data["padding"]
         return cls(
@@ -113,7 +113,7 @@ class Exits:
             tuple(map(str, data["fixed"])),
             None if padding is None else int(padding),
             bool(data["compact"]),
-            tuple(map(float, data["saved_shares"] if "saved_shares" in data else data["saves"])),
+            tuple(map(float, data["saved_shares"])),
         )
 
 
