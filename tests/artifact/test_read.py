@@ -7,8 +7,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,24 +17,28 @@ from torch import Tensor, nn
 
 import ttmpd
 from ttmpd.artifact import write as saving
-from ttmpd.artifact.read import load, open_artifact, read_artifact
-from ttmpd.artifact.write import FORMAT, Result
+from ttmpd.artifact.read import load, open_any, open_artifact, read_artifact
+from ttmpd.artifact.write import FORMAT, Kind, Result
 from ttmpd.data.preprocessing import Preprocessing
 from ttmpd.data.samples import Samples
 from ttmpd.demo.digits import DigitNet
-from ttmpd.errors import CheckpointError, InvalidValueError, TTMPDError
+from ttmpd.distill.one_time import OneTime
+from ttmpd.early_exit.right_tool import RightTool
+from ttmpd.errors import CheckpointError, InvalidValueError, TTMPDError, UnsupportedError
 from ttmpd.models.config import preprocessing_of
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
 from ttmpd.records import Plan, Removal
 from ttmpd.repair.sequential import repaired
 from ttmpd.storage import disk_guarded
+from ttmpd.students.run import run_student
 from ttmpd.surgery.find import find_units
 from ttmpd.surgery.replacements import put
 from ttmpd.surgery.units.block import Block
 from ttmpd.testing.tiny_models import tiny_model, tiny_samples
 
 DEMO = "ttmpd.demo:demo_model"
+TINY = "ttmpd.testing.tiny_models:tiny_model"
 FACTS: dict[str, Any] = {"ttmpd": "0.1.0", "samples": {"input_shape": [1, 8, 8]}, "settings": {"batch_size": 16}}
 
 
@@ -108,6 +113,50 @@ def test_comes_back_in_a_fresh_process(made, tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     found = torch.load(tmp_path / "y.pt", weights_only=True)
     assert torch.allclose(found, answers(student, digits()), rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def every_kind(tmp_path_factory: pytest.TempPathFactory) -> dict[Kind, tuple[Path, nn.Module]]:
+    """What each command writes about a tiny network, and the model that it gave back."""
+    place, inputs = (
+        tmp_path_factory.mktemp("kinds"),
+        torch.rand(60, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+    )
+    np.savez(place / "images.npz", x=inputs.numpy(), y=np.arange(60) % 4)
+    common = {"num_samples": 60, "batch_size": 8}
+    one_step = {"adapt": "none", "score": "magnitude", "distill": OneTime(steps=1, views=1)}
+    compressed = ttmpd.compress(TINY, inputs, macs=0.9, output=place / "compressed", **one_step, **common)
+    adapted = ttmpd.adapt_to(TINY, inputs, output=place / "adapted", **common)
+    tool = RightTool(steps=1, views=1)
+    exits = ttmpd.add_early_exits(TINY, inputs, latency="1000ms", method=tool, output=place / "exits", num_samples=60)
+    recipe = {"steps": 1, "views": 1, "batch": 8}
+    student = run_student(open_model(TINY), str(place / "images.npz"), None, place / "student", **recipe)
+    models = {"compressed": compressed.model, "adapted": adapted.model, "exits": exits.model,
+              "student": student.trained.model}  # fmt: skip
+    return {kind: (place / kind, model) for kind, model in models.items()}
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_every_kind_comes_back(every_kind, kind):
+    folder, model = every_kind[kind]
+    assert read_artifact(folder).kind == kind
+    assert torch.equal(answers(load(folder, tiny_model()), tiny_samples()), answers(model, tiny_samples()))
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan["format"] == FORMAT and plan["machine"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_other_commands_take_every_kind(every_kind, kind):
+    folder, _ = every_kind[kind]
+    fresh = torch.rand(20, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    evaluation = ttmpd.evaluate(folder, fresh, against=TINY, source=TINY)
+    assert (evaluation.n_samples, evaluation.n_left_out) == (20, 0)
+    assert [row.batch_size for row in ttmpd.bench(folder, TINY, batch_sizes=[2], data=fresh, device="cpu")] == [2]
+    if kind == "exits":
+        with pytest.raises(UnsupportedError, match="exits"):
+            ttmpd.inspect(open_any(folder, TINY), fresh, timed=False)
+    else:
+        assert ttmpd.inspect(open_any(folder, TINY), fresh, timed=False).units
 
 
 def test_loading_leaves_the_random_state_alone(made):
