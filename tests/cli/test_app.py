@@ -14,6 +14,7 @@ import pytest
 from click.testing import Result
 
 import ttmpd
+from ttmpd.artifact import format
 from ttmpd.artifact.read import read_artifact
 from ttmpd.cli import show as display
 from ttmpd.cli.commands import _parsing, _reporting, compress, inspect
@@ -59,6 +60,19 @@ def test_compress_says_what_it_did(made, said):
     ):
         assert words in text, words
     assert found.stderr == ""
+
+
+def test_terminal_page_and_card_show_the_same_figures(made, said):
+    folder, found = made
+    report = json.loads((folder / "report.json").read_text())
+    latency, agreement = report["latency"], report["agreement"]
+    figures = [
+        format.times(latency["speedup"]["median"]),
+        format.interval(agreement["share"], agreement["low"], agreement["high"]),
+        *(format.milliseconds(latency[name]["median_ms"]) for name in ("original", "compressed")),
+    ]
+    for text in (said(found), (folder / "report.html").read_text(), (folder / "README.md").read_text()):
+        assert [figure for figure in figures if figure not in text] == []
 
 
 def test_compress_writes_an_artifact_and_cleans_up(made):

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from ttmpd.artifact.format import _UNKNOWN, _count, _ms, _number, _percent
+from ttmpd.artifact.format import UNKNOWN, count, interval, milliseconds, number, percent, spread, times
 
 _ACTIONS = {
     "keep": "kept", "drop": "dropped", "linear": "linear stand-in", "narrow": "narrowed",
@@ -85,8 +85,8 @@ def _template(name: str) -> Template:
         finalize=None if is_html else _markdown, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     made.globals.update(at=_at, list=_list, actions=_ACTIONS, scale=_scale, became=_became)
-    made.filters.update(ms=_ms, number=_number, count=_count, percent=_percent, change=_change, show=_show)
-    made.filters.update(probability=_probability)
+    made.filters.update(ms=milliseconds, number=number, count=count, percent=percent, times=times)
+    made.filters.update(change=_change, show=_show, probability=_probability)
     return made.get_template(name)
 
 
@@ -116,14 +116,14 @@ def _list(facts: Any, *keys: str) -> list[Any]:
 
 def _change(before: float | None, after: float | None) -> str:
     if not before or after is None:
-        return _UNKNOWN
+        return UNKNOWN
     return "unchanged" if after == before else f"{100 * (after / before - 1):+.1f} %".replace("-", "−")
 
 
 def _show(value: Any) -> str:
     """Any setting, readable."""
     if value is None or value == "":
-        return _UNKNOWN
+        return UNKNOWN
     if isinstance(value, (dict, list)):
         return json.dumps(value, ensure_ascii=False)
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
@@ -138,8 +138,7 @@ def _markdown(value: Any) -> Any:
 
 
 def _spread(timing: Any) -> str:
-    median, low, high = (_at(timing, part) for part in ("median_ms", "low_ms", "high_ms"))
-    return _ms(median) + ("" if None in (low, high) else f" ({_ms(low)} to {_ms(high)})")
+    return spread(*(_at(timing, part) for part in ("median_ms", "low_ms", "high_ms")))
 
 
 def _became(facts: Any) -> str:
@@ -163,11 +162,11 @@ def _sentences(facts: Any) -> list[str]:
         return [done]
     # The speedup first: machines change their pace between planning and the last measurement, ratios do not.
     measured, speedup = _at(facts, "latency", "compressed", "median_ms"), _at(facts, "latency", "speedup", "median")
-    found = "" if measured is None else f": measured {_ms(measured)} ms"
-    found = found if speedup is None else f": measured {speedup:.2f} times as fast"
+    found = "" if measured is None else f": measured {milliseconds(measured)} ms"
+    found = found if speedup is None else f": measured {times(speedup)} as fast"
     near = " within the spread" if _at(facts, "target", "within_spread") else ""
     words = {True: f"is met{near}{found}", False: f"is missed{found}", None: "was not checked"}
-    what = asked or f"{_ms(budget)} ms per batch"
+    what = asked or f"{milliseconds(budget)} ms per batch"
     noise = [f"{told}."] if (told := _at(facts, "latency", "noise")) else []
     noise += [told] if (told := _at(facts, "restarted")) else []
     return [done, f"The target, {what}, {words[_at(facts, 'target', 'met')]}.", *noise]
@@ -177,7 +176,7 @@ def _lossless_sentence(facts: Any) -> str:
     """What made the model faster without changing its answers; "" when nothing did."""
     faster = _at(facts, "latency", "lossless_speedup")
     what = _at(facts, "lossless", default="")
-    return f"Alone, {what} leaves all answers as they are and makes it {faster:.2f} times as fast. " if faster else ""
+    return f"Alone, {what} leaves all answers as they are and makes it {times(faster)} as fast. " if faster else ""
 
 
 def _before_after(facts: Any) -> list[tuple[str, str, str, str]]:
@@ -185,24 +184,24 @@ def _before_after(facts: Any) -> list[tuple[str, str, str, str]]:
     original, compressed = (_at(facts, "latency", key) for key in ("original", "compressed"))
     slow, fast = _at(original, "median_ms"), _at(compressed, "median_ms")
     size, speedup = _at(facts, "machine", "batch_size"), _at(facts, "latency", "speedup", "median")
-    faster = _change(slow, fast) if speedup is None else f"{speedup:.2f}× as fast"
+    faster = _change(slow, fast) if speedup is None else f"{times(speedup)} as fast"
     rows = [
         ("Milliseconds per batch" + (f" of {size}" if size else ""), _spread(original), _spread(compressed), faster)
     ]
     unpruned, gained = _at(facts, "latency", "lossless"), _at(facts, "latency", "lossless_speedup")
     if unpruned and gained:
-        rows.append((f"… after {_at(facts, 'lossless')} alone", "", _spread(unpruned), f"{gained:.2f}× as fast"))
+        rows.append((f"… after {_at(facts, 'lossless')} alone", "", _spread(unpruned), f"{times(gained)} as fast"))
     if size and slow and fast:
         before, after = 1000 * size / slow, 1000 * size / fast
-        rows.append(("Samples per second", _number(before), _number(after), _change(before, after)))
+        rows.append(("Samples per second", number(before), number(after), _change(before, after)))
     for name, key in (("Parameters", "parameters"), ("MACs per sample", "macs")):
         before, after = _at(facts, "model", key), _at(facts, "student", key)
-        rows.append((name, _count(before), _count(after), _change(before, after)))
+        rows.append((name, count(before), count(after), _change(before, after)))
     for name, key in (("before distillation", "agreement_repaired"), ("at the end", "agreement")):
         alike = _at(facts, key)
         if alike is not None:
-            low, share, high = (_percent(_at(alike, part)) for part in ("low", "share", "high"))
-            rows.append((f"Agreement with the teacher, {name}", "", f"{share} ({low} to {high})", ""))
+            share = interval(*(_at(alike, part) for part in ("share", "low", "high")))
+            rows.append((f"Agreement with the teacher, {name}", "", share, ""))
     return rows
 
 
@@ -345,7 +344,7 @@ def _exits_sentence(facts: Any) -> str:
 
 def _probability(value: float | None) -> str:
     """Four figures: what is close to 1 must not look like it."""
-    return _UNKNOWN if value is None else f"{value:.4g}"
+    return UNKNOWN if value is None else f"{value:.4g}"
 
 
 def _exits_info(facts: Any) -> dict[str, Any]:

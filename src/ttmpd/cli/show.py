@@ -11,6 +11,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ttmpd.artifact import format
 from ttmpd.progress import watched
 
 if TYPE_CHECKING:
@@ -84,29 +85,20 @@ def progress_shown() -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------------------- words
 
 
-def ms(value: float) -> str:
-    """Milliseconds with three figures or more."""
-    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
 def spread(timing: "Timing | Mapping[str, Any]") -> str:
     """Median and quartiles in milliseconds."""
-    get = timing.__getitem__ if isinstance(timing, Mapping) else lambda key: getattr(timing, key)
-    return f"{ms(get('median_ms'))} ms ({ms(get('low_ms'))} to {ms(get('high_ms'))})"
+    median, low, high = _values(timing, "median_ms", "low_ms", "high_ms")
+    return format.spread(median, low, high, unit=" ms")
 
 
-def count(value: float) -> str:
-    """Three figures with k, M or G."""
-    for size, suffix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= size:
-            return f"{value / size:.3g}{suffix}"
-    return f"{value:g}"
-
-
-def percent(interval: Any) -> str:
+def interval(measured: Any) -> str:
     """A share with its interval, from a record or plain data."""
-    get = interval.__getitem__ if isinstance(interval, Mapping) else lambda key: getattr(interval, key)
-    return f"{get('share'):.1%} ({get('low'):.1%} to {get('high'):.1%})"
+    return format.interval(*_values(measured, "share", "low", "high"))
+
+
+def _values(measured: Any, *names: str) -> Iterator[Any]:
+    get = measured.__getitem__ if isinstance(measured, Mapping) else lambda name: getattr(measured, name)
+    return map(get, names)
 
 
 def new_table(*columns: str, right: Sequence[str] = (), title: str | None = None) -> Table:
@@ -148,11 +140,11 @@ def show_latency(console: Console, facts: Mapping[str, Any]) -> None:
     table = new_table("", "ms per batch", title=f"Latency, batches of {size}")
     table.add_row("original, measured", spread(latency["original"]))
     if "lossless" in latency:
-        faster = f"{latency['lossless_speedup']:.2f}x"
+        faster = format.times(latency["lossless_speedup"])
         table.add_row(f"{escape(facts['lossless'])}: same answers", f"{spread(latency['lossless'])}, {faster}")
-    table.add_row("compressed, predicted", f"{ms(latency['predicted_ms'])} ms")
+    table.add_row("compressed, predicted", f"{format.milliseconds(latency['predicted_ms'])} ms")
     table.add_row("compressed, measured", spread(latency["compressed"]))
-    table.add_row("speedup, measured", f"{speedup['median']:.2f}x ({speedup['low']:.2f}x to {speedup['high']:.2f}x)")
+    table.add_row("speedup, measured", format.speedup(**speedup))
     console.print(table)
     verdict = "[green]met[/green]" if target["met"] else "[red]missed[/red]"
     note = " within the spread" if target["within_spread"] else ""
@@ -168,9 +160,9 @@ def show_agreement(console: Console, facts: Mapping[str, Any]) -> None:
         return
     n = facts["agreement"]["n_samples"]
     before = facts.get("agreement_repaired")
-    told = f"; before distillation {before['share']:.1%}" if before else ""
+    told = f"; before distillation {format.percent(before['share'])}" if before else ""
     held = f"{n} held-out {facts.get('each', 'sample')}s"
-    console.print(f"Agreement: {percent(facts['agreement'])} on {held}{told} ({NOT_ACCURACY})")
+    console.print(f"Agreement: {interval(facts['agreement'])} on {held}{told} ({NOT_ACCURACY})")
     task = facts.get("task")
     if task is not None and task["name"] != "classification":
         console.print(f"Task: {escape(task['name'])}; agreement means {escape(task['same'])}.")

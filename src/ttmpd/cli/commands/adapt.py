@@ -61,7 +61,7 @@ def _show(found: "Result", folder: object) -> None:
         console.print(table)
     if facts["agreement"] is not None:
         n = facts["agreement"]["n_samples"]
-        alike = display.percent(facts["agreement"])
+        alike = display.interval(facts["agreement"])
         console.print(f"Agreement with the original: {alike} on {n} held-out samples (not accuracy)")
     display.show_skipped(console, facts)
     display.show_seconds(facts["seconds"])

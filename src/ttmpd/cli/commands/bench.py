@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ttmpd.artifact import format
 from ttmpd.cli import show as display
 from ttmpd.cli.commands import _options as option
 from ttmpd.cli.commands._reporting import reporting
@@ -52,7 +53,7 @@ def _show(rows: "Sequence[BenchRow]", machine: Mapping[str, Any]) -> None:
     table = display.new_table("batch", "original", "compressed", "speedup", right=("batch",))
     for row in rows:
         ratio = row.speedup
-        faster = f"{ratio.median_ms:.2f}x ({ratio.low_ms:.2f}x to {ratio.high_ms:.2f}x)"
+        faster = format.speedup(ratio.median_ms, ratio.low_ms, ratio.high_ms)
         table.add_row(str(row.batch_size), display.spread(row.original), display.spread(row.compressed), faster)
     display.out().print(table)
     display.out().print("Median and quartiles of interleaved rounds.")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from ttmpd.artifact import format
 from ttmpd.cli import show as display
 from ttmpd.cli.commands import _options as option
 from ttmpd.cli.commands._parsing import choose_methods, parse_duration, parse_targets, parts_of
@@ -185,7 +186,7 @@ def _show(result: "Result", folder: Any) -> None:
             escape(unit["id"]),
             escape(unit["module"]),
             f"{unit['kept']} of {unit['members']} stay" if unit.get("members") else unit["action"],
-            display.ms(unit["saved_ms"]),
+            format.milliseconds(unit["saved_ms"]),
             "" if harm is None else f"{harm:.3g}",
         )
     if removed:
@@ -214,15 +215,18 @@ def _show_preview(found: "Preview") -> None:
         tried = [attempt.measured_ms for attempt in planned.attempts]
         nearest = min(tried, key=lambda value: abs(value - plan.budget_ms), default=None)
         console.print(
-            f"{len(plan.removals)} of {len(ready.found.units)} units; {display.ms(plan.original_ms)} ms now, predicted "
-            f"{display.ms(plan.predicted_ms)} ms"
-            + ("" if nearest is None else f", measured on the cut model {display.ms(nearest)} ms")
+            f"{len(plan.removals)} of {len(ready.found.units)} units; {format.milliseconds(plan.original_ms)} ms now, "
+            f"predicted {format.milliseconds(plan.predicted_ms)} ms"
+            + ("" if nearest is None else f", measured on the cut model {format.milliseconds(nearest)} ms")
         )
     columns = ("share of latency", "predicted ms", "predicted harm", "units removed")
     table = display.new_table(*columns, title="What could be reached")
     for row in found.plans[0].front:
         table.add_row(
-            f"{row['target']:g}x", display.ms(row["predicted_ms"]), f"{row['harm']:.3g}", f"{row['n_removed']:g}"
+            f"{row['target']:g}x",
+            format.milliseconds(row["predicted_ms"]),
+            f"{row['harm']:.3g}",
+            f"{row['n_removed']:g}",
         )
     if table.row_count:
         console.print(table)

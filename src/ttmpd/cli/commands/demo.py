@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.markup import escape
 
+from ttmpd.artifact import format
 from ttmpd.cli import show as display
 from ttmpd.cli.commands import _options as option
 from ttmpd.cli.commands._reporting import TARGET_MISSED, reporting
@@ -40,20 +41,20 @@ def _show(found: "DemoOutcome") -> None:
     console.print(f"Adaptation: {escape(facts['adapt']['note'])}")
     table = display.new_table("", "original", "compressed")
     name = f"accuracy, {shifted.n_samples} held-out shifted digits"
-    table.add_row(name, display.percent(shifted.against.accuracy), display.percent(shifted.model.accuracy))
+    table.add_row(name, display.interval(shifted.against.accuracy), display.interval(shifted.model.accuracy))
     name = f"accuracy, {clean.n_samples} held-out clean digits"
-    table.add_row(name, display.percent(clean.against.accuracy), display.percent(clean.model.accuracy))
-    table.add_row("agreement with the original", "", display.percent(shifted.agreement))
-    table.add_row("agreement with the adapted original", "", display.percent(facts["agreement"]))
+    table.add_row(name, display.interval(clean.against.accuracy), display.interval(clean.model.accuracy))
+    table.add_row("agreement with the original", "", display.interval(shifted.agreement))
+    table.add_row("agreement with the adapted original", "", display.interval(facts["agreement"]))
     latency, speedup = facts["latency"], facts["latency"]["speedup"]
     size = facts["machine"]["batch_size"]
     table.add_row(
         f"latency per batch of {size}", display.spread(latency["original"]), display.spread(latency["compressed"])
     )
-    faster = f"{speedup['median']:.2f}x ({speedup['low']:.2f}x to {speedup['high']:.2f}x)"
+    faster = format.speedup(**speedup)
     table.add_row("speedup", "", faster)
     for title, key in (("parameters", "parameters"), ("MACs per sample", "macs")):
-        table.add_row(title, display.count(facts["model"][key]), display.count(facts["student"][key]))
+        table.add_row(title, format.count(facts["model"][key]), format.count(facts["student"][key]))
     console.print(table)
     display.show_seconds(facts["seconds"])
     console.print(f"Artifact: {escape(str(found.folder))} (open report.html there)", soft_wrap=True)

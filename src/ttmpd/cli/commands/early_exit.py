@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from ttmpd.artifact import format
 from ttmpd.cli import show as display
 from ttmpd.cli.commands import _options as option
 from ttmpd.cli.commands._parsing import choose_methods
@@ -71,11 +72,13 @@ def _show(found: "Result", folder: object) -> None:
     table = display.new_table("exit behind", *numbers, right=numbers, title="Exits")
     for row in exits["exits"]:
         table.add_row(
-            escape(row["path"]), f"{row['share']:.1%}", f"{row['threshold']:.4g}", display.ms(row["ms"]),
-            f"{row['agreement']:.1%}",
+            escape(row["path"]), format.percent(row["share"]), f"{row['threshold']:.4g}",
+            format.milliseconds(row["ms"]), format.percent(row["agreement"]),
             f"{row['temperature']:.3g}", f"{row['calibration_error_before']:.3f} -> {row['calibration_error']:.3f}",
         )  # fmt: skip
-    table.add_row("the end", f"{exits['end']['share']:.1%}", "", display.ms(exits["end"]["ms"]), "", "", "")
+    table.add_row(
+        "the end", format.percent(exits["end"]["share"]), "", format.milliseconds(exits["end"]["ms"]), "", "", ""
+    )
     console.print(table)
     when = f"{exits['threshold']:.4g}" if exits["threshold"] <= 1 else "above 1: none leaves early"
     console.print(f"{escape(exits['note'][:1].upper() + exits['note'][1:])}. Threshold: {when}")

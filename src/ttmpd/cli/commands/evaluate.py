@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from ttmpd.artifact import format
 from ttmpd.cli import show as display
 from ttmpd.cli.commands import _options as option
 from ttmpd.cli.commands._reporting import reporting, write_result
@@ -58,15 +59,15 @@ def _show(found: "Evaluation") -> None:
     rows = [found.model, *([found.against] if found.against else [])]
     table = display.new_table("", *columns)
     if found.model.accuracy is not None:
-        table.add_row("accuracy", *(display.percent(row.accuracy) for row in rows))
+        table.add_row("accuracy", *(display.interval(row.accuracy) for row in rows))
         table.add_row("calibration error", *(f"{row.calibration_error:.3f}" for row in rows))
     if found.each == "token" and found.model.loss is not None:
         table.add_row("nats per token", *(f"{row.loss:.4f}" for row in rows))
     if found.model.confidence is not None:
-        table.add_row("mean confidence", *(f"{row.confidence or 0.0:.1%}" for row in rows))
+        table.add_row("mean confidence", *(format.percent(row.confidence or 0.0) for row in rows))
     console.print(table)
     if found.agreement is not None:
-        console.print(f"Agreement between them: {display.percent(found.agreement)} (not accuracy)")
+        console.print(f"Agreement between them: {display.interval(found.agreement)} (not accuracy)")
         if found.task != "classification":
             console.print(f"Task: {escape(found.task)}.")
     console.print(f"{found.n_samples} {found.each}s; intervals are 95 % Wilson.")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from ttmpd.artifact import format
 from ttmpd.cli import show as display
 from ttmpd.cli.commands import _options as option
 from ttmpd.cli.commands._parsing import parts_of
@@ -49,20 +50,20 @@ def _show(found: "Inspection") -> None:
     console, timed = display.out(), found.whole is not None
     console.print(escape(display.machine_line(found.machine)))
     whole = f", {display.spread(found.whole)} per batch of {found.batch_size}" if found.whole else ""
-    size = f"{display.count(found.parameters)} parameters, {display.count(found.macs)} MACs"
+    size = f"{format.count(found.parameters)} parameters, {format.count(found.macs)} MACs"
     console.print(f"{escape(found.model)}: {size} for an input of {found.input_shape}{whole}")
     if found.units:
         extra = ("ms", "of ms", "linear ms") if timed else ()
         numbers = ("parameters", "MACs", "of MACs", *extra)
         table = display.new_table("unit", "class", "shape", *numbers, right=numbers)
         for unit in found.to_dict()["units"]:
-            linear = display.ms(unit["linear_ms"]) if "linear_ms" in unit else ""
-            times = (display.ms(unit["ms"]), f"{unit['ms_share']:.1%}", linear) if timed else ()
+            linear = format.milliseconds(unit["linear_ms"]) if "linear_ms" in unit else ""
+            times = (format.milliseconds(unit["ms"]), format.percent(unit["ms_share"]), linear) if timed else ()
             shape = "x".join(map(str, unit["shape"]))
-            sizes = (display.count(unit["n_params"]), display.count(unit["macs"]), f"{unit['macs_share']:.1%}")
+            sizes = (format.count(unit["n_params"]), format.count(unit["macs"]), format.percent(unit["macs_share"]))
             table.add_row(escape(unit["id"]), escape(unit["module"]), shape, *sizes, *times)
         console.print(table)
-        console.print(f"{len(found.units)} removable units hold {found.removable_share:.1%} of the MACs.")
+        console.print(f"{len(found.units)} removable units hold {format.percent(found.removable_share)} of the MACs.")
     else:
         console.print("Nothing is removable: no block answers with the shape of its input and can be skipped.")
     if found.refused:
