@@ -80,6 +80,9 @@ class Head(WidthUnits):
                 refused[path] = Refusal(Reason.HIDDEN_LAYERS)
         units = [self._sized(unit) for unit in units if unit.n_members > 1]
         kept, others = proven(self.narrow, model, units, batch[:2])
+        whole, _ = proven(self.narrow, model, kept, batch[:2], keep=lambda _: ())
+        removable = {unit.path for unit in whole}
+        kept = [dataclasses.replace(u, widths=(*u.widths, 0)) if u.path in removable else u for u in kept]
         return UnitSearch(tuple(kept), refused | others)
 
     def _sized(self, unit: WidthUnit) -> WidthUnit:
@@ -94,7 +97,7 @@ class Head(WidthUnits):
     def narrow(self, student: nn.Module, unit: WidthUnit, kept: Sequence[int]) -> None:
         """Rows of queries, keys and values, columns of the layer behind them, and what else there is once per head.
 
-        Without any head, as older artifacts have it, the attention goes and the layer behind it is left with its bias.
+        Without any head the whole attention goes, and the layer behind it is left with its bias.
         """
         if not kept:
             return _silence(student, unit)
