@@ -7,7 +7,6 @@ seeded order, so that a slow moment hits all candidates alike; ratios are taken 
 import math
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from ttmpd.errors import InvalidValueError
 from ttmpd.latency.device import synchronize
 from ttmpd.latency.memory import release_freed_memory
-from ttmpd.method import check_range
 from ttmpd.models.run import evaluating
 from ttmpd.progress import tell
 from ttmpd.runtimes.base import Runtime
@@ -38,7 +36,8 @@ class Timing:
     n_rounds: int
 
     def __post_init__(self) -> None:
-        check_range("median_ms", self.median_ms, 0.0, sys.float_info.max)
+        if not (math.isfinite(self.median_ms) and self.median_ms >= 0):
+            raise InvalidValueError(f"median_ms must be finite and at least 0, but got {self.median_ms!r}")
 
     @property
     def error_ms(self) -> float:
