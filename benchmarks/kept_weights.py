@@ -28,8 +28,8 @@ from ttmpd.distill.one_time import OneTime
 from ttmpd.models.modules import clone
 from ttmpd.models.open import open_model
 from ttmpd.models.run import logits_of
-from ttmpd.records import Fit
 from ttmpd.training.held_out import held_out_check, mixture
+from ttmpd.training.loop import Fit
 from ttmpd.training.teacher_outputs import Targets
 
 CASES = (

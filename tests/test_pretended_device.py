@@ -137,7 +137,7 @@ def test_students(attack: Attack | None, device: str) -> None:
     found = train_student(student, tiny_samples(24), labels, teacher=teacher, fraction=0.5, steps=2, batch=8, views=1,
                           select="el2n", adapt="norm", attack=attack)  # fmt: skip
     assert next(found.model.parameters()).device.type == "cuda"
-    assert len(found.kept) == 12
+    assert len(found.selected) == 12
 
 
 def test_margins(device: str) -> None:

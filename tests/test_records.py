@@ -9,8 +9,9 @@ import torch
 
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
+from ttmpd.latency.timing import Timing
 from ttmpd.quality.agreement import agreement
-from ttmpd.records import DepthUnit, Option, Plan, Removal, Saving, Score, Timing, WidthUnit, unit_from_dict
+from ttmpd.records import DepthUnit, Option, Plan, Removal, Saving, Score, WidthUnit, unit_from_dict
 
 
 def unit(path: str = "blocks.0", **changes) -> DepthUnit:

@@ -24,7 +24,7 @@ _MODULES = {
     "Eager": "runtimes.eager",
     "EarlyExitModel": "surgery.exits.model",
     "Evaluation": "pipeline.evaluate",
-    "Fit": "records",
+    "Fit": "training.loop",
     "Forgetting": "select.forgetting",
     "GraNd": "select.grand",
     "Greedy": "plan.greedy",
@@ -62,7 +62,7 @@ _MODULES = {
     "TTMPDError": "errors",
     "Target": "pipeline.settings",
     "Tent": "adapt.tent",
-    "Timing": "records",
+    "Timing": "latency.timing",
     "Tokenization": "data.tokenization",
     "Unit": "records",
     "UnknownMethodError": "errors",
@@ -112,6 +112,7 @@ if TYPE_CHECKING:
     from ttmpd.errors import UnknownMethodError as UnknownMethodError
     from ttmpd.errors import UnsupportedError as UnsupportedError
     from ttmpd.latency.memory import keep_freed_memory as keep_freed_memory
+    from ttmpd.latency.timing import Timing as Timing
     from ttmpd.models.open import open_model as open_model
     from ttmpd.models.opened import OpenedModel as OpenedModel
     from ttmpd.pipeline.adapt import adapt_to as adapt_to
@@ -133,11 +134,9 @@ if TYPE_CHECKING:
     from ttmpd.plan.greedy import Greedy as Greedy
     from ttmpd.plan.knapsack import Knapsack as Knapsack
     from ttmpd.quality.agreement import Agreement as Agreement
-    from ttmpd.records import Fit as Fit
     from ttmpd.records import Plan as Plan
     from ttmpd.records import Removal as Removal
     from ttmpd.records import Score as Score
-    from ttmpd.records import Timing as Timing
     from ttmpd.records import Unit as Unit
     from ttmpd.runtimes.eager import Eager as Eager
     from ttmpd.score.damage import Damage as Damage
@@ -158,6 +157,7 @@ if TYPE_CHECKING:
     from ttmpd.surgery.units.channel import Channel as Channel
     from ttmpd.surgery.units.head import Head as Head
     from ttmpd.surgery.units.neuron import Neuron as Neuron
+    from ttmpd.training.loop import Fit as Fit
 
     from_pretrained = load
 

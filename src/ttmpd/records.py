@@ -212,30 +212,6 @@ def unit_from_dict(data: Mapping[str, Any]) -> Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
-    """Milliseconds of one call: median and quartiles over interleaved rounds."""
-
-    median_ms: float
-    low_ms: float
-    high_ms: float
-    n_rounds: int
-
-    def __post_init__(self) -> None:
-        _finite("median_ms", self.median_ms, 0.0)
-
-    @property
-    def error_ms(self) -> float:
-        """Standard error of the median, if rounds differ as normal noise does.
-
-        Example:
-            >>> round(Timing(10.0, 9.5, 10.5, 25).error_ms, 3)
-            0.186
-        """
-        deviation = (self.high_ms - self.low_ms) / 1.349
-        return math.sqrt(math.pi / 2) * deviation / math.sqrt(self.n_rounds)
-
-
-@dataclass(frozen=True, slots=True)
 class Saving:
     """Milliseconds per batch that one removal saves; more is better, and a stand-in may even cost time."""
 
@@ -421,26 +397,3 @@ class Tap:
     path: str
     side: Literal["input", "output"]
     token: Literal["all", "last", "each"] = "all"
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """What a training run did.
-
-    Args:
-        steps: optimizer steps that were done.
-        stopped: why it ended: "finished", "time budget", "no progress"; "nothing removed" where it did not begin.
-        rolled_back: true if the start was better and was restored.
-        best_step: the step whose weights were kept; 0 is the start.
-        losses: mean training loss between evaluations.
-        checks: (step, agreement share, held-out loss) at every evaluation.
-        mixed: the share of the start in the weights that were kept.
-    """
-
-    steps: int
-    stopped: str
-    rolled_back: bool
-    best_step: int
-    losses: tuple[float, ...] = ()
-    checks: tuple[tuple[int, float, float], ...] = ()
-    mixed: float = 0.0

@@ -8,14 +8,14 @@ from ttmpd.pipeline.candidates import WAYS, Waypoint, choose
 from ttmpd.pipeline.planning import Attempt, _Ask, _best, needed_ms
 from ttmpd.pipeline.settings import Target
 from ttmpd.plan.knapsack import Knapsack
-from ttmpd.records import Option, Score
+from ttmpd.records import DepthUnit, Option, Score
 
 STAND_IN_MS = 1.0
 
 
 def ready(harms: dict[str, tuple[float, float, float]]) -> SimpleNamespace:
     """Units by name: milliseconds, damage and repaired damage; names with one letter before the dot are one run."""
-    units = tuple(SimpleNamespace(id=name, path=name, shape=(4,), kind="block", members=0) for name in harms)
+    units = tuple(DepthUnit("block", name, "Block", (4,), "channels_last", 1, 1) for name in harms)
     scores = [
         Score(name, action, repaired + (0.02 * (damage - repaired) if action == "drop" else 0.0),
               {"damage": damage, "repaired_damage": repaired})

@@ -296,7 +296,7 @@ def test_a_length_is_part_of_what_a_run_is(text_folder: Folder, table: Path, tmp
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ttmpd.pipeline.compress.get_ready", lambda *_: None)
-        patch.setattr("ttmpd.pipeline.compress.Stages", lambda _folder, run, _resume: seen.append(run))
+        patch.setattr("ttmpd.pipeline.compress.Stages", lambda _folder, run, *_: seen.append(run))
         patch.setattr("ttmpd.pipeline.compress.selected", lambda _o, pool, *_: pool)
         for length in (8, 8, 12):
             with prepared(opened.reading(length), table, settings, tmp_path / str(len(seen))):

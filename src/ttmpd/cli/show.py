@@ -15,7 +15,7 @@ from ttmpd.artifact import format
 from ttmpd.progress import watched
 
 if TYPE_CHECKING:
-    from ttmpd.records import Timing
+    from ttmpd.latency.timing import Timing
 
 SHOW_AFTER = 1.0
 """Seconds before a stage gets a bar."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.method import Method
-from ttmpd.records import Fit
+from ttmpd.training.loop import Fit
 from ttmpd.training.teacher_outputs import Targets
 
 

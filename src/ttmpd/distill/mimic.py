@@ -14,9 +14,8 @@ from ttmpd.method import check_fields
 from ttmpd.models.modules import to_fast_format, to_plain_format
 from ttmpd.models.run import evaluating, logits_of
 from ttmpd.models.taps import find_feature_tap, read
-from ttmpd.records import Fit
 from ttmpd.training.freeze import freeze_head
-from ttmpd.training.loop import Loop, Schedule, batch_order, train
+from ttmpd.training.loop import Fit, Loop, Schedule, batch_order, train
 from ttmpd.training.task import train_norms
 from ttmpd.training.teacher_outputs import Targets
 

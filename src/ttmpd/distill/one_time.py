@@ -19,10 +19,10 @@ from ttmpd.models.run import call, evaluating, logits_of
 from ttmpd.models.taps import find_feature_tap, tapped
 from ttmpd.models.tokens import answers_until
 from ttmpd.progress import track
-from ttmpd.records import Fit, Tap
+from ttmpd.records import Tap
 from ttmpd.training.freeze import freeze
 from ttmpd.training.held_out import held_out_check, mix_with_start
-from ttmpd.training.loop import Check, Loop, Schedule, autocast, batch_order, choose_amp, train
+from ttmpd.training.loop import Check, Fit, Loop, Schedule, autocast, batch_order, choose_amp, train
 from ttmpd.training.losses import feature_loss, feature_variance
 from ttmpd.training.task import task_of, train_norms
 from ttmpd.training.teacher_outputs import Targets, TargetsWriter

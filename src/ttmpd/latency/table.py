@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.latency.device import synchronize
-from ttmpd.latency.timing import Timings, forward_call, interleaved, time_models
+from ttmpd.latency.timing import Timing, Timings, forward_call, interleaved, time_models
 from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import common_path, module_at
 from ttmpd.models.run import evaluating, first_tensor
 from ttmpd.models.taps import read
 from ttmpd.models.trace import trace
-from ttmpd.records import UNCHANGED, Action, DepthUnit, Lossless, Saving, Tap, Timing, Unit, WidthUnit
+from ttmpd.records import UNCHANGED, Action, DepthUnit, Lossless, Saving, Tap, Unit, WidthUnit
 from ttmpd.runtimes.base import Runtime
 from ttmpd.runtimes.eager import Eager
 from ttmpd.surgery.cut import has_replacement, replacement

@@ -13,11 +13,11 @@ from ttmpd.errors import InvalidValueError, SamplesError
 from ttmpd.latency.device import choose_device
 from ttmpd.latency.exits import check_runtime, routed_timings
 from ttmpd.latency.table import compare
+from ttmpd.latency.timing import Timing
 from ttmpd.method import method_of
 from ttmpd.models.example import example_batch
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.tokens import mask_padding
-from ttmpd.records import Timing
 from ttmpd.runtimes.base import Runtime
 from ttmpd.runtimes.eager import Eager
 from ttmpd.surgery.exits.model import EarlyExitModel

@@ -30,11 +30,12 @@ from ttmpd.pipeline.planning import TOLERANCE, Attempt, Planned, make_plan, need
 from ttmpd.pipeline.report_data import collect
 from ttmpd.pipeline.settings import Settings, Target, settings_of
 from ttmpd.pipeline.stages import Stages
-from ttmpd.records import UNCHANGED, Fit, Plan, Removal
+from ttmpd.records import UNCHANGED, Plan, Removal
 from ttmpd.repair.sequential import repaired
 from ttmpd.storage import disk_guarded, fingerprint, locked, weights_fingerprint
 from ttmpd.surgery.cut import replay
 from ttmpd.surgery.lossless import applied, apply, present
+from ttmpd.training.loop import Fit
 from ttmpd.training.task import task_of
 from ttmpd.training.teacher_outputs import load_targets, save_targets
 

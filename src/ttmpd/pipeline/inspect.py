@@ -8,7 +8,7 @@ from torch import nn
 
 from ttmpd.latency.device import choose_device, machine
 from ttmpd.latency.table import UnitLatency, time_units
-from ttmpd.latency.timing import time_models
+from ttmpd.latency.timing import Timing, time_models
 from ttmpd.method import check_range, method_of
 from ttmpd.models.example import example_batch
 from ttmpd.models.macs import count_macs
@@ -20,7 +20,7 @@ from ttmpd.pipeline.candidates import walk
 from ttmpd.pipeline.compress import prepared
 from ttmpd.pipeline.planning import Planned, make_plan, needed_ms
 from ttmpd.pipeline.settings import DEFAULT_UNITS, Target, check_kinds, settings_of
-from ttmpd.records import Timing, Unit
+from ttmpd.records import Unit
 from ttmpd.surgery.exits.model import check_without_exits
 from ttmpd.surgery.find import find_units, whole_of
 from ttmpd.tasks.base import Task

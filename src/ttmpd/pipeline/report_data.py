@@ -23,8 +23,9 @@ from ttmpd.pipeline.analysis import Ready, latency_batch
 from ttmpd.pipeline.planning import Planned
 from ttmpd.pipeline.settings import Settings
 from ttmpd.quality.agreement import agreement
-from ttmpd.records import ACTIONS, Action, Fit, Plan, Score, WidthUnit
+from ttmpd.records import ACTIONS, Action, Plan, Score, WidthUnit
 from ttmpd.tasks.base import OneOf, Task
+from ttmpd.training.loop import Fit
 from ttmpd.training.task import task_of
 
 FORMAT = 1

@@ -17,12 +17,11 @@ from ttmpd.errors import InvalidValueError, ModelError
 from ttmpd.models.modules import clone, has_nan, to_fast_format, to_plain_format
 from ttmpd.models.run import call, logits_of
 from ttmpd.pipeline.stages import Stages
-from ttmpd.records import Fit
 from ttmpd.storage import fingerprint, weights_fingerprint
 from ttmpd.students.adversarial import adversarial_loss, pixels_of
 from ttmpd.students.recipe import Recipe, recipe_of
 from ttmpd.students.training_set import DistillationSet, choose, prepare, steps_per_epoch
-from ttmpd.training.loop import Loop, batch_order, train
+from ttmpd.training.loop import Fit, Loop, batch_order, train
 from ttmpd.training.losses import soft_label_loss
 
 WORK = ".work"

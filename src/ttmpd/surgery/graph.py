@@ -1,47 +1,43 @@
 """Which modules feed a layer, read off the autograd graph of one pass: no tracing, no names, no list of families."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from torch import Tensor, nn
 
-from ttmpd.models.modules import hooks
-from ttmpd.models.run import call, evaluating
+from ttmpd.models.trace import ModuleCall, trace
 from ttmpd.surgery.layers import answers_plainly, is_convolution
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Call:
     """What was seen of a module: how often it ran, its shapes, and where its input and output stand in the graph."""
 
-    count: int = 0
-    given: Any = None
-    made: Any = None
-    inputs: tuple[int, ...] = ()
-    outputs: tuple[int, ...] = ()
-    plain: bool = False
+    count: int
+    given: Any
+    made: Any
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    plain: bool
     """Whether it is a convolution over all channels and answered what its weights make of the input."""
 
 
 def calls_of(model: nn.Module, batch: Tensor, watched: Callable[[nn.Module], bool]) -> dict[str, Call]:
     """Path -> call of every watched module that ran, in calling order; shapes without the batch."""
-    seen: dict[str, Call] = {}
+    paths = {path for path, module in model.named_modules() if watched(module)}
+    notes = trace(model, batch, paths=paths, gradients="weights", note=_is_plain)
+    return {path: _call(calls) for path, calls in notes.by_path().items()}
 
-    def note(path: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        record, x = seen.setdefault(path, Call()), args[0]
-        record.count += 1
-        record.given, record.made = x.grad_fn, output.grad_fn
-        record.inputs, record.outputs = tuple(x.shape[1:]), tuple(output.shape[1:])
-        record.plain = is_convolution(module) and answers_plainly(module, x, output)
 
-    modules = [(path, module) for path, module in model.named_modules() if watched(module)]
-    handles = [m.register_forward_hook(lambda m, a, out, p=path: note(p, m, a, out)) for path, m in modules]
-    with evaluating(model, gradients=True), hooks(handles):
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-        call(model, batch)
-    return seen
+def _call(calls: Sequence[ModuleCall]) -> Call:
+    x, y = calls[-1].input, calls[-1].output
+    assert x is not None and y is not None
+    return Call(len(calls), x.node, y.node, x.shape[1:], y.shape[1:], bool(calls[-1].note))
+
+
+def _is_plain(module: nn.Module, args: Any, output: Any) -> bool:
+    return is_convolution(module) and answers_plainly(module, args[0], output)
 
 
 def producers_of(

@@ -17,10 +17,32 @@ from torch import Tensor, nn
 
 from ttmpd.method import check_fields
 from ttmpd.progress import tell
-from ttmpd.records import Fit
 from ttmpd.storage import replacing
 
 Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a training run did.
+
+    Args:
+        steps: optimizer steps that were done.
+        stopped: why it ended: "finished", "time budget", "no progress"; "nothing removed" where it did not begin.
+        rolled_back: true if the start was better and was restored.
+        best_step: the step whose weights were kept; 0 is the start.
+        losses: mean training loss between evaluations.
+        checks: (step, agreement share, held-out loss) at every evaluation.
+        mixed: the share of the start in the weights that were kept.
+    """
+
+    steps: int
+    stopped: str
+    rolled_back: bool
+    best_step: int
+    losses: tuple[float, ...] = ()
+    checks: tuple[tuple[int, float, float], ...] = ()
+    mixed: float = 0.0
 
 
 SHOWN = 0.25

@@ -130,11 +130,15 @@ def test_masked_equals_cut(name):
     batch = example(model, name)
     found = [kind.find(model, batch).units for kind in (Head(), Neuron(least=8))]
     assert tuple(map(len, found)) == FAMILIES[name]
+    silent = [unit for unit in found[0] if 0 in unit.widths]
+    assert len(silent) == (0 if name == "gpt2" else FAMILIES[name][0])  # whose Conv1D cannot read nothing
     units = [unit for some in found for unit in some]
     with torch.no_grad():
         whole = call(model, batch)
-    for choose in (lambda n: range(0, n, 2), lambda n: range(n // 2, n), lambda n: [n - 1]):
-        removals = [Removal(u, "narrow", tuple(choose(u.n_members))) for u in units]
+    for choose in (lambda n: range(0, n, 2), lambda n: range(n // 2, n), lambda n: [n - 1], lambda _: []):
+        # Without any member where that is offered: whole attentions and whole MLPs go.
+        kept = {u: tuple(choose(u.n_members)) for u in units}
+        removals = [Removal(u, "narrow", kept[u] if kept[u] or 0 in u.widths else (0,)) for u in units]
         student = cut(model, removals)
         with torch.no_grad(), masked(model, {r.unit: mask_of(r.unit, r.kept) for r in removals}):
             wanted = call(model, batch)
@@ -153,6 +157,8 @@ def narrowed_by_half(name: str) -> tuple[nn.Module, tuple[Removal, ...]]:
     units = [kind.find(model, example(model, name)).units for kind in (Block(), Head(), Neuron(least=8))]
     gone = units[0][-1]
     removals = [Removal(u, "narrow", tuple(range(u.n_members // 2))) for some in units[1:] for u in some]
+    if units[1] and 0 in units[1][0].widths:
+        removals[0] = Removal(units[1][0], "narrow", ())  # a whole attention
     removals = [r for r in removals if not r.unit.path.startswith(f"{gone.path}.")]
     return model, (*removals, Removal(gone, "linear"))
 
@@ -281,12 +287,12 @@ def test_few_neurons_are_left_alone():
     assert Neuron().find(Mlp(nn.GELU(), hidden=15).eval(), torch.randn(3, 4)).units == ()
 
 
-def test_widths_are_multiples_of_eight_down_to_the_least():
+def test_widths_are_multiples_of_eight_and_fall_to_none():
     unit = Neuron().find(Mlp(nn.GELU(), hidden=100).eval(), torch.randn(3, 4)).units[0]
-    assert unit.widths == (96, 88, 80, 72, 64, 56, 48, 40, 32, 24, 16, 8)
+    assert unit.widths == (96, 88, 80, 72, 64, 56, 48, 40, 32, 24, 16, 8, 0)
     halves = Neuron(parts=2).find(Mlp(nn.GELU(), hidden=100).eval(), torch.randn(3, 4)).units[0]
-    assert halves.widths == (48,)
-    assert Head().find(tiny_transformer(), tiny_tokens()).units[0].widths == (3, 2, 1)
+    assert halves.widths == (48, 0)
+    assert Head().find(tiny_transformer(), tiny_tokens()).units[0].widths == (3, 2, 1, 0)
 
 
 def test_a_branch_without_any_neuron_answers_with_its_bias():

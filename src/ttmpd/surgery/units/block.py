@@ -6,7 +6,7 @@ to input that crosses an addition and no weights. A path that crosses products o
 which is no unit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ttmpd.errors import ModelError, first_line
 from ttmpd.models.macs import count_macs
-from ttmpd.models.modules import count_parameters, has_nan, hooks, module_at, replace_module
+from ttmpd.models.modules import count_parameters, has_nan, module_at, replace_module
 from ttmpd.models.run import call, evaluating, first_tensor
 from ttmpd.models.tiny import tiny_model
-from ttmpd.models.trace import first_argument
+from ttmpd.models.trace import ModuleCall, trace
 from ttmpd.records import Action, DepthUnit, Layout
 from ttmpd.surgery.reasons import Reason, Refusal
 from ttmpd.surgery.replacements import drop
@@ -32,18 +32,24 @@ _TRANSPARENT = {
 }  # fmt: skip
 
 
-@dataclass
-class _Call:
-    """What was seen of one module during a forward pass."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Seen:
+    """What was seen of one module during a forward pass: its last call, and what leads around it."""
 
-    count: int = 0
-    plain: bool = True
-    given: Tensor | None = None
-    answer: Tensor | None = None
-    wrapped: bool = False
-    shortcut: bool = False
-    gate: bool = False
-    versions: tuple[int, int] = (0, 0)
+    call: ModuleCall
+    count: int
+    shortcut: bool
+    gate: bool
+
+    @property
+    def input(self) -> Tensor | None:
+        """The first argument, where that is a tensor."""
+        return None if self.call.input is None else self.call.input.value
+
+    @property
+    def output(self) -> Tensor | None:
+        """The first tensor that it answered with."""
+        return None if self.call.output is None else self.call.output.value
 
 
 class Block(DepthUnits):
@@ -95,48 +101,28 @@ class Block(DepthUnits):
         return nn.Sequential(linear, {"relu": nn.ReLU, "relu6": nn.ReLU6}[unit.activation]())
 
 
-def _watch(model: nn.Module, batch: Tensor) -> dict[str, _Call]:
-    """Run the model once with gradients on and note every module's first input and output, in calling order."""
-    seen: dict[str, _Call] = {}
+def _watch(model: nn.Module, batch: Tensor) -> dict[str, _Seen]:
+    """Every module that holds layers, as one run with gradients shows it, in calling order."""
+    holders = {path for path, module in model.named_modules() if path and list(module.children()) and _n_layers(module)}
+    try:
+        notes = trace(model, batch, paths=holders, values=True, gradients=True)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ModelError(
+            f"{type(model).__name__} must run on a batch of shape {tuple(batch.shape)}, but failed: "
+            f"{first_line(error)[:200]}; check the input size and the preprocessing"
+        ) from error
+    logits = first_tensor(notes.output)
+    if logits is None or has_nan(logits):
+        what = "none" if logits is None else "NaN or infinity"
+        raise ModelError(f"{type(model).__name__} must answer with a tensor of finite values, but got {what}")
+    return {path: _seen(calls) for path, calls in notes.by_path().items()}
 
-    def before(path: str, args: Any, kwargs: Any) -> Any:
-        record = seen.setdefault(path, _Call())
-        record.count += 1
-        given = first_argument(args, kwargs)
-        record.given = given if isinstance(given, Tensor) else None
-        record.plain = len(args) == 1 and not kwargs
-        record.versions = (0 if record.given is None else record.given._version, 0)
 
-    def after(path: str, output: Any) -> None:
-        record = seen[path]
-        record.wrapped = type(output) is tuple
-        record.answer = first_tensor(output) if record.wrapped or isinstance(output, Tensor) else None
-        record.shortcut = _has_shortcut(record.answer, record.given, _is_sum)
-        record.gate = not record.shortcut and _has_shortcut(record.answer, record.given, _is_product)
-        if record.answer is not None and record.given is not None:
-            # A block that writes into its input is seen by what it leaves there.
-            record.versions = (record.given._version - record.versions[0], record.answer._version)
-
-    handles: list[Any] = []
-    for path, module in model.named_modules():
-        if path and any(True for _ in module.children()) and _n_layers(module):
-            handles.append(module.register_forward_pre_hook(lambda _m, a, k, p=path: before(p, a, k), with_kwargs=True))
-            handles.append(module.register_forward_hook(lambda _m, _a, out, p=path: after(p, out)))
-    with evaluating(model, gradients=True), hooks(handles):
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-        source = batch.clone().requires_grad_(batch.is_floating_point())
-        try:
-            # A view, so that the input has a node in the graph like everything else.
-            logits = call(model, source.view_as(source))
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise ModelError(
-                f"{type(model).__name__} must run on a batch of shape {tuple(batch.shape)}, but failed: "
-                f"{first_line(error)[:200]}; check the input size and the preprocessing"
-            ) from error
-    if has_nan(logits):
-        raise ModelError(f"{type(model).__name__} must answer with finite values, but got NaN or infinity")
-    return seen
+def _seen(calls: Sequence[ModuleCall]) -> _Seen:
+    last = calls[-1]
+    ends = (None if last.output is None else last.output.node, None if last.input is None else last.input.node)
+    shortcut = _has_shortcut(*ends, _is_sum)
+    return _Seen(last, len(calls), shortcut, not shortcut and _has_shortcut(*ends, _is_product))
 
 
 def _node_name(node: Any) -> str:
@@ -164,11 +150,11 @@ def _is_product(node: Any) -> bool:
     return _node_name(node) == "Mul" and not _is_scale(node)
 
 
-def _has_shortcut(answer: Tensor | None, given: Tensor | None, joins: Callable[[Any], bool]) -> bool:
-    """Whether the autograd graph leads from ``answer`` to ``given`` past no weights, through a node that ``joins``."""
-    if answer is None or given is None or answer.grad_fn is None or given.grad_fn is None:
+def _has_shortcut(start: Any, goal: Any, joins: Callable[[Any], bool]) -> bool:
+    """Whether the autograd graph leads from node to node past no weights, through one that ``joins``."""
+    if start is None or goal is None:
         return False
-    goal, stack, visited = given.grad_fn, [(answer.grad_fn, False)], set()
+    stack, visited = [(start, False)], set()
     while stack:
         node, joined = stack.pop()
         if (node, joined) in visited:
@@ -184,12 +170,12 @@ def _has_shortcut(answer: Tensor | None, given: Tensor | None, joins: Callable[[
     return False
 
 
-def _same_shape(record: _Call) -> bool:
-    given, answer = record.given, record.answer
-    return given is not None and answer is not None and given.shape == answer.shape and given.dtype == answer.dtype
+def _same_shape(record: _Seen) -> bool:
+    x, y = record.input, record.output
+    return x is not None and y is not None and x.shape == y.shape and x.dtype == y.dtype
 
 
-def _in_rows(model: nn.Module, seen: dict[str, _Call]) -> set[str]:
+def _in_rows(model: nn.Module, seen: dict[str, _Seen]) -> set[str]:
     """Paths of modules of several layers that keep the shape and have a sibling of the same class that does too."""
     rows: dict[tuple[str, type], list[str]] = {}
     for path, record in seen.items():
@@ -200,7 +186,7 @@ def _in_rows(model: nn.Module, seen: dict[str, _Call]) -> set[str]:
 
 
 def _choose(
-    model: nn.Module, path: str, seen: dict[str, _Call], repeated: set[str], refused: dict[str, Refusal]
+    model: nn.Module, path: str, seen: dict[str, _Seen], repeated: set[str], refused: dict[str, Refusal]
 ) -> list[str]:
     """The units below ``path``: a module itself, or its parts when they make up nearly all of it (a stage)."""
     module, record = module_at(model, path), seen.get(path)
@@ -217,36 +203,37 @@ def _choose(
     if reason and not below and _worth_telling(module, record):
         refused[path] = reason
     # Parts without a shortcut of their own are no reason to pass by the shortcut around the whole.
-    parts_are_units = record.shortcut <= all(seen[part].shortcut for part in below)
+    parts_are_units = not record.shortcut or all(seen[part].shortcut for part in below)
     if reason or (covered >= 0.9 * weights and parts_are_units):
         refused.update(refused_below)
         return below
     return [path]
 
 
-def _refusal(record: _Call, in_row: bool) -> Refusal | None:
+def _refusal(record: _Seen, in_row: bool) -> Refusal | None:
     """Why a module is no unit; None when it is one."""
-    if record.given is None or record.answer is None:
+    x, y = record.call.input, record.call.output
+    if x is None or y is None:
         return Refusal(Reason.NO_TENSOR)
     if record.count > 1:
         return Refusal(Reason.CALLED_AGAIN, f"{record.count} times")
     if not _same_shape(record):
-        return Refusal(Reason.OTHER_SHAPE, f"{tuple(record.given.shape[1:])} to {tuple(record.answer.shape[1:])}")
+        return Refusal(Reason.OTHER_SHAPE, f"{x.shape[1:]} to {y.shape[1:]}")
     if record.gate:
         return Refusal(Reason.GATE)
     if not record.shortcut and not in_row:
         return Refusal(Reason.NO_SHORTCUT)
-    if record.versions[0]:
+    if x.n_writes:
         return Refusal(Reason.WRITES_INPUT)
-    if record.answer._version != record.versions[1]:
+    if y.value is not None and y.value._version != y.version:
         return Refusal(Reason.OUTPUT_WRITTEN)
     return None
 
 
-def _worth_telling(module: nn.Module, record: _Call) -> bool:
+def _worth_telling(module: nn.Module, record: _Seen) -> bool:
     """Whether a user would expect to see this module in the list of refusals: block-like, not a layer's wrapper."""
     n_leaves = sum(1 for m in module.modules() if not list(m.children()) and count_parameters(m))
-    is_map = record.given is None or record.given.dim() >= 3
+    is_map = record.call.input is None or len(record.call.input.shape) >= 3
     return is_map and n_leaves >= 3 and type(module) is not nn.Sequential
 
 
@@ -255,9 +242,9 @@ def _n_layers(module: nn.Module) -> int:
     return sum(1 for parameter in module.parameters() if parameter.dim() >= 2)
 
 
-def _unit(path: str, module: nn.Module, record: _Call, macs: dict[str, int]) -> DepthUnit:
-    assert record.answer is not None
-    answer = record.answer.detach()
+def _unit(path: str, module: nn.Module, record: _Seen, macs: dict[str, int]) -> DepthUnit:
+    assert record.output is not None
+    answer = record.output.detach()
     return DepthUnit(
         kind="block",
         path=path,
@@ -267,7 +254,7 @@ def _unit(path: str, module: nn.Module, record: _Call, macs: dict[str, int]) -> 
         activation=_activation(answer),
         n_params=count_parameters(module),
         macs=macs.get(path, 0),
-        form="tuple" if record.wrapped else "plain" if record.plain else "arguments",
+        form="tuple" if record.call.output_type is tuple else "plain" if record.call.is_plain else "arguments",
     )
 
 

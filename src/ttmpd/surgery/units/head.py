@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ttmpd.method import check_fields
 from ttmpd.models.macs import count_macs
-from ttmpd.models.modules import hooks, module_at, replace_module
-from ttmpd.models.run import call, evaluating, first_tensor
+from ttmpd.models.modules import module_at, replace_module
+from ttmpd.models.run import first_tensor
 from ttmpd.models.tiny import tiny_tokens, tiny_transformer
+from ttmpd.models.trace import trace
 from ttmpd.records import WidthUnit
 from ttmpd.surgery.layers import is_layer, matrix_of, spread_out, take_inputs, take_outputs
 from ttmpd.surgery.masks import proven
@@ -63,8 +64,12 @@ class Head(WidthUnits):
 
     def find(self, model: nn.Module, batch: Tensor) -> UnitSearch:
         """Every attention of two or more heads or groups, in the order of the network."""
-        calls = _order(model, batch)
-        shapes, tuples = dict(calls), _tuples(model, batch)
+        layers = {path for path, module in model.named_modules() if is_layer(module)}
+        counting = {path for path, module in model.named_modules() if _attribute(module, _COUNTS)}
+        notes = trace(model, batch, paths=layers | counting).calls
+        calls = [note.path for note in notes if note.path in layers]
+        shapes = {note.path: note.output.shape[1:] for note in notes if note.path in layers and note.output}
+        tuples = {note.path for note in notes if issubclass(note.output_type, tuple)}
         macs = count_macs(model, batch)
         units: list[WidthUnit] = []
         refused: dict[str, Refusal] = {}
@@ -72,7 +77,7 @@ class Head(WidthUnits):
             if isinstance(module, nn.MultiheadAttention):
                 refused[path] = Refusal(Reason.FUSED_HEADS, "torch's MultiheadAttention")
                 continue
-            found = _layers(path, module, [name for name, _ in calls], model)
+            found = _layers(path, module, calls, model)
             if found is not None:
                 unit = _unit(model, path, found, shapes, macs)
                 units.append(dataclasses.replace(unit, form="pair") if path in tuples else unit)
@@ -80,6 +85,9 @@ class Head(WidthUnits):
                 refused[path] = Refusal(Reason.HIDDEN_LAYERS)
         units = [self._sized(unit) for unit in units if unit.n_members > 1]
         kept, others = proven(self.narrow, model, units, batch[:2])
+        whole, _ = proven(self.narrow, model, kept, batch[:2], keep=lambda _: ())
+        removable = {unit.path for unit in whole}
+        kept = [dataclasses.replace(u, widths=(*u.widths, 0)) if u.path in removable else u for u in kept]
         return UnitSearch(tuple(kept), refused | others)
 
     def _sized(self, unit: WidthUnit) -> WidthUnit:
@@ -94,7 +102,7 @@ class Head(WidthUnits):
     def narrow(self, student: nn.Module, unit: WidthUnit, kept: Sequence[int]) -> None:
         """Rows of queries, keys and values, columns of the layer behind them, and what else there is once per head.
 
-        Without any head, as older artifacts have it, the attention goes and the layer behind it is left with its bias.
+        Without any head the whole attention goes, and the layer behind it is left with its bias.
         """
         if not kept:
             return _silence(student, unit)
@@ -107,37 +115,6 @@ class Head(WidthUnits):
             _set(owner, name, axis, index)
         _count(attention, n_inputs, unit.n_members, len(kept))
         take_inputs(reader, spread_out(kept, n_inputs // unit.n_members))
-
-
-def _order(model: nn.Module, batch: Tensor) -> list[tuple[str, tuple[int, ...]]]:
-    """(path, shape of the output of one sample) of every layer's call, in calling order."""
-    calls: list[tuple[str, tuple[int, ...]]] = []
-    handles = [
-        module.register_forward_hook(lambda _m, _a, out, p=path: calls.append((p, tuple(out.shape[1:]))))
-        for path, module in model.named_modules()
-        if is_layer(module)
-    ]
-    with evaluating(model), hooks(handles):
-        call(model, batch)
-    return calls
-
-
-def _tuples(model: nn.Module, batch: Tensor) -> set[str]:
-    """Paths of the modules with heads that answer with a tuple."""
-    found: set[str] = set()
-
-    def note(path: str, output: Any) -> None:
-        if isinstance(output, tuple):
-            found.add(path)
-
-    handles = [
-        module.register_forward_hook(lambda _m, _a, out, p=path: note(p, out))
-        for path, module in model.named_modules()
-        if _attribute(module, _COUNTS)
-    ]
-    with evaluating(model), hooks(handles):
-        call(model, batch)
-    return found
 
 
 def _silence(student: nn.Module, unit: WidthUnit) -> None:
