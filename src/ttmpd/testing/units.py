@@ -30,9 +30,8 @@ def _removals(units: Sequence[Unit]) -> list[list[Removal]]:
 def _removal(unit: Unit, number: int) -> list[Removal]:
     if not isinstance(unit, WidthUnit):
         return [Removal(unit, "drop")]
-    return [
-        Removal(unit, "narrow", tuple(range(unit.n_members))[-width:]) for width in unit.widths[number : number + 1]
-    ]
+    widths = unit.widths[number : number + 1]
+    return [Removal(unit, "narrow", tuple(range(unit.n_members - width, unit.n_members))) for width in widths]
 
 
 def _cut(kind: UnitFinder, model: nn.Module, removals: Sequence[Removal]) -> nn.Module:
