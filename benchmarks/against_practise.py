@@ -36,7 +36,7 @@ from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import BudgetUnreachableError
 from ttmpd.latency.table import compare
 from ttmpd.models.open import open_model
-from ttmpd.models.run import logits_of
+from ttmpd.models.run import predictions_of
 from ttmpd.pipeline.compress import compress_many
 from ttmpd.pipeline.settings import Target
 from ttmpd.plan.greedy import Greedy
@@ -84,7 +84,7 @@ def run(model: str, method: str, seed: int) -> list[dict[str, Any]]:
     used = set(results[0].sample_ids)
     others = [i for i, name in enumerate(everything.ids) if name not in used]
     test, truth = everything.subset(others), torch.from_numpy(labels)[others]
-    source = logits_of(opened.module, test, 256).argmax(-1)
+    source = predictions_of(opened.module, test, 256).argmax(-1)
     batch = everything.batch(slice(0, 64))
     return [
         row(result, share, test, truth, source)
@@ -146,7 +146,7 @@ def reach(opened: Any, pixels: Any, targets: list[Target], **given: Any) -> list
 
 
 def row(result: Result, share: float, test: Any, truth: torch.Tensor, source: torch.Tensor) -> dict[str, Any]:
-    answers = logits_of(result.model, test, 256).argmax(-1)
+    answers = predictions_of(result.model, test, 256).argmax(-1)
     facts = result.facts
     return {
         "target": share,

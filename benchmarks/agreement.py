@@ -26,7 +26,7 @@ from ttmpd.data.corruptions import shifted
 from ttmpd.data.open import open_samples
 from ttmpd.models.modules import clone, to_fast_format
 from ttmpd.models.open import open_model
-from ttmpd.models.run import logits_of
+from ttmpd.models.run import predictions_of
 from ttmpd.quality.calibration import calibration_error, fit_temperature
 from ttmpd.records import Unit
 from ttmpd.surgery.masks import skipped
@@ -54,7 +54,7 @@ def rows_of(model: str, shift: str) -> list[dict[str, Any]]:
     opened = open_model(f"{DATA / 'zoo.py'}:{model}")
     few, test = (open_samples(part, opened.preprocessing) for part in (pixels[:N_FIT], pixels[N_FIT:]))
     net = Norm().adapt(to_fast_format(clone(opened.module).eval()), few).model
-    whole, wanted = logits_of(net, few, 250), logits_of(net, test, 250)
+    whole, wanted = predictions_of(net, few, 250), predictions_of(net, test, 250)
     known = {"model": model, "shift": shift, "accuracy": percent((wanted.argmax(-1) == truth).double().mean())}
     rows = [known | {"parts": "none", "ece": percent(calibration_error(wanted, truth))}]
     for name, parts in parts_of(Block().find(net, few.batch(slice(0, 2))).units).items():

@@ -29,7 +29,7 @@ from ttmpd.data.preprocessing import Preprocessing
 from ttmpd.data.samples import Samples
 from ttmpd.demo.digits import DigitNet, digits
 from ttmpd.models.open import open_model
-from ttmpd.models.run import logits_of
+from ttmpd.models.run import predictions_of
 from ttmpd.quality.margins import DeepFoolConfig, margins
 from ttmpd.select.base import Selector
 from ttmpd.select.el2n import EL2N
@@ -57,7 +57,7 @@ def fresh(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def accuracy(model: nn.Module, samples: Samples, truth: Tensor) -> float:
-    return 100 * float((logits_of(model, samples, 256).argmax(-1) == truth).float().mean())
+    return 100 * float((predictions_of(model, samples, 256).argmax(-1) == truth).float().mean())
 
 
 def split(seed: int) -> tuple[Samples, Tensor, Samples, Tensor]:

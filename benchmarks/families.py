@@ -33,7 +33,7 @@ from ttmpd.artifact.read import load
 from ttmpd.data.tokenization import Tokenization
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import TTMPDError
-from ttmpd.models.run import call
+from ttmpd.models.run import predict
 from ttmpd.pipeline.compress import compress
 from ttmpd.pipeline.inspect import inspect
 from ttmpd.records import Removal
@@ -109,7 +109,7 @@ def gap(found: Tensor, wanted: Tensor) -> float:
 
 def answers(model: nn.Module, inputs: Tensor) -> Tensor:
     with torch.no_grad():
-        return call(model.eval(), inputs[:4])
+        return predict(model.eval(), inputs[:4])
 
 
 def masked_gap(model: nn.Module, inputs: Tensor) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from common import write_csv
 from ttmpd.data.samples import Samples
-from ttmpd.models.run import call
+from ttmpd.models.run import predict
 from ttmpd.records import Removal, Repair
 from ttmpd.repair.sequential import repaired
 from ttmpd.score.base import Scorer
@@ -63,7 +63,7 @@ def trained(seed: int) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     with torch.no_grad():
-        return 100 * float((call(model, x).argmax(-1) == y).float().mean())
+        return 100 * float((predict(model, x).argmax(-1) == y).float().mean())
 
 
 def rows(seed: int) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import OneTime
 from ttmpd.models.modules import clone
 from ttmpd.models.open import open_model
-from ttmpd.models.run import logits_of
+from ttmpd.models.run import predictions_of
 from ttmpd.training.held_out import held_out_check, mixture
 from ttmpd.training.loop import Fit
 from ttmpd.training.teacher_outputs import Targets
@@ -76,7 +76,7 @@ def row(model: str, shift: str, severity: int, share: float, seed: int) -> dict[
     test = open_samples(pixels[N_FIT:], opened.preprocessing)
 
     def accuracy(student: nn.Module) -> float:
-        return 100 * float((logits_of(student, test, 256).argmax(-1) == labels[N_FIT:]).float().mean())
+        return 100 * float((predictions_of(student, test, 256).argmax(-1) == labels[N_FIT:]).float().mean())
 
     seen: dict[str, float] = {}
     method = probe(accuracy, seen)

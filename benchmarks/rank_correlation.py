@@ -31,7 +31,7 @@ from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import OneTime
 from ttmpd.models.modules import to_fast_format
 from ttmpd.models.open import open_model
-from ttmpd.models.run import logits_of
+from ttmpd.models.run import predictions_of
 from ttmpd.quality.damage import student_distances
 from ttmpd.records import ACTIONS, Removal, Unit
 from ttmpd.repair.sequential import repaired
@@ -98,7 +98,7 @@ class Bench:
         )
 
     def accuracy(self, model: torch.nn.Module) -> float:
-        answers = logits_of(model, self.test, self.case.batch * 2).argmax(-1)
+        answers = predictions_of(model, self.test, self.case.batch * 2).argmax(-1)
         return 100 * float((answers == self.truth).float().mean())
 
     def stand_ins_alone(self, removals: list[Removal]) -> dict[str, float]:

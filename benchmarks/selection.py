@@ -25,7 +25,7 @@ from ttmpd.distill.one_time import OneTime
 from ttmpd.method import method_class, names
 from ttmpd.models.modules import clone, to_fast_format
 from ttmpd.models.open import open_model
-from ttmpd.models.run import logits_of
+from ttmpd.models.run import predictions_of
 from ttmpd.records import Removal
 from ttmpd.repair.sequential import repaired
 from ttmpd.select.base import Selector
@@ -54,7 +54,7 @@ def setting() -> dict[str, Any]:
 
 
 def accuracy(model: torch.nn.Module) -> float:
-    alike = logits_of(model, setting()["test"], 250).argmax(-1) == setting()["truth"]
+    alike = predictions_of(model, setting()["test"], 250).argmax(-1) == setting()["truth"]
     return round(100 * float(alike.float().mean()), 2)
 
 

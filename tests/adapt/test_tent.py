@@ -10,7 +10,7 @@ from ttmpd.adapt.tent import Tent
 from ttmpd.errors import InvalidValueError
 from ttmpd.models.modules import clone
 from ttmpd.models.norms import learning, norm_parameters, using_batch_statistics
-from ttmpd.models.run import logits_of
+from ttmpd.models.run import predictions_of
 from ttmpd.testing.tiny_models import tiny_model, tiny_samples, untouched
 from ttmpd.training.losses import entropy, entropy_of
 from ttmpd.training.test_time import Adaptation, Selection
@@ -49,7 +49,7 @@ def test_answers_become_surer_and_only_scale_and_shift_learn(unguarded):
     model, samples = tiny_model(), tiny_samples(40)
     mixed = Norm().adapt(model, samples).model
     adapted = Tent(batch=10, batch_statistics=False).adapt(model, samples)
-    before, after = (entropy(logits_of(m, samples, 40)).mean() for m in (mixed, adapted.model))
+    before, after = (entropy(predictions_of(m, samples, 40)).mean() for m in (mixed, adapted.model))
     assert after < before - 1e-3
     names = changed(adapted.model, mixed)
     assert names and all(name.rpartition(".")[2] in ("weight", "bias") and "conv" not in name for name in names)

@@ -23,7 +23,7 @@ from ttmpd.models.config import make_ready, preprocessing_of
 from ttmpd.models.modules import clone
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
-from ttmpd.models.run import call
+from ttmpd.models.run import predict
 from ttmpd.models.taps import find_feature_tap, find_head, read, tapped
 from ttmpd.models.tokens import PaddingMask, mask_of, mask_padding, random_ids
 from ttmpd.records import Removal, Tap
@@ -105,7 +105,7 @@ def test_text_models_open_with_their_tokenizer(text_folder: Folder, name: str) -
         answer = opened.module(torch.tensor([[5, 6, 7]]))
     assert not any(hasattr(value, "get_seq_length") for value in answer.values())
     longest = torch.full((2, limit), 5)
-    assert call(opened.module, longest).shape == (2, 3)
+    assert predict(opened.module, longest).shape == (2, 3)
 
 
 def test_a_model_stays_the_one_of_its_library(text_folder: Folder, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_model_stays_the_one_of_its_library(text_folder: Folder, tmp_path: Pat
     again = hf.BertForSequenceClassification.from_pretrained(tmp_path / "again").eval()
     ids = torch.tensor([[2, 6, 7, 3]])
     logits = again(ids, attention_mask=torch.ones_like(ids)).logits
-    torch.testing.assert_close(logits, call(opened.module, ids), atol=1e-6, rtol=1e-5)  # masked attention may round
+    torch.testing.assert_close(logits, predict(opened.module, ids), atol=1e-6, rtol=1e-5)  # masked attention may round
 
 
 def test_a_module_without_a_tokenizer_takes_token_ids(text_folder: Folder) -> None:
@@ -131,7 +131,7 @@ def test_a_module_without_a_tokenizer_takes_token_ids(text_folder: Folder) -> No
     opened = open_model(stock)
     samples = open_samples(ids, opened.preprocessing)
     wanted = stock(ids, attention_mask=(ids != 0).long()).logits
-    torch.testing.assert_close(call(opened.module, samples.batch(slice(None))), wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(predict(opened.module, samples.batch(slice(None))), wanted, atol=1e-5, rtol=1e-4)
     with pytest.raises(ModelError, match="or give token ids"):
         open_samples(["a film"], opened.preprocessing)
 
@@ -214,9 +214,9 @@ def test_answers_do_not_depend_on_padding(text_folder: Folder, sentences: Senten
     batch = samples.batch(slice(None))
     assert batch.dtype == torch.int64
     with torch.no_grad():
-        wanted = call(opened.module, batch)
-        wider = call(opened.module, _widened(samples).batch(slice(None)))
-        alone = torch.cat([call(opened.module, trimmed(row[None], samples.padding)) for row in batch])
+        wanted = predict(opened.module, batch)
+        wider = predict(opened.module, _widened(samples).batch(slice(None)))
+        alone = torch.cat([predict(opened.module, trimmed(row[None], samples.padding)) for row in batch])
     torch.testing.assert_close(wider, wanted, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(alone, wanted, atol=1e-5, rtol=1e-4)
     assert float(wanted.std(0).max()) > 1e-3  # answers differ, or the above would say nothing
@@ -226,7 +226,7 @@ def test_a_mask_of_the_caller_wins(text_folder: Folder) -> None:
     net = _opened(text_folder, "bert").module
     ids, all_ones = torch.tensor([[2, 6, 3, 0, 0]]), torch.ones(1, 5, dtype=torch.long)
     with torch.no_grad():
-        own = call(net, ids)
+        own = predict(net, ids)
         by_name = net(input_ids=ids).logits
         explicit, positional = net(ids, attention_mask=all_ones).logits, net(ids, all_ones).logits
         masked = net(ids, attention_mask=(ids != 0).long()).logits
@@ -282,7 +282,7 @@ def test_features_are_what_the_head_reads(text_folder: Folder, sentences: Senten
     assert head == {"roberta": "classifier.out_proj", "gpt2": "score", "llama": "score"}.get(name, "classifier")
     assert tap == Tap(head, "input", "all" if name in ENCODERS else "last")
     with torch.no_grad(), tapped(opened.module, {"f": tap}) as seen:
-        logits = call(opened.module, batch)
+        logits = predict(opened.module, batch)
         assert seen["f"].shape == (5, 16)
         layer = opened.module.get_submodule(head)
         torch.testing.assert_close(layer(seen["f"]), logits)
@@ -326,7 +326,7 @@ def test_fits_do_not_depend_on_padding(text_folder: Folder, sentences: Sentences
         maps.append(fit_stand_ins(opened.module, units, one, 1e-3, 0.9, 8, 0))
         student = repaired(opened.module, [Removal(units[1], "linear"), Removal(units[2], "linear")], one, batch_size=8)
         with torch.no_grad():
-            answers.append(call(student, samples.batch(slice(None))))
+            answers.append(predict(student, samples.batch(slice(None))))
     for unit, linear in maps[0].items():
         torch.testing.assert_close(maps[1][unit].weight, linear.weight, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(answers[1], answers[0], atol=2e-3, rtol=1e-3)
@@ -407,9 +407,9 @@ def test_distillation_takes_one_view_and_pooled_features(
     targets = method.prepare(teacher, samples, samples, work)
     assert targets.features is not None
     assert targets.features.shape == (1, 16, 16)  # one view, 16 samples, 16 channels
-    before = call(student.eval(), samples.batch(slice(None))).detach()
+    before = predict(student.eval(), samples.batch(slice(None))).detach()
     fit = method.fit(student, samples, samples, targets, work)
-    after = call(student, samples.batch(slice(None))).detach()
+    after = predict(student, samples.batch(slice(None))).detach()
     wanted = targets.held_out
     assert fit.steps == 30 and not fit.rolled_back
     assert float((after - wanted).square().mean()) < float((before - wanted).square().mean())

@@ -14,7 +14,7 @@ from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import MIN_BATCH, OneTime
 from ttmpd.errors import InvalidValueError
 from ttmpd.models.modules import clone
-from ttmpd.models.run import logits_of
+from ttmpd.models.run import predictions_of
 from ttmpd.records import Tap
 from ttmpd.surgery.units.block import Block
 from ttmpd.tasks.classification import Classification
@@ -242,7 +242,7 @@ def test_frozen_layers_stay_the_teachers(tmp_path, case):
 
 def test_the_check_counts_equal_answers(case):
     teacher, _, _, held_out = case
-    logits = logits_of(teacher, held_out, 3)
+    logits = predictions_of(teacher, held_out, 3)
     with torch.no_grad():
         assert torch.allclose(logits, teacher(held_out.batch(slice(None))), atol=1e-6)
 

@@ -8,7 +8,7 @@ from ttmpd.data.samples import Samples
 from ttmpd.early_exit._heads import Features, exit_targets, train_heads
 from ttmpd.early_exit.right_tool import RightTool
 from ttmpd.errors import InvalidValueError
-from ttmpd.models.run import evaluating, logits_of
+from ttmpd.models.run import evaluating, predictions_of
 from ttmpd.quality.calibration import calibration_error
 from ttmpd.testing.tiny_models import tiny_model, tiny_samples
 
@@ -32,7 +32,7 @@ def varied(n: int, seed: int = 1) -> Samples:
 def even() -> nn.Module:
     """The model of the tests, made to give every answer about as often."""
     net = tiny_model()
-    net.head.bias.data -= logits_of(net, varied(200), 200).mean(0)
+    net.head.bias.data -= predictions_of(net, varied(200), 200).mean(0)
     return net
 
 
@@ -109,7 +109,7 @@ def test_exits_learn_the_answers_of_the_model(found):
     usual = float(logits.argmax(-1).bincount().max()) / len(logits)
     assert usual < 0.8
     assert all(agreement(one, logits) > usual + 0.1 for one in answers)
-    assert torch.allclose(logits, logits_of(even(), fresh, 300), atol=1e-6)
+    assert torch.allclose(logits, predictions_of(even(), fresh, 300), atol=1e-6)
 
 
 def test_calibration_makes_the_error_smaller_on_new_samples(found):
@@ -133,7 +133,7 @@ def test_without_calibration_temperatures_are_one_and_answers_the_same(found):
 
 def test_labels_are_learned_and_calibrated_to():
     samples, model = varied(80), even()
-    own = logits_of(model, samples, 80).argmax(-1)
+    own = predictions_of(model, samples, 80).argmax(-1)
     other = (own + 1) % 4
     taught = RightTool(views=1, label_weight=1.0).equip(model, samples, labels=other)
     assert torch.equal(taught.classes, other)

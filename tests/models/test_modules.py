@@ -19,7 +19,7 @@ from ttmpd.models.modules import (
     to_fast_format,
     to_plain_format,
 )
-from ttmpd.models.run import call, evaluating, first_tensor
+from ttmpd.models.run import evaluating, first_tensor, predict
 from ttmpd.models.taps import find_feature_tap, find_head, read, tapped
 from ttmpd.records import Tap
 from ttmpd.testing.tiny_models import untouched
@@ -49,7 +49,7 @@ def test_call_refuses_a_model_without_an_answer():
             return {"loss": None}
 
     with pytest.raises(ModelError, match="Mute"):
-        call(Mute(), X)
+        predict(Mute(), X)
 
 
 def test_paths(net):

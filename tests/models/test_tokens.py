@@ -21,7 +21,7 @@ from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import ModelError, UnsupportedError
 from ttmpd.models.modules import clone
 from ttmpd.models.open import open_model
-from ttmpd.models.run import call, logits_of
+from ttmpd.models.run import predict, predictions_of
 from ttmpd.models.taps import find_feature_tap, tapped
 from ttmpd.models.tokens import PaddingMask, answered, answers_until, followers, mask_of, mask_padding
 from ttmpd.pipeline.compress import compress
@@ -56,16 +56,16 @@ def test_answers_are_those_of_the_tokens_that_are_there(text_folder: Folder, sen
     kept = samples.kept(batch)
     assert kept is not None
     with torch.no_grad():
-        logits = call(opened.module, batch)
+        logits = predict(opened.module, batch)
         whole = opened.module(batch, attention_mask=kept.long()).logits
-        wider = call(opened.module, F.pad(batch, (0, 7), value=0))
+        wider = predict(opened.module, F.pad(batch, (0, 7), value=0))
     assert torch.equal(logits, whole[kept])
     torch.testing.assert_close(wider, logits, atol=1e-5, rtol=1e-4)
-    assert torch.equal(logits_of(opened.module, samples, 2).shape[0] * torch.ones(()), kept.sum().float())
+    assert torch.equal(predictions_of(opened.module, samples, 2).shape[0] * torch.ones(()), kept.sum().float())
     tap = find_feature_tap(opened.module, batch)
     assert tap == Tap(HEADS[name], "input", "each")
     with torch.no_grad(), tapped(opened.module, {"f": tap}) as seen:
-        call(opened.module, batch)
+        predict(opened.module, batch)
     torch.testing.assert_close(opened.module.get_submodule(HEADS[name])(seen["f"]), logits)
 
 
@@ -122,11 +122,11 @@ def test_every_token_is_distilled(text_folder: Folder, sentences: Sentences, tmp
     assert targets.features is not None
     assert targets.features.shape == (1, n_tokens, 16)
     assert targets.logits.shape[:2] == (1, n_tokens)
-    torch.testing.assert_close(targets.logits[0], logits_of(teacher, samples, 3), atol=1e-5, rtol=1e-4)
-    before = _divergence(targets.held_out, logits_of(student, held, 5))
+    torch.testing.assert_close(targets.logits[0], predictions_of(teacher, samples, 3), atol=1e-5, rtol=1e-4)
+    before = _divergence(targets.held_out, predictions_of(student, held, 5))
     fit = method.fit(student, samples, held, targets, work)
     assert fit.steps == 40 and not fit.rolled_back
-    assert _divergence(targets.held_out, logits_of(student, held, 5)) < 0.8 * before
+    assert _divergence(targets.held_out, predictions_of(student, held, 5)) < 0.8 * before
 
 
 def _divergence(teacher: Tensor, student: Tensor) -> float:
@@ -163,7 +163,9 @@ def test_from_text_to_an_artifact_and_back(
     assert "held-out tokens" in (tmp_path / "out" / "report.html").read_text()
     loaded = ttmpd.load(tmp_path / "out")
     samples = open_samples(path, read_artifact(tmp_path / "out").preprocessing)
-    torch.testing.assert_close(logits_of(loaded, samples, 8), logits_of(result.model, samples, 8), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        predictions_of(loaded, samples, 8), predictions_of(result.model, samples, 8), atol=1e-5, rtol=1e-4
+    )
     found = evaluate(tmp_path / "out", path, against=model)
     assert (found.n_left_out, found.each) == (30, "token")
     assert found.agreement is not None

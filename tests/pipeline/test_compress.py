@@ -27,7 +27,7 @@ from ttmpd.latency.table import UnitLatency
 from ttmpd.latency.timing import Timings
 from ttmpd.models.macs import count_macs
 from ttmpd.models.opened import OpenedModel
-from ttmpd.models.run import logits_of
+from ttmpd.models.run import predictions_of
 from ttmpd.pipeline import analysis as ready
 from ttmpd.pipeline import compress as pipeline
 from ttmpd.pipeline import planning
@@ -626,7 +626,7 @@ def test_where_lossless_is_enough_nothing_is_scored_or_removed(model, samples, f
     assert not result.plan.removals
     assert result.met
     assert result.facts["latency"]["speedup"]["median"] == result.facts["latency"]["lossless_speedup"] == 1.25
-    assert torch.allclose(logits_of(result.model, samples, 16), logits_of(model, samples, 16), atol=1e-4)
+    assert torch.allclose(predictions_of(result.model, samples, 16), predictions_of(model, samples, 16), atol=1e-4)
     assert json.loads((tmp_path / "o" / "plan.json").read_text())["lossless"]["folded"]
 
 
@@ -637,7 +637,7 @@ def test_what_lossless_leaves_is_removed_and_loads_again(model, samples, folding
     assert result.facts["latency"]["lossless_speedup"] == 1.25
     assert not any(isinstance(module, nn.BatchNorm2d) for module in result.model.modules())
     again = load(tmp_path / "o", model=model)
-    assert torch.equal(logits_of(again, samples, 16), logits_of(result.model, samples, 16))
+    assert torch.equal(predictions_of(again, samples, 16), predictions_of(result.model, samples, 16))
 
 
 def test_a_target_that_the_measurement_of_lossless_misses_is_met_by_removal(model, samples, folding_pays, monkeypatch):

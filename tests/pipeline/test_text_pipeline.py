@@ -23,7 +23,7 @@ from ttmpd.errors import InvalidValueError, SamplesError, UnsupportedError
 from ttmpd.models.example import example_batch
 from ttmpd.models.macs import count_macs
 from ttmpd.models.open import open_model
-from ttmpd.models.run import call, logits_of
+from ttmpd.models.run import predict, predictions_of
 from ttmpd.models.tokens import mask_of
 from ttmpd.pipeline.analysis import latency_batch
 from ttmpd.pipeline.bench import bench
@@ -107,7 +107,7 @@ def test_operations_are_counted_on_what_is_timed(text_folder: Folder, sentences:
 def _logits(net: nn.Module) -> Tensor:
     samples = open_samples(TEXTS, open_model(net).preprocessing)
     with torch.no_grad():
-        return call(net.eval(), samples.batch(slice(None)))
+        return predict(net.eval(), samples.batch(slice(None)))
 
 
 @pytest.fixture(scope="module")
@@ -196,10 +196,10 @@ def test_passes_are_no_longer_than_they_must_be(text_folder: Folder) -> None:
     samples = open_samples(["good", "bad film", "the " * 20], opened.preprocessing)
     seen: list[int] = []
     handle = opened.module.register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape[1]))
-    whole = logits_of(opened.module, samples, 1)
+    whole = predictions_of(opened.module, samples, 1)
     handle.remove()
     assert seen == [3, 4, 22]
-    torch.testing.assert_close(whole, logits_of(opened.module, samples, 3), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(whole, predictions_of(opened.module, samples, 3), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("quick_timing")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ttmpd.data.samples import Samples
-from ttmpd.models.run import call
+from ttmpd.models.run import predict
 from ttmpd.records import Removal
 from ttmpd.repair.least_squares import Moments
 from ttmpd.repair.obs import choices
@@ -125,7 +125,7 @@ def output_of(model: nn.Module, path: str, samples) -> torch.Tensor:
     seen = []
     handle = model.get_submodule(path).register_forward_hook(lambda _m, _a, out: seen.append(out))
     with torch.no_grad():
-        call(model, samples.batch(slice(None)))
+        predict(model, samples.batch(slice(None)))
     handle.remove()
     return seen[0]
 
@@ -140,7 +140,7 @@ def test_a_refit_brings_the_student_nearer_than_factors_and_those_nearer_than_no
         repaired(model, removals, samples, how="removed"),
     ]  # fmt: skip
     with torch.no_grad():
-        gaps = [float((call(student, batch) - call(model, batch)).square().mean()) for student in students]
+        gaps = [float((predict(student, batch) - predict(model, batch)).square().mean()) for student in students]
     assert gaps[2] < gaps[1] < gaps[0]
 
 

@@ -15,7 +15,7 @@ from ttmpd.errors import UnsupportedError
 from ttmpd.method import check_fields
 from ttmpd.models.modules import clone, has_nan
 from ttmpd.models.norms import norm_parameters, using_batch_statistics
-from ttmpd.models.run import call, evaluating, logits_of
+from ttmpd.models.run import evaluating, predict, predictions_of
 from ttmpd.models.tokens import answered
 from ttmpd.progress import track
 from ttmpd.tasks.base import OneOf, Task
@@ -236,10 +236,10 @@ def _answers(adaptation: Adaptation, samples: Samples, batch_size: int) -> Tenso
 def answers_by(model: nn.Module, samples: Samples, batch_size: int, batch_statistics: bool) -> Tensor:
     """(N, n_classes) logits, on the CPU, with the statistics that batch normalisation holds or those of each batch."""
     if not batch_statistics:
-        return logits_of(model, samples, batch_size)
+        return predictions_of(model, samples, batch_size)
     device = next(model.parameters()).device
     with evaluating(model), using_batch_statistics(model):
-        answers = [call(model, samples.trimmed(index, device)) for index in pieces(len(samples), batch_size)]
+        answers = [predict(model, samples.trimmed(index, device)) for index in pieces(len(samples), batch_size)]
     return torch.cat(answers).float().cpu()
 
 
@@ -247,7 +247,7 @@ def _mixed_again(before: Adapted, learned: nn.Module, samples: Samples, batch_si
     """What was learned with batch statistics must hold with mixed ones too; else the model before, and why."""
     same = Norm(weights=(before.facts.get("weight", 0.0),))  # the shift is still that to which it was chosen
     after = same.adapt(learned, samples, batch_size=batch_size).model
-    start, now = (logits_of(model, samples, batch_size) for model in (before.model, after))
+    start, now = (predictions_of(model, samples, batch_size) for model in (before.model, after))
     worse = collapse(start, now, task_of(learned))
     return (before.model, f"rolled back, for with mixed statistics {worse}") if worse else (after, "")
 

@@ -15,7 +15,7 @@ from ttmpd.adapt.base import Adapted
 from ttmpd.data.samples import Samples
 from ttmpd.method import check_fields
 from ttmpd.models.modules import clone, module_at
-from ttmpd.models.run import call, evaluating, logits_of
+from ttmpd.models.run import evaluating, predict, predictions_of
 from ttmpd.models.taps import find_head
 from ttmpd.quality.calibration import fit_temperature
 from ttmpd.records import Unit
@@ -120,7 +120,7 @@ def _temperature(model: nn.Module, samples: Samples, left_out: Sequence[Unit], b
 
     A part lacks one of the units. It takes the statistics of the batch: those that are held suit the whole alone.
     """
-    whole, found = logits_of(model, samples, batch_size), []
+    whole, found = predictions_of(model, samples, batch_size), []
     for unit in left_out:
         with skipped(model, (unit,)):
             part = answers_by(model, samples, batch_size, batch_statistics=True)
@@ -135,9 +135,9 @@ def _divided(model: nn.Module, samples: Samples, temperature: float) -> nn.Modul
     if path is None:
         return None
     with evaluating(model), torch.no_grad():
-        before = call(model, batch)
+        before = predict(model, batch)
         for parameter in module_at(model, path).parameters():
             parameter.div_(temperature)
         # A weight that is shared, or a norm of weights, would make it something else.
-        same = torch.allclose(call(model, batch) * temperature, before, rtol=1e-3, atol=1e-3)
+        same = torch.allclose(predict(model, batch) * temperature, before, rtol=1e-3, atol=1e-3)
     return model if same else None

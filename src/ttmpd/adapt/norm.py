@@ -10,7 +10,7 @@ from ttmpd.adapt.base import Adapted, Adapter
 from ttmpd.data.samples import Samples
 from ttmpd.method import check_range
 from ttmpd.models.modules import clone
-from ttmpd.models.run import evaluating, logits_of
+from ttmpd.models.run import evaluating, predictions_of
 from ttmpd.progress import track
 from ttmpd.training.task import task_of
 
@@ -55,7 +55,7 @@ class Norm(Adapter):
         found: dict[float, float] = {}
         for weight in track(self.weights, "adapt", len(self.weights)):
             _load(adapted, source, data, weight)
-            found[weight] = float(task.information(logits_of(adapted, few, batch_size)))
+            found[weight] = float(task.information(predictions_of(adapted, few, batch_size)))
         best = max(found, key=lambda w: found[w])
         _load(adapted, source, data, best)
         note = f"normalisation statistics mixed, {best:.0%} from {len(few)} samples"

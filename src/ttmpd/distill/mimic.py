@@ -12,7 +12,7 @@ from ttmpd.distill.base import Distiller, Work
 from ttmpd.errors import UnsupportedError
 from ttmpd.method import check_fields
 from ttmpd.models.modules import to_fast_format, to_plain_format
-from ttmpd.models.run import evaluating, logits_of
+from ttmpd.models.run import evaluating, predictions_of
 from ttmpd.models.taps import find_feature_tap, read
 from ttmpd.training.freeze import freeze_head
 from ttmpd.training.loop import Fit, Loop, Schedule, batch_order, train
@@ -46,7 +46,7 @@ class Mimic(Distiller):
         tap = find_feature_tap(teacher, few)
         if tap is None:
             raise UnsupportedError("mimic needs a model with one linear head behind its features; use one_time")
-        kept = logits_of(teacher, held_out, work.batch_size)
+        kept = predictions_of(teacher, held_out, work.batch_size)
         return Targets(
             tap=tap, features=None, logits=torch.empty(0), feature_variance=1.0, held_out=kept, teacher=teacher
         )

@@ -15,7 +15,7 @@ from ttmpd.distill.base import Distiller, Work
 from ttmpd.method import check_fields
 from ttmpd.models.batch_size import samples_that_fit
 from ttmpd.models.modules import has_batch_norm, to_fast_format, to_plain_format
-from ttmpd.models.run import call, evaluating, logits_of
+from ttmpd.models.run import evaluating, predict, predictions_of
 from ttmpd.models.taps import find_feature_tap, tapped
 from ttmpd.models.tokens import answers_until
 from ttmpd.progress import track
@@ -119,7 +119,7 @@ class OneTime(Distiller):
                     store.write(view, int(places[start]), *_answers(teacher, batch, tap))
         features, logits = store.finish()
         first = features[0] if features is not None else logits[0]
-        kept = logits_of(teacher, held_out, work.batch_size)
+        kept = predictions_of(teacher, held_out, work.batch_size)
         return Targets(
             tap=tap, features=features, logits=logits, feature_variance=feature_variance(first), held_out=kept
         )
@@ -203,7 +203,7 @@ class OneTime(Distiller):
         device = batch.device
         taps = {"f": targets.tap} if targets.tap is not None else {}
         with tapped(student, taps) as seen:
-            logits = call(student, batch)
+            logits = predict(student, batch)
         wanted = targets.logits[view, place].to(device)
         loss = self.soft_weight * task_of(student).loss(logits, wanted, self.temperature)
         if targets.features is not None:
@@ -247,5 +247,5 @@ def _answers_of(view: Tensor, sample: Tensor, places: Tensor) -> tuple[Tensor, T
 
 def _answers(teacher: nn.Module, batch: Tensor, tap: Tap | None) -> tuple[Tensor | None, Tensor]:
     with tapped(teacher, {"f": tap} if tap is not None else {}) as seen:
-        logits = call(teacher, batch)
+        logits = predict(teacher, batch)
     return seen.get("f"), logits

@@ -12,7 +12,7 @@ from ttmpd.early_exit.base import EarlyExit, Equipped
 from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_fields, check_range
 from ttmpd.models.modules import clone
-from ttmpd.models.run import call, evaluating
+from ttmpd.models.run import evaluating, predict
 from ttmpd.progress import track
 from ttmpd.quality.calibration import calibration_error, fit_temperature
 from ttmpd.surgery.exits.model import EarlyExitModel, ExitHead
@@ -80,7 +80,7 @@ class RightTool(EarlyExit):
         first_samples = samples.trimmed(slice(0, 5), device)
         places, fixed = find_places(model, first_samples)
         with evaluating(model):
-            n_classes = call(model, first_samples).shape[-1]
+            n_classes = predict(model, first_samples).shape[-1]
         if labels is not None:
             _check_labels(labels, len(samples), n_classes)
         spec = exits_at(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ttmpd.latency.timing import Timings, time_models
 from ttmpd.models.modules import prefers_channels_last
-from ttmpd.models.run import call, evaluating
+from ttmpd.models.run import evaluating, predict
 from ttmpd.records import UNCHANGED, Lossless
 from ttmpd.runtimes.base import Runtime
 from ttmpd.runtimes.eager import Eager
@@ -70,9 +70,9 @@ def _without_changes(timings: Timings) -> tuple[Lossless, Timings]:
 def _same(model: nn.Module, other: nn.Module, batch: Tensor) -> bool:
     """Whether both answer alike; not where the other does not run, as with code that views its tensors."""
     with evaluating(model), evaluating(other):
-        wanted = call(model, batch)
+        wanted = predict(model, batch)
         try:
-            found = call(other, batch)
+            found = predict(other, batch)
         except RuntimeError:
             return False
     return bool(torch.allclose(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())))

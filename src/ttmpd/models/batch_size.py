@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ttmpd.models.run import call, evaluating
+from ttmpd.models.run import evaluating, predict
 
 
 def stored_bytes(loss: Callable[[], Tensor]) -> int:
@@ -39,5 +39,5 @@ def samples_that_fit(model: nn.Module, few: Tensor, wanted: int) -> int:
         wanted: so many if there is room.
     """
     with evaluating(model, gradients=True):
-        each = stored_bytes(lambda: call(model, few).sum()) // len(few)
+        each = stored_bytes(lambda: predict(model, few).sum()) // len(few)
     return min(wanted, max(1, activation_limit(few.device) // max(1, each)))

@@ -13,12 +13,12 @@ from ttmpd.errors import ModelError
 from ttmpd.models.tokens import answered, carried_task
 
 
-def logits_of(model: nn.Module, samples: Samples, batch_size: int) -> Tensor:
+def predictions_of(model: nn.Module, samples: Samples, batch_size: int) -> Tensor:
     """(N, n_classes) logits of all samples, in eval mode, on the CPU."""
     device = next(model.parameters()).device
     with evaluating(model):
         batches = samples.batches(batch_size, device)
-        answers = [call(model, batch).float().cpu() for batch in batches]
+        answers = [predict(model, batch).float().cpu() for batch in batches]
     return torch.cat(answers) if answers else torch.empty(0)
 
 
@@ -62,7 +62,7 @@ def first_tensor(value: Any) -> Tensor | None:
     return None
 
 
-def call(model: nn.Module, batch: Tensor) -> Tensor:
+def predict(model: nn.Module, batch: Tensor) -> Tensor:
     """The model's predictions for a batch as its task reads them, (rows, values): of classes the logits.
 
     Of a model that answers each token, (M, n_classes): sample by sample those that count, see

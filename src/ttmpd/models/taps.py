@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.models.modules import hooks, module_at
-from ttmpd.models.run import StopForwardError, call, evaluating, first_tensor
+from ttmpd.models.run import StopForwardError, evaluating, first_tensor, predict
 from ttmpd.models.tokens import answered
 from ttmpd.records import Tap
 
@@ -91,7 +91,7 @@ def _head_tap(model: nn.Module, batch: Tensor) -> Tap | None:
         for name, m in leaves.items()
     ]
     with evaluating(model), hooks([*handles, _noting_places(model, place)]):
-        logits = call(model, batch)
+        logits = predict(model, batch)
     for name in reversed(answers):
         found = answers[name]
         if found is None:

@@ -12,7 +12,7 @@ from ttmpd.latency.device import choose_device
 from ttmpd.models.modules import to_fast_format, to_plain_format
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
-from ttmpd.models.run import logits_of
+from ttmpd.models.run import predictions_of
 from ttmpd.pipeline.analysis import open_pool, source_of, split, step_size
 from ttmpd.pipeline.report_data import collect_adapted
 from ttmpd.pipeline.settings import settings_of
@@ -57,7 +57,7 @@ def adapt_to(
     start = time.perf_counter()
     adapted = chosen.adapt.adapt(source, few[0], batch_size=step_size(source, few[0], chosen), seed=chosen.seed)
     seconds = time.perf_counter() - start
-    before, after = (logits_of(net, few[1], chosen.batch_size) for net in (source, adapted.model))
+    before, after = (predictions_of(net, few[1], chosen.batch_size) for net in (source, adapted.model))
     facts = collect_adapted(opened, source, adapted, few, chosen, (before, after), seconds)
     net = to_plain_format(adapted.model).cpu().eval()
     found = Result(net, Plan((), 0.0, 0.0, 0.0, 0.0), facts, few[0].ids + few[1].ids, opened, kind="adapted")

@@ -23,7 +23,7 @@ from ttmpd.latency.timing import Timings
 from ttmpd.models.modules import to_plain_format
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
-from ttmpd.models.run import logits_of
+from ttmpd.models.run import predictions_of
 from ttmpd.pipeline.analysis import Ready, get_ready, open_pool, selected, split
 from ttmpd.pipeline.candidates import Waypoint, walk
 from ttmpd.pipeline.planning import TOLERANCE, Attempt, Planned, make_plan, needed_ms
@@ -223,10 +223,10 @@ def finish(ready: Ready, planned: Planned, start: Start, stages: Stages, work: W
     if plan.removals:
         fit, teacher_logits = _distill(ready, start, planned, work, stages)
     else:
-        fit, teacher_logits = NOTHING_TO_FIT, logits_of(ready.teacher, ready.held_out, ready.pass_size)
+        fit, teacher_logits = NOTHING_TO_FIT, predictions_of(ready.teacher, ready.held_out, ready.pass_size)
     how = present(start.student, ready.lossless)
     student = apply(to_plain_format(start.student), how)
-    final = logits_of(student, ready.held_out, ready.pass_size)
+    final = predictions_of(student, ready.held_out, ready.pass_size)
     with stages.timed("measure", key):
         unpruned = applied(ready.source, ready.lossless) if ready.lossless != UNCHANGED and plan.removals else None
         rounds = compare(ready.source, student, ready.batch, unpruned=unpruned, runtime=ready.settings.runtime)
@@ -315,10 +315,10 @@ def _repaired(ready: Ready, plan: Plan, stages: Stages, key: str) -> nn.Module:
 
 
 def _starts(ready: Ready, students: Sequence[nn.Module]) -> list[Start]:
-    answers = [logits_of(student, ready.held_out, ready.pass_size) for student in students]
+    answers = [predictions_of(student, ready.held_out, ready.pass_size) for student in students]
     if not len(ready.held_out):
         return [Start(student, logits, 1.0) for student, logits in zip(students, answers, strict=True)]
-    wanted = logits_of(ready.teacher, ready.held_out, ready.pass_size)
+    wanted = predictions_of(ready.teacher, ready.held_out, ready.pass_size)
     task = task_of(ready.teacher)
     return [
         Start(student, logits, task.agreement(logits, wanted))

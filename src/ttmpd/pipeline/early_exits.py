@@ -18,7 +18,7 @@ from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.latency.device import choose_device
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
-from ttmpd.models.run import logits_of
+from ttmpd.models.run import predictions_of
 from ttmpd.pipeline import defaults
 from ttmpd.pipeline.analysis import PASS_SIZE, open_pool, pass_size, source_of, split
 from ttmpd.pipeline.exit_choice import ThresholdChoice, choose, fitted, time_exits
@@ -103,7 +103,7 @@ def add_early_exits(
         "target": str(target),
         "seconds": {"exits": trained - start, "measure": time.perf_counter() - trained},
     }
-    logits = (before, logits_of(equipped.model, few[1], PASS_SIZE))
+    logits = (before, predictions_of(equipped.model, few[1], PASS_SIZE))
     facts = collect_exits(
         opened, source, equipped.model, few, chosen, found=found, rounds=choice.timings, plan=plan, logits=logits
     )

@@ -20,7 +20,7 @@ from ttmpd.latency.device import choose_device
 from ttmpd.method import check_range, method_of
 from ttmpd.models.modules import clone, has_nan
 from ttmpd.models.opened import OpenedModel
-from ttmpd.models.run import logits_of
+from ttmpd.models.run import predictions_of
 from ttmpd.models.tokens import followers
 from ttmpd.progress import tell
 from ttmpd.quality.agreement import Agreement, agreement
@@ -283,7 +283,7 @@ def _checked(labels: Tensor, answers: Sequence[Tensor], source: str) -> Tensor:
 
 
 def _answers(net: nn.Module, samples: Samples, batch_size: int) -> Tensor:
-    logits = logits_of(net, samples, batch_size)
+    logits = predictions_of(net, samples, batch_size)
     if has_nan(logits):
         raise ModelError(f"{type(net).__name__} must predict finite values for each sample, but got NaN or infinity")
     return logits

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.models.modules import stubbed
-from ttmpd.models.run import call, evaluating
+from ttmpd.models.run import evaluating, predict
 from ttmpd.models.taps import find_feature_tap, read, tapped
 from ttmpd.models.tokens import answers_until
 from ttmpd.progress import track
@@ -124,7 +124,7 @@ def _observe(
     if tap is not None:
         taps["\0features"] = tap
     with tapped(model, taps) as seen:
-        logits = call(model, batch)
+        logits = predict(model, batch)
     features = seen.pop("\0features", logits)
     return seen, features.flatten(1).float(), logits
 
@@ -192,11 +192,11 @@ def skippable(teacher: nn.Module, units: Sequence[Unit], batch: Tensor) -> froze
     proven = set()
     with evaluating(teacher):
         seen = read(teacher, batch, {unit.id: Tap(unit.path, "output") for unit in units})
-        logits = call(teacher, batch)
+        logits = predict(teacher, batch)
         for number, unit in enumerate(units):
             given = seen[unit.id]
             with stubbed(teacher, tail_stubs(units[:number], unit, given)):
-                if torch.allclose(call(teacher, batch), logits, rtol=1e-4, atol=1e-4):
+                if torch.allclose(predict(teacher, batch), logits, rtol=1e-4, atol=1e-4):
                     proven.add(unit.id)
     return frozenset(proven)
 

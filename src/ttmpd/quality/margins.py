@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.method import check_fields, check_range
-from ttmpd.models.run import call, evaluating
+from ttmpd.models.run import evaluating, predict
 from ttmpd.progress import track
 
 NORMS = ("l2", "linf")
@@ -199,7 +199,7 @@ class _DeepFool:
 
     def _gaps(self, here: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """(b, K) how far each rival's logit lies above the own one, and (b,) what of it may be rounding."""
-        logits = call(self.model, here)
+        logits = predict(self.model, here)
         if not logits.requires_grad:
             raise UnsupportedError(
                 f"{type(self.model).__name__} must have answers that can be differentiated by its inputs, but has "
@@ -220,7 +220,7 @@ def _differentiated(model: nn.Module) -> Iterator[None]:
 
 def _answers(model: nn.Module, batch: Tensor) -> Tensor:
     with torch.no_grad():
-        return call(model, batch)
+        return predict(model, batch)
 
 
 def _rivals(logits: Tensor, target: Tensor, classes: int) -> Tensor:

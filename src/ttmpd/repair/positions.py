@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.data.tokenization import trimmed
-from ttmpd.models.run import call, evaluating
+from ttmpd.models.run import evaluating, predict
 from ttmpd.models.taps import find_feature_tap, tapped
 from ttmpd.records import Place, Tap
 
@@ -48,7 +48,7 @@ def sensitivities(model: nn.Module, units: Sequence[Place], samples: Samples, se
         generator = torch.Generator().manual_seed(seed)
         energies = {unit.id: torch.zeros(_count(unit)) for unit in units}
         for part in few.batches(_AT_ONCE, device):
-            logits = call(model, part)
+            logits = predict(model, part)
             final = seen.get("\0features", logits)
             signs = torch.randint(0, 2, final.shape, generator=generator).to(final) * 2 - 1
             answers = [seen[unit.id] for unit in units]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.method import Method, check_range
-from ttmpd.models.run import call, evaluating
+from ttmpd.models.run import evaluating, predict
 from ttmpd.models.taps import find_feature_tap, tapped
 from ttmpd.models.tokens import answered
 from ttmpd.progress import track
@@ -125,6 +125,6 @@ def answers(teacher: nn.Module, pool: Samples, tap: Tap | None, batch_size: int)
     n_batches = math.ceil(len(pool) / batch_size)
     with evaluating(teacher), tapped(teacher, taps) as seen:
         for batch in track(pool.batches(batch_size, device), "select", n_batches):
-            logits.append(call(teacher, batch).float().cpu())
+            logits.append(predict(teacher, batch).float().cpu())
             features.append(seen["features"].flatten(1).float().cpu() if tap else logits[-1])
     return torch.cat(logits), torch.cat(features)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.method import check_fields
-from ttmpd.models.run import logits_of
+from ttmpd.models.run import predictions_of
 from ttmpd.select.base import Selector, highest
 from ttmpd.training.losses import entropy
 from ttmpd.training.test_time import Selection, redundancy_for
@@ -39,7 +39,7 @@ class Reliable(Selector):
 
         Cost: one forward pass per sample.
         """
-        logits = logits_of(teacher, pool, batch_size)
+        logits = predictions_of(teacher, pool, batch_size)
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
         passed = self._passing(logits[order].float().softmax(-1), n)
         chosen: list[int] = order[passed].tolist()

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
-from ttmpd.models.run import logits_of
+from ttmpd.models.run import predictions_of
 from ttmpd.select.base import Selector, error_norm, highest
 
 
@@ -22,4 +22,4 @@ class EL2N(Selector):
         self, teacher: nn.Module, pool: Samples, n: int, labels: Tensor | None, *, batch_size: int, seed: int
     ) -> Iterable[int]:
         """Cost: one forward pass per sample."""
-        return highest(error_norm(logits_of(teacher, pool, batch_size), labels), n)
+        return highest(error_norm(predictions_of(teacher, pool, batch_size), labels), n)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ttmpd.data.samples import Samples
 from ttmpd.method import check_fields
 from ttmpd.models.modules import clone
-from ttmpd.models.run import call, evaluating, logits_of
+from ttmpd.models.run import evaluating, predict, predictions_of
 from ttmpd.progress import track
 from ttmpd.select.base import Selector, classes_of, highest
 
@@ -44,7 +44,7 @@ class Forgetting(Selector):
         self, teacher: nn.Module, pool: Samples, n: int, labels: Tensor | None, *, batch_size: int, seed: int
     ) -> Iterable[int]:
         """Cost: ``epochs`` forward and backward passes per sample, and one forward pass."""
-        logits = logits_of(teacher, pool, batch_size)
+        logits = predictions_of(teacher, pool, batch_size)
         classes = classes_of(logits, labels)
         known = torch.isfinite(logits).all(-1)
         copy = clone(teacher)
@@ -78,7 +78,7 @@ class Forgetting(Selector):
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor, classes: Tensor) -> Tensor:
     """The logits from before the step, on the CPU. No step is made where its gradient is not finite."""
-    logits = call(model, batch).float()
+    logits = predict(model, batch).float()
     optimizer.zero_grad(set_to_none=True)
     F.cross_entropy(logits, classes).backward()  # type: ignore[no-untyped-call]
     if bool(torch.isfinite(nn.utils.clip_grad_norm_(model.parameters(), 1.0))):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ttmpd.data.samples import Samples
 from ttmpd.latency.timing import forward_call, interleaved
 from ttmpd.models.modules import has_nan
-from ttmpd.models.run import call
+from ttmpd.models.run import predict
 from ttmpd.serving.policy import Policy
 
 
@@ -70,7 +70,7 @@ def logits_on(model: nn.Module, samples: Samples | Tensor, batch_size: int = 64)
     device = device_of(model)
     batches = samples.batches(batch_size, device) if isinstance(samples, Samples) else torch.split(samples, batch_size)
     with torch.no_grad():
-        return torch.cat([call(model, batch.to(device)).float().cpu() for batch in batches])
+        return torch.cat([predict(model, batch.to(device)).float().cpu() for batch in batches])
 
 
 def device_of(model: nn.Module) -> torch.device:

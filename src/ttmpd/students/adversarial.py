@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.method import check_range
-from ttmpd.models.run import call, evaluating
+from ttmpd.models.run import evaluating, predict
 from ttmpd.quality.margins import NORMS, RULES, per_row, row_norms
 from ttmpd.training.losses import soft_label_loss
 
@@ -121,7 +121,7 @@ def pgd_loss(
     moved = attacked(
         model, batch, lambda logits: F.cross_entropy(logits, labels), radius=radius, attack=attack, pixels=pixels
     )
-    return F.cross_entropy(call(model, moved), labels)
+    return F.cross_entropy(predict(model, moved), labels)
 
 
 def trades_loss(
@@ -135,14 +135,14 @@ def trades_loss(
     KL(f(x) || f(x')).
     """
     if attack.beta == 0:
-        return F.cross_entropy(call(model, batch), labels)
+        return F.cross_entropy(predict(model, batch), labels)
     with evaluating(model):
-        here = call(model, batch)
+        here = predict(model, batch)
     moved = attacked(
         model, batch, lambda logits: soft_label_loss(logits, here), radius=radius, attack=attack, pixels=pixels
     )
-    logits = call(model, batch)
-    return F.cross_entropy(logits, labels) + attack.beta * soft_label_loss(call(model, moved), logits)
+    logits = predict(model, batch)
+    return F.cross_entropy(logits, labels) + attack.beta * soft_label_loss(predict(model, moved), logits)
 
 
 def adversarial_loss(
@@ -158,7 +158,7 @@ def _slope(
 ) -> Tensor:
     """Gradient of the objective by the pixels; 0 where it is not finite."""
     here = step.detach().requires_grad_()
-    value = objective(call(model, batch + here / pixels.std))
+    value = objective(predict(model, batch + here / pixels.std))
     if not value.requires_grad:
         raise UnsupportedError(
             f"{type(model).__name__} must have answers that can be differentiated by its inputs, but has none; train "

@@ -20,7 +20,7 @@ from ttmpd.method import check_range
 from ttmpd.models.modules import clone
 from ttmpd.models.open import is_rebuildable
 from ttmpd.models.opened import OpenedModel
-from ttmpd.models.run import logits_of
+from ttmpd.models.run import predictions_of
 from ttmpd.pipeline.evaluate import Accuracy
 from ttmpd.quality.agreement import agreement
 from ttmpd.records import Plan
@@ -138,7 +138,7 @@ def _accuracy(model: nn.Module, samples: Samples, truth: Tensor) -> Accuracy | N
     """Share of right answers with its Wilson interval; None without samples."""
     if not len(samples):
         return None
-    right = int((logits_of(model, samples, 64).argmax(-1) == truth).sum())
+    right = int((predictions_of(model, samples, 64).argmax(-1) == truth).sum())
     found = agreement(right, len(samples))
     return Accuracy(found.share, found.low, found.high, found.n_samples)
 

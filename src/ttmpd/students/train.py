@@ -15,7 +15,7 @@ from ttmpd.data.samples import Samples
 from ttmpd.data.views import fixed_view
 from ttmpd.errors import InvalidValueError, ModelError
 from ttmpd.models.modules import clone, has_nan, to_fast_format, to_plain_format
-from ttmpd.models.run import call, logits_of
+from ttmpd.models.run import predict, predictions_of
 from ttmpd.pipeline.stages import Stages
 from ttmpd.storage import fingerprint, weights_fingerprint
 from ttmpd.students.adversarial import adversarial_loss, pixels_of
@@ -168,7 +168,7 @@ def _count(samples: Samples, teacher_samples: Samples, labels: Tensor, fraction:
 
 def _check_classes(labels: Tensor, models: list[tuple[nn.Module, Samples]]) -> None:
     """Student, teacher and labels must speak of the same classes."""
-    outputs = [logits_of(model, samples.first(2), 2).shape[-1] for model, samples in models]
+    outputs = [predictions_of(model, samples.first(2), 2).shape[-1] for model, samples in models]
     if len(set(outputs)) > 1:
         raise InvalidValueError(
             f"student and teacher must have the same classes, but have {outputs[0]} and {outputs[1]} outputs; choose a "
@@ -213,7 +213,7 @@ def _fit(student: nn.Module, training_set: DistillationSet, recipe: Recipe, stat
     to_fast_format(student).train()
     fit = train(student, loss_at, recipe.schedule, Loop(state=state, stage="train"))
     to_plain_format(student).eval()
-    if has_nan(logits_of(student, training_set.samples.first(recipe.batch), recipe.batch)):
+    if has_nan(predictions_of(student, training_set.samples.first(recipe.batch), recipe.batch)):
         raise ModelError(
             f"training must end with finite answers, but {type(student).__name__} ran away at a learning rate of "
             f"{recipe.lr:g}; lower lr"
@@ -230,12 +230,12 @@ def _loss(student: nn.Module, training_set: DistillationSet, recipe: Recipe) -> 
         labels = training_set.labels[index].to(device)
         answers = None if training_set.answers is None else training_set.answers[view, index].to(device)
         if recipe.attack is None or training_set.radius is None:
-            return distillation_loss(call(student, batch), labels, answers, training_set.alpha, recipe.temperature)
+            return distillation_loss(predict(student, batch), labels, answers, training_set.alpha, recipe.temperature)
         radius = training_set.radius[index]
         hard = adversarial_loss(student, batch, labels, radius=radius, attack=recipe.attack, pixels=pixels)
         if answers is None:
             return hard
-        soft = soft_label_loss(call(student, batch), answers, recipe.temperature)
+        soft = soft_label_loss(predict(student, batch), answers, recipe.temperature)
         return (1 - training_set.alpha) * hard + training_set.alpha * soft
 
     return loss_of

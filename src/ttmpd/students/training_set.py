@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.data.views import fixed_view
-from ttmpd.models.run import call, evaluating
+from ttmpd.models.run import evaluating, predict
 from ttmpd.pipeline.stages import Stages
 from ttmpd.progress import track
 from ttmpd.quality.margins import DeepFoolConfig, margins, radii
@@ -131,7 +131,7 @@ def _answers(teacher: nn.Module, samples: Samples, n_views: int, recipe: Recipe,
             for start in track(starts, f"teacher view {view + 1}/{n_views}", len(starts)):
                 index = torch.arange(start, min(start + recipe.batch, n))
                 batch = fixed_view(samples.trimmed(index, device), index, view, recipe.seed, n)
-                store.write(view, start, None, call(teacher, batch))
+                store.write(view, start, None, predict(teacher, batch))
     logits = store.finish()[1]
     save_targets(Targets(tap=None, features=None, logits=logits, feature_variance=1.0, held_out=torch.empty(0)), folder)
     return logits

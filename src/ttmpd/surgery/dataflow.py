@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ttmpd.models.modules import hooks
-from ttmpd.models.run import call, evaluating
+from ttmpd.models.run import evaluating, predict
 from ttmpd.surgery.layers import answers_plainly, is_convolution, is_layer, kernel_area
 
 ADDING = {"add", "add_", "__add__", "__radd__", "__iadd__"}
@@ -110,7 +110,7 @@ def layers_of(model: nn.Module, batch: Tensor) -> dict[str, Layer]:
         handles.append(module.register_forward_pre_hook(lambda _m, _a, p=path: flow.stack.append(p)))
         handles.append(module.register_forward_hook(lambda m, a, out, p=path: after(p, m, a, out)))
     with evaluating(model), hooks(handles), flow:
-        call(model, batch)
+        predict(model, batch)
     return {path: _layer(path, fits[0], answers) for path, fits in plain.items() if len(fits) == 1}
 
 

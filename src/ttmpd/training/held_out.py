@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
-from ttmpd.models.run import logits_of
+from ttmpd.models.run import predictions_of
 from ttmpd.training.loop import SHOWN, Check
 from ttmpd.training.task import task_of
 from ttmpd.training.teacher_outputs import Targets
@@ -21,7 +21,7 @@ def held_out_check(
     task = task_of(student)
 
     def check() -> Check:
-        logits = logits_of(student, held_out, batch_size)
+        logits = predictions_of(student, held_out, batch_size)
         alike, loss = task.agreement(logits, targets.held_out), task.held_out_loss(logits, targets.held_out)
         return Check(alike, loss, len(held_out))
 

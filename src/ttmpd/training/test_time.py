@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
 from ttmpd.models.norms import learning, norm_parameters
-from ttmpd.models.run import call, logits_of
+from ttmpd.models.run import predict, predictions_of
 from ttmpd.training.losses import entropy_of
 
 OPTIMIZERS = ("adam", "sgd")
@@ -32,7 +32,7 @@ def pieces(n_samples: int, batch: int) -> tuple[Tensor, ...]:
 
 def n_classes(model: nn.Module, samples: Samples) -> int:
     """How many classes the model tells apart, seen by running a sample."""
-    return logits_of(model, samples.first(1), 1).shape[-1]
+    return predictions_of(model, samples.first(1), 1).shape[-1]
 
 
 def redundancy_for(n_classes: int) -> float:
@@ -118,7 +118,7 @@ def anchor(model: nn.Module, samples: Samples, batch: int, batch_statistics: boo
     total = [torch.zeros_like(p) for p in parameters]
     with learning(model, batch_statistics):
         for index in pieces(len(samples), batch):
-            logits = call(model, samples.trimmed(index, parameters[0].device))
+            logits = predict(model, samples.trimmed(index, parameters[0].device))
             loss = F.cross_entropy(logits, logits.detach().argmax(-1))
             for summed, gradient in zip(total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
                 summed += 0 if gradient is None else gradient.square()
@@ -212,7 +212,7 @@ class Adaptation:
 
     def _run(self, batch: Tensor) -> Tensor:
         self.n_forward += len(batch)
-        return call(self.model, batch)
+        return predict(self.model, batch)
 
     def _learn_from(self, batch: Tensor, before: Tensor, chosen: Tensor) -> None:
         self.n_selected += len(chosen)

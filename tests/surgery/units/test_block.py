@@ -10,7 +10,7 @@ from torch import nn
 
 from ttmpd.errors import InvalidValueError, ModelError
 from ttmpd.models.modules import count_parameters, replace_module
-from ttmpd.models.run import call
+from ttmpd.models.run import predict
 from ttmpd.surgery.cut import check_units
 from ttmpd.surgery.masks import skipped
 from ttmpd.surgery.reasons import Reason
@@ -246,9 +246,9 @@ def masked_equals_cut(model: nn.Module, batch: torch.Tensor = ROWS) -> None:
     for chosen in [(unit,) for unit in units] + [units]:
         cut = BLOCK.cut(model, chosen)
         with torch.no_grad(), skipped(model, chosen):
-            masked = call(model, batch)
+            masked = predict(model, batch)
         with torch.no_grad():
-            assert torch.allclose(call(cut, batch), masked, atol=1e-6)
+            assert torch.allclose(predict(cut, batch), masked, atol=1e-6)
 
 
 def test_residual_blocks_of_rows():

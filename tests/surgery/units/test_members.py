@@ -15,7 +15,7 @@ from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
 from ttmpd.models.modules import count_parameters
 from ttmpd.models.opened import OpenedModel
-from ttmpd.models.run import call, first_tensor
+from ttmpd.models.run import first_tensor, predict
 from ttmpd.records import Plan, Removal
 from ttmpd.repair.sequential import repaired
 from ttmpd.surgery.cut import check_units, cut
@@ -134,21 +134,21 @@ def test_masked_equals_cut(name):
     assert len(silent) == (0 if name == "gpt2" else FAMILIES[name][0])  # whose Conv1D cannot read nothing
     units = [unit for some in found for unit in some]
     with torch.no_grad():
-        whole = call(model, batch)
+        whole = predict(model, batch)
     for choose in (lambda n: range(0, n, 2), lambda n: range(n // 2, n), lambda n: [n - 1], lambda _: []):
         # Without any member where that is offered: whole attentions and whole MLPs go.
         kept = {u: tuple(choose(u.n_members)) for u in units}
         removals = [Removal(u, "narrow", kept[u] if kept[u] or 0 in u.widths else (0,)) for u in units]
         student = cut(model, removals)
         with torch.no_grad(), masked(model, {r.unit: mask_of(r.unit, r.kept) for r in removals}):
-            wanted = call(model, batch)
+            wanted = predict(model, batch)
         with torch.no_grad():
-            assert torch.allclose(call(student, batch), wanted, atol=1e-5)
+            assert torch.allclose(predict(student, batch), wanted, atol=1e-5)
         gone = sum(r.unit.n_params * (1 - len(r.kept) / r.unit.n_members) for r in removals)
         assert count_parameters(model) - count_parameters(student) == pytest.approx(gone)
         assert not torch.allclose(wanted, whole, atol=1e-5)
     with torch.no_grad():
-        assert torch.equal(call(model, batch), whole)
+        assert torch.equal(predict(model, batch), whole)
 
 
 def narrowed_by_half(name: str) -> tuple[nn.Module, tuple[Removal, ...]]:
@@ -175,7 +175,7 @@ def test_cut_models_export(name):
     program = torch.export.export(student, (batch,)).module()
     with torch.no_grad():
         answer = first_tensor(program(batch))
-        assert torch.allclose(answer, call(student, batch), atol=1e-5)
+        assert torch.allclose(answer, predict(student, batch), atol=1e-5)
 
 
 FRESH = """
@@ -189,7 +189,7 @@ answers = {}
 for folder in Path(sys.argv[2]).iterdir():
     with torch.no_grad():
         net = families.family(folder.name)
-        answers[folder.name] = families.call(ttmpd.load(folder, model=net), families.example(net, folder.name))
+        answers[folder.name] = families.predict(ttmpd.load(folder, model=net), families.example(net, folder.name))
 save_file(answers, sys.argv[3])
 """
 
@@ -204,7 +204,7 @@ def test_artifacts_of_all_families_load_in_a_fresh_process(tmp_path):
             opened=OpenedModel(model, "", False), sample_ids=samples.ids, facts={},
         ).save(tmp_path / "made" / name)  # fmt: skip
         with torch.no_grad():
-            wanted[name] = call(student, samples.inputs)
+            wanted[name] = predict(student, samples.inputs)
     command = [sys.executable, "-c", FRESH, __file__, str(tmp_path / "made"), str(tmp_path / "answers.safetensors")]
     subprocess.run(command, check=True, capture_output=True)
     found = load_file(tmp_path / "answers.safetensors")
@@ -318,7 +318,7 @@ def test_a_narrowed_model_can_be_narrowed_again():
     second = find_units(student, tiny_tokens(), ["head", "neuron"]).units
     assert [unit.n_members for unit in second] == [unit.n_members // 2 for unit in first]
     smaller = cut(student, [Removal(unit, "narrow", (0,)) for unit in second])
-    assert call(smaller, tiny_tokens()).shape == (4, 4)
+    assert predict(smaller, tiny_tokens()).shape == (4, 4)
 
 
 def test_units_of_another_model_are_refused():

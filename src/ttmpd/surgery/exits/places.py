@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ttmpd.errors import UnsupportedError
 from ttmpd.models.modules import module_at
-from ttmpd.models.run import call, evaluating
+from ttmpd.models.run import evaluating, predict
 from ttmpd.models.trace import ModuleCall, trace
 from ttmpd.records import DepthUnit, Layout
 from ttmpd.surgery.exits.model import EarlyExitModel
@@ -182,7 +182,7 @@ def proven(model: nn.Module, exits: Exits, batch: Tensor) -> Exits:
     whole = EarlyExitModel(model, exits, NEVER).eval()
     batch, end = _repeated(batch, 5), len(exits.exits)
     with evaluating(whole):
-        wanted = call(model, batch)
+        wanted = predict(model, batch)
         for number in range(end):
             # Two sizes on the way: what was cut once must be cut again.
             leaving = torch.tensor([number, end, min(number + 1, end), end, end], device=batch.device)

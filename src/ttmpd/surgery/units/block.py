@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ttmpd.errors import ModelError, first_line
 from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import count_parameters, has_nan, module_at, replace_module
-from ttmpd.models.run import call, evaluating, first_tensor
+from ttmpd.models.run import evaluating, first_tensor, predict
 from ttmpd.models.tiny import tiny_model
 from ttmpd.models.trace import ModuleCall, trace
 from ttmpd.records import Action, DepthUnit, Layout
@@ -283,7 +283,7 @@ def _works_without(model: nn.Module, unit: DepthUnit, batch: Tensor, refused: di
     drop(model, unit)
     try:
         with evaluating(model):
-            call(model, batch[:1])
+            predict(model, batch[:1])
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         refused[unit.path] = Refusal(Reason.NEEDED, first_line(error)[:120])
         return False
