@@ -41,7 +41,7 @@ def seconds(call: Callable[[], Any]) -> float:
 def run(name: str) -> dict[str, Any]:
     pixels, _ = cifar()
     opened = open_model(f"{DATA / 'zoo.py'}:{name}")
-    samples = open_samples(pixels, opened.preprocessing, n_samples=500)
+    samples = open_samples(pixels, opened.preprocessing, num_samples=500)
     teacher = to_fast_format(open_model(f"{DATA / 'zoo.py'}:{name}").module)
     units = Block().find(teacher, samples.batch(slice(0, 2))).units
     probes = [units[0], units[len(units) // 2], units[-1]]

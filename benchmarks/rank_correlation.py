@@ -170,7 +170,7 @@ def run(case: Case, only: Sequence[str]) -> tuple[list[dict[str, Any]], list[dic
     bench = Bench(case)
     scorers: dict[str, Scorer] = {
         "ttmpd": TTMPD(), "damage": Damage(), "magnitude": Magnitude(), "random": Random(),
-        "practise": Practise(steps=case.practise_steps, train_batch=case.batch),
+        "practise": Practise(steps=case.practise_steps, train_batch_size=case.batch),
     }  # fmt: skip
     rows = []
     for number, paths in enumerate(plans(bench.units, case.sizes)):

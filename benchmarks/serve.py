@@ -163,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--speedup", type=float, default=1.5)
-    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--num-samples", type=int, default=512)
     parser.add_argument("--shift", default="gaussian_noise", help="one of ttmpd.shifts.SHIFTS")
     parser.add_argument("--severity", type=int, default=3)
     parser.add_argument("--nice", type=int, default=10, help="by how much the worker's priority is lowered")
@@ -201,7 +201,7 @@ def run(
     with Load(alone, clean, per_second) as load:
         time.sleep(args.seconds)
     rows.append(row("model alone", load.calls, args.seconds))
-    settings = {"speedup": args.speedup, "samples": args.samples, "cooldown": 0.0, "nice": args.nice}
+    settings = {"speedup": args.speedup, "num_samples": args.num_samples, "cooldown": 0.0, "niceness": args.nice}
     with ttmpd.OnlineService(opened, **settings) as service:
         with Load(service, clean, per_second) as load:
             marks = follow(service, load, moved, args)

@@ -34,7 +34,7 @@ def device(request: pytest.FixtureRequest, quick_timing: None) -> Iterator[str]:
 
 
 def compressed(model: nn.Module, samples: Samples, device: str, **settings: Any) -> ttmpd.Result:
-    given = QUICK | {"distill": OneTime(steps=2, views=2, batch=8), "macs": 0.75, "device": device}
+    given = QUICK | {"distill": OneTime(steps=2, views=2, batch_size=8), "macs": 0.75, "device": device}
     return ttmpd.compress(model, samples.inputs.float() / 64, **given | settings)
 
 
@@ -84,7 +84,7 @@ def test_every_adapter(adapt: str, device: str) -> None:
 @pytest.mark.parametrize("score", names("score"))
 def test_every_scorer(score: str, device: str) -> None:
     kind = "neuron" if score == "kcm" else "block"
-    given = Practise(steps=2, train_batch=8) if score == "practise" else score
+    given = Practise(steps=2, train_batch_size=8) if score == "practise" else score
     assert compressed(*specimen(kind, 24), device, score=given).facts["units"]
 
 
@@ -127,7 +127,7 @@ def test_text(device: str, text_folder: Callable[[str], Path], sentences: Callab
     for name in ("distilbert", "llama"):
         opened = open_model(f"hf:{text_folder(name)}")
         found = ttmpd.compress(opened, sentences(24), macs=0.9, device=device,
-                               **QUICK | {"distill": OneTime(steps=2, views=1, batch=8)})  # fmt: skip
+                               **QUICK | {"distill": OneTime(steps=2, views=1, batch_size=8)})  # fmt: skip
         assert any(unit["action"] != "keep" for unit in found.facts["units"])
 
 

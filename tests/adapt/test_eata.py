@@ -108,7 +108,7 @@ def test_the_penalty_grows_with_the_squared_distance():
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("batch_statistics", [False, True])
 def test_without_selection_weights_and_anchor_it_is_tent(unguarded, optimizer, batch_statistics):
-    common = {"lr": 1e-3, "batch": 10, "epochs": 3, "optimizer": optimizer, "batch_statistics": batch_statistics}
+    common = {"lr": 1e-3, "batch_size": 10, "epochs": 3, "optimizer": optimizer, "batch_statistics": batch_statistics}
     eata = EATA(e0=INF, redundancy=INF, weighted=False, beta=0.0, **common)
     first, second = (m.adapt(tiny_model(), tiny_samples(40)) for m in (eata, Tent(**common)))
     assert furthest(first.model, tiny_model()) > 1e-4
@@ -119,7 +119,8 @@ def test_without_selection_weights_and_anchor_it_is_tent(unguarded, optimizer, b
 def test_a_heavy_anchor_holds(unguarded):
     model, samples = tiny_model(), tiny_samples(40)
     loose, tight = (
-        EATA(lr=1e-3, batch=10, beta=beta, e0=1.0, redundancy=INF).adapt(model, samples).model for beta in (0.0, 1e9)
+        EATA(lr=1e-3, batch_size=10, beta=beta, e0=1.0, redundancy=INF).adapt(model, samples).model
+        for beta in (0.0, 1e9)
     )
     assert furthest(loose, model) > 5e-3
     assert furthest(tight, model) < 2e-3  # Adam's first step, which comes before there is a distance
@@ -128,7 +129,7 @@ def test_a_heavy_anchor_holds(unguarded):
 @pytest.mark.parametrize(("batch_statistics", "e0"), [(False, 0.43), (True, 0.55)])
 def test_only_selected_samples_are_passed_backwards(unguarded, batch_statistics, e0):
     samples = tiny_samples(40)
-    common = {"beta": 0.0, "redundancy": INF, "batch": 10, "epochs": 2, "batch_statistics": batch_statistics}
+    common = {"beta": 0.0, "redundancy": INF, "batch_size": 10, "epochs": 2, "batch_statistics": batch_statistics}
     facts = EATA(e0=0.0, **common).adapt(tiny_model(), samples).facts
     assert facts["backward_per_sample"] == 0.0 and facts["selected_share"] == 0.0
     assert facts["forward_per_sample"] == 1 + 2  # the guard looks at the start and after every pass
@@ -139,7 +140,7 @@ def test_only_selected_samples_are_passed_backwards(unguarded, batch_statistics,
 
 
 def test_the_fisher_information_is_counted(unguarded):
-    samples, common = tiny_samples(40), {"e0": 0.5, "redundancy": INF, "batch": 10, "epochs": 2}
+    samples, common = tiny_samples(40), {"e0": 0.5, "redundancy": INF, "batch_size": 10, "epochs": 2}
     without, with_fisher = (EATA(beta=beta, **common).adapt(tiny_model(), samples).facts for beta in (0.0, 1e-9))
     assert with_fisher["backward_per_sample"] == pytest.approx(without["backward_per_sample"] + 1)
 

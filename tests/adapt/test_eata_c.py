@@ -85,7 +85,7 @@ def test_parts_are_drawn_by_seed_and_step():
 def test_it_learns_and_leaves_no_mask(unguarded):
     model, samples = tiny_model(), tiny_samples(40)
     with untouched(model, samples):
-        adapted = EATAC(e0=0.9, redundancy=9.0, batch=10, skip=0.5, batch_statistics=False).adapt(model, samples)
+        adapted = EATAC(e0=0.9, redundancy=9.0, batch_size=10, skip=0.5, batch_statistics=False).adapt(model, samples)
     mixed = Norm().adapt(model, samples).model
     changed = {k for k, v in adapted.model.state_dict().items() if not torch.equal(v, mixed.state_dict()[k])}
     assert changed and not any("conv" in name or "head" in name for name in changed)
@@ -94,7 +94,7 @@ def test_it_learns_and_leaves_no_mask(unguarded):
 
 def test_backward_passes_are_those_of_the_selected(unguarded):
     facts = (
-        EATAC(e0=0.9, beta=0.0, batch=10, epochs=2, batch_statistics=False, parts=2)
+        EATAC(e0=0.9, beta=0.0, batch_size=10, epochs=2, batch_statistics=False, parts=2)
         .adapt(tiny_model(), tiny_samples(40))
         .facts
     )
@@ -106,7 +106,9 @@ def test_backward_passes_are_those_of_the_selected(unguarded):
 
 
 def settings_without_steps(**more: object) -> EATAC:
-    return EATAC(e0=0.0, beta=0.0, batch=10, batch_statistics=False, **more)  # nothing is sure enough to learn from
+    return EATAC(
+        e0=0.0, beta=0.0, batch_size=10, batch_statistics=False, **more
+    )  # nothing is sure enough to learn from
 
 
 def sure_model(factor: float) -> nn.Module:
@@ -173,7 +175,7 @@ def test_one_sample_hands_the_teacher_on():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"skip": 1.5}, {"parts": -1}, {"share": -0.1}, {"alpha": -1.0}, {"beta": -1.0}, {"batch": 1}]
+    "settings", [{"skip": 1.5}, {"parts": -1}, {"share": -0.1}, {"alpha": -1.0}, {"beta": -1.0}, {"batch_size": 1}]
 )
 def test_wrong_settings_are_refused(settings):
     with pytest.raises(InvalidValueError, match=rf"eata_c\.{next(iter(settings))}"):

@@ -48,7 +48,7 @@ def normed(norm: nn.Module) -> nn.Module:
 def test_answers_become_surer_and_only_scale_and_shift_learn(unguarded):
     model, samples = tiny_model(), tiny_samples(40)
     mixed = Norm().adapt(model, samples).model
-    adapted = Tent(batch=10, batch_statistics=False).adapt(model, samples)
+    adapted = Tent(batch_size=10, batch_statistics=False).adapt(model, samples)
     before, after = (entropy(predictions_of(m, samples, 40)).mean() for m in (mixed, adapted.model))
     assert after < before - 1e-3
     names = changed(adapted.model, mixed)
@@ -62,7 +62,7 @@ def test_answers_become_surer_and_only_scale_and_shift_learn(unguarded):
 def test_every_kind_of_norm_layer_learns(unguarded, norm, batch_statistics):
     model, samples = normed(norm), tiny_samples(30)
     with untouched(model, samples):
-        adapted = Tent(batch=10, batch_statistics=batch_statistics).adapt(model, samples).model
+        adapted = Tent(batch_size=10, batch_statistics=batch_statistics).adapt(model, samples).model
     learned = {name for name in changed(adapted, model) if "running" not in name and "num_" not in name}
     assert learned == {name for name, _ in model.named_parameters() if name.startswith("norm.")}
 
@@ -80,7 +80,7 @@ def test_nothing_to_do_is_said():
 
 
 def test_passes_are_counted(unguarded):
-    facts = Tent(epochs=3, batch=10).adapt(tiny_model(), tiny_samples(30)).facts
+    facts = Tent(epochs=3, batch_size=10).adapt(tiny_model(), tiny_samples(30)).facts
     assert facts["backward_per_sample"] == 3.0
     assert facts["forward_per_sample"] == 3.0 + 1 + 3  # steps, a look at the start, one after each epoch
     assert facts["selected_share"] == 1.0
@@ -91,7 +91,7 @@ def test_passes_are_counted(unguarded):
 @pytest.mark.parametrize("batch_statistics", [False, True])
 def test_the_facts_of_mixing_are_those_before_anything_was_learned(unguarded, batch_statistics):
     model, samples = tiny_model(), tiny_samples(30)
-    facts = Tent(batch=10, batch_statistics=batch_statistics).adapt(model, samples).facts
+    facts = Tent(batch_size=10, batch_statistics=batch_statistics).adapt(model, samples).facts
     assert Norm().adapt(model, samples).facts.items() <= facts.items()
 
 
@@ -108,7 +108,7 @@ def test_only_as_many_samples_as_the_limit(unguarded):
 @pytest.mark.parametrize("batch_statistics", [False, True])
 def test_a_ruinous_rate_is_rolled_back_to_the_mixed_statistics(batch_statistics):
     model, samples = tiny_model(), tiny_samples(40)
-    adapted = Tent(lr=10.0, batch=10, batch_statistics=batch_statistics).adapt(model, samples)
+    adapted = Tent(lr=10.0, batch_size=10, batch_statistics=batch_statistics).adapt(model, samples)
     assert not changed(adapted.model, Norm().adapt(model, samples).model)
     assert adapted.facts["rolled_back"] == 1.0 and adapted.facts["epochs"] == 0.0
     assert "left alone; rolled back after epoch 1: answers" in adapted.note
@@ -118,15 +118,15 @@ def test_the_last_good_epoch_is_kept(monkeypatch):
     reasons = iter(["", "", "answers gathered in few classes"])
     monkeypatch.setattr("ttmpd.adapt._learner.collapse", lambda *_: next(reasons))
     model, samples = tiny_model(), tiny_samples(30)
-    adapted = Tent(epochs=5, batch=10, batch_statistics=False).adapt(model, samples)
+    adapted = Tent(epochs=5, batch_size=10, batch_statistics=False).adapt(model, samples)
     monkeypatch.setattr("ttmpd.adapt._learner.collapse", lambda *_: "")
-    assert not changed(adapted.model, Tent(epochs=2, batch=10, batch_statistics=False).adapt(model, samples).model)
+    assert not changed(adapted.model, Tent(epochs=2, batch_size=10, batch_statistics=False).adapt(model, samples).model)
     assert adapted.facts["epochs"] == 2.0 and "epochs: 2; rolled back after epoch 3" in adapted.note
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"lr": -1.0}, {"optimizer": "adagrad"}, {"epochs": 0}, {"batch": 1}, {"max_samples": 1}],
+    [{"lr": -1.0}, {"optimizer": "adagrad"}, {"epochs": 0}, {"batch_size": 1}, {"max_samples": 1}],
 )
 def test_wrong_settings_are_refused(settings):
     with pytest.raises(InvalidValueError, match=rf"tent\.{next(iter(settings))}"):
@@ -140,7 +140,7 @@ def test_what_holds_with_batch_statistics_alone_is_rolled_back(monkeypatch):
     reasons = iter(["", "", "answers told less of the samples"])  # two epochs, then with mixed statistics
     monkeypatch.setattr("ttmpd.adapt._learner.collapse", lambda *_: next(reasons))
     model, samples = tiny_model(), tiny_samples(30)
-    adapted = Tent(epochs=2, batch=10, batch_statistics=True).adapt(model, samples)
+    adapted = Tent(epochs=2, batch_size=10, batch_statistics=True).adapt(model, samples)
     assert not changed(adapted.model, Norm().adapt(model, samples).model)
     assert "with mixed statistics answers told less" in adapted.note and adapted.facts["epochs"] == 0.0
 

@@ -129,7 +129,7 @@ def every_kind(tmp_path_factory: pytest.TempPathFactory) -> dict[Kind, tuple[Pat
     adapted = ttmpd.adapt_to(TINY, inputs, output=place / "adapted", **common)
     tool = RightTool(steps=1, views=1)
     exits = ttmpd.add_early_exits(TINY, inputs, latency="1000ms", method=tool, output=place / "exits", num_samples=60)
-    recipe = {"steps": 1, "views": 1, "batch": 8}
+    recipe = {"steps": 1, "views": 1, "batch_size": 8}
     student = run_student(open_model(TINY), str(place / "images.npz"), None, place / "student", **recipe)
     models = {"compressed": compressed.model, "adapted": adapted.model, "exits": exits.model,
               "student": student.trained.model}  # fmt: skip
@@ -151,7 +151,7 @@ def test_other_commands_take_every_kind(every_kind, kind):
     fresh = torch.rand(20, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     evaluation = ttmpd.evaluate(folder, fresh, against=TINY, source=TINY)
     assert (evaluation.n_samples, evaluation.n_left_out) == (20, 0)
-    assert [row.batch_size for row in ttmpd.bench(folder, TINY, batch_sizes=[2], data=fresh, device="cpu")] == [2]
+    assert [row.batch_size for row in ttmpd.bench(folder, TINY, batch_sizes=[2], samples=fresh, device="cpu")] == [2]
     if kind == "exits":
         with pytest.raises(UnsupportedError, match="exits"):
             ttmpd.inspect(open_any(folder, TINY), fresh, timed=False)

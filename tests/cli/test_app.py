@@ -226,7 +226,7 @@ def test_killed_in_distillation_then_resumed(data, tmp_path, run, said):
     arguments = ["compress", "--model", DEMO, "--data", data, "--speedup", 1.1, "--score", "damage", "--output", folder,
                  *QUICK]  # fmt: skip
     arguments[arguments.index("--steps") + 1] = "60"
-    process = start([*arguments, "--set", "distill.batch=48"])
+    process = start([*arguments, "--set", "distill.batch_size=48"])
     try:
         deadline = time.monotonic() + 90
         while (
@@ -258,7 +258,7 @@ def test_killed_in_distillation_then_resumed(data, tmp_path, run, said):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "finish", finish)
-        found = run(*arguments, "--set", "distill.batch=48", "--resume")
+        found = run(*arguments, "--set", "distill.batch_size=48", "--resume")
     assert found.exit_code in (0, _reporting.TARGET_MISSED), said(found)
     assert pieces.pop("reused") >= 6  # adapt, timing, score, plan, repair, prepare
     assert pieces == {name: when for name, when in before.items() if name != "run.json"}

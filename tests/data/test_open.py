@@ -74,9 +74,9 @@ def test_a_folder_is_read_in_the_order_of_its_paths(folder: Path) -> None:
 
 
 def test_a_choice_is_shuffled_by_its_seed(folder: Path) -> None:
-    chosen = open_samples(folder, RGB, n_samples=6, seed=1)
-    again = open_samples(str(folder), RGB, n_samples=6, seed=1)
-    other = open_samples(folder, RGB, n_samples=6, seed=2)
+    chosen = open_samples(folder, RGB, num_samples=6, seed=1)
+    again = open_samples(str(folder), RGB, num_samples=6, seed=1)
+    other = open_samples(folder, RGB, num_samples=6, seed=2)
     assert chosen.ids == again.ids != other.ids
     assert len(set(chosen.ids)) == 6
     assert _numbers(chosen) != sorted(_numbers(chosen))
@@ -85,7 +85,7 @@ def test_a_choice_is_shuffled_by_its_seed(folder: Path) -> None:
 
 def test_only_the_chosen_files_are_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = _note_reads(monkeypatch)
-    assert len(open_samples(folder, RGB, n_samples=3)) == 3
+    assert len(open_samples(folder, RGB, num_samples=3)) == 3
     assert len(seen) == 3
 
 
@@ -119,7 +119,7 @@ def test_what_cannot_be_used_is_reported(folder: Path) -> None:
 def test_skipped_files_are_replaced_by_further_ones(folder: Path) -> None:
     for i in range(20):
         (folder / f"bad{i}.png").write_bytes(b"bad")
-    samples = open_samples(folder, RGB, n_samples=12, seed=3)
+    samples = open_samples(folder, RGB, num_samples=12, seed=3)
     assert sorted(_numbers(samples)) == list(range(12))
     assert all(name.startswith("bad") for name, _ in samples.skipped)
 
@@ -202,10 +202,10 @@ def test_npz_npy_and_tensors_hold_the_same_samples(tmp_path: Path) -> None:
 def test_a_chosen_array_is_a_choice_of_its_rows(tmp_path: Path) -> None:
     np.save(tmp_path / "rows.npy", _pixels(50))
     everything = open_samples(tmp_path / "rows.npy", RGB)
-    chosen = open_samples(tmp_path / "rows.npy", RGB, n_samples=20, seed=5)
+    chosen = open_samples(tmp_path / "rows.npy", RGB, num_samples=20, seed=5)
     assert len(set(chosen.names)) == 20
     assert chosen.ids == tuple(everything.ids[int(name)] for name in chosen.names)
-    assert len(open_samples(tmp_path / "rows.npy", RGB, n_samples=99)) == 50
+    assert len(open_samples(tmp_path / "rows.npy", RGB, num_samples=99)) == 50
 
 
 @pytest.mark.parametrize("shape", [(4, 16, 16), (4, 16, 16, 1), (4, 1, 16, 16)])
@@ -241,7 +241,7 @@ def test_floating_values_go_to_the_model_as_they_are() -> None:
 def test_values_that_are_not_finite_are_skipped() -> None:
     x = torch.randn(5, 4)
     x[1, 2], x[3, 0] = float("nan"), float("inf")
-    samples = open_samples(x, None, n_samples=3)
+    samples = open_samples(x, None, num_samples=3)
     assert sorted(samples.names) == ["0", "2", "4"]
     assert all("NaN" in reason for _, reason in samples.skipped)
     with pytest.raises(SamplesError, match="NaN"):
@@ -278,7 +278,7 @@ def test_pickled_arrays_are_refused(tmp_path: Path) -> None:
 def test_a_record_is_returned_or_chosen_from() -> None:
     samples = open_samples(_pixels(), RGB)
     assert open_samples(samples, RGB) is samples
-    chosen = open_samples(samples, RGB, n_samples=4, seed=1)
+    chosen = open_samples(samples, RGB, num_samples=4, seed=1)
     assert len(set(chosen.ids)) == 4
     assert set(chosen.ids) < set(samples.ids)
 
@@ -302,7 +302,7 @@ class _Photos(Dataset[Any]):
 
 def test_a_dataset_of_images_is_asked_only_for_the_chosen() -> None:
     data, state = _Photos(), torch.get_rng_state()
-    samples = open_samples(data, RGB, n_samples=3, seed=0)
+    samples = open_samples(data, RGB, num_samples=3, seed=0)
     assert len(data.asked) - len(samples.skipped) == 3
     assert torch.equal(torch.get_rng_state(), state)
     everything = open_samples(data, RGB)
@@ -325,8 +325,8 @@ def test_loaders_and_datasets_leave_labels_and_random_state_alone() -> None:
     assert open_samples(DataLoader(data, batch_size=None), RGB).ids == expected
     assert open_samples(DataLoader(data, 4, collate_fn=_collate_to_dict), RGB).ids == expected
     shuffled = DataLoader(data, batch_size=4, shuffle=True)
-    first = open_samples(shuffled, RGB, n_samples=5, seed=1)
-    assert open_samples(shuffled, RGB, n_samples=5, seed=1).ids == first.ids
+    first = open_samples(shuffled, RGB, num_samples=5, seed=1)
+    assert open_samples(shuffled, RGB, num_samples=5, seed=1).ids == first.ids
     assert len(set(first.ids)) == 5
     assert set(first.ids) < set(expected)
     assert torch.equal(torch.get_rng_state(), state)
@@ -338,7 +338,7 @@ class _Numbers(IterableDataset[Tensor]):
 
 
 def test_a_stream_is_chosen_from_to_its_end() -> None:
-    values = [open_samples(_Numbers(), None, n_samples=4, seed=seed).inputs[:, 0].tolist() for seed in range(50)]
+    values = [open_samples(_Numbers(), None, num_samples=4, seed=seed).inputs[:, 0].tolist() for seed in range(50)]
     assert all(len(set(one)) == 4 for one in values)
     assert {value for one in values for value in one} >= {0.0, 39.0}
     mean = sum(itertools.chain.from_iterable(values)) / 200
@@ -366,10 +366,10 @@ def test_samples_of_other_shapes_are_skipped() -> None:
     assert "str" in samples.skipped[1][1]
 
 
-@pytest.mark.parametrize("n_samples", [0, -3])
-def test_a_number_of_samples_must_be_positive(n_samples: int) -> None:
-    with pytest.raises(InvalidValueError, match="n_samples"):
-        open_samples(_pixels(), RGB, n_samples=n_samples)
+@pytest.mark.parametrize("num_samples", [0, -3])
+def test_a_number_of_samples_must_be_positive(num_samples: int) -> None:
+    with pytest.raises(InvalidValueError, match="num_samples"):
+        open_samples(_pixels(), RGB, num_samples=num_samples)
 
 
 # --- streaming
@@ -414,7 +414,7 @@ def _csv(path: Path, rows: list[list[str]], head: tuple[str, ...] = ("label", "f
 
 def test_labels_follow_their_rows(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x=_pixels(), y=np.array([3, 1, 4, 1, 5, 9]))
-    samples = open_samples(tmp_path / "data.npz", RGB, n_samples=4, seed=2)
+    samples = open_samples(tmp_path / "data.npz", RGB, num_samples=4, seed=2)
     expected = [[3, 1, 4, 1, 5, 9][int(name)] for name in samples.names]
     for labels in (None, tmp_path / "data.npz"):
         found = open_labels(labels, tmp_path / "data.npz").of(samples)
@@ -427,7 +427,7 @@ def test_labels_follow_their_rows(tmp_path: Path) -> None:
 
 
 def test_labels_follow_their_files(folder: Path, tmp_path: Path) -> None:
-    samples = open_samples(folder, RGB, n_samples=5, seed=1)
+    samples = open_samples(folder, RGB, num_samples=5, seed=1)
     expected = _numbers(samples)
     relative = _csv(tmp_path / "relative.csv", [[str(i), f"class{i // 4}/{i:02d}.png"] for i in range(12)])
     base = _csv(tmp_path / "base.csv", [[str(i), f".\\photos\\{i:02d}.png"] for i in range(12)])
@@ -499,7 +499,7 @@ def test_real_rows_are_normalized_exactly() -> None:
     path = DATA / "cifar10" / "test.npz"
     with np.load(path) as file:
         x, y = file["x"], file["y"]
-    samples = open_samples(path, opened.preprocessing, n_samples=200, seed=0)
+    samples = open_samples(path, opened.preprocessing, num_samples=200, seed=0)
     rows = torch.tensor([int(name) for name in samples.names])
     assert opened.preprocessing is not None
     mean, std = (

@@ -66,7 +66,9 @@ def test_every_kind_of_file_holds_the_same_samples(how: Tokenization, tmp_path: 
     assert samples.names == ("0", "1", "2", "3", "4")
     assert samples.is_text and samples.padding == 0 and samples.inputs.dtype == torch.int64
     assert samples.skipped == () and samples.notes == ()
-    assert open_samples(str(path), how, n_samples=3, seed=1).ids == open_samples(TEXTS, how, n_samples=3, seed=1).ids
+    assert (
+        open_samples(str(path), how, num_samples=3, seed=1).ids == open_samples(TEXTS, how, num_samples=3, seed=1).ids
+    )
 
 
 def test_padding_is_on_the_right_up_to_the_longest(how: Tokenization) -> None:
@@ -171,7 +173,7 @@ def test_what_cannot_be_read_is_reported(how: Tokenization, tmp_path: Path, capl
     }
     assert samples.inputs.shape == (4, 40)
     assert "1 of 4 samples: longer than 40 tokens" in caplog.text
-    chosen = open_samples(path, how, n_samples=4, seed=0)
+    chosen = open_samples(path, how, num_samples=4, seed=0)
     assert set(chosen.ids) == set(samples.ids)  # what is skipped is replaced by further ones
 
 
@@ -268,7 +270,7 @@ def test_images_and_text_are_not_mixed_up(how: Tokenization, tmp_path: Path) -> 
 @pytest.mark.parametrize("ending", [".tsv", ".csv", ".jsonl.gz"])
 def test_labels_lie_beside_the_text(how: Tokenization, tmp_path: Path, ending: str) -> None:
     path = _written(tmp_path, ending)
-    samples = open_samples(path, how, n_samples=4, seed=3)
+    samples = open_samples(path, how, num_samples=4, seed=3)
     expected = [LABELS[int(name)] for name in samples.names]
     assert open_labels(path, path).of(samples).tolist() == expected
     assert open_labels(None, path).of(samples).tolist() == expected

@@ -15,7 +15,7 @@ def test_the_teacher_runs_at_every_step_on_new_views(tmp_path):
     teacher, samples = tiny_model(), tiny_samples(12)
     student = Block().cut(teacher, tiny_units(teacher)[1:2])
     seen: list[torch.Tensor] = []
-    method, work = Mimic(steps=5, batch=6), Work(folder=tmp_path, batch_size=5)
+    method, work = Mimic(steps=5, batch_size=6), Work(folder=tmp_path, batch_size=5)
     targets = method.prepare(teacher, samples, samples, work)
     teacher.stem.register_forward_pre_hook(lambda _m, args: seen.append(args[0].clone()))
     method.fit(student, samples, samples, targets, work)
@@ -34,7 +34,7 @@ def test_training_brings_the_last_map_closer(tmp_path):
         return float((maps[0] - maps[1]).square().mean())
 
     before = gap()
-    method, work = Mimic(steps=60, batch=12, lr=0.05), Work(folder=tmp_path, batch_size=12)
+    method, work = Mimic(steps=60, batch_size=12, lr=0.05), Work(folder=tmp_path, batch_size=12)
     fit = method.fit(student, samples, samples, method.prepare(teacher, samples, samples, work), work)
     assert gap() < 0.8 * before
     assert (fit.steps, fit.checks) == (60, ())

@@ -54,7 +54,7 @@ def case():
 def test_the_teacher_sees_each_view_of_each_sample_once(tmp_path, case, views):
     teacher, student, samples, held_out = case
     seen = passes(teacher)
-    method, work = OneTime(steps=6, views=views, batch=6), Work(folder=tmp_path, batch_size=6, amp="off")
+    method, work = OneTime(steps=6, views=views, batch_size=6), Work(folder=tmp_path, batch_size=6, amp="off")
     targets = method.prepare(teacher, samples, held_out, work)
     # Batches of two look for the place of the features and for the size of a step; the rest are the teacher's answers.
     counted = Counter(row.numpy().tobytes() for batch in seen if len(batch) > 2 for row in batch)
@@ -73,14 +73,14 @@ def test_the_teacher_sees_each_view_of_each_sample_once(tmp_path, case, views):
 
 def test_views_that_no_step_would_see_are_not_asked_for(tmp_path, case):
     teacher, _, samples, held_out = case
-    method = OneTime(steps=3, views=8, batch=6)  # 18 places for 12 samples: the second view is half used
+    method = OneTime(steps=3, views=8, batch_size=6)  # 18 places for 12 samples: the second view is half used
     assert len(method.prepare(teacher, samples, held_out, work_in(tmp_path)).logits) == 2
 
 
 @pytest.mark.parametrize(("agreement", "times"), [(1.0, 1), (0.8, 1), (0.7, 1.5), (0.6, 2), (0.0, 2)])
 def test_a_student_that_lost_much_gets_more_views_and_steps(tmp_path, case, agreement, times):
     teacher, student, samples, held_out = case
-    method = OneTime(steps=4, views=2, batch=12)
+    method = OneTime(steps=4, views=2, batch_size=12)
     work = Work(folder=tmp_path, batch_size=12, amp="off", agreement=agreement)
     targets = method.prepare(teacher, samples, held_out, work)
     assert len(targets.logits) == 2 * times
@@ -91,12 +91,12 @@ def test_further_views_keep_within_the_disk(tmp_path, case, monkeypatch):
     teacher, _, samples, held_out = case
     monkeypatch.setattr("ttmpd.distill.one_time.STORE", 1)
     work = Work(folder=tmp_path, batch_size=12, amp="off", agreement=0.0)
-    assert len(OneTime(steps=4, views=2, batch=12).prepare(teacher, samples, held_out, work).logits) == 2
+    assert len(OneTime(steps=4, views=2, batch_size=12).prepare(teacher, samples, held_out, work).logits) == 2
 
 
 def test_the_batch_shrinks_where_activations_take_much_memory(monkeypatch, case):
     teacher, _, samples, _ = case
-    method = OneTime(batch=64)
+    method = OneTime(batch_size=64)
     assert method._step_size(teacher, samples) == 64
     monkeypatch.setattr("ttmpd.models.batch_size.activation_limit", lambda _device: 1)
     assert method._step_size(teacher, samples) == 2 * MIN_BATCH  # it has batch statistics
@@ -148,7 +148,7 @@ def test_rows_have_one_view_and_no_feature_map(tmp_path):
 
 def test_training_brings_the_student_closer_to_the_teacher(tmp_path, case):
     teacher, student, samples, held_out = case
-    method, work = OneTime(steps=60, views=2, batch=12, lr=0.05), work_in(tmp_path)
+    method, work = OneTime(steps=60, views=2, batch_size=12, lr=0.05), work_in(tmp_path)
     targets = method.prepare(teacher, samples, held_out, work)
     check = held_out_check(student, held_out, targets, 8)
     before = check()
@@ -164,7 +164,7 @@ def test_what_was_frozen_and_trained_before_is_so_again(tmp_path, case):
     teacher, student, samples, held_out = case
     student.stem.requires_grad_(False)
     before = clone(student)
-    method, work = OneTime(steps=3, views=1, batch=6), work_in(tmp_path)
+    method, work = OneTime(steps=3, views=1, batch_size=6), work_in(tmp_path)
     method.fit(student, samples, held_out.subset([]), method.prepare(teacher, samples, held_out, work), work)
     assert torch.equal(student.stem[0].weight, before.stem[0].weight)
     assert not torch.equal(student.blocks[0].conv1.weight, before.blocks[0].conv1.weight)
@@ -174,7 +174,7 @@ def test_what_was_frozen_and_trained_before_is_so_again(tmp_path, case):
 @pytest.mark.parametrize("moving", [True, False])
 def test_batch_statistics_move_only_when_they_shall(tmp_path, case, moving):
     teacher, student, samples, held_out = case
-    method, work = OneTime(steps=3, views=1, batch=6, train_norm=moving), work_in(tmp_path)
+    method, work = OneTime(steps=3, views=1, batch_size=6, train_norm=moving), work_in(tmp_path)
     before = student.stem[1].running_mean.clone()
     method.fit(student, samples, held_out.subset([]), method.prepare(teacher, samples, held_out, work), work)
     assert torch.equal(student.stem[1].running_mean, before) != moving
@@ -183,7 +183,7 @@ def test_batch_statistics_move_only_when_they_shall(tmp_path, case, moving):
 def test_measuring_mixed_precision_moves_no_statistics(tmp_path, case, monkeypatch):
     teacher, student, samples, held_out = case
     monkeypatch.setattr("ttmpd.training.loop._native_bfloat16", lambda: True)
-    method = OneTime(steps=2, views=1, batch=6)
+    method = OneTime(steps=2, views=1, batch_size=6)
     work = dataclasses.replace(work_in(tmp_path), amp="auto")
     targets = method.prepare(teacher, samples, held_out, work)
     twin = clone(student)
@@ -195,12 +195,12 @@ def test_measuring_mixed_precision_moves_no_statistics(tmp_path, case, monkeypat
 
 def test_a_deadline_that_has_passed_ends_training(tmp_path, case):
     teacher, student, samples, held_out = case
-    method, work = OneTime(steps=50, views=1, batch=6), work_in(tmp_path, deadline=0.0)
+    method, work = OneTime(steps=50, views=1, batch_size=6), work_in(tmp_path, deadline=0.0)
     fit = method.fit(student, samples, held_out, method.prepare(teacher, samples, held_out, work), work)
     assert (fit.steps, fit.stopped) == (1, "time budget")
 
 
-@pytest.mark.parametrize("wrong", [{"steps": -1}, {"views": 0}, {"batch": 1}, {"lr": -0.1}, {"temperature": 0.0}])
+@pytest.mark.parametrize("wrong", [{"steps": -1}, {"views": 0}, {"batch_size": 1}, {"lr": -0.1}, {"temperature": 0.0}])
 def test_settings_out_of_range(wrong):
     with pytest.raises(InvalidValueError, match=next(iter(wrong))):
         OneTime(**wrong)
@@ -230,7 +230,7 @@ def test_what_runs_before_the_first_removed_unit_is_frozen(case):
 
 def test_frozen_layers_stay_the_teachers(tmp_path, case):
     teacher, student, samples, held_out = case
-    method, work = OneTime(steps=6, batch=6), work_in(tmp_path, first=tiny_units(teacher)[1].path)
+    method, work = OneTime(steps=6, batch_size=6), work_in(tmp_path, first=tiny_units(teacher)[1].path)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     targets = method.prepare(teacher, samples, held_out, work)
     method.fit(student, samples, held_out, targets, work)
@@ -338,7 +338,10 @@ def test_what_is_kept_after_training_lies_between_its_end_and_its_start(tmp_path
     teacher, student, samples, held_out = case
     start, ends = clone(student).state_dict(), {}
     for share in (0.0, 0.25):
-        method, work = OneTime(steps=6, views=1, batch=6, lr=1e-4, start_share=share), work_in(tmp_path / str(share))
+        method, work = (
+            OneTime(steps=6, views=1, batch_size=6, lr=1e-4, start_share=share),
+            work_in(tmp_path / str(share)),
+        )
         work.folder.mkdir()
         targets = method.prepare(teacher, samples, held_out, work)
         pupil = clone(student)

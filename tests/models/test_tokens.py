@@ -116,7 +116,7 @@ def test_every_token_is_distilled(text_folder: Folder, sentences: Sentences, tmp
     )
     teacher = opened.module
     student = Block().cut(teacher, [Block().find(teacher, samples.batch(slice(0, 2))).units[1]]).eval()
-    method, work = OneTime(steps=40, batch=4, lr_without_norm=3e-3), Work(folder=tmp_path, batch_size=5)
+    method, work = OneTime(steps=40, batch_size=4, lr_without_norm=3e-3), Work(folder=tmp_path, batch_size=5)
     targets = method.prepare(teacher, samples, held, work)
     n_tokens = int(samples.kept(samples.inputs).sum())  # type: ignore[union-attr]
     assert targets.features is not None
@@ -139,7 +139,7 @@ def test_the_loss_compares_each_token_with_its_own_answer(
     """A student that is the teacher has no loss, whatever samples a step takes in whatever order."""
     opened = open_model(f"hf:{text_folder('llama-next')}")
     samples = open_samples(sentences(11), opened.preprocessing)
-    method, work = OneTime(steps=6, batch=4, train_norm=False), Work(folder=tmp_path, batch_size=3)
+    method, work = OneTime(steps=6, batch_size=4, train_norm=False), Work(folder=tmp_path, batch_size=3)
     targets = method.prepare(opened.module, samples, samples, work)
     fit = method.fit(clone(opened.module), samples, samples, targets, work)
     assert max(fit.losses) < 1e-4
@@ -154,7 +154,7 @@ def test_from_text_to_an_artifact_and_back(
     path.write_text("\n".join(sentences(50)))
     model = f"hf:{text_folder(name)}"
     settings: dict[str, Any] = {"num_samples": 30, "batch_size": 8, "actions": ("drop", "linear"), "units": ("block",)}
-    method = OneTime(steps=4, batch=8)
+    method = OneTime(steps=4, batch_size=8)
     result = compress(model, path, speedup=1.1, output=tmp_path / "out", distill=method, **settings)
     facts = result.facts
     assert facts["each"] == "token"

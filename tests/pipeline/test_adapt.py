@@ -44,7 +44,7 @@ def test_held_out_samples_are_not_adapted_to(shifted):
 
 def test_the_artifact_loads_and_can_be_compressed(shifted, tmp_path):
     net = tiny_model()
-    found = adapt_to(net, shifted, adapt=Tent(epochs=1, batch=8), output=tmp_path / "adapted")
+    found = adapt_to(net, shifted, adapt=Tent(epochs=1, batch_size=8), output=tmp_path / "adapted")
     again = load(tmp_path / "adapted", model=net)
     with torch.no_grad():
         assert torch.equal(again(shifted), found.model(shifted))

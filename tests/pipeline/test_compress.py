@@ -47,7 +47,7 @@ from ttmpd.surgery.lossless import applied, foldable
 from ttmpd.testing.tiny_models import tiny_model, tiny_samples, untouched
 
 QUICK = {
-    "distill": OneTime(steps=3, views=2, batch=8),
+    "distill": OneTime(steps=3, views=2, batch_size=8),
     "num_samples": 40,
     "holdout": 0.25,
     "batch_size": 8,
@@ -330,7 +330,7 @@ class Watching(Distiller):
     """One-time distillation that counts what the teacher sees, and when."""
 
     counts = {"prepare": 0, "fit": 0, "probe": 0}  # noqa: RUF012
-    inner = OneTime(steps=12, views=3, batch=8)
+    inner = OneTime(steps=12, views=3, batch_size=8)
 
     def prepare(self, teacher, samples, held_out, work):
         def count(_module, args):
@@ -518,7 +518,7 @@ def test_an_opened_model_keeps_its_names(model, samples):
 
 
 def test_a_time_budget_that_is_used_up_still_gives_a_result(model, samples):
-    settings = QUICK | {"distill": OneTime(steps=500, views=1, batch=8), "time_budget": 0.0}
+    settings = QUICK | {"distill": OneTime(steps=500, views=1, batch_size=8), "time_budget": 0.0}
     result = compress(model, samples, speedup=2.0, **settings)
     assert result.facts["fit"]["stopped"] == "time budget"
     assert result.facts["fit"]["steps"] == 1

@@ -173,13 +173,13 @@ def test_evaluation_and_bench_take_the_artifact(images, tmp_path):
     alike = (answers(used.model, images[40:]).argmax(-1) == answers(net, images[40:]).argmax(-1)).float().mean()
     assert found.agreement is not None
     assert found.agreement.share == pytest.approx(float(alike))
-    rows = bench(tmp_path, _factory(tmp_path), data=images, batch_sizes=(1,))
+    rows = bench(tmp_path, _factory(tmp_path), samples=images, batch_sizes=(1,))
     depths = used.model.depths(images[40:])
     assert rows[0].compressed.median_ms == pytest.approx(float((3.0 + 4 * depths).mean()))
-    with pytest.raises(InvalidValueError, match="data must be given"):
+    with pytest.raises(InvalidValueError, match="samples must be given"):
         bench(tmp_path, _factory(tmp_path))
     with pytest.raises(SamplesError, match="all 40 were used"):
-        bench(tmp_path, _factory(tmp_path), data=images[:40])
+        bench(tmp_path, _factory(tmp_path), samples=images[:40])
 
 
 def _factory(folder: Path) -> str:

@@ -181,7 +181,7 @@ def test_units_are_found_and_go(name: str) -> None:
     found = inspect(model, data(8), batch_size=4, device="cpu")
     assert Counter(unit.kind for unit in found.units) == kinds
     assert all(timing.ms >= 0 for timing in found.timings)
-    quick = OneTime(steps=2, views=1, batch=8)
+    quick = OneTime(steps=2, views=1, batch_size=8)
     cut = compress(model, data(40), macs=0.85, batch_size=8, distill=quick, device="cpu")
     left = count_macs(cut.model, data(2))[""] / count_macs(model, data(2))[""]
     assert cut.met and left <= 0.86

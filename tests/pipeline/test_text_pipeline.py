@@ -60,7 +60,7 @@ def table(tmp_path_factory: pytest.TempPathFactory, sentences: Sentences) -> Pat
 
 
 def _compressed(folder: Path, table: Path, output: Path) -> Result:
-    given: dict[str, Any] = {"num_samples": 40, "batch_size": 8, "distill": OneTime(steps=4, batch=8)}
+    given: dict[str, Any] = {"num_samples": 40, "batch_size": 8, "distill": OneTime(steps=4, batch_size=8)}
     opened = open_model(f"hf:{folder}").reading(16)
     given |= {"actions": ("drop", "linear"), "units": ("block",)}
     return compress(opened, table, speedup=1.1, output=output, **given)
@@ -92,7 +92,12 @@ def test_operations_are_counted_on_what_is_timed(text_folder: Folder, sentences:
     # One sample is far longer than the four on which latency is measured: attention would have another share there.
     texts = [*sentences(20, longest=4), " ".join(sentences(30, longest=4))]
     opened = open_model(f"hf:{text_folder('bert')}").reading(40)
-    given: dict[str, Any] = {"num_samples": 21, "holdout": 0.1, "batch_size": 1, "distill": OneTime(steps=1, batch=8)}
+    given: dict[str, Any] = {
+        "num_samples": 21,
+        "holdout": 0.1,
+        "batch_size": 1,
+        "distill": OneTime(steps=1, batch_size=8),
+    }
     found = compress(opened, texts, macs="0.8x", units="neuron", score="magnitude", **given)
     batch = torch.randint(5, 20, (1, *found.facts["samples"]["input_shape"]))
     left = count_macs(found.model, batch)[""] / count_macs(opened.module, batch)[""]
@@ -116,7 +121,7 @@ def artifacts(text_folder: Folder, table: Path, tmp_path_factory: pytest.TempPat
     found = {}
     for name in KINDS:
         opened = open_model(f"hf:{text_folder(name)}").reading(16)
-        samples = open_samples(table, opened.preprocessing, n_samples=10)
+        samples = open_samples(table, opened.preprocessing, num_samples=10)
         removals = (Removal(Block().find(opened.module, samples.batch(slice(0, 2))).units[1], "linear"),)
         facts: dict[str, Any] = {"samples": {"input_shape": [11]}, "settings": {"batch_size": 4}}
         student = repaired(opened.module, removals, samples)
@@ -222,7 +227,7 @@ def test_inspect_and_bench_without_text(text_folder: Folder, artifact: Path, tab
         assert [row.batch_size for row in rows] == [1, 4]
         assert set(seen) == {(1, 11), (4, 11)}  # the width of the batch that was timed when it was made
         seen.clear()
-        bench(artifact, batch_sizes=[2], data=["good", "bad film"])
+        bench(artifact, batch_sizes=[2], samples=["good", "bad film"])
         assert set(seen) == {(2, 4)}
 
 

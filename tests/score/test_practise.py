@@ -88,7 +88,7 @@ def test_adaptors_begin_as_the_identity(stages):
 def test_without_training_it_is_the_error_of_the_last_map():
     model, samples = tiny_model(), tiny_samples(10)
     units = tiny_units(model)
-    scores = Practise(steps=0, train_batch=4).score(model, units, samples)
+    scores = Practise(steps=0, train_batch_size=4).score(model, units, samples)
     for unit, score in zip(units, scores, strict=True):
         cut = Block().cut(model, [unit])
         with torch.no_grad():
@@ -100,7 +100,7 @@ def test_training_the_adaptors_lowers_the_error():
     model, samples = tiny_model(), tiny_samples(24)
     units = tiny_units(model)
     raw = Practise(steps=0).score(model, units, samples)
-    trained = Practise(steps=80, train_batch=12).score(model, units, samples)
+    trained = Practise(steps=80, train_batch_size=12).score(model, units, samples)
     assert all(after.harm < before.harm for before, after in zip(raw, trained, strict=True))
 
 

@@ -29,7 +29,7 @@ def test_noise_is_relative_and_for_matrices_alone():
 
 def test_the_same_seed_gives_the_same_choice_and_nothing_is_touched():
     net, pool = tiny_model(dropout=0.5), tiny_samples(40)
-    method = Forgetting(train_batch=8, noise=0.5)
+    method = Forgetting(train_batch_size=8, noise=0.5)
     with untouched(net, pool):
         first = method.select(net, pool, 8, seed=1)
     torch.manual_seed(5)
@@ -75,7 +75,7 @@ def test_nothing_that_can_be_answered():
     assert len(Forgetting().select(model, pool, 2)) == 2
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"noise": -0.1}, {"lr": -1.0}, {"train_batch": 0}])
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"noise": -0.1}, {"lr": -1.0}, {"train_batch_size": 0}])
 def test_wrong_settings(wrong):
     with pytest.raises(InvalidValueError, match="forgetting"):
         Forgetting(**wrong)

@@ -57,7 +57,7 @@ def net() -> TinyNet:
 @pytest.fixture
 def service(net: TinyNet) -> Iterator[OnlineService]:
     opened = OpenedModel(net, "", False, PIXELS, NAMES)
-    with OnlineService(opened, speedup=1.5, samples=16, worker=begin, poll_seconds=math.inf) as service:
+    with OnlineService(opened, speedup=1.5, num_samples=16, worker=begin, poll_seconds=math.inf) as service:
         yield service
 
 

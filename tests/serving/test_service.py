@@ -32,7 +32,7 @@ from ttmpd.serving.worker import STUDENT, TEACHER, JobInputs, Outcome, Progress
 from ttmpd.testing.tiny_models import TinyNet, tiny_model, tiny_samples, untouched
 
 SETTINGS: dict[str, Any] = {
-    "distill": OneTime(steps=2, views=1, batch=8),
+    "distill": OneTime(steps=2, views=1, batch_size=8),
     "batch_size": 8,
     "device": "cpu",
     "amp": "off",
@@ -98,7 +98,7 @@ class Stage:
 
         given = SETTINGS | {
             "speedup": 1.2,
-            "samples": 100,
+            "num_samples": 100,
             "poll_seconds": float("inf"),
             "min_agreement": 0.0,
             "window": 32,
@@ -292,12 +292,11 @@ def test_answers_belong_to_the_caller(stage):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"samples": 3}, "samples must be at least 8"),
+        ({"num_samples": 3}, "num_samples must be at least 8"),
         ({"speedup": 0.5}, "speedup must be greater than 1"),
         ({"speedup": None}, "give exactly one"),
         ({"min_agreement": 2.0}, "min_agreement must be from 0 to 1"),
         ({"windows": 3}, "a setting must be one of"),
-        ({"num_samples": 3}, "num_samples must be left out"),
         ({"worker": "fiber"}, "worker must be process or thread"),
     ],
 )

@@ -27,7 +27,7 @@ from ttmpd.testing.tiny_models import TinyNet, tiny_model, tiny_samples
 
 QUICK: dict[str, Any] = {
     "speedup": 1.01,  # real milliseconds on a machine that may be busy
-    "distill": OneTime(steps=2, views=1, batch=8),
+    "distill": OneTime(steps=2, views=1, batch_size=8),
     "plan": Greedy(),
     "batch_size": 8,
     "device": "cpu",
@@ -49,7 +49,13 @@ def wait_for(condition: Callable[[], object], seconds: float = 300.0) -> None:
 
 def test_a_killed_process_never_reaches_a_caller_and_the_next_one_goes_on(tmp_path):
     model = tiny_model(n_blocks=10)  # blocks make up nearly all of it
-    settings = QUICK | {"samples": 40, "min_agreement": 0.0, "min_speedup": 0.0, "backoff": 0.1, "poll_seconds": 0.02}
+    settings = QUICK | {
+        "num_samples": 40,
+        "min_agreement": 0.0,
+        "min_speedup": 0.0,
+        "backoff": 0.1,
+        "poll_seconds": 0.02,
+    }
     settings |= {"niceness": 0}  # tests share the machine
     x, stop, lost = tiny_samples(8).batch(slice(None)), threading.Event(), []
     with OnlineService(model, **settings) as service:

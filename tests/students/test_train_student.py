@@ -24,7 +24,7 @@ from ttmpd.training.loop import Schedule, batch_order
 
 N = 40
 LABELS = torch.arange(N) % 4
-QUICK = {"fraction": 0.5, "steps": 6, "batch": 8, "views": 2, "lr": 0.01}
+QUICK = {"fraction": 0.5, "steps": 6, "batch_size": 8, "views": 2, "lr": 0.01}
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ def test_radii_by_margins_reach_the_attack(pool, monkeypatch):
 
     monkeypatch.setattr(module, "adversarial_loss", noted)
     attack = Attack(eps=0.05, steps=1, rule="clip")
-    settings = QUICK | {"steps": 2, "batch": 20, "views": 1}
+    settings = QUICK | {"steps": 2, "batch_size": 20, "views": 1}
     found = train_student(tiny_model(1), pool, LABELS, teacher=tiny_model(), select=PUMA(), alpha=0, attack=attack,
                           **settings)  # fmt: skip
     margin = margins(

@@ -49,7 +49,7 @@ class Learner(Adapter):
     """"adam", or "sgd" with momentum 0.9."""
     epochs: int = 5
     """Passes over the samples."""
-    batch: int = 64
+    batch_size: int = 64
     """Samples per step."""
     batch_statistics: bool = True
     """Steps use the statistics of the batch, as in the paper, and `norm` mixes them after the last step.
@@ -61,7 +61,7 @@ class Learner(Adapter):
 
     def __post_init__(self) -> None:
         check_optimizer(f"{self.name}.optimizer", self.optimizer)
-        check_fields(self, lr=0.0, epochs=1, batch=2, max_samples=2)
+        check_fields(self, lr=0.0, epochs=1, batch_size=2, max_samples=2)
 
     @abc.abstractmethod
     def begin(self, model: nn.Module, samples: Samples, seed: int) -> Adaptation:
@@ -149,9 +149,11 @@ class Learner(Adapter):
         adaptation.n_seen += len(order)
         if adaptation.selection is not None:
             probabilities = answers.float().softmax(-1)
-            parts = [part[adaptation.selection.choose(probabilities[part])] for part in torch.split(order, self.batch)]
+            parts = [
+                part[adaptation.selection.choose(probabilities[part])] for part in torch.split(order, self.batch_size)
+            ]
             order = torch.cat(parts)
-        size = min(self.batch, len(order))
+        size = min(self.batch_size, len(order))
         return iter(torch.split(order[: len(order) // size * size], size) if size > self.batch_statistics else ())
 
 
@@ -195,7 +197,7 @@ class SelectiveLearner(Learner):
         classes = n_classes(model, samples)
         margin = self.e0 * math.log(classes)
         few = samples.first(self.fisher_samples)
-        held = anchor(model, few, self.batch, self.batch_statistics) if self.beta else None
+        held = anchor(model, few, self.batch_size, self.batch_statistics) if self.beta else None
         selection = Selection(margin, self.redundancy or redundancy_for(classes))
         adaptation = self.adaptation(model, self._anchored(loss(margin), held), selection=selection, anew=anew)
         adaptation.charge(len(few) if held else 0)

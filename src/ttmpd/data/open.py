@@ -27,7 +27,7 @@ def open_samples(
     data: Any,
     preprocessing: Preparation | None,
     *,
-    n_samples: int | None = None,
+    num_samples: int | None = None,
     enough: int | None = None,
     seed: int = 0,
 ) -> Samples:
@@ -40,34 +40,36 @@ def open_samples(
             text model: a .txt file (a sample a line), .tsv, .csv or .jsonl (column ``sentence`` or ``text``), each also
             .gz, a folder of .txt files (a sample each), or strings, or token ids, in any of the other forms.
         preprocessing: the model's own; None keeps pixel arrays in their size and scales them to 0..1.
-        n_samples: how many to choose at random, without replacement, in random order; None takes all in their order.
-        enough: fewer than this many are warned of; None takes ``n_samples``.
+        num_samples: how many to choose at random, without replacement, in random order; None takes all in their order.
+        enough: fewer than this many are warned of; None takes ``num_samples``.
         seed: makes the choice repeatable.
 
     Raises:
         SamplesError: nothing usable is there; the message lists what was skipped.
-        InvalidValueError: ``n_samples`` is not positive.
+        InvalidValueError: ``num_samples`` is not positive.
 
     Cost: only the chosen images of a folder are decoded; a stream without a length is read to its end.
 
     Example:
         >>> import torch
-        >>> open_samples(torch.rand(40, 3, 8, 8), None, n_samples=5)
+        >>> open_samples(torch.rand(40, 3, 8, 8), None, num_samples=5)
         <5 samples of 3x8x8 float32, 0 skipped>
     """
-    if n_samples is not None and n_samples < 1:
-        raise InvalidValueError(f"n_samples must be at least 1, but got {n_samples!r}")
+    if num_samples is not None and num_samples < 1:
+        raise InvalidValueError(f"num_samples must be at least 1, but got {num_samples!r}")
     _check_kind(data, preprocessing)
     if isinstance(data, Samples):
-        order = random.Random(seed).sample(range(len(data)), min(n_samples or 0, len(data)))
-        return data if n_samples is None else data.subset(order)
+        order = random.Random(seed).sample(range(len(data)), min(num_samples or 0, len(data)))
+        return data if num_samples is None else data.subset(order)
     source = open_rows(data, preprocessing, seed)
-    if n_samples is None:
+    if num_samples is None:
         rows = source.load(range(source.size)) if isinstance(source, Indexed) else list(source)
     else:
-        rows = _choose(source, n_samples, seed) if isinstance(source, Indexed) else _reservoir(source, n_samples, seed)
+        rows = (
+            _choose(source, num_samples, seed) if isinstance(source, Indexed) else _reservoir(source, num_samples, seed)
+        )
     samples = _pack(rows, preprocessing, data)
-    n_expected = n_samples if enough is None else enough
+    n_expected = num_samples if enough is None else enough
     if n_expected is not None and len(samples) < n_expected:
         _log.warning("only %d of the %d samples that were asked for are there", len(samples), n_expected)
     for what, n in samples.notes:
@@ -130,18 +132,18 @@ def _chunks(source: Indexed | Iterator[Row], chunk: int) -> Iterator[list[Row]]:
         yield rows
 
 
-def _choose(source: Indexed, n_samples: int, seed: int) -> list[Row]:
-    """``n_samples`` usable rows in a random order; skipped ones are replaced by further ones."""
+def _choose(source: Indexed, num_samples: int, seed: int) -> list[Row]:
+    """``num_samples`` usable rows in a random order; skipped ones are replaced by further ones."""
     order = random.Random(seed).sample(range(source.size), source.size)
     rows: list[Row] = []
     start = missing = 0
-    while start < len(order) and (missing := n_samples - sum(row.value is not None for row in rows)) > 0:
+    while start < len(order) and (missing := num_samples - sum(row.value is not None for row in rows)) > 0:
         rows += source.load(order[start : start + missing])
         start += missing
     return rows
 
 
-def _reservoir(rows: Iterable[Row], n_samples: int, seed: int) -> list[Row]:
+def _reservoir(rows: Iterable[Row], num_samples: int, seed: int) -> list[Row]:
     """Algorithm R (Waterman): every usable row of the stream has the same chance; then shuffled."""
     rng = random.Random(seed)
     chosen: list[Row] = []
@@ -152,9 +154,9 @@ def _reservoir(rows: Iterable[Row], n_samples: int, seed: int) -> list[Row]:
             skipped.append(row)
             continue
         n_usable += 1
-        if len(chosen) < n_samples:
+        if len(chosen) < num_samples:
             chosen.append(row)
-        elif (place := rng.randrange(n_usable)) < n_samples:
+        elif (place := rng.randrange(n_usable)) < num_samples:
             chosen[place] = row
     rng.shuffle(chosen)
     return chosen + skipped

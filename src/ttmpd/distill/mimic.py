@@ -31,10 +31,10 @@ class Mimic(Distiller):
     one_time: ClassVar[bool] = False
     steps: int = 2000
     lr: float = 0.02
-    batch: int = 64
+    batch_size: int = 64
 
     def __post_init__(self) -> None:
-        check_fields(self, steps=0, batch=2)
+        check_fields(self, steps=0, batch_size=2)
 
     def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, work: Work) -> Targets:
         """Targets that hold the teacher itself.
@@ -63,7 +63,7 @@ class Mimic(Distiller):
         generator = torch.Generator().manual_seed(work.seed)
 
         def loss_at(step: int) -> Tensor:
-            index = batch_order(len(samples), self.batch, step, work.seed)
+            index = batch_order(len(samples), self.batch_size, step, work.seed)
             view = random_view(samples.batch(index, device), generator)
             with torch.no_grad():
                 wanted = read(teacher, view, {"f": tap})["f"]

@@ -77,7 +77,7 @@ class OneTime(Distiller):
     """
     smallest_crop: float = 0.25
     """The smallest share of the area that a crop keeps; 1 for no crops."""
-    batch: int = 32
+    batch_size: int = 32
     """Samples per step; fewer, down to `MIN_BATCH`, where the activations of so many take too much memory."""
     soft_weight: float = 0.2
     """Weight of the soft-label loss beside the feature loss."""
@@ -92,7 +92,7 @@ class OneTime(Distiller):
     def __post_init__(self) -> None:
         check_fields(
             self, steps=0, damaged=(0.0, 1.0), seconds=0.0, lr=0.0, lr_damaged=0.0, lr_without_norm=0.0, views=1,
-            smallest_crop=(0.01, 1.0), batch=2, soft_weight=0.0, temperature=1e-3, start_share=(0.0, 1.0),
+            smallest_crop=(0.01, 1.0), batch_size=2, soft_weight=0.0, temperature=1e-3, start_share=(0.0, 1.0),
         )  # fmt: skip
 
     def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, work: Work) -> Targets:
@@ -197,7 +197,7 @@ class OneTime(Distiller):
         device = next(model.parameters()).device
         few = samples.batch(slice(0, 2), device)
         least = 2 * MIN_BATCH if has_batch_norm(model) else MIN_BATCH
-        return min(self.batch, max(least, samples_that_fit(model, few, self.batch)))
+        return min(self.batch_size, max(least, samples_that_fit(model, few, self.batch_size)))
 
     def _loss(self, student: nn.Module, batch: Tensor, targets: Targets, view: Tensor, place: Tensor) -> Tensor:
         device = batch.device

@@ -26,7 +26,7 @@ def example_batch(opened: OpenedModel, samples: Any = None, batch_size: int = 64
         InvalidValueError: nothing says how large an input is.
     """
     if samples is not None:
-        found = open_samples(samples, opened.preprocessing, n_samples=batch_size)
+        found = open_samples(samples, opened.preprocessing, num_samples=batch_size)
         return found.trimmed(torch.arange(batch_size) % len(found))
     if isinstance(opened.preprocessing, Tokenization):
         longest = opened.preprocessing.max_length

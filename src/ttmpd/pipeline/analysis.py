@@ -159,7 +159,7 @@ def source_of(opened: OpenedModel, samples: Samples, device: torch.device, task:
 def open_pool(data: Any, opened: OpenedModel, settings: Settings) -> Samples:
     """What the samples are selected from; where the selector does not look at them, just as many as are wanted."""
     n = max(settings.pool, settings.num_samples) if settings.select.looks else settings.num_samples
-    return open_samples(data, opened.preprocessing, n_samples=n, enough=settings.num_samples, seed=settings.seed)
+    return open_samples(data, opened.preprocessing, num_samples=n, enough=settings.num_samples, seed=settings.seed)
 
 
 def split(samples: Samples, settings: Settings) -> tuple[Samples, Samples]:

@@ -41,7 +41,7 @@ def bench(
     source: str | None = None,
     *,
     batch_sizes: Sequence[int] = (),
-    data: Any = None,
+    samples: Any = None,
     runtime: Runtime | str = Eager(),
     device: str = "auto",
 ) -> tuple[BenchRow, ...]:
@@ -51,7 +51,7 @@ def bench(
         folder: what ``compress`` wrote.
         source: id of the original model, needed when it came from your own code.
         batch_sizes: one row each; 1 and the artifact's own when empty.
-        data: real inputs; random values when None. A model with exits needs them: the mean over those that the exits
+        samples: real inputs; random values when None. A model with exits needs them: the mean over those that the exits
             were not trained on counts.
         runtime: runs both models; a runtime or its name.
         device: "auto", "cpu", "cuda", "mps".
@@ -83,9 +83,9 @@ def bench(
     rows = []
     for size in batch_sizes or dict.fromkeys((1, artifact.batch_size)):
         if isinstance(compressed, EarlyExitModel):
-            timings = routed_timings(original, compressed, _unseen(data, opened, artifact), size)
+            timings = routed_timings(original, compressed, _unseen(samples, opened, artifact), size)
         else:
-            batch = example_batch(opened, data, size, artifact.input_shape).to(where)
+            batch = example_batch(opened, samples, size, artifact.input_shape).to(where)
             timings = compare(original, compressed, batch, runtime=runs)
         ratio = timings.ratio("original", "compressed")
         rows.append(BenchRow(size, timings.timing("original"), timings.timing("compressed"), ratio))
@@ -96,9 +96,10 @@ def _unseen(data: Any, opened: OpenedModel, artifact: Artifact) -> Samples:
     """Some samples on which exits can be timed: those they were trained on would leave too early."""
     if data is None:
         raise InvalidValueError(
-            "data must be given for a model with exits, since each sample takes another time, but got none; pass --data"
+            "samples must be given for a model with exits, since each sample takes another time, but got none; pass "
+            "samples of yours, on the command line --data"
         )
-    samples = open_samples(data, opened.preprocessing, n_samples=_TIMED + len(artifact.sample_ids), enough=1)
+    samples = open_samples(data, opened.preprocessing, num_samples=_TIMED + len(artifact.sample_ids), enough=1)
     used = frozenset(artifact.sample_ids)
     unused = [number for number, name in enumerate(samples.ids) if name not in used]
     if not unused:

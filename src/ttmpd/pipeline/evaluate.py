@@ -124,7 +124,7 @@ class _Sums:
 
 def evaluate(
     model: Source,
-    data: Any,
+    samples: Any,
     labels: str | Path | Sequence[int] | None = None,
     *,
     against: Source | None = None,
@@ -139,10 +139,10 @@ def evaluate(
 
     Args:
         model: a module, an id or an artifact folder.
-        data: what :func:`ttmpd.compress` takes as samples; never all in memory.
+        samples: what :func:`ttmpd.compress` takes; never all in memory.
         labels: a .npz with ``y``, a .csv with the columns ``file`` and ``label``, a .tsv, .csv or .jsonl with a column
-            ``label`` and a row for each text, the folder ``data`` itself if it has a sub-folder for each class, or one
-            class index per row of data; None evaluates without accuracy.
+            ``label`` and a row for each text, the folder of the samples if it has a sub-folder for each class, or one
+            class index per sample; None evaluates without accuracy.
         against: another model on the same samples, usually the original.
         source: id of the original model, for artifacts of a model from your own code.
         batch_size: samples per forward pass.
@@ -165,19 +165,19 @@ def evaluate(
     opened = _alike([open_any(place, source) for place in (model, against) if place is not None])
     nets = [clone(one.module).to(where).eval() for one in opened]
     reads = _task(opened, labels)
-    known = None if labels is None else _labels(labels, data, _class_names(opened[0].module))
+    known = None if labels is None else _labels(labels, samples, _class_names(opened[0].module))
     used = frozenset(name for one in opened for name in one.used_ids)
     sums = [_Sums() for _ in opened]
     alike, n_left_out, n_skipped, tasks = 0.0, 0, 0, list[Task]()
     notes: Counter[str] = Counter()
-    for chunk in _chunks(data, opened, chunk=max(batch_size, 512 if reads == "sequence" else 0)):
+    for chunk in _chunks(samples, opened, chunk=max(batch_size, 512 if reads == "sequence" else 0)):
         n_skipped += len(chunk[0].skipped)
         notes.update(dict(chunk[0].notes))
         kept = [i for i, name in enumerate(chunk[0].ids) if name not in used]
         n_left_out += len(chunk[0]) - len(kept)
         if not kept:
             continue
-        parts = [samples.subset(kept) for samples in chunk]
+        parts = [part.subset(kept) for part in chunk]
         if not sums[0].n:
             tasks = [_assigned(net, part, one, task, where) for net, part, one in zip(nets, parts, opened, strict=True)]
             _check_labels(tasks, labels)

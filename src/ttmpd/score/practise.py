@@ -32,10 +32,10 @@ class Practise(Scorer):
     steps: int = 1000
     """Adaptor iterations per block."""
     lr: float = 0.02
-    train_batch: int = 64
+    train_batch_size: int = 64
 
     def __post_init__(self) -> None:
-        check_fields(self, steps=0, train_batch=1)
+        check_fields(self, steps=0, train_batch_size=1)
 
     def can_judge(self, model: nn.Module, unit: Unit) -> bool:
         """Blocks that hold their shortcut: adaptors stand around them."""
@@ -68,7 +68,7 @@ class Practise(Scorer):
         generator = torch.Generator().manual_seed(job.seed)
 
         def loss_at(step: int) -> Tensor:
-            index = batch_order(len(samples), self.train_batch, step, job.seed)
+            index = batch_order(len(samples), self.train_batch_size, step, job.seed)
             view = random_view(samples.batch(index, device), generator)
             with torch.no_grad():
                 wanted = read(teacher, view, {"f": tap})["f"]
@@ -84,7 +84,7 @@ class Practise(Scorer):
             )
             with evaluating(pruned):
                 error = torch.zeros((), dtype=torch.float64)
-                for batch in samples.batches(self.train_batch, device):
+                for batch in samples.batches(self.train_batch_size, device):
                     difference = read(pruned, batch, {"f": tap})["f"] - read(teacher, batch, {"f": tap})["f"]
                     error += difference.square().flatten(1).mean(1).sum().double().cpu()
         return float(error) / len(samples)

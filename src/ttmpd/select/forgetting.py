@@ -35,10 +35,10 @@ class Forgetting(Selector):
     noise: float = 0.1
     """Standard deviation of what is added to each weight matrix, in units of its root mean square."""
     lr: float = 0.01
-    train_batch: int = 64
+    train_batch_size: int = 64
 
     def __post_init__(self) -> None:
-        check_fields(self, epochs=1, noise=0.0, lr=0.0, train_batch=1)
+        check_fields(self, epochs=1, noise=0.0, lr=0.0, train_batch_size=1)
 
     def choose(
         self, teacher: nn.Module, pool: Samples, n: int, labels: Tensor | None, *, batch_size: int, seed: int
@@ -67,8 +67,8 @@ class Forgetting(Selector):
             for _ in track(range(self.epochs), "select", self.epochs):
                 agreed.append(torch.zeros(len(pool), dtype=torch.bool))
                 order = known[torch.randperm(len(known), generator=draw)]
-                for start in range(0, len(order), self.train_batch):
-                    index = order[start : start + self.train_batch]
+                for start in range(0, len(order), self.train_batch_size):
+                    index = order[start : start + self.train_batch_size]
                     logits = _step(copy, optimizer, pool.trimmed(index, device), classes[index].to(device))
                     right = torch.nan_to_num(logits.softmax(-1).gather(1, classes[index, None]).squeeze(1))
                     agreed[-1][index] = (logits.argmax(-1) == classes[index]) & (right > 0)

@@ -70,14 +70,14 @@ class OnlineService:
 
     Calls may come from any number of threads. A batch is answered by one model. Make it after a server has forked. What
     is no batch of floating values in one tensor (text, say) is answered, but there will be no student for it.
-    Memory: a copy of the model, ``samples`` times the values of a sample (1 byte each for pixels, else 2), 64 samples
+    Memory: a copy of the model, ``num_samples`` times the values of one (1 byte each for pixels, else 2), 64 of them
     more, teacher and student; the worker takes what ``compress`` takes, in a process of its own.
 
     Args:
         model: any classifier, its id, or an opened model, as for :func:`ttmpd.compress`; it is copied.
         speedup: how many times faster the student shall be.
         latency: instead of ``speedup``: ``"12ms"`` per batch, or ``"0.5x"`` of the original.
-        samples: number of samples that are collected, at least 8; a fifth of them is held back to judge by.
+        num_samples: how many samples are collected, at least 8; a fifth of them is held back to judge by.
         output: folder for the artifact of the newest student.
         worker: "process", or "thread" where the model cannot be sent to one (it is taken then anyway, with the reason
             in ``state()``); or a function that starts a worker, as :func:`ttmpd.serving.worker.start` does.
@@ -91,7 +91,7 @@ class OnlineService:
 
     Example:
         >>> from ttmpd.testing.tiny_models import tiny_model, tiny_samples
-        >>> with OnlineService(tiny_model(), speedup=1.5, samples=500) as service:
+        >>> with OnlineService(tiny_model(), speedup=1.5, num_samples=500) as service:
         ...     logits = service(tiny_samples(4).batch(slice(None)))
         ...     service.state()["phase"], service.state()["n_seen"]
         ('collecting', 4)
@@ -103,7 +103,7 @@ class OnlineService:
         *,
         speedup: float | None = None,
         latency: str | float | None = None,
-        samples: int = 512,
+        num_samples: int = 512,
         output: str | Path | None = None,
         worker: Kind | Begin = "process",
         clock: Clock = time.monotonic,
@@ -113,8 +113,8 @@ class OnlineService:
         self.policy = Policy(**{name: value for name, value in settings.items() if name in names})
         arguments = {name: value for name, value in settings.items() if name not in names}
         arguments = _checked(arguments, speedup, latency)
-        if samples < FEWEST:
-            raise InvalidValueError(f"samples must be at least {FEWEST}, but got {samples!r}")
+        if num_samples < FEWEST:
+            raise InvalidValueError(f"num_samples must be at least {FEWEST}, but got {num_samples!r}")
         if worker not in ("process", "thread") and not callable(worker):
             raise InvalidValueError(f"worker must be process or thread, but got {worker!r}")
         self._output = None if output is None else Path(output)
@@ -131,7 +131,7 @@ class OnlineService:
         self._folder, self._lock = _new_folder()
         self._controller = ServiceController(
             self.opened,
-            Reservoir(samples, self.preprocessing, arguments.get("seed", 0)),
+            Reservoir(num_samples, self.preprocessing, arguments.get("seed", 0)),
             Path(self._folder.name),
             arguments={"device": str(device_of(opened.module))} | arguments,
             policy=self.policy,
@@ -285,8 +285,6 @@ def _checked(arguments: dict[str, Any], speedup: float | None, latency: str | fl
     """The arguments of ``compress``, with every rule checked now and not when the samples are there."""
     Target.of(speedup, latency)
     settings_of(arguments)
-    if "num_samples" in arguments:
-        raise InvalidValueError("num_samples must be left out: give samples, the number that are collected")
     if latency is not None:
         return arguments | {"latency": latency}
     Target(speedup=speedup)

@@ -48,7 +48,7 @@ class Recipe:
             mirrored: 1 where a mirrored sample is another thing, as a digit is.
         steps: optimizer steps, whatever the fraction: steps cost time, and with equal epochs a small part would also be
             trained for less of it.
-        batch: samples per step, and per pass of the teacher.
+        batch_size: samples per step, and per pass of the teacher.
         lr: peak learning rate of SGD with Nesterov's momentum of 0.9: a warm-up over the first fifth, then a cosine.
         weight_decay: on every parameter.
         seed: of the choice, the views and the order; the student comes with its own first weights.
@@ -63,7 +63,7 @@ class Recipe:
     temperature: float = 4.0
     views: int = 16
     steps: int = 3000
-    batch: int = 64
+    batch_size: int = 64
     lr: float = 0.05
     weight_decay: float = 5e-4
     seed: int = 0
@@ -71,7 +71,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_fields(
-            self, fraction=(0.0, 1.0), temperature=1e-3, views=1, steps=1, batch=2, lr=0.0, weight_decay=0.0
+            self, fraction=(0.0, 1.0), temperature=1e-3, views=1, steps=1, batch_size=2, lr=0.0, weight_decay=0.0
         )  # fmt: skip
         if self.alpha != "auto":
             if isinstance(self.alpha, str):

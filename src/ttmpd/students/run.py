@@ -122,10 +122,10 @@ def _opened(
             )
     theirs = student.preprocessing if teacher is None else teacher.preprocessing or student.preprocessing
     ours = student.preprocessing or theirs
-    samples = open_samples(data, ours, n_samples=n, seed=seed)
+    samples = open_samples(data, ours, num_samples=n, seed=seed)
     if theirs == ours:
         return samples, samples
-    seen = open_samples(data, theirs, n_samples=n, seed=seed)
+    seen = open_samples(data, theirs, num_samples=n, seed=seed)
     if seen.ids != samples.ids:
         raise SamplesError(
             "student and teacher must be able to use the same samples, but one skips some that the other takes; take "

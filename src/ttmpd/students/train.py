@@ -93,7 +93,7 @@ def train_student(
         >>> from ttmpd.data.open import open_samples
         >>> from ttmpd.testing.tiny_models import tiny_model
         >>> samples, labels = open_samples(torch.rand(40, 3, 8, 8), None), torch.arange(40) % 4
-        >>> trained = train_student(tiny_model(), samples, labels, fraction=0.5, steps=2, batch=8)
+        >>> trained = train_student(tiny_model(), samples, labels, fraction=0.5, steps=2, batch_size=8)
         >>> len(trained.selected)
         20
 
@@ -110,7 +110,7 @@ def train_student(
     with _stages(folder, _fingerprint(student, teacher, samples, labels, recipe)) as stages:
         if teacher is not None:
             with stages.timed("adapt"):
-                adapted = recipe.adapt.adapt(teacher, teacher_samples, batch_size=recipe.batch, seed=recipe.seed)
+                adapted = recipe.adapt.adapt(teacher, teacher_samples, batch_size=recipe.batch_size, seed=recipe.seed)
             teacher, note = adapted.model, adapted.note
         scorer = student if teacher is None else teacher  # a blind selector asks neither
         selected = stages.json("select", lambda: choose(scorer, teacher_samples, labels, n_selected, recipe))
@@ -201,11 +201,11 @@ def _stages(folder: Path | None, run: str) -> Iterator[Stages]:
 def _fit(student: nn.Module, training_set: DistillationSet, recipe: Recipe, state: Path) -> Fit:
     """Train all parameters in place; the student is left in eval mode."""
     device, n = next(student.parameters()).device, len(training_set.samples)
-    per_epoch = steps_per_epoch(n, recipe.batch)
+    per_epoch = steps_per_epoch(n, recipe.batch_size)
     loss_of = _loss(student, training_set, recipe)
 
     def loss_at(step: int) -> Tensor:
-        index, view = batch_order(n, recipe.batch, step, recipe.seed), step // per_epoch % training_set.n_views
+        index, view = batch_order(n, recipe.batch_size, step, recipe.seed), step // per_epoch % training_set.n_views
         return loss_of(
             fixed_view(training_set.samples.trimmed(index, device), index, view, recipe.seed, n), index, view
         )
@@ -213,7 +213,7 @@ def _fit(student: nn.Module, training_set: DistillationSet, recipe: Recipe, stat
     to_fast_format(student).train()
     fit = train(student, loss_at, recipe.schedule, Loop(state=state, stage="train"))
     to_plain_format(student).eval()
-    if has_nan(predictions_of(student, training_set.samples.first(recipe.batch), recipe.batch)):
+    if has_nan(predictions_of(student, training_set.samples.first(recipe.batch_size), recipe.batch_size)):
         raise ModelError(
             f"training must end with finite answers, but {type(student).__name__} ran away at a learning rate of "
             f"{recipe.lr:g}; lower lr"

@@ -52,7 +52,7 @@ def choose(model: nn.Module, pool: Samples, labels: Tensor, n: int, recipe: Reci
     """
 
     def select(part: Samples, truth: Tensor, quota: int) -> tuple[int, ...]:
-        return recipe.select.select(model, part, quota, labels=truth, batch_size=recipe.batch, seed=recipe.seed)
+        return recipe.select.select(model, part, quota, labels=truth, batch_size=recipe.batch_size, seed=recipe.seed)
 
     if not recipe.balanced:
         return select(pool, labels, n)
@@ -100,7 +100,7 @@ def prepare(
     """
     samples, teacher_samples = selected
     alpha = recipe.weight(teacher)
-    epochs = math.ceil(recipe.steps / steps_per_epoch(len(samples), recipe.batch))
+    epochs = math.ceil(recipe.steps / steps_per_epoch(len(samples), recipe.batch_size))
     n_views = min(recipe.views, epochs) if samples.is_image else 1
     answers = radius = None
     if teacher is not None and alpha > 0:
@@ -109,7 +109,7 @@ def prepare(
     attack = recipe.attack
     if attack is not None:
         radius = stages.tensors(
-            "radii", lambda: ({"radius": _radius(teacher, teacher_samples, labels, attack, recipe.batch)}, None)
+            "radii", lambda: ({"radius": _radius(teacher, teacher_samples, labels, attack, recipe.batch_size)}, None)
         )[0]["radius"]
     return DistillationSet(samples, labels, alpha, n_views, answers, radius)
 
@@ -125,11 +125,11 @@ def _answers(teacher: nn.Module, samples: Samples, n_views: int, recipe: Recipe,
     if stored is not None:
         return stored.logits
     device, n = next(teacher.parameters()).device, len(samples)
-    store, starts = TargetsWriter(folder, n_views, n), range(0, n, recipe.batch)
+    store, starts = TargetsWriter(folder, n_views, n), range(0, n, recipe.batch_size)
     with evaluating(teacher):
         for view in range(n_views):
             for start in track(starts, f"teacher view {view + 1}/{n_views}", len(starts)):
-                index = torch.arange(start, min(start + recipe.batch, n))
+                index = torch.arange(start, min(start + recipe.batch_size, n))
                 batch = fixed_view(samples.trimmed(index, device), index, view, recipe.seed, n)
                 store.write(view, start, None, predict(teacher, batch))
     logits = store.finish()[1]

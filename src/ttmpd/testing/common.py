@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 def quick(method: M) -> M:
     """The method with as few training steps as a check needs."""
-    few = {"steps": 3, "batch": 6, "train_batch": 6}
+    few = {"steps": 3, "batch_size": 6, "train_batch_size": 6}
     return method.with_settings(**{key: value for key, value in few.items() if hasattr(method, key)})
 
 

@@ -43,7 +43,7 @@ def command(
         from ttmpd.latency.device import choose_device, machine
         from ttmpd.pipeline.bench import bench
 
-        rows = bench(folder, source, batch_sizes=batch_size or (), data=data, runtime=runtime, device=device)
+        rows = bench(folder, source, batch_sizes=batch_size or (), samples=data, runtime=runtime, device=device)
         _show(rows, machine(choose_device(device)))
 
 

@@ -68,7 +68,7 @@ def command(
         target: dict[str, Any] = {"speedup": speedup} if latency is None else {"latency": latency}
         settings |= target | {"worker": worker, "threads": threads, "batch_size": batch_size, "seed": run.seed}
         show_machine(run.device)
-        with OnlineService(opened, samples=num_samples, output=output, **settings) as service:
+        with OnlineService(opened, num_samples=num_samples, output=output, **settings) as service:
             _greet(host, port)
             serve(service, host=host, port=port, limits=default_limits(max_mb, max_batch))
 

@@ -92,7 +92,7 @@ def command(
             "temperature": temperature,
             "views": views,
             "steps": steps,
-            "batch": batch_size,
+            "batch_size": batch_size,
             "lr": lr,
             "seed": run.seed,
         }
