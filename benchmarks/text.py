@@ -34,7 +34,8 @@ from ttmpd.latency.timing import time_models
 from ttmpd.models.macs import count_macs
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
-from ttmpd.pipeline.analysis import latency_batch, open_pool, split
+from ttmpd.pipeline.analysis import latency_batch
+from ttmpd.pipeline.calibration import open_pool, split
 from ttmpd.pipeline.compress import compress
 from ttmpd.pipeline.evaluate import evaluate
 from ttmpd.pipeline.settings import settings_of
@@ -82,8 +83,8 @@ def opened() -> OpenedModel:
 def timed_batch(seed: int) -> torch.Tensor:
     """The very batch on which `compress` times: other sentences are longer or shorter, and lengths move ratios."""
     settings = settings_of({"num_samples": N, "batch_size": BATCH, "seed": seed})
-    few, _ = split(open_pool(sentences(), opened(), settings), settings)
-    return latency_batch(opened().module, few, settings)
+    samples = split(open_pool(sentences(), opened(), settings), settings).fit
+    return latency_batch(opened().module, samples, settings)
 
 
 def students(part: str, seed: int, share: float, name: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -250,8 +250,8 @@ def test_killed_in_distillation_then_resumed(data, tmp_path, run, said):
 
     true = pipeline.finish
 
-    def finish(ready, planned, start, stages, *more):
-        result = true(ready, planned, start, stages, *more)
+    def finish(analysis, planned, start, stages, *more):
+        result = true(analysis, planned, start, stages, *more)
         pieces.update({name: (work / name).stat().st_mtime_ns for name in before if name != "run.json"})
         pieces["reused"] = len(stages.reused)
         return result

@@ -28,9 +28,8 @@ from ttmpd.latency.timing import Timings
 from ttmpd.models.macs import count_macs
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predictions_of
-from ttmpd.pipeline import analysis as ready
+from ttmpd.pipeline import analysis, calibration, planning
 from ttmpd.pipeline import compress as pipeline
-from ttmpd.pipeline import planning
 from ttmpd.pipeline.compress import compress, compress_many
 from ttmpd.pipeline.settings import Settings, Target, settings_of
 from ttmpd.plan.greedy import Greedy
@@ -71,7 +70,7 @@ def operations_for_milliseconds(monkeypatch):
         return tuple(UnitLatency(u.id, u.macs / 1e3, {"linear": u.channels**2 * 64 / 1e3}) for u in units)
 
     set_compare(monkeypatch, compare)
-    monkeypatch.setattr(ready, "time_units", time_units)
+    monkeypatch.setattr(analysis, "time_units", time_units)
 
 
 def set_compare(monkeypatch, compare) -> None:
@@ -81,7 +80,7 @@ def set_compare(monkeypatch, compare) -> None:
     def nothing_lossless(model, batch, **_):
         return UNCHANGED, Timings(dict.fromkeys(("original", "lossless"), compare(model, model, batch).ms["original"]))
 
-    monkeypatch.setattr(ready, "find_lossless", nothing_lossless)
+    monkeypatch.setattr(analysis, "find_lossless", nothing_lossless)
 
 
 FOLDED_IS_FASTER = 1.25
@@ -104,7 +103,7 @@ def folding_pays(monkeypatch):
         return how, Timings({"original": milliseconds(net, batch), "lossless": milliseconds(applied(net, how), batch)})
 
     set_compare(monkeypatch, compare)
-    monkeypatch.setattr(ready, "find_lossless", find_lossless)
+    monkeypatch.setattr(analysis, "find_lossless", find_lossless)
 
 
 @pytest.fixture
@@ -289,13 +288,13 @@ def test_the_chosen_samples_are_fitted_on_and_held_out_ones_are_drawn_at_random(
 
 def test_a_selector_that_looks_at_nothing_reads_no_more_than_it_needs(model, samples, monkeypatch, caplog):
     asked = []
-    true = ready.open_samples
+    true = calibration.open_samples
 
     def open_samples(*arguments, **more):
         asked.append(more["n_samples"])
         return true(*arguments, **more)
 
-    monkeypatch.setattr(ready, "open_samples", open_samples)
+    monkeypatch.setattr(calibration, "open_samples", open_samples)
     drawn = compress(model, samples, speedup=2.0, **(QUICK | {"select": Random()}))
     assert "select" not in drawn.facts["seconds"]
     chosen = compress(model, samples, speedup=2.0, **(QUICK | {"select": EL2N()}))  # no more are there: all of them
@@ -422,7 +421,7 @@ def test_a_killed_run_goes_on_where_it_was(model, samples, tmp_path, monkeypatch
     monkeypatch.setattr(OneTime, "prepare", forbidden)
     monkeypatch.setattr(TTMPD, "score", forbidden)
     monkeypatch.setattr(Norm, "adapt", forbidden)
-    monkeypatch.setattr(ready, "time_units", forbidden)
+    monkeypatch.setattr(analysis, "time_units", forbidden)
     monkeypatch.setattr(pipeline, "make_plan", forbidden)
     monkeypatch.setattr(pipeline.Result, "save", lambda *_: None)
     set_compare(monkeypatch, lambda *_a, **_k: Timings({"original": (2.0,) * 3, "compressed": (1.0,) * 3}))
@@ -438,8 +437,8 @@ def test_a_run_that_moved_to_another_machine_is_timed_anew(model, samples, tmp_p
         compress(model, samples, speedup=2.0, output=tmp_path / "out", **QUICK)
     monkeypatch.undo()
     timed, here = [], pipeline.machine("cpu")
-    measure = ready.time_units
-    monkeypatch.setattr(ready, "time_units", lambda *a, **k: timed.append(1) or measure(*a, **k))
+    measure = analysis.time_units
+    monkeypatch.setattr(analysis, "time_units", lambda *a, **k: timed.append(1) or measure(*a, **k))
     monkeypatch.setattr(TTMPD, "score", lambda *_a, **_k: pytest.fail("computed again"))
     monkeypatch.setattr(pipeline, "machine", lambda _device: here | {"device": "another"})
     monkeypatch.setattr(pipeline, "walk", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -585,9 +584,9 @@ def test_impossible_shares_of_the_macs_are_refused(macs):
 
 
 def test_units_that_save_less_than_they_promise_are_made_up_for(model, samples, monkeypatch):
-    honest = ready.time_units
+    honest = analysis.time_units
     monkeypatch.setattr(
-        ready,
+        analysis,
         "time_units",
         lambda *a, **k: tuple(UnitLatency(t.unit, 1.4 * t.ms, t.stand_ins) for t in honest(*a, **k)),
     )
@@ -641,13 +640,13 @@ def test_what_lossless_leaves_is_removed_and_loads_again(model, samples, folding
 
 
 def test_a_target_that_the_measurement_of_lossless_misses_is_met_by_removal(model, samples, folding_pays, monkeypatch):
-    true = ready.find_lossless
+    true = analysis.find_lossless
 
     def hopeful(net, batch, **settings):
         how, rounds = true(net, batch, **settings)
         return how, Timings({**rounds.ms, "lossless": tuple(ms / 1.2 for ms in rounds.ms["lossless"])})
 
-    monkeypatch.setattr(ready, "find_lossless", hopeful)
+    monkeypatch.setattr(analysis, "find_lossless", hopeful)
     result = compress(model, samples, speedup=1.4, **QUICK)
     assert result.plan.removals
     assert result.facts["latency"]["speedup"]["median"] >= 1.4

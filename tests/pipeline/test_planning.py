@@ -13,7 +13,7 @@ from ttmpd.records import DepthUnit, Option, Score
 STAND_IN_MS = 1.0
 
 
-def ready(harms: dict[str, tuple[float, float, float]]) -> SimpleNamespace:
+def analysis(harms: dict[str, tuple[float, float, float]]) -> SimpleNamespace:
     """Units by name: milliseconds, damage and repaired damage; names with one letter before the dot are one run."""
     units = tuple(DepthUnit("block", name, "Block", (4,), "channels_last", 1, 1) for name in harms)
     scores = [
@@ -45,17 +45,17 @@ def actions(chosen):
 
 
 def test_a_run_ends_in_a_stand_in_where_there_is_room():
-    here = ready({"a.0": (10.0, 0.5, 0.1), "a.1": (10.0, 0.5, 0.1), "b.0": (10.0, 5.0, 5.0)})
+    here = analysis({"a.0": (10.0, 0.5, 0.1), "a.1": (10.0, 0.5, 0.1), "b.0": (10.0, 5.0, 5.0)})
     assert actions(chosen_for(here, [Waypoint((), here.options)], 19.0)) == {"a.0": "drop", "a.1": "linear"}
 
 
 def test_a_stand_in_is_left_out_where_it_would_cost_another_large_unit():
-    here = ready({"a.0": (10.0, 0.5, 0.4), "a.1": (10.0, 0.5, 0.4), "b.0": (10.0, 0.9, 0.8)})
+    here = analysis({"a.0": (10.0, 0.5, 0.4), "a.1": (10.0, 0.5, 0.4), "b.0": (10.0, 0.9, 0.8)})
     assert actions(chosen_for(here, [Waypoint((), here.options)], 19.5)) == {"a.0": "drop", "a.1": "drop"}
 
 
 def test_another_small_unit_goes_where_its_stand_ins_repair_more():
-    here = ready({"a.0": (10.0, 3.0, 0.4), "a.1": (10.0, 3.0, 0.4), "b.0": (5.0, 0.3, 0.2)})
+    here = analysis({"a.0": (10.0, 3.0, 0.4), "a.1": (10.0, 3.0, 0.4), "b.0": (5.0, 0.3, 0.2)})
 
     def whole_plan(plan):
         return 5.0 if actions(plan) == {"a.0": "drop", "a.1": "drop"} else 1.0
@@ -66,7 +66,7 @@ def test_another_small_unit_goes_where_its_stand_ins_repair_more():
 
 
 def test_ways_are_ranked_and_only_those_that_are_asked_for_looked_at():
-    here = ready({"a.0": (10.0, 3.0, 0.4), "a.1": (10.0, 3.0, 0.4), "b.0": (5.0, 0.3, 0.2)})
+    here = analysis({"a.0": (10.0, 3.0, 0.4), "a.1": (10.0, 3.0, 0.4), "b.0": (5.0, 0.3, 0.2)})
     start, judged = [Waypoint((), here.options)], []
 
     def whole_plan(plan):
@@ -81,7 +81,7 @@ def test_ways_are_ranked_and_only_those_that_are_asked_for_looked_at():
 
 
 def test_where_the_best_way_leads_nowhere_the_others_are_tried():
-    here = ready({"a.0": (10.0, 3.0, 0.4), "a.1": (10.0, 3.0, 0.4)})
+    here = analysis({"a.0": (10.0, 3.0, 0.4), "a.1": (10.0, 3.0, 0.4)})
     start = [Waypoint((), here.options)]
     stand_ins = next(way for way in WAYS if way.ends)
     assert actions(choose(here, start, 19.0, None, [stand_ins])[0]) == {"a.0": "drop", "a.1": "linear"}
@@ -90,7 +90,7 @@ def test_where_the_best_way_leads_nowhere_the_others_are_tried():
 
 def test_on_the_way_the_least_harmful_part_of_the_whole_plan_is_committed():
     # For 10 ms alone `c.0` is best; for 29 ms it is of no use.
-    here = ready({"a.0": (15.0, 0.3, 0.3), "b.0": (15.0, 0.4, 0.4), "c.0": (11.0, 0.25, 0.25)})
+    here = analysis({"a.0": (15.0, 0.3, 0.3), "b.0": (15.0, 0.4, 0.4), "c.0": (11.0, 0.25, 0.25)})
     start = Waypoint((), here.options)
     assert {option.unit_id for option in start.to(here, 10.0)} == {"c.0"}
     assert [option.unit_id for option in start.towards(here, 29.0, 10.0)] == ["a.0"]
@@ -98,7 +98,7 @@ def test_on_the_way_the_least_harmful_part_of_the_whole_plan_is_committed():
 
 
 def test_what_was_committed_on_the_way_is_given_up_for_a_plan_that_fits_better():
-    here = ready({"a.0": (10.0, 0.3, 0.3), "b.0": (8.0, 0.2, 0.2), "c.0": (10.0, 0.3, 0.3)})
+    here = analysis({"a.0": (10.0, 0.3, 0.3), "b.0": (8.0, 0.2, 0.2), "c.0": (10.0, 0.3, 0.3)})
     start = Waypoint((), here.options)
     committed = tuple(o for o in here.options if (o.unit_id, o.action) in {("b.0", "drop"), ("a.0", "drop")})
     further = Waypoint(committed, tuple(o for o in here.options if o.unit_id == "c.0"))
@@ -108,7 +108,7 @@ def test_what_was_committed_on_the_way_is_given_up_for_a_plan_that_fits_better()
 
 @pytest.mark.parametrize("needed", [5.0, 12.0, 29.0])
 def test_a_plan_saves_what_is_needed(needed):
-    here = ready({"a.0": (10.0, 0.5, 0.1), "a.1": (10.0, 0.5, 0.2), "b.0": (10.0, 0.4, 0.3)})
+    here = analysis({"a.0": (10.0, 0.5, 0.1), "a.1": (10.0, 0.5, 0.2), "b.0": (10.0, 0.4, 0.3)})
     assert sum(option.saved_ms for option in chosen_for(here, [Waypoint((), here.options)], needed)) >= needed
 
 

@@ -300,7 +300,7 @@ def test_a_length_is_part_of_what_a_run_is(text_folder: Folder, table: Path, tmp
     opened = open_model(f"hf:{text_folder('bert')}")
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ttmpd.pipeline.compress.get_ready", lambda *_: None)
+        patch.setattr("ttmpd.pipeline.compress.analyze", lambda *_: None)
         patch.setattr("ttmpd.pipeline.compress.Stages", lambda _folder, run, *_: seen.append(run))
         patch.setattr("ttmpd.pipeline.compress.selected", lambda _o, pool, *_: pool)
         for length in (8, 8, 12):

@@ -21,9 +21,8 @@ from ttmpd.errors import InvalidValueError
 from ttmpd.latency.table import UnitLatency
 from ttmpd.latency.timing import Timings
 from ttmpd.models.macs import count_macs
-from ttmpd.pipeline import analysis as ready
+from ttmpd.pipeline import analysis, planning
 from ttmpd.pipeline import compress as pipeline
-from ttmpd.pipeline import planning
 from ttmpd.records import UNCHANGED
 from ttmpd.serving import acceptance
 from ttmpd.serving import service as service_module
@@ -142,10 +141,12 @@ def made(folder: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for module in (pipeline, planning):
             patch.setattr(module, "compare", compare)
-        patch.setattr(ready, "time_units", time_units)
+        patch.setattr(analysis, "time_units", time_units)
         ms = compare(tiny_model(n_blocks=4), tiny_model(n_blocks=4), tiny_samples(2).batch(slice(0, 2))).ms["original"]
         patch.setattr(
-            ready, "find_lossless", lambda *_, **_k: (UNCHANGED, Timings(dict.fromkeys(("original", "lossless"), ms)))
+            analysis,
+            "find_lossless",
+            lambda *_, **_k: (UNCHANGED, Timings(dict.fromkeys(("original", "lossless"), ms))),
         )
         ttmpd.compress(tiny_model(n_blocks=4), tiny_samples(40), speedup=1.3, output=folder, num_samples=40, **SETTINGS)
     return folder

@@ -13,7 +13,8 @@ from ttmpd.models.modules import to_fast_format, to_plain_format
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predictions_of
-from ttmpd.pipeline.analysis import open_pool, source_of, split, step_size
+from ttmpd.pipeline.analysis import source_of, step_size
+from ttmpd.pipeline.calibration import open_pool, split
 from ttmpd.pipeline.report_data import collect_adapted
 from ttmpd.pipeline.settings import settings_of
 from ttmpd.records import Plan
@@ -52,15 +53,17 @@ def adapt_to(
     if output is not None:
         check_output(Path(output))
     opened = model if isinstance(model, OpenedModel) else open_model(model)
-    few = split(open_pool(samples, opened, chosen), chosen)
-    source = to_fast_format(source_of(opened, few[0], choose_device(chosen.device), chosen.task))
+    calibration = split(open_pool(samples, opened, chosen), chosen)
+    source = to_fast_format(source_of(opened, calibration.fit, choose_device(chosen.device), chosen.task))
     start = time.perf_counter()
-    adapted = chosen.adapt.adapt(source, few[0], batch_size=step_size(source, few[0], chosen), seed=chosen.seed)
+    adapted = chosen.adapt.adapt(
+        source, calibration.fit, batch_size=step_size(source, calibration.fit, chosen), seed=chosen.seed
+    )
     seconds = time.perf_counter() - start
-    before, after = (predictions_of(net, few[1], chosen.batch_size) for net in (source, adapted.model))
-    facts = collect_adapted(opened, source, adapted, few, chosen, (before, after), seconds)
+    before, after = (predictions_of(net, calibration.held_out, chosen.batch_size) for net in (source, adapted.model))
+    facts = collect_adapted(opened, source, adapted, calibration, chosen, (before, after), seconds)
     net = to_plain_format(adapted.model).cpu().eval()
-    found = Result(net, Plan((), 0.0, 0.0, 0.0, 0.0), facts, few[0].ids + few[1].ids, opened, kind="adapted")
+    found = Result(net, Plan((), 0.0, 0.0, 0.0, 0.0), facts, calibration.ids, opened, kind="adapted")
     if output is not None:
         found.save(output)
     return found

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttmpd.data.open import by_length, open_samples
+from ttmpd.data.open import by_length
 from ttmpd.data.samples import Samples
-from ttmpd.errors import SamplesError, UnsupportedError
+from ttmpd.errors import UnsupportedError
 from ttmpd.latency.device import choose_device
 from ttmpd.latency.lossless import find_lossless, unchanged
 from ttmpd.latency.table import UnitLatency, runtime_ratio, time_units
 from ttmpd.models.batch_size import samples_that_fit
 from ttmpd.models.modules import clone, to_fast_format
 from ttmpd.models.opened import OpenedModel
+from ttmpd.pipeline.calibration import Calibration
 from ttmpd.pipeline.settings import Settings, judged_kinds
 from ttmpd.pipeline.stages import ADAPT_STAGE, Stages
 from ttmpd.records import Lossless, Option, Removal, Score, Unit
@@ -37,14 +38,13 @@ TEXTS_ALIKE = 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Ready:
+class Analysis:
     """What is known before a target is chosen: made once, serves many targets."""
 
     opened: OpenedModel
     source: nn.Module
     teacher: nn.Module
-    samples: Samples
-    held_out: Samples
+    calibration: Calibration
     found: UnitSearch
     timings: tuple[UnitLatency, ...]
     original_ms: float
@@ -67,7 +67,7 @@ class Ready:
     @property
     def batch(self) -> Tensor:
         """The batch on which latency is measured: the samples, repeated to the batch size."""
-        return latency_batch(self.source, self.samples, self.settings)
+        return latency_batch(self.source, self.calibration.fit, self.settings)
 
     def options_of(self, scores: Sequence[Score]) -> tuple[Option, ...]:
         """The scored removals that the settings allow, each with what it saves."""
@@ -98,11 +98,11 @@ class Ready:
         return self.options_of(self.scores)
 
 
-def get_ready(
-    opened: OpenedModel, few: tuple[Samples, Samples], settings: Settings, stages: Stages, deadline: float
-) -> Ready:
+def analyze(
+    opened: OpenedModel, calibration: Calibration, settings: Settings, stages: Stages, deadline: float
+) -> Analysis:
     """Adapt the teacher, find and time the units."""
-    samples, held_out = few
+    samples = calibration.fit
     device = choose_device(settings.device)
     source = source_of(opened, samples, device, settings.task)
     with stages.timed("find"):
@@ -119,13 +119,12 @@ def get_ready(
     size = pass_size(source, samples, max(settings.batch_size, PASS_SIZE))
     if samples.is_text:
         size = min(size, TEXTS_ALIKE)
-        samples, held_out = by_length(samples, size), by_length(held_out, size)
-    return Ready(
+        calibration = Calibration(by_length(samples, size), by_length(calibration.held_out, size))
+    return Analysis(
         opened=opened,
         source=source,
         teacher=teacher,
-        samples=samples,
-        held_out=held_out,
+        calibration=calibration,
         found=found,
         timings=tuple(UnitLatency(**row) for row in timed["units"]),
         original_ms=timed["original_ms"],
@@ -154,23 +153,6 @@ def source_of(opened: OpenedModel, samples: Samples, device: torch.device, task:
     assign_task(source, few, task, opened.preprocessing)
     check_structure(source, few)
     return source
-
-
-def open_pool(data: Any, opened: OpenedModel, settings: Settings) -> Samples:
-    """What the samples are selected from; where the selector does not look at them, just as many as are wanted."""
-    n = max(settings.pool, settings.num_samples) if settings.select.looks else settings.num_samples
-    return open_samples(data, opened.preprocessing, num_samples=n, enough=settings.num_samples, seed=settings.seed)
-
-
-def split(samples: Samples, settings: Settings) -> tuple[Samples, Samples]:
-    """(to select from, held out), by seed: the held-out samples speak for all data, whatever is selected."""
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    n = min(len(samples), settings.num_samples)
-    n_held = round(n * settings.holdout) if n > 1 else 0
-    n_held = min(n - 1, n_held)
-    if n - n_held < 2:
-        raise SamplesError(f"a run must have at least 2 samples to fit on, but got {n - n_held}; give more samples")
-    return samples.subset(order[n_held:]), samples.subset(order[:n_held])
 
 
 def selected(opened: OpenedModel, pool: Samples, n: int, settings: Settings, stages: Stages) -> Samples:
@@ -246,15 +228,15 @@ def pass_size(model: nn.Module, samples: Samples, most: int) -> int:
     return min(most, 2 * samples_that_fit(model, few, most))
 
 
-def score_rows(ready: Ready, model: nn.Module, units: Sequence[Unit]) -> list[dict[str, Any]]:
+def score_rows(analysis: Analysis, model: nn.Module, units: Sequence[Unit]) -> list[dict[str, Any]]:
     """Scores of units of the teacher, or of a student on the way, as plain data."""
-    scores = ready.settings.score.score(
+    scores = analysis.settings.score.score(
         model,
         units,
-        ready.samples,
-        actions=ready.settings.actions,
-        batch_size=ready.pass_size,
-        seed=ready.settings.seed,
+        analysis.calibration.fit,
+        actions=analysis.settings.actions,
+        batch_size=analysis.pass_size,
+        seed=analysis.settings.seed,
     )
     return [dataclasses.asdict(score) for score in scores]
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ttmpd.errors import BudgetUnreachableError
-from ttmpd.pipeline.analysis import Ready, score_of, score_rows
+from ttmpd.pipeline.analysis import Analysis, score_of, score_rows
 from ttmpd.pipeline.stages import Stages
 from ttmpd.plan.base import most_saved
 from ttmpd.records import Action, DepthUnit, Option, Removal, Unit
@@ -61,27 +61,29 @@ class Waypoint:
         """What the removals so far save."""
         return sum(option.saved_ms for option in self.chosen)
 
-    def to(self, ready: Ready, needed_ms: float) -> tuple[Option, ...]:
+    def to(self, analysis: Analysis, needed_ms: float) -> tuple[Option, ...]:
         """The removals so far and the best further ones that together save ``needed_ms``."""
         rest = needed_ms - self.saved_ms
         if rest <= 0:
             return self.chosen
-        return (*self.chosen, *ready.settings.plan.choose(self.options, rest, seed=ready.settings.seed))
+        return (*self.chosen, *analysis.settings.plan.choose(self.options, rest, seed=analysis.settings.seed))
 
     def with_narrow(self, factor: float) -> "Waypoint":
         """The same with so many times the harm where layers are narrowed further."""
         weighed = (replace(o, harm=factor * o.harm) if o.action == "narrow" else o for o in self.options)
         return Waypoint(self.chosen, tuple(weighed))
 
-    def towards(self, ready: Ready, needed_ms: float, stride_ms: float) -> tuple[Option, ...]:
+    def towards(self, analysis: Analysis, needed_ms: float, stride_ms: float) -> tuple[Option, ...]:
         """The removals so far, and of those that :meth:`to` would add the least harmful that save ``stride_ms``."""
-        more = sorted(self.to(ready, needed_ms)[len(self.chosen) :], key=lambda option: option.harm / option.saved_ms)
+        more = sorted(
+            self.to(analysis, needed_ms)[len(self.chosen) :], key=lambda option: option.harm / option.saved_ms
+        )
         saved = list(itertools.accumulate(option.saved_ms for option in more))
         n = next((i for i, ms in enumerate(saved, 1) if ms >= stride_ms), len(more))
         return (*self.chosen, *more[:n])
 
 
-def walk(ready: Ready, needed_ms: float, stages: Stages) -> tuple[Waypoint, ...]:
+def walk(analysis: Analysis, needed_ms: float, stages: Stages) -> tuple[Waypoint, ...]:
     """Waypoints from nothing removed towards ``needed_ms``: harms interact, so units are scored anew along the way.
 
     After every ``plan.step`` of the original latency the least harmful part of the best plan for all of ``needed_ms``
@@ -90,33 +92,35 @@ def walk(ready: Ready, needed_ms: float, stages: Stages) -> tuple[Waypoint, ...]
     """
     if needed_ms <= 0:
         return ()
-    found = [Waypoint((), ready.options)]
-    stride = ready.settings.plan.step * ready.original_ms
+    found = [Waypoint((), analysis.options)]
+    stride = analysis.settings.plan.step * analysis.original_ms
     while (here := found[-1]).saved_ms + stride < needed_ms - stride / 2:  # a short rest is not worth another scoring
         if most_saved(here.options) + here.saved_ms < needed_ms:
             break  # out of reach: choosing will say so
-        chosen = here.towards(ready, needed_ms, stride)
-        rows = stages.json(f"rescore#{len(found)}", functools.partial(_rescored, ready, chosen))
-        found.append(Waypoint(chosen, ready.options_of([score_of(row) for row in rows])))
+        chosen = here.towards(analysis, needed_ms, stride)
+        rows = stages.json(f"rescore#{len(found)}", functools.partial(_rescored, analysis, chosen))
+        found.append(Waypoint(chosen, analysis.options_of([score_of(row) for row in rows])))
     return tuple(found)
 
 
-def _rescored(ready: Ready, chosen: Sequence[Option]) -> list[dict[str, Any]]:
-    few, how = ready.samples.first(RESCORED_ON), ready.settings.score.repair
-    student = repaired(ready.teacher, ready.removals(chosen), few, batch_size=ready.pass_size, how=how, rows=FEW_ROWS)
-    return score_rows(ready, student, _left(ready, chosen))
+def _rescored(analysis: Analysis, chosen: Sequence[Option]) -> list[dict[str, Any]]:
+    few, how = analysis.calibration.fit.first(RESCORED_ON), analysis.settings.score.repair
+    student = repaired(
+        analysis.teacher, analysis.removals(chosen), few, batch_size=analysis.pass_size, how=how, rows=FEW_ROWS
+    )
+    return score_rows(analysis, student, _left(analysis, chosen))
 
 
-def _left(ready: Ready, chosen: Sequence[Option]) -> list[Unit]:
+def _left(analysis: Analysis, chosen: Sequence[Option]) -> list[Unit]:
     """The units that can still go: not those that have gone, nor their parts, nor the wholes of which a part has."""
     gone = {option.unit_id for option in chosen}
     opened = {option.whole for option in chosen}
-    units = ready.found.units
+    units = analysis.found.units
     return [unit for unit in units if unit.id not in gone | opened and whole_of(unit, units) not in gone]
 
 
 def choose(
-    ready: Ready,
+    analysis: Analysis,
     waypoints: Sequence[Waypoint],
     needed_ms: float,
     harm_of: Judge | None = None,
@@ -129,7 +133,7 @@ def choose(
     repair, the plan stays without them.
 
     Args:
-        ready: what is known.
+        analysis: what is known.
         waypoints: see :func:`walk`.
         needed_ms: milliseconds that have to go.
         harm_of: judges whole plans; without it the harms of the removals are added up.
@@ -143,11 +147,11 @@ def choose(
     for way in ways:
         if harm_of is None and way.narrow != NARROW[0]:
             continue
-        made = [_made(ready, waypoints, point, needed_ms, way) for point in before[-2:]]
+        made = [_made(analysis, waypoints, point, needed_ms, way) for point in before[-2:]]
         if found := [plan for plan in made if plan]:
             plans[way] = min(found, key=total_harm)
     if not plans and tuple(ways) != WAYS:
-        return choose(ready, waypoints, needed_ms, harm_of)
+        return choose(analysis, waypoints, needed_ms, harm_of)
     same = {way: frozenset((option.unit_id, option.action, option.kept) for option in plans[way]) for way in plans}
     some = {removed: way for way, removed in same.items()}
     if len(some) == 1:  # nothing to compare
@@ -158,27 +162,27 @@ def choose(
 
 
 def _made(
-    ready: Ready, waypoints: Sequence[Waypoint], point: Waypoint, needed_ms: float, way: Way
+    analysis: Analysis, waypoints: Sequence[Waypoint], point: Waypoint, needed_ms: float, way: Way
 ) -> tuple[Option, ...]:
     """The plan that a way leads to from a waypoint; () where its stand-ins leave too little to save."""
     point = point.with_narrow(way.narrow)
     if way.ends:
-        return _with_stand_ins(ready, waypoints, point, needed_ms)
-    return tidied(ready, waypoints, _along(ready, point, needed_ms), ends=False)
+        return _with_stand_ins(analysis, waypoints, point, needed_ms)
+    return tidied(analysis, waypoints, _along(analysis, point, needed_ms), ends=False)
 
 
 def _with_stand_ins(
-    ready: Ready, waypoints: Sequence[Waypoint], point: Waypoint, needed_ms: float
+    analysis: Analysis, waypoints: Sequence[Waypoint], point: Waypoint, needed_ms: float
 ) -> tuple[Option, ...]:
     """The plan whose runs all end in a stand-in; () where that cannot save so much."""
     asked = needed_ms
     for _ in range(MAX_TRIES):
-        plan = tidied(ready, waypoints, _along(ready, point, asked))
+        plan = tidied(analysis, waypoints, _along(analysis, point, asked))
         missing = needed_ms - sum(option.saved_ms for option in plan)
         if missing <= 1e-9:
             return plan
         asked += missing
-        if asked > most_saved(ready.options):
+        if asked > most_saved(analysis.options):
             break
     return ()
 
@@ -188,16 +192,16 @@ def total_harm(chosen: Sequence[Option]) -> float:
     return sum(max(0.0, option.harm) for option in chosen)
 
 
-def _along(ready: Ready, point: Waypoint, needed_ms: float) -> tuple[Option, ...]:
+def _along(analysis: Analysis, point: Waypoint, needed_ms: float) -> tuple[Option, ...]:
     try:
-        return point.to(ready, needed_ms)
+        return point.to(analysis, needed_ms)
     except BudgetUnreachableError:
         # What was chosen on the way may stand in the way of the most that can be saved.
-        return ready.settings.plan.choose(ready.options, needed_ms, seed=ready.settings.seed)
+        return analysis.settings.plan.choose(analysis.options, needed_ms, seed=analysis.settings.seed)
 
 
 def tidied(
-    ready: Ready, waypoints: Sequence[Waypoint], chosen: Sequence[Option], *, ends: bool = True
+    analysis: Analysis, waypoints: Sequence[Waypoint], chosen: Sequence[Option], *, ends: bool = True
 ) -> tuple[Option, ...]:
     """The same units with one linear stand-in at the end of every run of removed units, and none before it.
 
@@ -205,7 +209,7 @@ def tidied(
     more, while a run without any leaves the student far from the teacher. With ``ends`` false the ends stay as they
     were chosen, too.
     """
-    if not {"drop", "linear"} <= set(ready.settings.actions):
+    if not {"drop", "linear"} <= set(analysis.settings.actions):
         return tuple(chosen)
     known = {(o.unit_id, o.action): o for point in waypoints for o in (*point.options, *point.chosen)}
     gone = {option.unit_id for option in chosen if option.action != "narrow"}
@@ -214,16 +218,16 @@ def tidied(
         if option.action == "narrow":
             found.append(option)
             continue
-        at_end = _ends_run(ready, option.unit_id, gone)
+        at_end = _ends_run(analysis, option.unit_id, gone)
         action: Action = "drop" if not at_end else "linear" if ends else option.action
         wanted = known.get((option.unit_id, action), option)
         found.append(wanted if wanted.saved_ms > 0 else option)
     return tuple(found)
 
 
-def _ends_run(ready: Ready, unit: str, gone: Set[str]) -> bool:
+def _ends_run(analysis: Analysis, unit: str, gone: Set[str]) -> bool:
     """Whether the unit that takes this one's output stays."""
-    wholes = [other for other in ready.found.units if isinstance(other, DepthUnit) and not other.branch]
+    wholes = [other for other in analysis.found.units if isinstance(other, DepthUnit) and not other.branch]
     return not any(a.id == unit and b.id in gone and _adjacent(a, b) for a, b in itertools.pairwise(wholes))
 
 
@@ -232,17 +236,19 @@ def _adjacent(first: Unit, second: Unit) -> bool:
     return first.shape == second.shape and first.path.rpartition(".")[0] == second.path.rpartition(".")[0]
 
 
-def judge(ready: Ready) -> Judge | None:
+def judge(analysis: Analysis) -> Judge | None:
     """What the scorer says of whole plans, each asked for once; None where it judges removals alone."""
-    score, settings = ready.settings.score, ready.settings
+    score, settings = analysis.settings.score, analysis.settings
     if not score.judges_plans:
         return None
     known: dict[tuple[Removal, ...], float] = {}
 
     def harm_of(chosen: Sequence[Option]) -> float:
-        removals = ready.removals(chosen)
+        removals = analysis.removals(chosen)
         if removals not in known:
-            job = Job(ready.teacher, (), ready.samples, settings.actions, ready.pass_size, settings.seed)
+            job = Job(
+                analysis.teacher, (), analysis.calibration.fit, settings.actions, analysis.pass_size, settings.seed
+            )
             known[removals] = score.of_plan(job, removals)
         return known[removals]
 

@@ -24,7 +24,8 @@ from ttmpd.models.modules import to_plain_format
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predictions_of
-from ttmpd.pipeline.analysis import Ready, get_ready, open_pool, selected, split
+from ttmpd.pipeline.analysis import Analysis, analyze, selected
+from ttmpd.pipeline.calibration import Calibration, open_pool, split
 from ttmpd.pipeline.candidates import Waypoint, walk
 from ttmpd.pipeline.planning import TOLERANCE, Attempt, Planned, make_plan, needed_ms
 from ttmpd.pipeline.report_data import collect
@@ -135,18 +136,20 @@ def compress_many(
         if folder is not None:
             check_output(folder)
     results = []
-    with ExitStack() as locks, prepared(model, samples, chosen, folders[0], resume) as (ready, stages):
+    with ExitStack() as locks, prepared(model, samples, chosen, folders[0], resume) as (analysis, stages):
         for folder in folders[1:]:  # the first is locked with its stages
             if folder is not None:
                 locks.enter_context(locked(folder))
         # All plans come before any training: a target out of reach ends the run at once.
-        waypoints = walk(ready, max(needed_ms(ready, target) for target in targets), stages)
-        plans = [_planned(ready, waypoints, target, stages) for target in targets]
-        starts = _starts(ready, [_repaired(ready, planned.plan, stages, _key(planned.target)) for planned in plans])
-        fastest = min(_student_ms(ready, planned) for planned in plans)
-        work = _work(ready, min(start.agreement for start in starts), fastest, stages)
+        waypoints = walk(analysis, max(needed_ms(analysis, target) for target in targets), stages)
+        plans = [_planned(analysis, waypoints, target, stages) for target in targets]
+        starts = _starts(
+            analysis, [_repaired(analysis, planned.plan, stages, _key(planned.target)) for planned in plans]
+        )
+        fastest = min(_student_ms(analysis, planned) for planned in plans)
+        work = _work(analysis, min(start.agreement for start in starts), fastest, stages)
         for planned, start, folder in zip(plans, starts, folders, strict=True):
-            result = finish(ready, planned, start, stages, work, command)
+            result = finish(analysis, planned, start, stages, work, command)
             if folder is not None:
                 result.save(folder)
             results.append(result)
@@ -160,20 +163,23 @@ def prepared(
     chosen: Settings,
     output: Path | None = None,
     resume: bool = False,
-) -> Iterator[tuple[Ready, Stages]]:
+) -> Iterator[tuple[Analysis, Stages]]:
     """What is made once for all targets, and the stages: kept in ``output`` until the block ends well."""
     opened = model if isinstance(model, OpenedModel) else open_model(model)
     deadline = time.monotonic() + chosen.time_budget
-    few = split(open_pool(samples, opened, chosen), chosen)
+    calibration = split(open_pool(samples, opened, chosen), chosen)
     with _work_folder(output) as work:
         run = fingerprint(
-            weights_fingerprint(opened.module), few[0].ids, few[1].ids, chosen.to_dict() | {"time_budget": None},
+            weights_fingerprint(opened.module),
+            calibration.fit.ids,
+            calibration.held_out.ids,
+            chosen.to_dict() | {"time_budget": None},
             None if opened.preprocessing is None else opened.preprocessing.to_dict(),
-        )  # fmt: skip
+        )
         stages = Stages(work, run, resume, circumstances(chosen))
-        n = min(sum(map(len, few)), chosen.num_samples) - len(few[1])
-        few = (selected(opened, few[0], n, chosen, stages), few[1])
-        yield get_ready(opened, few, chosen, stages, deadline), stages
+        n = min(len(calibration), chosen.num_samples) - len(calibration.held_out)
+        calibration = Calibration(selected(opened, calibration.fit, n, chosen, stages), calibration.held_out)
+        yield analyze(opened, calibration, chosen, stages, deadline), stages
 
 
 def circumstances(chosen: Settings) -> dict[str, str | int]:
@@ -217,23 +223,28 @@ class Start:
     agreement: float
 
 
-def finish(ready: Ready, planned: Planned, start: Start, stages: Stages, work: Work, command: str) -> Result:
+def finish(analysis: Analysis, planned: Planned, start: Start, stages: Stages, work: Work, command: str) -> Result:
     """Distill a repaired student and measure it; ``work`` is that of all students: the most lost, the fastest."""
     key, plan = _key(planned.target), planned.plan
     if plan.removals:
-        fit, teacher_logits = _distill(ready, start, planned, work, stages)
+        fit, teacher_logits = _distill(analysis, start, planned, work, stages)
     else:
-        fit, teacher_logits = NOTHING_TO_FIT, predictions_of(ready.teacher, ready.held_out, ready.pass_size)
-    how = present(start.student, ready.lossless)
+        fit, teacher_logits = (
+            NOTHING_TO_FIT,
+            predictions_of(analysis.teacher, analysis.calibration.held_out, analysis.pass_size),
+        )
+    how = present(start.student, analysis.lossless)
     student = apply(to_plain_format(start.student), how)
-    final = predictions_of(student, ready.held_out, ready.pass_size)
+    final = predictions_of(student, analysis.calibration.held_out, analysis.pass_size)
     with stages.timed("measure", key):
-        unpruned = applied(ready.source, ready.lossless) if ready.lossless != UNCHANGED and plan.removals else None
-        rounds = compare(ready.source, student, ready.batch, unpruned=unpruned, runtime=ready.settings.runtime)
-        if ready.lossless != UNCHANGED and not plan.removals:  # then the student is all that it is
+        unpruned = (
+            applied(analysis.source, analysis.lossless) if analysis.lossless != UNCHANGED and plan.removals else None
+        )
+        rounds = compare(analysis.source, student, analysis.batch, unpruned=unpruned, runtime=analysis.settings.runtime)
+        if analysis.lossless != UNCHANGED and not plan.removals:  # then the student is all that it is
             rounds = Timings({**rounds.ms, "lossless": rounds.ms["compressed"]})
     facts = collect(
-        ready,
+        analysis,
         planned,
         student=student,
         rounds=rounds,
@@ -244,8 +255,7 @@ def finish(ready: Ready, planned: Planned, start: Start, stages: Stages, work: W
     facts["command"] = command
     facts["restarted"] = stages.restarted
     facts["target"] |= _verdict(planned, facts)
-    ids = ready.samples.ids + ready.held_out.ids
-    return Result(student.cpu(), plan, facts, ids, ready.opened, facts["target"]["met"], how)
+    return Result(student.cpu(), plan, facts, analysis.calibration.ids, analysis.opened, facts["target"]["met"], how)
 
 
 def _verdict(planned: Planned, facts: Mapping[str, Any]) -> dict[str, bool]:
@@ -271,9 +281,9 @@ def _key(target: Target) -> str:
     return fingerprint(str(target))[:8]
 
 
-def _planned(ready: Ready, waypoints: Sequence[Waypoint], target: Target, stages: Stages) -> Planned:
+def _planned(analysis: Analysis, waypoints: Sequence[Waypoint], target: Target, stages: Stages) -> Planned:
     def compute() -> dict[str, Any]:
-        made = make_plan(ready, waypoints, target)
+        made = make_plan(analysis, waypoints, target)
         return {
             "removals": _plain(made.plan.removals),
             "numbers": [made.plan.harm, made.plan.original_ms, made.plan.budget_ms, made.plan.predicted_ms],
@@ -282,9 +292,9 @@ def _planned(ready: Ready, waypoints: Sequence[Waypoint], target: Target, stages
         }
 
     stored = stages.json("plan", compute, _key(target))
-    plan = Plan(_removals(ready, stored["removals"]), *stored["numbers"])
+    plan = Plan(_removals(analysis, stored["removals"]), *stored["numbers"])
     attempts = tuple(
-        Attempt(predicted, measured, error, _removals(ready, rows))
+        Attempt(predicted, measured, error, _removals(analysis, rows))
         for predicted, measured, error, rows in stored["attempts"]
     )
     return Planned(target, plan, attempts, tuple(stored["front"]))
@@ -294,66 +304,66 @@ def _plain(removals: Sequence[Removal]) -> list[Any]:
     return [[removal.unit.id, removal.action, list(removal.kept)] for removal in removals]
 
 
-def _removals(ready: Ready, rows: Sequence[Any]) -> tuple[Removal, ...]:
-    units = {unit.id: unit for unit in ready.found.units}
+def _removals(analysis: Analysis, rows: Sequence[Any]) -> tuple[Removal, ...]:
+    units = {unit.id: unit for unit in analysis.found.units}
     return tuple(Removal(units[name], action, tuple(kept)) for name, action, kept in rows)
 
 
-def _repaired(ready: Ready, plan: Plan, stages: Stages, key: str) -> nn.Module:
+def _repaired(analysis: Analysis, plan: Plan, stages: Stages, key: str) -> nn.Module:
     made: nn.Module | None = None
 
     def compute() -> tuple[dict[str, Tensor], Any]:
-        few = ready.samples.first(MAX_REPAIR)
-        how = ready.settings.score.repair
-        student = repaired(ready.teacher, plan.removals, few, batch_size=ready.pass_size, how=how)
+        few = analysis.calibration.fit.first(MAX_REPAIR)
+        how = analysis.settings.score.repair
+        student = repaired(analysis.teacher, plan.removals, few, batch_size=analysis.pass_size, how=how)
         nonlocal made
         made = student
         return student.state_dict(), None
 
     state, _ = stages.tensors("repair", compute, key)
-    return made if made is not None else replay(ready.teacher, plan.removals, state)
+    return made if made is not None else replay(analysis.teacher, plan.removals, state)
 
 
-def _starts(ready: Ready, students: Sequence[nn.Module]) -> list[Start]:
-    answers = [predictions_of(student, ready.held_out, ready.pass_size) for student in students]
-    if not len(ready.held_out):
+def _starts(analysis: Analysis, students: Sequence[nn.Module]) -> list[Start]:
+    answers = [predictions_of(student, analysis.calibration.held_out, analysis.pass_size) for student in students]
+    if not len(analysis.calibration.held_out):
         return [Start(student, logits, 1.0) for student, logits in zip(students, answers, strict=True)]
-    wanted = predictions_of(ready.teacher, ready.held_out, ready.pass_size)
-    task = task_of(ready.teacher)
+    wanted = predictions_of(analysis.teacher, analysis.calibration.held_out, analysis.pass_size)
+    task = task_of(analysis.teacher)
     return [
         Start(student, logits, task.agreement(logits, wanted))
         for student, logits in zip(students, answers, strict=True)
     ]
 
 
-def _student_ms(ready: Ready, planned: Planned) -> float:
+def _student_ms(analysis: Analysis, planned: Planned) -> float:
     """Milliseconds of a batch in the student: as measured when it was planned, or as predicted."""
     tried = {attempt.removals: attempt.measured_ms for attempt in planned.attempts}
     found = tried.get(planned.plan.removals, planned.plan.predicted_ms)
-    return min(max(found, 0.05 * ready.lossless_ms), ready.lossless_ms)
+    return min(max(found, 0.05 * analysis.lossless_ms), analysis.lossless_ms)
 
 
-def _work(ready: Ready, agreement: float, student_ms: float, stages: Stages) -> Work:
+def _work(analysis: Analysis, agreement: float, student_ms: float, stages: Stages) -> Work:
     """Where and how long to distill."""
-    settings = ready.settings
+    settings = analysis.settings
     return Work(
         folder=stages.folder / "targets",
-        batch_size=ready.pass_size,
+        batch_size=analysis.pass_size,
         seed=settings.seed,
-        deadline=ready.deadline,
+        deadline=analysis.deadline,
         amp=settings.amp,
         agreement=agreement,
         sample_ms=student_ms / settings.batch_size,
     )
 
 
-def _distill(ready: Ready, start: Start, planned: Planned, work: Work, stages: Stages) -> tuple[Fit, Tensor]:
+def _distill(analysis: Analysis, start: Start, planned: Planned, work: Work, stages: Stages) -> tuple[Fit, Tensor]:
     """Prepare targets once for all students, then train this student; the teacher is out of reach of ``fit``."""
-    method, key = ready.settings.distill, _key(planned.target)
+    method, key = analysis.settings.distill, _key(planned.target)
     targets = load_targets(work.folder) if method.one_time else None
     if targets is None:
         with stages.timed("prepare"):
-            targets = method.prepare(ready.teacher, ready.samples, ready.held_out, work)
+            targets = method.prepare(analysis.teacher, analysis.calibration.fit, analysis.calibration.held_out, work)
         if method.one_time:
             save_targets(targets, work.folder)
     else:
@@ -363,12 +373,12 @@ def _distill(ready: Ready, start: Start, planned: Planned, work: Work, stages: S
         folder=stages.folder / f"distill-{key}",
         agreement=start.agreement,
         first=first_path(planned.plan.removals),
-        sample_ms=_student_ms(ready, planned) / ready.settings.batch_size,
+        sample_ms=_student_ms(analysis, planned) / analysis.settings.batch_size,
     )
     own.folder.mkdir(exist_ok=True)
 
     def compute() -> tuple[dict[str, Tensor], Any]:
-        fit = method.fit(start.student, ready.samples, ready.held_out, targets, own)
+        fit = method.fit(start.student, analysis.calibration.fit, analysis.calibration.held_out, targets, own)
         return start.student.state_dict(), dataclasses.asdict(fit)
 
     state, told = stages.tensors("distill", compute, key)

@@ -20,7 +20,8 @@ from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predictions_of
 from ttmpd.pipeline import defaults
-from ttmpd.pipeline.analysis import PASS_SIZE, open_pool, pass_size, source_of, split
+from ttmpd.pipeline.analysis import PASS_SIZE, pass_size, source_of
+from ttmpd.pipeline.calibration import Calibration, open_pool, split
 from ttmpd.pipeline.exit_choice import ThresholdChoice, choose, fitted, time_exits
 from ttmpd.pipeline.exit_threshold import ExitConfidences, exit_answers, exit_confidences
 from ttmpd.pipeline.report_data import collect_exits
@@ -83,13 +84,13 @@ def add_early_exits(
     opened = model if isinstance(model, OpenedModel) else open_model(model)
     check_without_exits(opened.module)
     classes = _labels(labels, samples)
-    few = split(open_pool(samples, opened, chosen), chosen)
-    source = source_of(opened, few[0], choose_device(chosen.device), chosen.task)
+    calibration = split(open_pool(samples, opened, chosen), chosen)
+    source = source_of(opened, calibration.fit, choose_device(chosen.device), chosen.task)
     check_exits_fit(source)
     start = time.perf_counter()
-    classes_of_fit = None if classes is None else classes.of(few[0])
-    equipped, confidences, before = _equipped(source, few, method, classes_of_fit, chosen.seed)
-    trained, every = time.perf_counter(), _joined(*few)
+    classes_of_fit = None if classes is None else classes.of(calibration.fit)
+    equipped, confidences, before = _equipped(source, calibration, method, classes_of_fit, chosen.seed)
+    trained, every = time.perf_counter(), _joined(calibration.fit, calibration.held_out)
     timed = time_exits(source, equipped.model, every, chosen.batch_size)
     budget_ms = target.budget_ms(timed.original_ms)
     equipped, confidences, timed = fitted(method, equipped, confidences, timed, budget_ms)
@@ -103,13 +104,21 @@ def add_early_exits(
         "target": str(target),
         "seconds": {"exits": trained - start, "measure": time.perf_counter() - trained},
     }
-    logits = (before, predictions_of(equipped.model, few[1], PASS_SIZE))
+    logits = (before, predictions_of(equipped.model, calibration.held_out, PASS_SIZE))
     facts = collect_exits(
-        opened, source, equipped.model, few, chosen, found=found, rounds=choice.timings, plan=plan, logits=logits
+        opened,
+        source,
+        equipped.model,
+        calibration,
+        chosen,
+        found=found,
+        rounds=choice.timings,
+        plan=plan,
+        logits=logits,
     )
     facts["target"] |= {"met": choice.met, "within_spread": choice.within_spread}
     net = equipped.model.cpu().eval()
-    result = Result(net, plan, facts | {"command": command}, few[0].ids + few[1].ids, opened, choice.met, kind="exits")
+    result = Result(net, plan, facts | {"command": command}, calibration.ids, opened, choice.met, kind="exits")
     if output is not None:
         result.save(output)
     return result
@@ -126,12 +135,12 @@ def check_exits_fit(model: nn.Module) -> None:
 
 
 def _equipped(
-    source: nn.Module, few: tuple[Samples, Samples], tool: EarlyExit, classes: Tensor | None, seed: int
+    source: nn.Module, calibration: Calibration, tool: EarlyExit, classes: Tensor | None, seed: int
 ) -> tuple[Equipped, ExitConfidences, Tensor]:
     """The model with exits; how sure they are of all samples, the held-out ones behind; its own answers to these."""
-    size = pass_size(source, few[0], PASS_SIZE)
-    equipped = tool.equip(source, few[0], labels=classes, batch_size=size, seed=seed)
-    answers, own = exit_answers(equipped.model, few[1], size)
+    size = pass_size(source, calibration.fit, PASS_SIZE)
+    equipped = tool.equip(source, calibration.fit, labels=classes, batch_size=size, seed=seed)
+    answers, own = exit_answers(equipped.model, calibration.held_out, size)
     every = torch.cat([equipped.exit_logits.cpu(), answers], 1)
     return equipped, exit_confidences(every, torch.cat([equipped.logits.cpu(), own])), own
 

@@ -15,7 +15,7 @@ from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import clone, count_parameters
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
-from ttmpd.pipeline.analysis import Ready
+from ttmpd.pipeline.analysis import Analysis
 from ttmpd.pipeline.candidates import walk
 from ttmpd.pipeline.compress import prepared
 from ttmpd.pipeline.planning import Planned, make_plan, needed_ms
@@ -145,12 +145,12 @@ class Preview:
     """What ``compress`` would do.
 
     Args:
-        ready: timings, scores and the adapted teacher.
+        analysis: timings, scores and the adapted teacher.
         plans: the plan for each target with the planner's rounds; the last one measured the cut model.
         seconds: per stage.
     """
 
-    ready: Ready
+    analysis: Analysis
     plans: tuple[Planned, ...]
     seconds: dict[str, float]
 
@@ -178,7 +178,7 @@ def preview(
         >>> len(plans)
         1
     """
-    with prepared(model, samples, settings_of(settings)) as (ready, stages):
-        waypoints = walk(ready, max(needed_ms(ready, target) for target in targets), stages)
-        plans = tuple(make_plan(ready, waypoints, target) for target in targets)
-        return Preview(ready, plans, stages.seconds())
+    with prepared(model, samples, settings_of(settings)) as (analysis, stages):
+        waypoints = walk(analysis, max(needed_ms(analysis, target) for target in targets), stages)
+        plans = tuple(make_plan(analysis, waypoints, target) for target in targets)
+        return Preview(analysis, plans, stages.seconds())

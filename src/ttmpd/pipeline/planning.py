@@ -9,7 +9,7 @@ from torch import Tensor
 from ttmpd.errors import BudgetUnreachableError
 from ttmpd.latency.table import compare, count_units
 from ttmpd.models.macs import count_macs
-from ttmpd.pipeline.analysis import Ready
+from ttmpd.pipeline.analysis import Analysis
 from ttmpd.pipeline.candidates import WAYS, Judge, Waypoint, choose, judge, total_harm
 from ttmpd.pipeline.settings import Target
 from ttmpd.records import Option, Plan, Removal, Unit
@@ -58,53 +58,53 @@ class Planned:
     front: tuple[dict[str, float], ...] = ()
 
 
-def needed_ms(ready: Ready, target: Target) -> float:
+def needed_ms(analysis: Analysis, target: Target) -> float:
     """Milliseconds that have to go by the first plan: all but the slack, and never less than half.
 
     What is lossless is taken already; where that alone is enough, this is not positive.
     """
     if target.macs is not None:
         return 0.0
-    budget = target.budget_ms(ready.original_ms)
-    return max(ready.lossless_ms - budget * (1 + SLACK), (ready.lossless_ms - budget) / 2)
+    budget = target.budget_ms(analysis.original_ms)
+    return max(analysis.lossless_ms - budget * (1 + SLACK), (analysis.lossless_ms - budget) / 2)
 
 
-def make_plan(ready: Ready, waypoints: Sequence[Waypoint], target: Target) -> Planned:
+def make_plan(analysis: Analysis, waypoints: Sequence[Waypoint], target: Target) -> Planned:
     """Choose removals, cut, measure the cut model, and correct what was asked of the planner until it fits.
 
     Raises:
         BudgetUnreachableError: even removing every unit is predicted to be too slow.
     """
     if target.macs is not None:
-        return _plan_by_macs(ready, target, target.macs)
-    ask = _Ask(target.budget_ms(ready.original_ms), needed_ms(ready, target))
+        return _plan_by_macs(analysis, target, target.macs)
+    ask = _Ask(target.budget_ms(analysis.original_ms), needed_ms(analysis, target))
     tried: dict[Attempt, tuple[Option, ...]] = {}
-    harm_of, ways = judge(ready), WAYS
+    harm_of, ways = judge(analysis), WAYS
     if ask.needed_ms <= 0:
-        attempt = _try(ready, ())
+        attempt = _try(analysis, ())
         tried[attempt] = ()
         missing = attempt.measured_ms - ask.budget_ms
         ask.needed_ms = 0.0 if attempt.measured_ms <= ask.limit_ms else max(MARGIN * ask.budget_ms, missing)
     if ask.needed_ms > 0 and not waypoints:
-        waypoints = (Waypoint((), ready.options),)
+        waypoints = (Waypoint((), analysis.options),)
     while ask.needed_ms > 0 and len(tried) < MAX_PLANS:
         try:
             few = ways[: BEST_WAYS[min(len(tried), len(BEST_WAYS) - 1)]]
-            chosen, ways = choose(ready, waypoints, ask.needed_ms, harm_of, few)
+            chosen, ways = choose(analysis, waypoints, ask.needed_ms, harm_of, few)
         except BudgetUnreachableError as error:
             if tried:
                 break
-            best_ms = ready.lossless_ms - error.best_ms
-            raise BudgetUnreachableError(_unreachable(ready, target, best_ms), best_ms) from None
-        if any(attempt.removals == ready.removals(chosen) for attempt in tried):
+            best_ms = analysis.lossless_ms - error.best_ms
+            raise BudgetUnreachableError(_unreachable(analysis, target, best_ms), best_ms) from None
+        if any(attempt.removals == analysis.removals(chosen) for attempt in tried):
             break  # what is asked differs, the plan does not
-        attempt = _try(ready, chosen)
+        attempt = _try(analysis, chosen)
         tried[attempt] = chosen
-        if not ask.learn(attempt, ready.lossless_ms - attempt.predicted_ms):
+        if not ask.learn(attempt, analysis.lossless_ms - attempt.predicted_ms):
             break
     best, harm = _best(tried, ask.limit_ms, harm_of)
-    plan = Plan(best.removals, harm, ready.original_ms, ask.budget_ms, best.predicted_ms)
-    return Planned(target, plan, tuple(tried), front(ready, waypoints) if plan.removals else ())
+    plan = Plan(best.removals, harm, analysis.original_ms, ask.budget_ms, best.predicted_ms)
+    return Planned(target, plan, tuple(tried), front(analysis, waypoints) if plan.removals else ())
 
 
 @dataclasses.dataclass(slots=True)
@@ -155,20 +155,20 @@ def _best(tried: Mapping[Attempt, Sequence[Option]], limit_ms: float, harm_of: J
     return best, harms[best]
 
 
-def _plan_by_macs(ready: Ready, target: Target, share: float) -> Planned:
+def _plan_by_macs(analysis: Analysis, target: Target, share: float) -> Planned:
     """The least harmful removals that leave ``share`` of the multiply-accumulates, which are counted, not measured.
 
     Scores are taken as independent: this is how published budgets are met. No latency is to be reached, so none is
     measured here: the plan holds the predicted milliseconds, and there are no attempts.
     """
-    few = ready.batch[:2]
-    total = count_macs(ready.source, few)[""] / 1e6
-    counted = dataclasses.replace(ready, timings=count_units(_units_on(ready, few)), original_ms=total)
-    options = counted.options_of(ready.scores)
+    few = analysis.batch[:2]
+    total = count_macs(analysis.source, few)[""] / 1e6
+    counted = dataclasses.replace(analysis, timings=count_units(_units_on(analysis, few)), original_ms=total)
+    options = counted.options_of(analysis.scores)
     needed, chosen = total * (1 - share), tuple[Option, ...]()
     for _ in range(MAX_PLANS):
         try:
-            chosen = ready.settings.plan.choose(options, needed, seed=ready.settings.seed)
+            chosen = analysis.settings.plan.choose(options, needed, seed=analysis.settings.seed)
         except BudgetUnreachableError as error:
             best = 1 - error.best_ms / total
             raise BudgetUnreachableError(
@@ -176,62 +176,64 @@ def _plan_by_macs(ready: Ready, target: Target, share: float) -> Planned:
                 f"{best:.3g} remain; ask for more",
                 best,
             ) from None
-        left = count_macs(skeleton(ready.source, ready.removals(chosen)), few)[""] / 1e6
+        left = count_macs(skeleton(analysis.source, analysis.removals(chosen)), few)[""] / 1e6
         if left <= share * total * (1 + TOLERANCE):
             break
         needed += left - share * total
-    predicted = ready.lossless_ms - sum(option.saved_ms for option in _in_ms(ready, chosen))
-    plan = Plan(ready.removals(chosen), total_harm(chosen), ready.original_ms, predicted, predicted)
+    predicted = analysis.lossless_ms - sum(option.saved_ms for option in _in_ms(analysis, chosen))
+    plan = Plan(analysis.removals(chosen), total_harm(chosen), analysis.original_ms, predicted, predicted)
     return Planned(target, plan, ())
 
 
-def _units_on(ready: Ready, few: Tensor) -> list[Unit]:
+def _units_on(analysis: Analysis, few: Tensor) -> list[Unit]:
     """The units with their operations on these samples: texts may be shorter than those they were found on."""
-    if not ready.samples.is_text:
-        return list(ready.found.units)
-    kinds = list(dict.fromkeys(unit.kind for unit in ready.found.units))
-    here = {unit.id: unit for unit in find_units(ready.source, few, kinds).units}
-    return [here.get(unit.id, unit) for unit in ready.found.units]
+    if not analysis.calibration.fit.is_text:
+        return list(analysis.found.units)
+    kinds = list(dict.fromkeys(unit.kind for unit in analysis.found.units))
+    here = {unit.id: unit for unit in find_units(analysis.source, few, kinds).units}
+    return [here.get(unit.id, unit) for unit in analysis.found.units]
 
 
-def _in_ms(ready: Ready, chosen: Sequence[Option]) -> list[Option]:
+def _in_ms(analysis: Analysis, chosen: Sequence[Option]) -> list[Option]:
     """The chosen options as they are in milliseconds."""
     wanted = {(option.unit_id, option.action, option.kept) for option in chosen}
-    return [option for option in ready.options if (option.unit_id, option.action, option.kept) in wanted]
+    return [option for option in analysis.options if (option.unit_id, option.action, option.kept) in wanted]
 
 
-def _unreachable(ready: Ready, target: Target, best_ms: float) -> str:
+def _unreachable(analysis: Analysis, target: Target, best_ms: float) -> str:
     return (
-        f"the target must be reachable by removing units, but {target} is not: with all {len(ready.found.units)} "
-        f"units removed {best_ms:.3g} of {ready.original_ms:.3g} ms remain; ask for --speedup "
-        f"{max(1.01, math.floor(ready.original_ms / max(best_ms, 1e-9) * 95) / 100):.4g} or less"
+        f"the target must be reachable by removing units, but {target} is not: with all {len(analysis.found.units)} "
+        f"units removed {best_ms:.3g} of {analysis.original_ms:.3g} ms remain; ask for --speedup "
+        f"{max(1.01, math.floor(analysis.original_ms / max(best_ms, 1e-9) * 95) / 100):.4g} or less"
     )
 
 
-def _try(ready: Ready, chosen: Sequence[Option]) -> Attempt:
-    removals = ready.removals(chosen)
-    cut = skeleton(ready.source, removals, ready.lossless)
-    runtime = ready.settings.runtime
-    timings = compare(ready.source, cut, ready.batch, runtime=runtime, rounds=15, min_seconds=3.0, max_seconds=6.0)
+def _try(analysis: Analysis, chosen: Sequence[Option]) -> Attempt:
+    removals = analysis.removals(chosen)
+    cut = skeleton(analysis.source, removals, analysis.lossless)
+    runtime = analysis.settings.runtime
+    timings = compare(
+        analysis.source, cut, analysis.batch, runtime=runtime, rounds=15, min_seconds=3.0, max_seconds=6.0
+    )
     ratio = timings.ratio("original", "compressed")
-    predicted = ready.lossless_ms - sum(option.saved_ms for option in chosen)
-    measured = ready.original_ms / ratio.median_ms
+    predicted = analysis.lossless_ms - sum(option.saved_ms for option in chosen)
+    measured = analysis.original_ms / ratio.median_ms
     return Attempt(predicted, measured, measured * ratio.error_ms / ratio.median_ms, removals)
 
 
-def front(ready: Ready, waypoints: Sequence[Waypoint]) -> tuple[dict[str, float], ...]:
+def front(analysis: Analysis, waypoints: Sequence[Waypoint]) -> tuple[dict[str, float], ...]:
     """Predicted harm over predicted latency: scores once, many targets."""
     rows = []
     for share in FRONT:
         try:
-            needed = ready.lossless_ms - ready.original_ms * share
-            chosen = choose(ready, waypoints, needed)[0] if needed > 0 else ()
+            needed = analysis.lossless_ms - analysis.original_ms * share
+            chosen = choose(analysis, waypoints, needed)[0] if needed > 0 else ()
         except BudgetUnreachableError:
             break
         rows.append(
             {
                 "target": share,
-                "predicted_ms": ready.lossless_ms - sum(o.saved_ms for o in chosen),
+                "predicted_ms": analysis.lossless_ms - sum(o.saved_ms for o in chosen),
                 "harm": sum(max(0.0, o.harm) for o in chosen),
                 "n_removed": len(chosen),
             }

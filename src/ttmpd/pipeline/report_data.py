@@ -19,7 +19,8 @@ from ttmpd.latency.timing import Timings
 from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import count_parameters
 from ttmpd.models.opened import OpenedModel
-from ttmpd.pipeline.analysis import Ready, latency_batch
+from ttmpd.pipeline.analysis import Analysis, latency_batch
+from ttmpd.pipeline.calibration import Calibration
 from ttmpd.pipeline.planning import Planned
 from ttmpd.pipeline.settings import Settings
 from ttmpd.quality.agreement import agreement
@@ -46,7 +47,7 @@ MOVED_SINCE = (
 
 
 def collect(
-    ready: Ready,
+    analysis: Analysis,
     planned: Planned,
     *,
     student: nn.Module,
@@ -58,7 +59,7 @@ def collect(
     """The facts of one run.
 
     Args:
-        ready: what was known before the target.
+        analysis: what was known before the target.
         planned: what was removed, and how that was decided.
         student: the compressed model.
         rounds: interleaved milliseconds of "original" and "compressed".
@@ -68,21 +69,20 @@ def collect(
     """
     plan = planned.plan
     budget_ms = None if planned.target.macs is not None else plan.budget_ms
-    (teacher, start, final), task = logits, task_of(ready.source)
-    few = (ready.samples, ready.held_out)
-    return _known(ready.opened, ready.source, student, few, ready.settings) | {
-        "adapt": {"note": ready.adapt_note, "facts": ready.adapt_facts},
-        "units": _units(ready, plan),
-        "refused": [[path, str(refusal)] for path, refusal in ready.found.not_removable.items()],
+    (teacher, start, final), task = logits, task_of(analysis.source)
+    return _known(analysis.opened, analysis.source, student, analysis.calibration, analysis.settings) | {
+        "adapt": {"note": analysis.adapt_note, "facts": analysis.adapt_facts},
+        "units": _units(analysis, plan),
+        "refused": [[path, str(refusal)] for path, refusal in analysis.found.not_removable.items()],
         "target": {"asked": str(planned.target), "budget_ms": budget_ms, "harm": plan.harm},
         "attempts": [{"predicted_ms": a.predicted_ms, "measured_ms": a.measured_ms} for a in planned.attempts],
         "front": [dict(row) for row in planned.front],
-        "lossless": str(ready.lossless),
+        "lossless": str(analysis.lossless),
         "latency": _latency(rounds, plan, [a.measured_ms for a in planned.attempts if a.removals == plan.removals]),
         "agreement": _agreement(teacher, final, task),
         "agreement_repaired": _agreement(teacher, start, task),
-        "held_out": _held_out(ready.held_out, teacher, final, task),
-        "parted": _parted(ready.held_out, teacher, final, ready.opened, task),
+        "held_out": _held_out(analysis.calibration.held_out, teacher, final, task),
+        "parted": _parted(analysis.calibration.held_out, teacher, final, analysis.opened, task),
         "fit": dataclasses.asdict(fit),
         "seconds": dict(seconds),
     }
@@ -92,7 +92,7 @@ def collect_adapted(
     opened: OpenedModel,
     source: nn.Module,
     adapted: Adapted,
-    few: tuple[Samples, Samples],
+    calibration: Calibration,
     settings: Settings,
     logits: tuple[Tensor, Tensor],
     seconds: float,
@@ -103,20 +103,20 @@ def collect_adapted(
         opened: where the model came from.
         source: the model before.
         adapted: the model after.
-        few: samples adapted to, and held-out samples.
+        calibration: samples adapted to, and held-out samples.
         settings: of the run.
         logits: on the held-out samples, before and after.
         seconds: that it took.
     """
-    known = _known(opened, source, adapted.model, few, settings)
+    known = _known(opened, source, adapted.model, calibration, settings)
     used = ("num_samples", "holdout", "batch_size", "device", "seed")
     return known | {
         "settings": {name: known["settings"][name] for name in used},
         "methods": {"adapt": known["methods"]["adapt"]},
         "adapt": {"note": adapted.note, "facts": adapted.facts},
         "agreement": _agreement(*logits, task_of(source)),
-        "held_out": _held_out(few[1], *logits, task_of(source)),
-        "parted": _parted(few[1], *logits, opened, task_of(source)),
+        "held_out": _held_out(calibration.held_out, *logits, task_of(source)),
+        "parted": _parted(calibration.held_out, *logits, opened, task_of(source)),
         "seconds": {"adapt": seconds},
     }
 
@@ -125,7 +125,7 @@ def collect_exits(
     opened: OpenedModel,
     source: nn.Module,
     model: nn.Module,
-    few: tuple[Samples, Samples],
+    calibration: Calibration,
     settings: Settings,
     *,
     found: Mapping[str, Any],
@@ -139,14 +139,14 @@ def collect_exits(
         opened: where the model came from.
         source: the model without exits.
         model: the same with exits.
-        few: samples that exits were trained on, and held-out samples.
+        calibration: samples that exits were trained on, and held-out samples.
         settings: of the run.
         found: what belongs to exits alone: "early_exit", "attempts", "target", "seconds", and the method as plain data.
         rounds: mean milliseconds of "original" and "compressed", a value per pass through the samples.
         plan: nothing removed; its milliseconds.
         logits: on the held-out samples, without and with exits.
     """
-    known = _known(opened, source, source, few, settings)
+    known = _known(opened, source, source, calibration, settings)
     used = ("num_samples", "holdout", "batch_size", "device", "seed")
     return known | {
         "student": {"parameters": count_parameters(model)},  # how much is computed differs from sample to sample
@@ -157,17 +157,17 @@ def collect_exits(
         "attempts": found["attempts"],
         "latency": _latency(rounds, plan),
         "agreement": _agreement(*logits, task_of(source)),
-        "held_out": _held_out(few[1], *logits, task_of(source)),
-        "parted": _parted(few[1], *logits, opened, task_of(source)),
+        "held_out": _held_out(calibration.held_out, *logits, task_of(source)),
+        "parted": _parted(calibration.held_out, *logits, opened, task_of(source)),
         "seconds": found["seconds"],
     }
 
 
 def _known(
-    opened: OpenedModel, source: nn.Module, student: nn.Module, few: tuple[Samples, Samples], settings: Settings
+    opened: OpenedModel, source: nn.Module, student: nn.Module, calibration: Calibration, settings: Settings
 ) -> dict[str, Any]:
     """Facts of every run: which model, which machine, which settings, which samples."""
-    plain, timed = settings.to_dict(), latency_batch(source, few[0], settings)
+    plain, timed = settings.to_dict(), latency_batch(source, calibration.fit, settings)
     batch = timed[:2]  # operations are counted on what is timed: of text, as long as there
     return {
         "format": FORMAT,
@@ -182,12 +182,12 @@ def _known(
         "settings": {k: v for k, v in plain.items() if not isinstance(v, dict)},
         "methods": {k: v for k, v in plain.items() if isinstance(v, dict)},
         "samples": {
-            "n_fit": len(few[0]),
-            "n_held_out": len(few[1]),
+            "n_fit": len(calibration.fit),
+            "n_held_out": len(calibration.held_out),
             "input_shape": list(timed.shape[1:]),
-            "skipped": [list(row) for row in few[0].skipped],
-            "notes": [list(row) for row in few[0].notes],
-            "tokens": _lengths(few[0]),
+            "skipped": [list(row) for row in calibration.fit.skipped],
+            "notes": [list(row) for row in calibration.fit.notes],
+            "tokens": _lengths(calibration.fit),
         },
         "class_names": list(opened.class_names),
         "each": task_of(source).each,
@@ -217,9 +217,9 @@ def _model(model: nn.Module, few: Tensor) -> dict[str, Any]:
     return {"parameters": count_parameters(model), "macs": count_macs(model, few)[""]}
 
 
-def _units(ready: Ready, plan: Plan) -> list[dict[str, Any]]:
-    timings = {timing.unit: timing for timing in ready.timings}
-    known = ready.scores if plan.removals else ()
+def _units(analysis: Analysis, plan: Plan) -> list[dict[str, Any]]:
+    timings = {timing.unit: timing for timing in analysis.timings}
+    known = analysis.scores if plan.removals else ()
     harms: dict[tuple[str, Action], Score] = {
         (score.unit_id, score.action): score for score in known if score.action != "narrow"
     }
@@ -233,7 +233,7 @@ def _units(ready: Ready, plan: Plan) -> list[dict[str, Any]]:
         for removal in plan.removals
     }
     rows = []
-    for unit in ready.found.units:
+    for unit in analysis.found.units:
         scores = {action: harms[unit.id, action] for action in ACTIONS if (unit.id, action) in harms}
         rows.append(
             {

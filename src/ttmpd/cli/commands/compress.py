@@ -201,8 +201,8 @@ def _show(result: "Result", folder: Any) -> None:
 
 def _show_preview(found: "Preview") -> None:
     """The plans and the front of a dry run."""
-    console, ready = display.out(), found.ready
-    console.print(f"Adaptation: {escape(ready.adapt_note)}")
+    console, analysis = display.out(), found.analysis
+    console.print(f"Adaptation: {escape(analysis.adapt_note)}")
     for planned in found.plans:
         plan = planned.plan
         table = display.new_table("would remove", "class", "action", title=f"Plan for {planned.target}")
@@ -215,8 +215,8 @@ def _show_preview(found: "Preview") -> None:
         tried = [attempt.measured_ms for attempt in planned.attempts]
         nearest = min(tried, key=lambda value: abs(value - plan.budget_ms), default=None)
         console.print(
-            f"{len(plan.removals)} of {len(ready.found.units)} units; {format.milliseconds(plan.original_ms)} ms now, "
-            f"predicted {format.milliseconds(plan.predicted_ms)} ms"
+            f"{len(plan.removals)} of {len(analysis.found.units)} units; "
+            f"{format.milliseconds(plan.original_ms)} ms now, predicted {format.milliseconds(plan.predicted_ms)} ms"
             + ("" if nearest is None else f", measured on the cut model {format.milliseconds(nearest)} ms")
         )
     columns = ("share of latency", "predicted ms", "predicted harm", "units removed")
