@@ -10,7 +10,6 @@ import torch
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
 from ttmpd.latency.timing import Timing
-from ttmpd.quality.agreement import agreement
 from ttmpd.records import DepthUnit, Option, Plan, Removal, Saving, Score, WidthUnit, unit_from_dict
 
 
@@ -89,29 +88,6 @@ def test_plan_names_each_unit_once():
         Plan((), 0.0, 2.0, math.nan, 1.0)
     plan = Plan((Removal(unit(), "drop"), Removal(unit("blocks.1"), "linear")), 0.0, 2.0, 1.0, 1.0)
     assert plan.actions == {"blocks.0": "drop", "blocks.1": "linear"}
-
-
-@pytest.mark.parametrize(
-    ("alike", "n", "low", "high"),
-    [  # Newcombe (1998), table I, method 3
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0000, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-        (20, 20, 0.8389, 1.0000),
-    ],
-)
-def test_wilson_interval(alike, n, low, high):
-    found = agreement(alike, n)
-    assert found.share == alike / n
-    assert found.n_samples == n
-    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
-
-
-@pytest.mark.parametrize(("alike", "n"), [(0, 0), (-1, 3), (4, 3)])
-def test_wilson_interval_of_nothing_is_refused(alike, n):
-    with pytest.raises(InvalidValueError, match="n_alike"):
-        agreement(alike, n)
 
 
 def test_samples_scale_pixels_by_the_models_mean_and_deviation():

@@ -10,8 +10,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _MODULES = {
-    "Accuracy": "pipeline.evaluate",
-    "Agreement": "quality.agreement",
     "BenchRow": "pipeline.bench",
     "Block": "surgery.units.block",
     "BudgetUnreachableError": "errors",
@@ -49,6 +47,7 @@ _MODULES = {
     "Practise": "score.practise",
     "Preprocessing": "data.preprocessing",
     "Preview": "pipeline.inspect",
+    "Proportion": "quality.proportion",
     "Quality": "pipeline.evaluate",
     "Reliable": "select.eata",
     "Removal": "records",
@@ -121,7 +120,6 @@ if TYPE_CHECKING:
     from ttmpd.pipeline.compress import compress as compress
     from ttmpd.pipeline.compress import compress_many as compress_many
     from ttmpd.pipeline.early_exits import add_early_exits as add_early_exits
-    from ttmpd.pipeline.evaluate import Accuracy as Accuracy
     from ttmpd.pipeline.evaluate import Evaluation as Evaluation
     from ttmpd.pipeline.evaluate import Quality as Quality
     from ttmpd.pipeline.evaluate import evaluate as evaluate
@@ -133,7 +131,7 @@ if TYPE_CHECKING:
     from ttmpd.pipeline.settings import Target as Target
     from ttmpd.plan.greedy import Greedy as Greedy
     from ttmpd.plan.knapsack import Knapsack as Knapsack
-    from ttmpd.quality.agreement import Agreement as Agreement
+    from ttmpd.quality.proportion import Proportion as Proportion
     from ttmpd.records import Plan as Plan
     from ttmpd.records import Removal as Removal
     from ttmpd.records import Score as Score

@@ -158,7 +158,7 @@ def test_from_text_to_an_artifact_and_back(
     result = compress(model, path, speedup=1.1, output=tmp_path / "out", distill=method, **settings)
     facts = result.facts
     assert facts["each"] == "token"
-    assert facts["agreement"]["n_samples"] > facts["samples"]["n_held_out"]
+    assert facts["agreement"]["n"] > facts["samples"]["n_held_out"]
     assert facts["parted"] == [] and facts["held_out"]["names"] == []
     assert "held-out tokens" in (tmp_path / "out" / "report.html").read_text()
     loaded = ttmpd.load(tmp_path / "out")

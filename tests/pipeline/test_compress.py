@@ -225,7 +225,7 @@ def test_facts_are_strict_json_and_agree_with_the_result(model, samples):
     assert facts["student"]["parameters"] == sum(p.numel() for p in result.model.parameters())
     assert facts["model"]["parameters"] == sum(p.numel() for p in model.parameters())
     assert facts["latency"]["speedup"]["median"] >= 2.0
-    assert facts["agreement"]["n_samples"] == 10
+    assert facts["agreement"]["n"] == 10
     assert len(facts["held_out"]["student"]) == 10
     assert facts["fit"]["steps"] == 3
 

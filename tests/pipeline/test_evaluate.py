@@ -19,7 +19,7 @@ from ttmpd.pipeline.bench import bench
 from ttmpd.pipeline.evaluate import evaluate
 from ttmpd.pipeline.inspect import inspect, preview
 from ttmpd.pipeline.settings import Target
-from ttmpd.quality.agreement import agreement
+from ttmpd.quality.proportion import proportion
 from ttmpd.records import Plan, Removal
 from ttmpd.repair.sequential import repaired
 from ttmpd.surgery.units.block import Block
@@ -68,7 +68,7 @@ def test_numbers_by_hand():
     found = evaluate(Echo(), data, [0, 1, 0, 1])
     assert found.n_samples == 4
     assert found.model.confidence == pytest.approx((0.9 + 0.9 + 0.8 + 0.7) / 4)
-    interval = agreement(3, 4)
+    interval = proportion(3, 4)
     assert found.model.accuracy is not None
     assert (found.model.accuracy.share, found.model.accuracy.low) == (0.75, interval.low)
     # Bins of a fifteenth: 0.9 twice (half right), 0.8 (right), 0.7 (right).
@@ -91,7 +91,7 @@ def test_against_another_model():
     assert found.against.accuracy is not None
     assert found.against.accuracy.share == pytest.approx(1 / 3)
     assert evaluate(Echo(), logits(0.9, 0.2), against=Echo(3.0)).agreement.share == 1.0
-    assert found.to_dict()["agreement"]["n_samples"] == 3
+    assert found.to_dict()["agreement"]["n"] == 3
 
 
 def test_the_model_is_left_as_it_was():
@@ -123,7 +123,7 @@ def test_files(artifact, tmp_path):
     np.savez(tmp_path / "d.npz", x=pixels(), y=np.zeros(40, dtype=np.int64))
     found = evaluate(str(artifact), tmp_path / "d.npz", tmp_path / "d.npz")
     assert found.model.accuracy is not None
-    assert found.model.accuracy.n_samples == 30
+    assert found.model.accuracy.n == 30
 
 
 def test_nothing_is_left(artifact):
@@ -162,7 +162,7 @@ def test_models_with_different_preprocessing_see_the_same_samples():
     images = np.random.default_rng(0).integers(0, 256, (30, 16, 16, 3), dtype=np.uint8)
     found = evaluate(Mean(16), images, against=Mean(8))
     assert found.agreement is not None
-    assert found.agreement.n_samples == 30
+    assert found.agreement.n == 30
 
 
 def test_bench(artifact, quick_timing):

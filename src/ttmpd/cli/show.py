@@ -158,7 +158,7 @@ def show_agreement(console: Console, facts: Mapping[str, Any]) -> None:
     if facts["agreement"] is None:
         console.print("Agreement with the teacher: not measured, no samples were held out.")
         return
-    n = facts["agreement"]["n_samples"]
+    n = facts["agreement"]["n"]
     before = facts.get("agreement_repaired")
     told = f"; before distillation {format.percent(before['share'])}" if before else ""
     held = f"{n} held-out {facts.get('each', 'sample')}s"

@@ -23,21 +23,11 @@ from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predictions_of
 from ttmpd.models.tokens import followers
 from ttmpd.progress import tell
-from ttmpd.quality.agreement import Agreement, agreement
 from ttmpd.quality.calibration import N_BINS, calibration_sums, error_of
+from ttmpd.quality.proportion import Proportion, proportion
 from ttmpd.tasks.base import Task
 from ttmpd.tasks.classification import Classification
 from ttmpd.training.task import assign_task
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Accuracy:
-    """Share of right answers with its 95 % Wilson interval."""
-
-    share: float
-    low: float
-    high: float
-    n_samples: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,7 +42,7 @@ class Quality:
     """
 
     confidence: float | None
-    accuracy: Accuracy | None = None
+    accuracy: Proportion | None = None
     calibration_error: float | None = None
     loss: float | None = None
 
@@ -78,7 +68,7 @@ class Evaluation:
     n_skipped: int
     model: Quality
     against: Quality | None = None
-    agreement: Agreement | None = None
+    agreement: Proportion | None = None
     notes: tuple[tuple[str, int], ...] = ()
     each: str = "sample"
     task: str = "classification"
@@ -116,10 +106,7 @@ class _Sums:
         confidence = self.confidence / self.n if self.sure else None
         if not labelled:
             return Quality(confidence)
-        interval = agreement(self.right, self.n)
-        error = error_of(self.bins)
-        found = Accuracy(interval.share, interval.low, interval.high, self.n)
-        return Quality(confidence, found, error, self.loss / self.n)
+        return Quality(confidence, proportion(self.right, self.n), error_of(self.bins), self.loss / self.n)
 
 
 def evaluate(
@@ -196,7 +183,7 @@ def evaluate(
             f"evaluate must have samples that compression has not seen, but all {n_left_out} were used; give other data"
         )
     quality = [one.quality(known is not None or reads == "next") for one in sums]
-    other, same = (None, None) if len(quality) == 1 else (quality[1], agreement(round(alike), n))
+    other, same = (None, None) if len(quality) == 1 else (quality[1], proportion(round(alike), n))
     return Evaluation(
         n, n_left_out, n_skipped, quality[0], other, same, tuple(notes.items()), tasks[0].each, tasks[0].name
     )

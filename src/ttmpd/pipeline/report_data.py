@@ -23,7 +23,7 @@ from ttmpd.pipeline.analysis import Analysis, latency_batch
 from ttmpd.pipeline.calibration import Calibration
 from ttmpd.pipeline.planning import Planned
 from ttmpd.pipeline.settings import Settings
-from ttmpd.quality.agreement import agreement
+from ttmpd.quality.proportion import proportion
 from ttmpd.records import ACTIONS, Action, Plan, Score, WidthUnit
 from ttmpd.tasks.base import OneOf, Task
 from ttmpd.training.loop import Fit
@@ -289,7 +289,7 @@ def _latency(rounds: Timings, plan: Plan, before_ms: Sequence[float] = ()) -> di
 def _agreement(teacher: Tensor, student: Tensor, task: Task) -> dict[str, Any] | None:
     if not len(teacher):
         return None
-    return dataclasses.asdict(agreement(round(task.agreement(student, teacher) * len(teacher)), len(teacher)))
+    return dataclasses.asdict(proportion(round(task.agreement(student, teacher) * len(teacher)), len(teacher)))
 
 
 def _held_out(samples: Samples, teacher: Tensor, student: Tensor, task: Task) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
-from ttmpd.quality.agreement import Agreement, agreement
+from ttmpd.quality.proportion import Proportion, proportion
 from ttmpd.serving.acceptance import alike, logits_on
 from ttmpd.serving.drift import Drift, DriftTest
 from ttmpd.serving.policy import Policy
@@ -40,7 +40,7 @@ class AnswerMonitor:
         self._number = -1
         self._drift: Drift | None = None
         self._test: DriftTest | None = None
-        self._shadow: Agreement | None = None
+        self._shadow: Proportion | None = None
         self._n_since = 0
 
     def note(self, served: Served, batch: Tensor, logits: Tensor) -> None:
@@ -81,16 +81,16 @@ class AnswerMonitor:
         shadow = self.compare(student, teacher)
         if shadow is None or shadow.high >= self.policy.min_agreement:
             return ""
-        return f"student and teacher part: they agree on {shadow.share:.0%} of {shadow.n_samples} recent samples"
+        return f"student and teacher part: they agree on {shadow.share:.0%} of {shadow.n} recent samples"
 
-    def compare(self, student: nn.Module, teacher: nn.Module) -> Agreement | None:
+    def compare(self, student: nn.Module, teacher: nn.Module) -> Proportion | None:
         """Agreement of two models on the recent samples; None where there are too few."""
         self._n_since = 0
         rows = self.recent.rows()
         if rows is None or len(rows) < FEWEST:
             return None
         share = alike(logits_on(student, rows), logits_on(teacher, rows))
-        self._shadow = agreement(round(share * len(rows)), len(rows))
+        self._shadow = proportion(round(share * len(rows)), len(rows))
         return self._shadow
 
     def better(self, candidates: list[Served]) -> Served:

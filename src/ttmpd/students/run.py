@@ -21,8 +21,7 @@ from ttmpd.models.modules import clone
 from ttmpd.models.open import is_rebuildable
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predictions_of
-from ttmpd.pipeline.evaluate import Accuracy
-from ttmpd.quality.agreement import agreement
+from ttmpd.quality.proportion import Proportion, proportion
 from ttmpd.records import Plan
 from ttmpd.storage import disk_guarded, locked, write_json
 from ttmpd.students.train import WORK, StudentResult, train_student
@@ -44,8 +43,8 @@ class StudentRun:
 
     trained: StudentResult
     n_samples: int
-    accuracy: Accuracy | None
-    teacher: Accuracy | None
+    accuracy: Proportion | None
+    teacher: Proportion | None
     folder: Path
 
 
@@ -134,13 +133,12 @@ def _opened(
     return samples, seen
 
 
-def _accuracy(model: nn.Module, samples: Samples, truth: Tensor) -> Accuracy | None:
+def _accuracy(model: nn.Module, samples: Samples, truth: Tensor) -> Proportion | None:
     """Share of right answers with its Wilson interval; None without samples."""
     if not len(samples):
         return None
     right = int((predictions_of(model, samples, 64).argmax(-1) == truth).sum())
-    found = agreement(right, len(samples))
-    return Accuracy(found.share, found.low, found.high, found.n_samples)
+    return proportion(right, len(samples))
 
 
 def _facts(
@@ -189,7 +187,7 @@ def _card(found: StudentRun, facts: dict[str, Any], model_id: str) -> str:
     measured = "Nothing was held out: its accuracy is not known."
     if accuracy is not None:
         measured = (
-            f"Accuracy on {accuracy.n_samples} held-out samples of the same data: {accuracy.share:.1%} "
+            f"Accuracy on {accuracy.n} held-out samples of the same data: {accuracy.share:.1%} "
             f"(95 % interval {accuracy.low:.1%} to {accuracy.high:.1%})."
         )
     return (

@@ -60,7 +60,7 @@ def _show(found: "Result", folder: object) -> None:
     if facts["adapt"]["facts"]:
         console.print(table)
     if facts["agreement"] is not None:
-        n = facts["agreement"]["n_samples"]
+        n = facts["agreement"]["n"]
         alike = display.interval(facts["agreement"])
         console.print(f"Agreement with the original: {alike} on {n} held-out samples (not accuracy)")
     display.show_skipped(console, facts)

@@ -147,7 +147,7 @@ def _show(found: "StudentRun") -> None:
     table.add_row("steps", str(trained.fit.steps))
     for name, accuracy in (("student", found.accuracy), ("teacher", found.teacher)):
         if accuracy is not None:
-            table.add_row(f"{name}, accuracy on {accuracy.n_samples} held-out samples", display.interval(accuracy))
+            table.add_row(f"{name}, accuracy on {accuracy.n} held-out samples", display.interval(accuracy))
     console.print(table)
     if found.accuracy is None:
         console.print("Accuracy: not measured, no samples were held out.")
