@@ -28,7 +28,7 @@ import torch
 
 from common import CACHE, DATA, RESULTS, cached, require_data, with_earlier, write_csv
 from ttmpd.artifact.read import load
-from ttmpd.data.tokenization import trimmed
+from ttmpd.data.tokenization import trim_padding
 from ttmpd.distill.one_time import OneTime
 from ttmpd.latency.timing import time_models
 from ttmpd.models.macs import count_macs
@@ -117,7 +117,7 @@ def timed(student: torch.nn.Module, kcm: torch.nn.Module, batch: torch.Tensor) -
     row = {}
     for size in (1, BATCH):
         models = {"original": opened().module, "kcm": kcm, "student": student}
-        few = trimmed(batch[:size], opened().preprocessing.padding)
+        few = trim_padding(batch[:size], opened().preprocessing.padding)
         rounds = time_models(models, few, rounds=15, min_seconds=2.0, max_seconds=10.0)
         ratio, against = rounds.ratio("original", "student"), rounds.ratio("student", "kcm")
         prefix = "" if size == BATCH else "batch1_"

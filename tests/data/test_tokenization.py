@@ -15,16 +15,16 @@ from torch.nn import functional as F
 from ttmpd.data.open import open_samples
 from ttmpd.data.preprocessing import preparation_from
 from ttmpd.data.samples import Samples
-from ttmpd.data.tokenization import Tokenization, kept_tokens, trimmed
+from ttmpd.data.tokenization import Tokenization, token_mask, trim_padding
 from ttmpd.distill.base import Work
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import InvalidValueError, ModelError, SamplesError
-from ttmpd.models.config import make_ready, preprocessing_of
+from ttmpd.models.config import preprocessing_of, set_padding
 from ttmpd.models.modules import clone
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predict
-from ttmpd.models.taps import find_feature_tap, find_head, read, tapped
+from ttmpd.models.taps import find_feature_tap, find_output_layer, read_taps, tapped
 from ttmpd.models.tokens import PaddingMask, mask_of, mask_padding, random_ids
 from ttmpd.records import Removal, Tap
 from ttmpd.repair.linear import NormalEquations
@@ -185,11 +185,11 @@ def test_a_tokenizer_without_any_end_is_refused(text_folder: Folder, monkeypatch
 
     monkeypatch.setattr("ttmpd.models.config.load_tokenizer", lambda _place: Bare())
     with pytest.raises(ModelError, match="pad_token"):
-        make_ready(Config(), "place")
+        set_padding(Config(), "place")
     monkeypatch.setattr(Bare, "pad_token_id", 10)  # no row of the embedding
     monkeypatch.setattr(Bare, "eos_token_id", 9)
     config = Config()
-    make_ready(config, "place")
+    set_padding(config, "place")
     assert config.pad_token_id == 9
 
 
@@ -216,7 +216,7 @@ def test_answers_do_not_depend_on_padding(text_folder: Folder, sentences: Senten
     with torch.no_grad():
         wanted = predict(opened.module, batch)
         wider = predict(opened.module, _widened(samples).batch(slice(None)))
-        alone = torch.cat([predict(opened.module, trimmed(row[None], samples.padding)) for row in batch])
+        alone = torch.cat([predict(opened.module, trim_padding(row[None], samples.padding)) for row in batch])
     torch.testing.assert_close(wider, wanted, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(alone, wanted, atol=1e-5, rtol=1e-4)
     assert float(wanted.std(0).max()) > 1e-3  # answers differ, or the above would say nothing
@@ -249,15 +249,15 @@ def test_the_mask_survives_copies_and_comes_once(text_folder: Folder) -> None:
 
 def test_kept_and_trimmed() -> None:
     batch = torch.tensor([[5, 0, 6, 0, 0], [7, 0, 0, 0, 0]])
-    kept = kept_tokens(batch, 0)
+    kept = token_mask(batch, 0)
     assert kept is not None and kept.sum().item() == 3
-    assert kept_tokens(batch, None) is None
-    assert trimmed(batch, 0).tolist() == [[5, 0, 6], [7, 0, 0]]
-    assert trimmed(batch, None) is batch
-    assert trimmed(torch.zeros(2, 3, dtype=torch.long), 0).shape == (2, 1)
+    assert token_mask(batch, None) is None
+    assert trim_padding(batch, 0).tolist() == [[5, 0, 6], [7, 0, 0]]
+    assert trim_padding(batch, None) is batch
+    assert trim_padding(torch.zeros(2, 3, dtype=torch.long), 0).shape == (2, 1)
     samples = Samples(batch, ("a", "b"), padding=0)
     assert samples.is_text and not samples.is_image
-    assert torch.equal(samples.kept(batch), kept)  # type: ignore[arg-type]
+    assert torch.equal(samples.token_mask(batch), kept)  # type: ignore[arg-type]
     assert samples.first(1).padding == samples.subset([1]).padding == 0
     with pytest.raises(InvalidValueError, match="int64"):
         Samples(torch.zeros(2, 3), ("a", "b"), padding=0)
@@ -278,7 +278,7 @@ def test_features_are_what_the_head_reads(text_folder: Folder, sentences: Senten
     opened = _opened(text_folder, name)
     batch = open_samples(sentences(5), opened.preprocessing).batch(slice(None))
     tap = find_feature_tap(opened.module, batch)
-    head = find_head(opened.module, batch)
+    head = find_output_layer(opened.module, batch)
     assert head == {"roberta": "classifier.out_proj", "gpt2": "score", "llama": "score"}.get(name, "classifier")
     assert tap == Tap(head, "input", "all" if name in ENCODERS else "last")
     with torch.no_grad(), tapped(opened.module, {"f": tap}) as seen:
@@ -300,7 +300,7 @@ def test_sensitivities_do_not_depend_on_padding(text_folder: Folder, sentences: 
         weights = [entering.weights(unit, one.inputs, n) for unit, n in zip(units, n_rows, strict=True)]
         found.append((units, entering, weights))
     (units, entering, weights), (wide_units, wide, wide_weights) = found
-    kept = samples.kept(samples.inputs)
+    kept = samples.token_mask(samples.inputs)
     assert kept is not None
     width = samples.inputs.shape[1]
     for number, unit in enumerate(units):
@@ -344,7 +344,7 @@ def test_passes_are_as_long_as_the_texts_in_them(text_folder: Folder, sentences:
     opened.module.get_submodule(units[0].path).register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape))
     list(TTMPD(max_samples=12, tail_samples=12).score(opened.module, units, samples, batch_size=4))
     repaired(opened.module, [Removal(units[1], "linear")], samples, batch_size=4)
-    longest = trimmed(inputs[:4], few.padding).shape[1]
+    longest = trim_padding(inputs[:4], few.padding).shape[1]
     assert {shape[1] for shape in seen if shape[0] == 4} == {longest, 6} and longest > 6
 
 
@@ -376,7 +376,7 @@ def test_a_fit_is_that_of_the_tokens_that_are_there(text_folder: Folder, sentenc
     unit = Block().find(opened.module, batch[:2]).units[1]
     found = fit_stand_ins(opened.module, [unit], samples, 1e-3, 0.0, 8, 0)[unit.id]
     with torch.no_grad():
-        seen = read(opened.module, batch, {"x": Tap(unit.path, "input"), "y": Tap(unit.path, "output")})
+        seen = read_taps(opened.module, batch, {"x": Tap(unit.path, "input"), "y": Tap(unit.path, "output")})
     there, everywhere = (NormalEquations(unit.channels) for _ in range(2))
     there.add(seen["x"][batch != 0], seen["y"][batch != 0])
     everywhere.add(seen["x"].flatten(0, 1), seen["y"].flatten(0, 1))

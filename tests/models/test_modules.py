@@ -13,14 +13,14 @@ from ttmpd.models.modules import (
     count_parameters,
     has_nan,
     module_at,
+    patched_forward,
     prefers_channels_last,
     replace_module,
-    stubbed,
     to_fast_format,
     to_plain_format,
 )
 from ttmpd.models.run import evaluating, first_tensor, predict
-from ttmpd.models.taps import find_feature_tap, find_head, read, tapped
+from ttmpd.models.taps import find_feature_tap, find_output_layer, read_taps, tapped
 from ttmpd.records import Tap
 from ttmpd.testing.tiny_models import untouched
 
@@ -97,7 +97,7 @@ def test_evaluating_switches_gradients_off_unless_asked(net):
 def test_stubs_answer_in_the_place_of_modules_and_go_again(net):
     before = net(X)
     with untouched(net), evaluating(net):
-        with stubbed(net, {"blocks.0": lambda x: x * 0, "blocks.1": lambda x: x}):
+        with patched_forward(net, {"blocks.0": lambda x: x * 0, "blocks.1": lambda x: x}):
             assert not torch.equal(net(X), before)
         assert torch.equal(net(X), before)
 
@@ -106,7 +106,7 @@ def test_a_stub_gives_an_instance_its_own_forward_back():
     layer = nn.Linear(2, 2)
     layer.forward = own = lambda x: x + 1
     model = nn.Sequential(layer)
-    with stubbed(model, {"0": lambda x: x}):
+    with patched_forward(model, {"0": lambda x: x}):
         assert float(model(torch.zeros(1))) == 0.0
     assert layer.forward is own
 
@@ -125,7 +125,7 @@ def test_read_stops_at_the_last_tap(net):
     net.blocks[1].register_forward_hook(lambda *_: ran.append("blocks.1"))
     net.blocks[2].register_forward_hook(lambda *_: ran.append("blocks.2"))
     with evaluating(net):
-        seen = read(net, X, {"a": Tap("blocks.0", "output"), "b": Tap("blocks.1", "output")})
+        seen = read_taps(net, X, {"a": Tap("blocks.0", "output"), "b": Tap("blocks.1", "output")})
     assert set(seen) == {"a", "b"}
     assert ran == ["blocks.1"]
 
@@ -143,7 +143,7 @@ def test_keyword_inputs_are_read():
         def forward(self, x):
             return self.inner(hidden=x)
 
-    assert torch.equal(read(Outer(), X, {"x": Tap("inner", "input")})["x"], X)
+    assert torch.equal(read_taps(Outer(), X, {"x": Tap("inner", "input")})["x"], X)
 
 
 # --- head and features
@@ -151,7 +151,7 @@ def test_keyword_inputs_are_read():
 
 def test_head_and_feature_map(net):
     with untouched(net):
-        assert find_head(net, X) == "head"
+        assert find_output_layer(net, X) == "head"
         assert find_feature_tap(net, X) == Tap("blocks", "output")
         assert find_feature_tap(net, X, pooled=True) == Tap("head", "input")
 
@@ -188,13 +188,13 @@ def test_a_map_with_channels_last_is_found():
 )
 def test_logits_that_no_single_layer_gives_have_no_head(tail):
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), tail)
-    assert find_head(model, X) is None
+    assert find_output_layer(model, X) is None
     assert find_feature_tap(model, X) is None
 
 
 def test_a_convolution_may_be_the_head():
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 4, 1), nn.Flatten())
-    assert find_head(model, X) == "2"
+    assert find_output_layer(model, X) == "2"
 
 
 # --- counting

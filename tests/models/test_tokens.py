@@ -23,7 +23,14 @@ from ttmpd.models.modules import clone
 from ttmpd.models.open import open_model
 from ttmpd.models.run import predict, predictions_of
 from ttmpd.models.taps import find_feature_tap, tapped
-from ttmpd.models.tokens import PaddingMask, answered, answers_until, followers, mask_of, mask_padding
+from ttmpd.models.tokens import (
+    PaddingMask,
+    mask_of,
+    mask_padding,
+    next_token_targets,
+    predicted_token_mask,
+    prediction_offsets,
+)
 from ttmpd.pipeline.compress import compress
 from ttmpd.pipeline.evaluate import evaluate
 from ttmpd.records import Tap
@@ -53,7 +60,7 @@ def test_answers_are_those_of_the_tokens_that_are_there(text_folder: Folder, sen
     opened = open_model(f"hf:{text_folder(name)}")
     samples = open_samples(sentences(5), opened.preprocessing)
     batch = samples.batch(slice(None))
-    kept = samples.kept(batch)
+    kept = samples.token_mask(batch)
     assert kept is not None
     with torch.no_grad():
         logits = predict(opened.module, batch)
@@ -73,15 +80,15 @@ def test_of_large_vocabularies_only_some_tokens_count() -> None:
     net = torch.nn.Linear(2, 2)
     net.register_forward_pre_hook(PaddingMask(0, 3), with_kwargs=True)
     batch = torch.tensor([[5, 6, 7, 8, 9, 5, 6], [5, 6, 0, 0, 0, 0, 0], [5, 6, 7, 0, 0, 0, 0], [0] * 7])
-    found = answered(net, batch)
+    found = predicted_token_mask(net, batch)
     assert found is not None
     assert found.sum(1).tolist() == [3, 2, 3, 0]
     assert found[0].nonzero().flatten().tolist() == [2, 4, 6]
-    assert answers_until(net, batch).tolist() == [0, 3, 5, 8, 8]
-    assert torch.equal(answered(net, F.pad(batch, (0, 4)))[:, :7], found)  # type: ignore[index]
-    assert followers(net, batch).tolist() == [8, 5, -1, 6, -1, 6, 7, -1]
-    assert answered(net, torch.zeros(2, 2)) is None
-    assert answers_until(torch.nn.Linear(2, 2), torch.zeros(2, 2)).tolist() == [0, 1, 2]
+    assert prediction_offsets(net, batch).tolist() == [0, 3, 5, 8, 8]
+    assert torch.equal(predicted_token_mask(net, F.pad(batch, (0, 4)))[:, :7], found)  # type: ignore[index]
+    assert next_token_targets(net, batch).tolist() == [8, 5, -1, 6, -1, 6, 7, -1]
+    assert predicted_token_mask(net, torch.zeros(2, 2)) is None
+    assert prediction_offsets(torch.nn.Linear(2, 2), torch.zeros(2, 2)).tolist() == [0, 1, 2]
 
 
 def test_how_many_tokens_count_hangs_on_the_vocabulary(text_folder: Folder) -> None:
@@ -118,7 +125,7 @@ def test_every_token_is_distilled(text_folder: Folder, sentences: Sentences, tmp
     student = Block().cut(teacher, [Block().find(teacher, samples.batch(slice(0, 2))).units[1]]).eval()
     method, work = OneTime(steps=40, batch_size=4, lr_without_norm=3e-3), Work(folder=tmp_path, batch_size=5)
     targets = method.prepare(teacher, samples, held, work)
-    n_tokens = int(samples.kept(samples.inputs).sum())  # type: ignore[union-attr]
+    n_tokens = int(samples.token_mask(samples.inputs).sum())  # type: ignore[union-attr]
     assert targets.features is not None
     assert targets.features.shape == (1, n_tokens, 16)
     assert targets.logits.shape[:2] == (1, n_tokens)

@@ -8,7 +8,7 @@ from torch import nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
-from ttmpd.models.taps import read
+from ttmpd.models.taps import read_taps
 from ttmpd.quality.damage import distances, teacher_tails
 from ttmpd.records import Removal, Tap
 from ttmpd.repair.positions import RowsAt, _energy, _pattern, positions, sensitivities
@@ -126,7 +126,7 @@ def test_a_stand_in_is_closer_to_its_unit_than_its_input_is():
     for unit in units:
         taps = {side: Tap(unit.path, side) for side in ("input", "output")}
         with torch.no_grad():
-            seen = read(model, samples.batch(slice(None)), taps)
+            seen = read_taps(model, samples.batch(slice(None)), taps)
         x, y = seen["input"], seen["output"]
         assert float((fits[unit.id](unit, x) - y).square().mean().detach()) < float((x - y).square().mean())
 

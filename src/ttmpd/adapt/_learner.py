@@ -16,7 +16,7 @@ from ttmpd.method import check_fields
 from ttmpd.models.modules import clone, has_nan
 from ttmpd.models.norms import norm_parameters, using_batch_statistics
 from ttmpd.models.run import evaluating, predict, predictions_of
-from ttmpd.models.tokens import answered
+from ttmpd.models.tokens import predicted_token_mask
 from ttmpd.progress import track
 from ttmpd.tasks.base import OneOf, Task
 from ttmpd.tasks.classification import Classification
@@ -111,7 +111,7 @@ class Learner(Adapter):
                 f"{self.name} must learn from how sure predictions are, but the task is {task.name}: "
                 f"{task.reason_not_to_adapt}; use none"
             )
-        if task.each == "pixel" or answered(teacher, samples.inputs[:1]) is not None:
+        if task.each == "pixel" or predicted_token_mask(teacher, samples.inputs[:1]) is not None:
             raise UnsupportedError(
                 f"{self.name} must learn from one answer per sample, but {type(teacher).__name__} answers each "
                 f"{'pixel' if task.each == 'pixel' else 'token'}; use norm, or none"

@@ -16,7 +16,7 @@ from ttmpd.data.samples import Samples
 from ttmpd.method import check_fields
 from ttmpd.models.modules import clone, module_at
 from ttmpd.models.run import evaluating, predict, predictions_of
-from ttmpd.models.taps import find_head
+from ttmpd.models.taps import find_output_layer
 from ttmpd.quality.calibration import fit_temperature
 from ttmpd.records import Unit
 from ttmpd.surgery.find import find_units, kinds_of, whole_of
@@ -131,7 +131,7 @@ def _temperature(model: nn.Module, samples: Samples, left_out: Sequence[Unit], b
 def _divided(model: nn.Module, samples: Samples, temperature: float) -> nn.Module | None:
     """The model, changed in place, with its logits divided; None where no layer that can be divided gives them."""
     batch = samples.batch(slice(0, 2), next(model.parameters()).device)
-    path = find_head(model, batch)
+    path = find_output_layer(model, batch)
     if path is None:
         return None
     with evaluating(model), torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.data.preprocessing import Preparation
-from ttmpd.data.tokenization import Tokenization, load_tokenizer, without_bars
+from ttmpd.data.tokenization import Tokenization, hide_progress_bars, load_tokenizer
 from ttmpd.models.run import evaluating, predict
 from ttmpd.models.tokens import mask_padding, random_ids
 from ttmpd.records import Removal, WidthUnit
@@ -63,7 +63,7 @@ def _rebuilt(student: nn.Module, config: Any, removals: Sequence[Removal]) -> nn
 
 def save_stock(fresh: nn.Module, how: Preparation | None, folder: Path) -> None:
     """Write the model, and its tokenizer where it has one, as ``from_pretrained`` reads them."""
-    with without_bars():
+    with hide_progress_bars():
         fresh.save_pretrained(folder)  # type: ignore[operator]
     if isinstance(how, Tokenization) and how.tokenizer:
         load_tokenizer(how.tokenizer).save_pretrained(folder)

@@ -202,7 +202,7 @@ def by_length(samples: Samples, run: int) -> Samples:
     the first one texts of medium length. A rest that fills no run, of the longest texts, stands at the end. What is no
     text stays as it is.
     """
-    mask = samples.kept(samples.inputs)
+    mask = samples.token_mask(samples.inputs)
     if mask is None:
         return samples
     runs = torch.split(mask.sum(1).argsort(stable=True), run)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ttmpd.data.tokenization import kept_tokens, trimmed
+from ttmpd.data.tokenization import token_mask, trim_padding
 from ttmpd.errors import InvalidValueError
 
 
@@ -72,11 +72,11 @@ class Samples:
 
     def trimmed(self, index: slice | Tensor, device: torch.device | str = "cpu") -> Tensor:
         """The chosen samples for one pass: as :meth:`batch`, but text only as long as the longest of them."""
-        return trimmed(self.batch(index, device), self.padding)
+        return trim_padding(self.batch(index, device), self.padding)
 
-    def kept(self, batch: Tensor) -> Tensor | None:
+    def token_mask(self, batch: Tensor) -> Tensor | None:
         """(B, S) which tokens of a batch of text are no padding; None for everything that is no text."""
-        return kept_tokens(batch, self.padding)
+        return token_mask(batch, self.padding)
 
     def batches(self, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
         """All samples in order, ``batch_size`` at a time; text as long as the longest sample of the batch."""

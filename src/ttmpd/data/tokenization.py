@@ -113,7 +113,7 @@ class Tokenization:
         return str(load_tokenizer(self.tokenizer).decode(ids[ids != self.padding].tolist(), skip_special_tokens=True))
 
 
-def is_tokens(preparation: object) -> bool:
+def predicts_per_token(preparation: object) -> bool:
     """Whether a model that wants its inputs like this answers each token of a text."""
     return isinstance(preparation, Tokenization) and preparation.task != "sequence"
 
@@ -148,7 +148,7 @@ def load_tokenizer(place: str) -> Any:
 
 
 @contextlib.contextmanager
-def without_bars() -> Iterator[None]:
+def hide_progress_bars() -> Iterator[None]:
     """While active, transformers shows no progress of its own unless somebody watches a terminal."""
     from transformers.utils import logging
 
@@ -169,7 +169,7 @@ def has_tokenizer(place: str) -> bool:
     return not folder.is_dir() or any(path.name.startswith(names) for path in folder.iterdir())
 
 
-def kept_tokens(batch: Tensor, padding: int | None) -> Tensor | None:
+def token_mask(batch: Tensor, padding: int | None) -> Tensor | None:
     """(B, S) which tokens are no padding; None for what is no text.
 
     Args:
@@ -183,14 +183,14 @@ def kept_tokens(batch: Tensor, padding: int | None) -> Tensor | None:
     return None if padding is None else batch != padding
 
 
-def trimmed(batch: Tensor, padding: int | None) -> Tensor:
+def trim_padding(batch: Tensor, padding: int | None) -> Tensor:
     """The batch without the columns at its end that hold padding alone: as long as its longest sample.
 
     Example:
         >>> trimmed(torch.tensor([[5, 6, 0, 0], [7, 0, 0, 0]]), 0).tolist()
         [[5, 6], [7, 0]]
     """
-    mask = kept_tokens(batch, padding)
+    mask = token_mask(batch, padding)
     if mask is None:
         return batch
     used = mask.any(0).nonzero()

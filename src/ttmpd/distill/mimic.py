@@ -13,7 +13,7 @@ from ttmpd.errors import UnsupportedError
 from ttmpd.method import check_fields
 from ttmpd.models.modules import to_fast_format, to_plain_format
 from ttmpd.models.run import evaluating, predictions_of
-from ttmpd.models.taps import find_feature_tap, read
+from ttmpd.models.taps import find_feature_tap, read_taps
 from ttmpd.training.freeze import freeze_head
 from ttmpd.training.loop import Fit, Loop, Schedule, batch_order, train
 from ttmpd.training.task import train_norms
@@ -66,8 +66,8 @@ class Mimic(Distiller):
             index = batch_order(len(samples), self.batch_size, step, work.seed)
             view = random_view(samples.batch(index, device), generator)
             with torch.no_grad():
-                wanted = read(teacher, view, {"f": tap})["f"]
-            return F.mse_loss(read(student, view, {"f": tap})["f"], wanted)
+                wanted = read_taps(teacher, view, {"f": tap})["f"]
+            return F.mse_loss(read_taps(student, view, {"f": tap})["f"], wanted)
 
         with evaluating(teacher, gradients=True):
             loop = Loop(deadline=work.deadline, state=work.folder / "distill.safetensors")

@@ -17,7 +17,7 @@ from ttmpd.models.batch_size import samples_that_fit
 from ttmpd.models.modules import has_batch_norm, to_fast_format, to_plain_format
 from ttmpd.models.run import evaluating, predict, predictions_of
 from ttmpd.models.taps import find_feature_tap, tapped
-from ttmpd.models.tokens import answers_until
+from ttmpd.models.tokens import prediction_offsets
 from ttmpd.progress import track
 from ttmpd.records import Tap
 from ttmpd.training.freeze import freeze
@@ -108,7 +108,7 @@ class OneTime(Distiller):
         more = self._times(work.agreement, len(samples), _n_values(teacher, few, tap))
         n_useful = math.ceil(self._n_steps(more, size, work) * size / len(samples)) if samples.is_image else 1
         n_views = max(1, min(round(more * self.views), n_useful))
-        places = answers_until(teacher, samples.inputs)
+        places = prediction_offsets(teacher, samples.inputs)
         store = TargetsWriter(work.folder, n_views, int(places[-1]))
         starts = range(0, len(samples), work.batch_size)
         with evaluating(teacher):
@@ -131,7 +131,7 @@ class OneTime(Distiller):
         few = samples.batch(slice(0, 2), device)
         train_norms(student, self.train_norm)
         frozen = freeze(student, work.first, few)
-        n_views, n, places = len(targets.logits), len(samples), answers_until(student, samples.inputs)
+        n_views, n, places = len(targets.logits), len(samples), prediction_offsets(student, samples.inputs)
         size = self._step_size(student, samples)
 
         def loss_with(step: int, amp: bool) -> Tensor:

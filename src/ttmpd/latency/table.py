@@ -18,7 +18,7 @@ from ttmpd.latency.timing import Timing, Timings, forward_call, interleaved, tim
 from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import common_path, module_at
 from ttmpd.models.run import evaluating, first_tensor
-from ttmpd.models.taps import read
+from ttmpd.models.taps import read_taps
 from ttmpd.models.trace import trace
 from ttmpd.records import UNCHANGED, Action, DepthUnit, Lossless, Saving, Tap, Unit, WidthUnit
 from ttmpd.runtimes.base import Runtime
@@ -218,7 +218,7 @@ def _far_apart(model: nn.Module, units: Iterable[Unit], batch: Tensor) -> frozen
 def _layers(timed: _Timed, unit: Unit, batch: Tensor) -> dict[str, Callable[[], object]]:
     """What is timed of a unit far apart, at every width: the layers that make and read its members."""
     taps = {path: Tap(path, "input") for path in unit.paths}
-    given = read(timed.ready, batch, taps)
+    given = read_taps(timed.ready, batch, taps)
     runs = {"unit": _in_turn(timed.ready, given)}
     if not isinstance(unit, WidthUnit):
         return runs
@@ -226,7 +226,7 @@ def _layers(timed: _Timed, unit: Unit, batch: Tensor) -> dict[str, Callable[[], 
         smaller = copy.deepcopy(timed.model)
         width_kind(unit).narrow(smaller, unit, range(width))
         apply(smaller, timed.how)
-        few = read(smaller, batch[:2], taps)  # how wide the inputs are now
+        few = read_taps(smaller, batch[:2], taps)  # how wide the inputs are now
         cut_inputs = {path: _compact(x[:, *map(slice, few[path].shape[1:])], like=x) for path, x in given.items()}
         runs[str(width)] = _in_turn(smaller, cut_inputs)
     return runs

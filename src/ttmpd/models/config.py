@@ -29,7 +29,7 @@ def preprocessing_of(module: nn.Module) -> Preparation | None:
     return None
 
 
-def make_ready(config: Any, place: str) -> None:
+def set_padding(config: Any, place: str) -> None:
     """Settle in a model's config what batches of text need, before the model is built. In place.
 
     Where it names no padding, the tokenizer's is taken, else the end of a text: classifiers made of decoders read their
@@ -55,7 +55,7 @@ def tokenization_of(module: nn.Module, place: str, task: Task = "sequence") -> T
     """How a Hugging Face model wants its text.
 
     Args:
-        module: its config names the padding, see :func:`make_ready`.
+        module: its config names the padding, see :func:`set_padding`.
         place: of the tokenizer.
         task: what the model answers.
     """

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ttmpd.data.preprocessing import IMAGE_MODES, Preprocessing
-from ttmpd.data.tokenization import Task, without_bars
+from ttmpd.data.tokenization import Task, hide_progress_bars
 from ttmpd.errors import InvalidValueError, MissingPackageError, ModelError, TTMPDError, UnsupportedError, cause
-from ttmpd.models.config import make_ready, tokenization_of
+from ttmpd.models.config import set_padding, tokenization_of
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.tokens import mask_padding
 
@@ -118,12 +118,12 @@ def _from_hf(name: str, pretrained: bool) -> OpenedModel:
     if local and not (Path(source) / "config.json").is_file():
         raise ModelError(f"{model_id} must be a directory with a config.json, but got none; check the path")
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
-    with _building(model_id, pretrained), without_bars():
+    with _building(model_id, pretrained), hide_progress_bars():
         config = hf.AutoConfig.from_pretrained(source, **options)
         task = _task_of(hf, config, model_id)
         auto = getattr(hf, f"AutoModelFor{_HEADS[task][0]}") if task else hf.AutoModelForImageClassification
         if task:
-            make_ready(config, name)
+            set_padding(config, name)
         if pretrained:
             module, found = auto.from_pretrained(
                 source, config=config, use_safetensors=True, output_loading_info=True, **options

@@ -62,7 +62,7 @@ def hooks(handles: Sequence[Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stubbed(model: nn.Module, stubs: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+def patched_forward(model: nn.Module, stubs: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """While active, the modules at the given paths are not run: the stubs answer in the place of their ``forward``.
 
     Only ``forward`` is exchanged, on the instance; weights and hooks stay as they are.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.errors import ModelError
-from ttmpd.models.tokens import answered, carried_task
+from ttmpd.models.tokens import carried_task, predicted_token_mask
 
 
 def predictions_of(model: nn.Module, samples: Samples, batch_size: int) -> Tensor:
@@ -66,7 +66,7 @@ def predict(model: nn.Module, batch: Tensor) -> Tensor:
     """The model's predictions for a batch as its task reads them, (rows, values): of classes the logits.
 
     Of a model that answers each token, (M, n_classes): sample by sample those that count, see
-    :func:`ttmpd.models.tokens.answered`.
+    :func:`ttmpd.models.tokens.predicted_token_mask`.
     """
     output, task = model(batch), carried_task(model)
     if task is not None:
@@ -75,7 +75,7 @@ def predict(model: nn.Module, batch: Tensor) -> Tensor:
     logits = first_tensor(output)
     if logits is None:
         raise ModelError(f"{type(model).__name__} must answer with a tensor, but answered without one")
-    tokens = answered(model, batch)
+    tokens = predicted_token_mask(model, batch)
     return logits if tokens is None or logits.dim() != 3 else logits[tokens]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ttmpd.models.modules import hooks, module_at
 from ttmpd.models.run import StopForwardError, evaluating, first_tensor, predict
-from ttmpd.models.tokens import answered
+from ttmpd.models.tokens import predicted_token_mask
 from ttmpd.records import Tap
 
 
@@ -52,7 +52,7 @@ def _noting_places(model: nn.Module, place: list[Tensor | None]) -> Any:
 
     def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
         ids, mask = first_tensor(args or kwargs), kwargs.get("attention_mask")  # of the call, or of the model's hook
-        place[0] = None if ids is None else answered(model, ids)
+        place[0] = None if ids is None else predicted_token_mask(model, ids)
         if place[0] is None and mask is not None:
             place[0] = mask.long().cumsum(1).argmax(1)
 
@@ -66,14 +66,14 @@ def _at_tokens(value: Tensor, place: Tensor | None) -> Tensor:
     return value[place] if place.dim() == 2 else value[torch.arange(len(value), device=value.device), place]
 
 
-def read(model: nn.Module, batch: Tensor, taps: Mapping[str, Tap]) -> dict[str, Tensor]:
+def read_taps(model: nn.Module, batch: Tensor, taps: Mapping[str, Tap]) -> dict[str, Tensor]:
     """The tensors at ``taps`` for one batch; the rest of the network after the last tap is not run."""
     with tapped(model, taps, stop=True) as seen, contextlib.suppress(StopForwardError):
         model(batch)
     return seen
 
 
-def find_head(model: nn.Module, batch: Tensor) -> str | None:
+def find_output_layer(model: nn.Module, batch: Tensor) -> str | None:
     """Path of the layer that gives the logits, or None when no single layer does."""
     tap = _head_tap(model, batch)
     return None if tap is None else tap.path

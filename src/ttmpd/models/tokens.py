@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ttmpd.data.tokenization import Tokenization, load_tokenizer
 
-VALUES = 1 << 20
+MAX_OUTPUT_VALUES = 1 << 20
 """Values that the answers for one sample may have: of models that answer each token by one of a large vocabulary, only
 so many tokens count, evenly spread over the sample."""
 
@@ -50,17 +50,18 @@ def _is_cache(value: Any) -> bool:
     return hasattr(value, "get_seq_length")
 
 
-def mask_padding(module: nn.Module, how: Tokenization) -> nn.Module:
-    """The module, which looks past the padding by itself from now on if it takes an ``attention_mask``. In place."""
-    n_outputs = getattr(getattr(module, "config", None), "num_labels" if how.task == "token" else "vocab_size", VALUES)
-    n_answers = 0 if how.task == "sequence" else max(8, VALUES // int(n_outputs))
+def mask_padding(module: nn.Module, tokenization: Tokenization) -> nn.Module:
+    """The module, which from now on masks padding by itself if it takes an ``attention_mask``. In place."""
+    field = "num_labels" if tokenization.task == "token" else "vocab_size"
+    n_outputs = getattr(getattr(module, "config", None), field, MAX_OUTPUT_VALUES)
+    n_answers = 0 if tokenization.task == "sequence" else max(8, MAX_OUTPUT_VALUES // int(n_outputs))
     takes = inspect.signature(type(module).forward).parameters
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, PaddingMask):
             del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
     if "attention_mask" in takes:
         # Prepended: what else looks at the call sees the mask.
-        mask = PaddingMask(how.padding, n_answers, "use_cache" in takes)
+        mask = PaddingMask(tokenization.padding, n_answers, "use_cache" in takes)
         module.register_forward_pre_hook(mask, prepend=True, with_kwargs=True)
     return module
 
@@ -80,7 +81,7 @@ def carried_task(module: nn.Module) -> Any:
     return module.__dict__.get("ttmpd_task")
 
 
-def answered(module: nn.Module, batch: Tensor) -> Tensor | None:
+def predicted_token_mask(module: nn.Module, batch: Tensor) -> Tensor | None:
     """(B, S) which tokens of a batch a model's answers count of; None for a model that answers each sample once.
 
     Padding is never among them. Of samples with more tokens than may count, they are evenly spread.
@@ -102,7 +103,7 @@ def answered(module: nn.Module, batch: Tensor) -> Tensor | None:
     return kept & (rank * share // n_kept > (rank - 1) * share // n_kept)
 
 
-def answers_until(module: nn.Module, inputs: Tensor) -> Tensor:
+def prediction_offsets(module: nn.Module, inputs: Tensor) -> Tensor:
     """(N + 1,) where the answers for each sample begin and the last one's end, when all are in one row.
 
     Args:
@@ -116,19 +117,19 @@ def answers_until(module: nn.Module, inputs: Tensor) -> Tensor:
     if carried_task(module) is not None:
         ends = carried_task(module).row_counts(inputs).cumsum(0)
         return torch.cat([torch.zeros(1, dtype=torch.long), ends])
-    counts = answered(module, inputs)
+    counts = predicted_token_mask(module, inputs)
     ends = torch.arange(1, len(inputs) + 1) if counts is None else counts.sum(1).cumsum(0).cpu()
     return torch.cat([torch.zeros(1, dtype=torch.long), ends])
 
 
-def followers(module: nn.Module, batch: Tensor) -> Tensor:
+def next_token_targets(module: nn.Module, batch: Tensor) -> Tensor:
     """(M,) the token behind each one that counts, -1 behind the last of a sample: what a decoder should have answered.
 
     Args:
         module: of which the answers are.
         batch: (B, S) token ids.
     """
-    mask, counts = mask_of(module), answered(module, batch)
+    mask, counts = mask_of(module), predicted_token_mask(module, batch)
     assert mask is not None
     assert counts is not None
     behind = torch.cat([batch[:, 1:], torch.full_like(batch[:, :1], mask.padding)], 1)

@@ -21,7 +21,7 @@ from ttmpd.method import check_range, method_of
 from ttmpd.models.modules import clone, has_nan
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predictions_of
-from ttmpd.models.tokens import followers
+from ttmpd.models.tokens import next_token_targets
 from ttmpd.progress import tell
 from ttmpd.quality.calibration import N_BINS, calibration_sums, error_of
 from ttmpd.quality.proportion import Proportion, proportion
@@ -198,7 +198,7 @@ def _assigned(
 
 def _next_tokens(net: nn.Module, samples: Samples, answers: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """The predictions for tokens that another one follows, and those tokens."""
-    following = followers(net, samples.inputs)
+    following = next_token_targets(net, samples.inputs)
     return [logits[following >= 0] for logits in answers], following[following >= 0]
 
 

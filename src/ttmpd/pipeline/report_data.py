@@ -197,7 +197,7 @@ def _known(
 
 def _lengths(samples: Samples) -> dict[str, float] | None:
     """Tokens per sample, padding left out; None for what is no text."""
-    kept = samples.kept(samples.inputs)
+    kept = samples.token_mask(samples.inputs)
     if kept is None:
         return None
     lengths = kept.sum(1).double()

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
-from ttmpd.models.modules import stubbed
+from ttmpd.models.modules import patched_forward
 from ttmpd.models.run import evaluating, predict
-from ttmpd.models.taps import find_feature_tap, read, tapped
-from ttmpd.models.tokens import answers_until
+from ttmpd.models.taps import find_feature_tap, read_taps, tapped
+from ttmpd.models.tokens import prediction_offsets
 from ttmpd.progress import track
 from ttmpd.records import DepthUnit, Tap, Unit
 from ttmpd.surgery.replacements import answering
@@ -63,10 +63,10 @@ def teacher_tails(
             for unit in units:
                 for name, replacement in answers[unit.id].items():
                     answer = replacement(inputs[unit.id])
-                    with stubbed(teacher, _stubs(entries, unit, answer, inputs)):
+                    with patched_forward(teacher, _stubs(entries, unit, answer, inputs)):
                         _, moved, changed = _observe(teacher, (), batch, tap)
                     sums[unit.id, name] += _apart(features, logits, moved, changed)
-    n = int(answers_until(teacher, samples.inputs)[-1])
+    n = int(prediction_offsets(teacher, samples.inputs)[-1])
     scale = _scale(moments, n)
     return {key: _per_sample(total, scale, n) for key, total in sums.items()}
 
@@ -99,7 +99,7 @@ def _following(teacher: nn.Module, wholes: Sequence[Unit], few: Tensor) -> set[i
     taps = {f"x {unit.id}": Tap(unit.path, "input") for unit in wholes}
     taps |= {f"y {unit.id}": Tap(unit.path, "output") for unit in wholes}
     with evaluating(teacher):
-        seen = read(teacher, few, taps)
+        seen = read_taps(teacher, few, taps)
     pairs = enumerate(itertools.pairwise(wholes), 1)
     return {number for number, (a, b) in pairs if torch.equal(seen[f"y {a.id}"], seen[f"x {b.id}"])}
 
@@ -149,7 +149,7 @@ def student_distances(
             _, moved, changed = _observe(student, (), batch, tap)
             sums += _apart(features, logits, moved, changed)
             moments.append(_moments(features))
-    n = int(answers_until(teacher, samples.inputs)[-1])
+    n = int(prediction_offsets(teacher, samples.inputs)[-1])
     return _per_sample(sums, _scale(moments, n), n)
 
 
@@ -191,11 +191,11 @@ def skippable(teacher: nn.Module, units: Sequence[Unit], batch: Tensor) -> froze
     """
     proven = set()
     with evaluating(teacher):
-        seen = read(teacher, batch, {unit.id: Tap(unit.path, "output") for unit in units})
+        seen = read_taps(teacher, batch, {unit.id: Tap(unit.path, "output") for unit in units})
         logits = predict(teacher, batch)
         for number, unit in enumerate(units):
             given = seen[unit.id]
-            with stubbed(teacher, tail_stubs(units[:number], unit, given)):
+            with patched_forward(teacher, tail_stubs(units[:number], unit, given)):
                 if torch.allclose(predict(teacher, batch), logits, rtol=1e-4, atol=1e-4):
                     proven.add(unit.id)
     return frozenset(proven)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
-from ttmpd.data.tokenization import trimmed
+from ttmpd.data.tokenization import trim_padding
 from ttmpd.models.run import evaluating, predict
 from ttmpd.models.taps import find_feature_tap, tapped
 from ttmpd.records import Place, Tap
@@ -85,7 +85,7 @@ def _count(unit: Place) -> int:
 def tokens_at(unit: Place, samples: Samples, batch: Tensor) -> Tensor | None:
     """(B, T) which positions of the unit's output hold tokens of the batch and no padding; None where they are none."""
     per_token = samples.is_text and samples.inputs.shape[1] == _count(unit)
-    return samples.kept(batch) if per_token else None
+    return samples.token_mask(batch) if per_token else None
 
 
 def positions(
@@ -142,7 +142,7 @@ class RowsAt:
         return weights if tokens is None else weights * tokens[:, index.to(tokens.device)].flatten().to(weights)
 
     def _tokens(self, unit: Place, batch: Tensor) -> Tensor | None:
-        return tokens_at(unit, self.samples, trimmed(batch, self.samples.padding))
+        return tokens_at(unit, self.samples, trim_padding(batch, self.samples.padding))
 
     def n_rows(self, unit: Place) -> int:
         """Rows that weigh anything, over all samples."""

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ttmpd.models.modules import clone, common_path, hooks, module_at
 from ttmpd.models.run import first_tensor
-from ttmpd.models.taps import find_head
+from ttmpd.models.taps import find_output_layer
 from ttmpd.models.trace import trace
 from ttmpd.records import DepthUnit, Layout, Removal, WidthUnit
 from ttmpd.surgery.cut import cut
@@ -95,7 +95,7 @@ def find_sites(
     starts = {path for removal in removals for path in removal.unit.paths}
     calls = trace(student, batch).order
     first = next((i for i, path in enumerate(calls) if path in starts), len(calls))
-    known, head = layers_of(teacher, batch), find_head(student, batch)
+    known, head = layers_of(teacher, batch), find_output_layer(student, batch)
     wanted = {path for path, layer in known.items() if layer.plain and (path in readers or (behind and path != head))}
     sites = []
     for path in calls[first:]:

@@ -10,7 +10,7 @@ from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_fields
 from ttmpd.models.modules import module_at
 from ttmpd.models.run import evaluating
-from ttmpd.models.taps import read
+from ttmpd.models.taps import read_taps
 from ttmpd.progress import track
 from ttmpd.records import Action, Repair, Scope, Score, Tap, Unit, WidthUnit
 from ttmpd.score.base import Job, Scorer, narrowed
@@ -108,9 +108,9 @@ def activity(job: Job) -> dict[str, Tensor]:
     n_batches = -(-len(job.samples) // job.batch_size)
     with evaluating(job.teacher):
         for batch in track(job.samples.batches(job.batch_size, job.device), "activity", n_batches):
-            seen = read(job.teacher, batch, taps)
+            seen = read_taps(job.teacher, batch, taps)
             for unit in job.width_units:
-                sums[unit.id] += _norms(seen[unit.id], unit, job.samples.kept(batch)).cpu()
+                sums[unit.id] += _norms(seen[unit.id], unit, job.samples.token_mask(batch)).cpu()
     return {name: (total / max(1, n_batches)).float() for name, total in sums.items()}
 
 

@@ -12,7 +12,7 @@ from ttmpd.errors import UnsupportedError
 from ttmpd.method import check_fields
 from ttmpd.models.modules import module_at, replace_module
 from ttmpd.models.run import evaluating
-from ttmpd.models.taps import find_feature_tap, read
+from ttmpd.models.taps import find_feature_tap, read_taps
 from ttmpd.models.trace import trace
 from ttmpd.progress import track
 from ttmpd.records import DepthUnit, Removal, Repair, Score, Tap, Unit
@@ -71,8 +71,8 @@ class Practise(Scorer):
             index = batch_order(len(samples), self.train_batch_size, step, job.seed)
             view = random_view(samples.batch(index, device), generator)
             with torch.no_grad():
-                wanted = read(teacher, view, {"f": tap})["f"]
-            return F.mse_loss(read(pruned, view, {"f": tap})["f"], wanted)
+                wanted = read_taps(teacher, view, {"f": tap})["f"]
+            return F.mse_loss(read_taps(pruned, view, {"f": tap})["f"], wanted)
 
         with evaluating(teacher, gradients=True):
             # The adaptors are in eval mode like the rest: there is nothing in them that depends on it.
@@ -85,7 +85,7 @@ class Practise(Scorer):
             with evaluating(pruned):
                 error = torch.zeros((), dtype=torch.float64)
                 for batch in samples.batches(self.train_batch_size, device):
-                    difference = read(pruned, batch, {"f": tap})["f"] - read(teacher, batch, {"f": tap})["f"]
+                    difference = read_taps(pruned, batch, {"f": tap})["f"] - read_taps(teacher, batch, {"f": tap})["f"]
                     error += difference.square().flatten(1).mean(1).sum().double().cpu()
         return float(error) / len(samples)
 

@@ -13,7 +13,7 @@ from ttmpd.data.samples import Samples
 from ttmpd.method import check_fields
 from ttmpd.models.modules import has_batch_norm, module_at
 from ttmpd.models.run import evaluating
-from ttmpd.models.taps import read
+from ttmpd.models.taps import read_taps
 from ttmpd.progress import track
 from ttmpd.quality.damage import Replacement, distances, student_distances, teacher_tails
 from ttmpd.records import Action, DepthUnit, Removal, Scope, Score, Tap, Unit, WidthUnit
@@ -177,7 +177,7 @@ def branch_means(job: Job, samples: Samples) -> dict[str, Tensor]:
     sums = {unit.id: torch.zeros(unit.channels, dtype=torch.float64) for unit in job.units}
     with evaluating(job.teacher):
         for batch in samples.batches(job.batch_size, job.device):
-            outputs = read(job.teacher, batch, taps)
+            outputs = read_taps(job.teacher, batch, taps)
             for unit in job.units:
                 first = unit.layout == "channels_first"
                 value = outputs[unit.id].movedim(1, -1) if first else outputs[unit.id]
@@ -217,7 +217,7 @@ def member_moments(job: Job, samples: Samples, sensitivity: float) -> dict[str, 
     taps |= {f"y {u.id}": Tap(u.path, "output") for u in job.units}
     with evaluating(job.teacher):
         for batch in track(samples.batches(job.batch_size, job.device), "fit", -(-len(samples) // job.batch_size)):
-            seen = read(job.teacher, batch, taps)
+            seen = read_taps(job.teacher, batch, taps)
             for unit in job.units:
                 index, layer = entering.index(unit, batch), module_at(job.teacher, unit.path)
                 x = input_rows(seen[f"x {unit.id}"], unit, index, layer)
@@ -252,7 +252,7 @@ def fit_stand_ins(
     taps = {f"x {u.id}": Tap(u.path, "input") for u in units} | {f"y {u.id}": Tap(u.path, "output") for u in units}
     with evaluating(teacher):
         for batch in track(samples.batches(batch_size, device), "fit", -(-len(samples) // batch_size)):
-            seen = read(teacher, batch, taps)
+            seen = read_taps(teacher, batch, taps)
             for unit in units:
                 index = entering.index(unit, batch)
                 x, y = rows(seen[f"x {unit.id}"], unit, index), rows(seen[f"y {unit.id}"], unit, index)

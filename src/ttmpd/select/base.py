@@ -13,7 +13,7 @@ from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.method import Method, check_range
 from ttmpd.models.run import evaluating, predict
 from ttmpd.models.taps import find_feature_tap, tapped
-from ttmpd.models.tokens import answered
+from ttmpd.models.tokens import predicted_token_mask
 from ttmpd.progress import track
 from ttmpd.records import Tap
 from ttmpd.tasks.base import OneOf, Task
@@ -57,7 +57,7 @@ class Selector(Method, abc.ABC):
             )
         if n >= len(pool):
             return tuple(range(len(pool)))
-        if self.looks and answered(teacher, pool.inputs[:1]) is not None:
+        if self.looks and predicted_token_mask(teacher, pool.inputs[:1]) is not None:
             raise UnsupportedError(
                 f"a selector must have one answer per sample, but {type(teacher).__name__} answers each token; "
                 "use random"

@@ -13,7 +13,7 @@ from ttmpd.artifact.write import Result, check_output, write_artifact
 from ttmpd.data.labels import open_labels
 from ttmpd.data.open import open_samples
 from ttmpd.data.samples import Samples
-from ttmpd.data.tokenization import is_tokens
+from ttmpd.data.tokenization import predicts_per_token
 from ttmpd.errors import SamplesError, UnsupportedError
 from ttmpd.latency.device import choose_device, machine
 from ttmpd.method import check_range
@@ -115,7 +115,7 @@ def _opened(
 ) -> tuple[Samples, Samples]:
     """The samples as the student wants them, and the same ones as the teacher wants them."""
     for one in (student, teacher):
-        if one is not None and is_tokens(one.preprocessing):
+        if one is not None and predicts_per_token(one.preprocessing):
             raise UnsupportedError(
                 f"a student must learn one class per sample, but {type(one.module).__name__} answers each token"
             )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.errors import first_line
-from ttmpd.models.modules import hooks, module_at, stubbed
+from ttmpd.models.modules import hooks, module_at, patched_forward
 from ttmpd.models.run import evaluating, first_tensor, output_tensors
 from ttmpd.models.trace import first_argument
 from ttmpd.records import DepthUnit, Unit, WidthUnit
@@ -99,7 +99,7 @@ def skipped(model: nn.Module, units: Sequence[Unit]) -> contextlib.AbstractConte
     for unit in units:
         for path, form in unit.upstream if isinstance(unit, DepthUnit) else ():
             stubs[path] = answering(DepthUnit("", path, "", (1,), "channels_last", 0, 0, form=form), lambda x: x)
-    return stubbed(model, stubs)
+    return patched_forward(model, stubs)
 
 
 def every_second(unit: Unit) -> tuple[int, ...]:

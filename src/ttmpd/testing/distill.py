@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ttmpd.data.samples import Samples
 from ttmpd.distill.base import Distiller, Work
 from ttmpd.models.modules import clone
-from ttmpd.models.taps import find_head
+from ttmpd.models.taps import find_output_layer
 from ttmpd.records import Removal
 from ttmpd.surgery.cut import cut
 from ttmpd.testing.common import equal, quick, twice
@@ -86,7 +86,7 @@ def check_head_unchanged(distiller: Distiller) -> None:
     teacher = tiny_model()
     student = _student(teacher)
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    head = find_head(student, tiny_samples(2).batch(slice(None)))
+    head = find_output_layer(student, tiny_samples(2).batch(slice(None)))
     _distilled(distiller, teacher, student, n_held=0)
     after = student.state_dict()
     require(head == "head", f"the head of the checked model must be found, but got {head}")

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from ttmpd.models.modules import module_at
-from ttmpd.models.taps import find_head
+from ttmpd.models.taps import find_output_layer
 from ttmpd.models.trace import trace
 
 
@@ -25,7 +25,7 @@ def freeze(student: nn.Module, first: str, batch: Tensor) -> list[nn.Parameter]:
 
 def freeze_head(student: nn.Module, batch: Tensor) -> list[nn.Parameter]:
     """Stop training the layer that gives the logits; returns the parameters that were training before."""
-    head = find_head(student, batch)
+    head = find_output_layer(student, batch)
     if head is None:
         return []
     frozen = [p for p in module_at(student, head).parameters() if p.requires_grad]

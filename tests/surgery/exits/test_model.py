@@ -12,7 +12,7 @@ from ttmpd.data.samples import Samples
 from ttmpd.early_exit.right_tool import RightTool
 from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.models.modules import clone
-from ttmpd.models.taps import read
+from ttmpd.models.taps import read_taps
 from ttmpd.records import Tap
 from ttmpd.surgery.exits.model import EarlyExitModel, with_only
 from ttmpd.surgery.exits.places import exits_at, find_places, proven, spread
@@ -92,7 +92,7 @@ def test_the_answer_of_an_exit_is_its_head_on_what_the_block_hands_on(layers):
     model.backbone.layers[2].sizes.clear()
     found = model.answer_at(samples.inputs, torch.full((6,), 1))
     assert not model.backbone.layers[2].sizes  # not run any more
-    behind = read(net, samples.inputs, {"x": Tap("layers.1", "output")})["x"]
+    behind = read_taps(net, samples.inputs, {"x": Tap("layers.1", "output")})["x"]
     assert torch.allclose(found.logits, model.heads[1](behind.mean(1)), atol=1e-6)
 
 
@@ -246,7 +246,7 @@ def test_what_looks_into_the_model_and_stops_it_is_not_taken_for_an_exit(net):
     model = QUICK.equip(net, tiny_samples(8)).model
     model.threshold = 1.0
     batch = tiny_samples(2).batch(slice(None))
-    seen = read(model, batch, {"early": Tap("backbone.blocks.0", "input")})
+    seen = read_taps(model, batch, {"early": Tap("backbone.blocks.0", "input")})
     assert seen["early"].shape == (2, 6, 8, 8)
     assert answered(model, batch).shape == (2, 4)  # and the stopped pass is over
 

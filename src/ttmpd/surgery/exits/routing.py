@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ttmpd.data.tokenization import kept_tokens
+from ttmpd.data.tokenization import token_mask
 from ttmpd.models.run import StopForwardError, first_tensor
 from ttmpd.records import Layout
 from ttmpd.surgery.exits.pooling import Pool, pooled
@@ -92,7 +92,7 @@ class Pass:
         self.key, self.spec, self.rule = owner.key, owner.spec, rule
         self.heads = tuple(owner.heads.children())
         self.n, self.device = len(batch), batch.device
-        mask = kept_tokens(batch, owner.spec.padding)
+        mask = token_mask(batch, owner.spec.padding)
         self.token_mask = None if mask is None or bool(mask.all()) else mask
         self.features: dict[str, Tensor] = rule.features if isinstance(rule, NoExit) else {}
         self.rows: Tensor | None = None  # numbers of those that are computed, ascending; None for all

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ttmpd.method import check_fields
 from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import module_at
-from ttmpd.models.taps import find_head
+from ttmpd.models.taps import find_output_layer
 from ttmpd.models.tiny import tiny_tokens, tiny_transformer
 from ttmpd.records import WidthUnit
 from ttmpd.surgery.graph import Call, calls_of, producers_of
@@ -50,7 +50,7 @@ class Neuron(WidthUnits):
     def find(self, model: nn.Module, batch: Tensor) -> UnitSearch:
         """The hidden layers of at least ``least`` neurons, in the order of the network."""
         calls = calls_of(model, batch, is_layer)
-        head = None if self.last else find_head(model, batch)  # its input is what distillation compares
+        head = None if self.last else find_output_layer(model, batch)  # its input is what distillation compares
         producers = {path: _producers(model, path, calls) for path in calls if path != head}
         macs = count_macs(model, batch)
         units = [
