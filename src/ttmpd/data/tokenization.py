@@ -177,7 +177,7 @@ def token_mask(batch: Tensor, padding: int | None) -> Tensor | None:
         padding: of the samples, see :class:`ttmpd.data.samples.Samples`.
 
     Example:
-        >>> kept_tokens(torch.tensor([[5, 6, 0], [7, 0, 0]]), 0).tolist()
+        >>> token_mask(torch.tensor([[5, 6, 0], [7, 0, 0]]), 0).tolist()
         [[True, True, False], [True, False, False]]
     """
     return None if padding is None else batch != padding
@@ -187,7 +187,7 @@ def trim_padding(batch: Tensor, padding: int | None) -> Tensor:
     """The batch without the columns at its end that hold padding alone: as long as its longest sample.
 
     Example:
-        >>> trimmed(torch.tensor([[5, 6, 0, 0], [7, 0, 0, 0]]), 0).tolist()
+        >>> trim_padding(torch.tensor([[5, 6, 0, 0], [7, 0, 0, 0]]), 0).tolist()
         [[5, 6], [7, 0]]
     """
     mask = token_mask(batch, padding)

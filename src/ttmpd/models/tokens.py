@@ -111,7 +111,7 @@ def prediction_offsets(module: nn.Module, inputs: Tensor) -> Tensor:
         inputs: (N, ...) all samples.
 
     Example:
-        >>> answers_until(nn.Linear(2, 2), torch.zeros(3, 2)).tolist()
+        >>> prediction_offsets(nn.Linear(2, 2), torch.zeros(3, 2)).tolist()
         [0, 1, 2, 3]
     """
     if carried_task(module) is not None:

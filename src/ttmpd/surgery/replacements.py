@@ -132,7 +132,7 @@ def as_identity(replacement: nn.Module) -> nn.Module:
 
 
 def answering(unit: Unit, function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    """A ``forward`` for the unit's place that answers with ``function(input)``, for ``modules.stubbed``."""
+    """A ``forward`` for the unit's place that answers with ``function(input)``, for :func:`ttmpd.models.modules.patched_forward`."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         form = unit.form if isinstance(unit, DepthUnit) else "plain"
