@@ -13,23 +13,25 @@ from typing import Any
 
 from common import cached, require_data, write_csv
 from rank_correlation import CASES, ROWS, SEED, Bench, plans
-from ttmpd.records import Action, Removal, Repair
+from ttmpd.records import Action, RefitScope, Removal
 from ttmpd.repair.sequential import repaired
 
-KINDS: dict[str, tuple[Action, Repair]] = {
-    "dropped": ("drop", "removed"),
-    "stand-ins fitted": ("linear", "removed"),
-    "dropped, all behind fitted": ("drop", "behind"),
-    "stand-ins, all behind fitted": ("linear", "behind"),
+KINDS: dict[str, tuple[Action, RefitScope]] = {
+    "dropped": ("drop", "removed_only"),
+    "stand-ins fitted": ("linear", "removed_only"),
+    "dropped, all behind fitted": ("drop", "all_later_layers"),
+    "stand-ins, all behind fitted": ("linear", "all_later_layers"),
 }
 
 
 def row(bench: Bench, number: int, paths: list[str]) -> dict[str, Any]:
     """Accuracy of one plan without training, by what is fitted."""
     found: dict[str, Any] = {"model": bench.case.name, "plan": number, "n_units": len(paths)}
-    for name, (action, how) in KINDS.items():
+    for name, (action, refit_scope) in KINDS.items():
         removals = [Removal(unit, action) for unit in bench.units if unit.path in paths]
-        student = repaired(bench.teacher, removals, bench.fit, batch_size=bench.case.batch, how=how, rows=ROWS)
+        student = repaired(
+            bench.teacher, removals, bench.fit, batch_size=bench.case.batch, refit_scope=refit_scope, rows=ROWS
+        )
         found[name] = round(bench.accuracy(student), 2)
     return found
 

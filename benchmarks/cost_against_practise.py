@@ -77,7 +77,7 @@ def mir_step(teacher: Any, removals: list[Removal], samples: Any) -> float:
     """Seconds of one MiR iteration, the set-up taken off."""
     found = []
     for steps in (0, STEPS):
-        student = repaired(teacher, removals, samples, how="removed")
+        student = repaired(teacher, removals, samples, refit_scope="removed_only")
         with tempfile.TemporaryDirectory() as folder:
             method, work = Mimic(steps=steps), Work(folder=Path(folder))
             targets = method.prepare(teacher, samples, samples.subset([]), work)

@@ -23,14 +23,14 @@ from ttmpd.models.trace import trace
 from ttmpd.records import Removal, Unit
 from ttmpd.surgery.cut import skeleton
 from ttmpd.surgery.find import find_units
-from ttmpd.surgery.replacements import put, standing
+from ttmpd.surgery.replacements import put, replacement_at
 
 CNNS = ("mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "resnet18")
 
 
 def folds(student: nn.Module, unit: Unit, batch: Tensor) -> bool:
     """Fold the unit's replacement into the next layer, in place; False where that changes the outputs."""
-    linear, reader = standing(student, unit), next_layer(student, unit, batch)
+    linear, reader = replacement_at(student, unit), next_layer(student, unit, batch)
     if reader is None or not isinstance(linear, nn.Linear | nn.Conv2d):
         return False
     with evaluating(student):

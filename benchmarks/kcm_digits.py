@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from common import write_csv
 from ttmpd.data.samples import Samples
 from ttmpd.models.run import predict
-from ttmpd.records import Removal, Repair
+from ttmpd.records import RefitScope, Removal
 from ttmpd.repair.sequential import repaired
 from ttmpd.score.base import Scorer
 from ttmpd.score.kcm import KCM
@@ -32,13 +32,13 @@ from ttmpd.surgery.units.neuron import Neuron
 
 WIDTHS, SEEDS, N = (352, 256, 192, 96), (0, 1, 2, 3, 4), 500
 NEURONS = Neuron(last=True)
-METHODS: dict[str, tuple[Scorer, Literal["none"] | Repair]] = {
-    "r2d2 + scaling": (KCM(), "rescaled"),
+METHODS: dict[str, tuple[Scorer, Literal["none"] | RefitScope]] = {
+    "r2d2 + scaling": (KCM(), "rescale"),
     "r2d2": (KCM(), "none"),
     "d2": (KCM(parts="d2"), "none"),
     "magnitude": (Magnitude(), "none"),
     "random": (Random(), "none"),
-    "r2d2 + refit": (KCM(), "removed"),
+    "r2d2 + refit": (KCM(), "removed_only"),
 }
 ORDER = ("r2d2 + scaling", "r2d2", "d2", "magnitude", "random")
 
@@ -81,7 +81,7 @@ def rows(seed: int) -> list[dict[str, Any]]:
             student = (
                 cut(model, removals)
                 if repair == "none"
-                else repaired(model, removals, samples, how=repair, sensitivity=0.0)
+                else repaired(model, removals, samples, refit_scope=repair, sensitivity=0.0)
             )
             row = {"seed": seed, "method": name, "kept": width, "accuracy": round(accuracy(student, x, y), 2)}
             found.append(row)

@@ -32,10 +32,10 @@ from ttmpd.distill.one_time import OneTime
 from ttmpd.models.modules import to_fast_format
 from ttmpd.models.open import open_model
 from ttmpd.models.run import predictions_of
-from ttmpd.quality.damage import student_distances
+from ttmpd.quality.damage import student_damage
 from ttmpd.records import ACTIONS, Removal, Unit
 from ttmpd.repair.sequential import repaired
-from ttmpd.score.base import Job, Scorer
+from ttmpd.score.base import Scorer, ScoringInputs
 from ttmpd.score.damage import Damage
 from ttmpd.score.magnitude import Magnitude
 from ttmpd.score.practise import Practise
@@ -104,9 +104,11 @@ class Bench:
     def stand_ins_alone(self, removals: list[Removal]) -> dict[str, float]:
         """How far a plan whose stand-ins alone are fitted, to half of ``few``, is from the teacher on the others."""
         half = len(self.few) // 2
-        student = repaired(self.teacher, removals, self.few.first(half), how="removed", rows=TTMPD().plan_rows)
+        student = repaired(
+            self.teacher, removals, self.few.first(half), refit_scope="removed_only", rows=TTMPD().plan_rows
+        )
         others = self.few.subset(range(half, len(self.few)))
-        return student_distances(self.teacher, student, others, self.case.batch)
+        return student_damage(self.teacher, student, others, self.case.batch)
 
 
 def plans(units: tuple[Unit, ...], sizes: tuple[int, int]) -> list[list[str]]:
@@ -123,8 +125,8 @@ def trained(bench: Bench, paths: list[str], action: str) -> dict[str, Any]:
     """One plan: predictions that need the whole plan, and the accuracy after distillation."""
     removals = [Removal(unit, action) for unit in bench.units if unit.path in paths]  # type: ignore[arg-type]
     found = {f"removed_{key}": value for key, value in bench.stand_ins_alone(removals).items()}
-    job = Job(bench.teacher, (), bench.fit, ACTIONS, bench.case.batch, SEED)
-    found["ttmpd"] = TTMPD().of_plan(job, removals)
+    job = ScoringInputs(bench.teacher, (), bench.fit, ACTIONS, bench.case.batch, SEED)
+    found["ttmpd"] = TTMPD().score_plan(job, removals)
     student = repaired(bench.teacher, removals, bench.fit, batch_size=bench.case.batch, rows=ROWS)
     found["untrained_accuracy"] = bench.accuracy(student)
     method = OneTime(

@@ -64,7 +64,7 @@ TOYS = '''
         source: ClassVar[str] = "a toy"
         scopes = ("width",)
         actions = ("narrow",)
-        repair = "removed"
+        refit_scope = "removed_only"
         weight: float = 1.0
 
         def scores(self, job):

@@ -17,9 +17,9 @@ ACTIONS: tuple[Action, ...] = ("drop", "linear", "narrow")
 Layout = Literal["channels_first", "channels_last"]
 
 
-Repair = Literal["behind", "removed", "rescaled"]
-"""What is fitted again after a removal: all layers behind the first; stand-ins and what reads narrowed members alone;
-or one factor for each member that is kept."""
+RefitScope = Literal["all_later_layers", "removed_only", "rescale"]
+"""Which layers are fitted after a removal: all from the first removal on but the output layer; only the linear
+replacements and the layers that read narrowed members; or one factor for each member that stays."""
 
 
 Scope = Literal["depth", "width"]
@@ -36,7 +36,7 @@ def _finite(name: str, value: float, low: float = -math.inf) -> None:
         raise InvalidValueError(f"{name} must {rule}, but got {value!r}")
 
 
-class Place(Protocol):
+class Location(Protocol):
     """A place in a model whose output is looked at position by position: a unit, or a layer that is fitted."""
 
     @property

@@ -27,8 +27,8 @@ from ttmpd.models.run import predict
 from ttmpd.models.taps import find_feature_tap, find_output_layer, read_taps, tapped
 from ttmpd.models.tokens import PaddingMask, mask_of, mask_padding, random_ids
 from ttmpd.records import Removal, Tap
-from ttmpd.repair.linear import NormalEquations
-from ttmpd.repair.positions import rows_at
+from ttmpd.repair.linear import ReplacementFit
+from ttmpd.repair.positions import sample_positions
 from ttmpd.repair.sequential import repaired
 from ttmpd.score.ttmpd import TTMPD, fit_stand_ins
 from ttmpd.surgery.units.block import Block
@@ -295,7 +295,7 @@ def test_sensitivities_do_not_depend_on_padding(text_folder: Folder, sentences: 
     found = []
     for one in (samples, _widened(samples)):
         units = Block().find(opened.module, one.batch(slice(0, 2))).units
-        entering = rows_at(opened.module, units, one, 0.9, limit=5)
+        entering = sample_positions(opened.module, units, one, 0.9, limit=5)
         n_rows = [len(one) * len(entering.index(unit, one.inputs)) for unit in units]
         weights = [entering.weights(unit, one.inputs, n) for unit, n in zip(units, n_rows, strict=True)]
         found.append((units, entering, weights))
@@ -377,7 +377,7 @@ def test_a_fit_is_that_of_the_tokens_that_are_there(text_folder: Folder, sentenc
     found = fit_stand_ins(opened.module, [unit], samples, 1e-3, 0.0, 8, 0)[unit.id]
     with torch.no_grad():
         seen = read_taps(opened.module, batch, {"x": Tap(unit.path, "input"), "y": Tap(unit.path, "output")})
-    there, everywhere = (NormalEquations(unit.channels) for _ in range(2))
+    there, everywhere = (ReplacementFit(unit.channels) for _ in range(2))
     there.add(seen["x"][batch != 0], seen["y"][batch != 0])
     everywhere.add(seen["x"].flatten(0, 1), seen["y"].flatten(0, 1))
     torch.testing.assert_close(found.weight, there.solve(1e-3).weight, atol=1e-3, rtol=1e-3)

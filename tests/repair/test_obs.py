@@ -7,10 +7,10 @@ from torch import nn
 from ttmpd.data.samples import Samples
 from ttmpd.models.run import predict
 from ttmpd.records import Removal
-from ttmpd.repair.least_squares import Moments
-from ttmpd.repair.obs import choices
-from ttmpd.repair.refit import Given, rescale_members, rescaled
-from ttmpd.repair.refit_points import Site
+from ttmpd.repair.least_squares import NormalEquations
+from ttmpd.repair.obs import select_members
+from ttmpd.repair.refit import FitRows, rescale_members, rescaled
+from ttmpd.repair.refit_points import RefitPoint
 from ttmpd.repair.sequential import repaired
 from ttmpd.surgery.cut import cut
 from ttmpd.surgery.find import find_units
@@ -21,8 +21,8 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def sums_of(h: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None = None) -> Moments:
-    sums = Moments(h.shape[1], y.shape[1])
+def sums_of(h: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None = None) -> NormalEquations:
+    sums = NormalEquations(h.shape[1], y.shape[1])
     for rows in torch.arange(len(h)).split(7):  # in batches, as they come
         sums.add(h[rows], y[rows], torch.ones(len(rows)) if weight is None else weight[rows])
     return sums
@@ -62,7 +62,7 @@ def test_what_the_others_can_say_goes_first():
     first = drawn(80, 2)
     h = torch.cat([first, first.sum(1, keepdim=True), 0 * first[:, :1], drawn(80, 1, seed=3)], 1)
     weight, bias = drawn(4, 5, seed=1), drawn(4, seed=2)
-    found = choices(sums_of(h, h @ weight.T + bias), weight, bias, 5, (3, 2), ridge=1e-9)
+    found = select_members(sums_of(h, h @ weight.T + bias), weight, bias, 5, (3, 2), ridge=1e-9)
     assert 3 not in found[0].kept
     assert {0, 1, 2} - set(found[0].kept) != set()
     assert found[0].error == pytest.approx(0, abs=1e-4)
@@ -76,7 +76,7 @@ def test_the_error_is_that_of_the_best_fit(size):
     h, weight, bias = drawn(200, members * size), drawn(4, members * size, seed=1), drawn(4, seed=2)
     h = h @ drawn(members * size, members * size, seed=3)  # members know of each other
     y = h @ weight.T + bias
-    for choice in choices(sums_of(h, y), weight, bias, members, (4, 2, 1), ridge=1e-9):
+    for choice in select_members(sums_of(h, y), weight, bias, members, (4, 2, 1), ridge=1e-9):
         index = torch.tensor([m * size + i for m in choice.kept for i in range(size)])
         design = torch.cat([h[:, index], torch.ones(200, 1)], 1).double()
         best = torch.linalg.lstsq(design, y.double())[0]
@@ -88,7 +88,7 @@ def test_the_error_is_that_of_the_best_fit(size):
 def test_nothing_kept_loses_all_but_the_mean():
     h, weight, bias = drawn(200, 4), drawn(3, 4, seed=1), drawn(3, seed=2)
     y = h @ weight.T + bias
-    found = choices(sums_of(h, y), weight, bias, 4, (0,), ridge=1e-9)[0]
+    found = select_members(sums_of(h, y), weight, bias, 4, (0,), ridge=1e-9)[0]
     assert found.kept == ()
     assert found.error == pytest.approx(1.0, abs=1e-3)
     assert torch.allclose(found.bias, y.mean(0), atol=1e-4)
@@ -115,7 +115,7 @@ def test_rescaling_never_increases_the_error_of_a_layer():
     model, samples = tiny_transformer(), tiny_token_samples(24)
     for unit in find_units(model, tiny_tokens(), ["neuron", "head"]).units:
         removal = Removal(unit, "narrow", tuple(range(unit.n_members // 2)))
-        students = [cut(model, [removal]), repaired(model, [removal], samples, how="rescaled", sensitivity=0.0)]
+        students = [cut(model, [removal]), repaired(model, [removal], samples, refit_scope="rescale", sensitivity=0.0)]
         wanted = output_of(model, unit.path, samples)
         before, after = (float((output_of(s, unit.path, samples) - wanted).square().sum()) for s in students)
         assert after <= before * (1 + 1e-6)
@@ -136,8 +136,8 @@ def test_a_refit_brings_the_student_nearer_than_factors_and_those_nearer_than_no
     removals = [Removal(unit, "narrow", tuple(range(unit.n_members // 2))) for unit in units]
     batch = samples.batch(slice(None))
     students = [
-        cut(model, removals), repaired(model, removals, samples, how="rescaled"),
-        repaired(model, removals, samples, how="removed"),
+        cut(model, removals), repaired(model, removals, samples, refit_scope="rescale"),
+        repaired(model, removals, samples, refit_scope="removed_only"),
     ]  # fmt: skip
     with torch.no_grad():
         gaps = [float((predict(student, batch) - predict(model, batch)).square().mean()) for student in students]
@@ -150,8 +150,8 @@ def test_factors_that_cannot_be_trusted_leave_the_layer_as_it_is():
     student = cut(model, [Removal(unit, "narrow", (0, 1))])
     layer = student.get_submodule(unit.path)
     before, h = layer.weight.detach().clone(), drawn(40, 2)
-    given = Given(h, h @ (50 * before).T + layer.bias.detach(), torch.zeros(1, 1), torch.ones(40))
-    site = Site(unit.path, unit.path, unit.shape, unit.layout, members=2)
+    given = FitRows(h, h @ (50 * before).T + layer.bias.detach(), torch.zeros(1, 1), torch.ones(40))
+    site = RefitPoint(unit.path, unit.path, unit.shape, unit.layout, members=2)
     assert not rescale_members(student, site, given)
     assert torch.equal(layer.weight, before)
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from ttmpd.models.modules import clone
-from ttmpd.repair.refit import Given, refit
-from ttmpd.repair.refit_points import Site
+from ttmpd.repair.refit import FitRows, refit
+from ttmpd.repair.refit_points import RefitPoint
 
 RNG = torch.Generator().manual_seed(0)
 NO_SHORTCUT = torch.zeros(1, 1)
@@ -21,15 +21,17 @@ def student(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(*layers).eval()
 
 
-def site(net: nn.Module, norm: bool = False, activation: str = "", joined: bool = False) -> Site:
+def site(net: nn.Module, norm: bool = False, activation: str = "", joined: bool = False) -> RefitPoint:
     n = len(net[0].weight)
     if isinstance(net[0], nn.Conv2d):
-        return Site("0", "1" if norm else "0", (n, 1, 1), "channels_first", "1" if norm else "", joined, activation)
-    return Site("0", "0", (n,), "channels_last", joined=joined, activation=activation)
+        return RefitPoint(
+            "0", "1" if norm else "0", (n, 1, 1), "channels_first", "1" if norm else "", joined, activation
+        )
+    return RefitPoint("0", "0", (n,), "channels_last", joined=joined, activation=activation)
 
 
-def rows(x, wanted, shortcut=NO_SHORTCUT) -> Given:
-    return Given(x, wanted, shortcut, torch.ones(len(x)))
+def rows(x, wanted, shortcut=NO_SHORTCUT) -> FitRows:
+    return FitRows(x, wanted, shortcut, torch.ones(len(x)))
 
 
 def test_a_linear_answer_is_recovered():

@@ -5,9 +5,9 @@ from torch import nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.models.modules import clone
-from ttmpd.quality.damage import student_distances
+from ttmpd.quality.damage import student_damage
 from ttmpd.records import Removal
-from ttmpd.repair.refit_points import find_sites, reading
+from ttmpd.repair.refit_points import find_refit_points, watch_points
 from ttmpd.repair.sequential import repaired
 from ttmpd.surgery.cut import cut
 from ttmpd.surgery.find import find_units
@@ -15,7 +15,7 @@ from ttmpd.testing.tiny_models import tiny_model, tiny_samples, tiny_tokens, tin
 
 
 def sites_of(model, removals, batch, **given):
-    return find_sites(model, cut(model, removals), removals, batch, **given)
+    return find_refit_points(model, cut(model, removals), removals, batch, **given)
 
 
 def test_everything_behind_the_first_removal_but_the_head():
@@ -58,7 +58,7 @@ def test_reading_gives_inputs_answers_and_sums():
     units = find_units(model, batch, ["block"]).units
     site = next(s for s in sites_of(model, [Removal(units[0], "drop")], batch) if s.layer == "blocks.1.down")
     seen: dict[str, torch.Tensor] = {}
-    with reading(model, [site], lambda _s, what, value: seen.__setitem__(what, value.clone())), torch.no_grad():
+    with watch_points(model, [site], lambda _s, what, value: seen.__setitem__(what, value.clone())), torch.no_grad():
         model(batch)
     assert seen.keys() == {"input", "own", "sum"}
     assert torch.allclose(model.blocks[1].down(seen["input"]), seen["own"], atol=1e-6)
@@ -72,15 +72,15 @@ def test_layers_behind_bring_a_student_nearer_than_stand_ins_alone():
         removals = [Removal(units[0], action), Removal(units[1], action)]
         few, unseen = samples.first(64), samples.subset(range(64, 96))
         moved = {
-            how: student_distances(model, repaired(model, removals, few, how=how), unseen)["feature"]
-            for how in ("removed", "behind")
+            scope: student_damage(model, repaired(model, removals, few, refit_scope=scope), unseen)["feature"]
+            for scope in ("removed_only", "all_later_layers")
         }
-        assert moved["behind"] < moved["removed"]
+        assert moved["all_later_layers"] < moved["removed_only"]
 
 
 def test_a_student_of_which_nothing_went_is_the_teacher():
     model, samples = tiny_model(), tiny_samples(20)
-    assert student_distances(model, repaired(model, [], samples), samples)["feature"] == 0.0
+    assert student_damage(model, repaired(model, [], samples), samples)["feature"] == 0.0
 
 
 def test_repair_changes_nothing_of_the_teacher_and_draws_nothing():

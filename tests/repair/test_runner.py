@@ -6,7 +6,7 @@ from torch import nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.models.run import first_tensor
-from ttmpd.repair.runner import Parts, tensors_in
+from ttmpd.repair.runner import ModuleRunner, tensors_in
 
 
 class Body(nn.Module):
@@ -25,7 +25,7 @@ class Body(nn.Module):
 
 def parts(paths=("a", "b", "c")):
     model, samples = Body().eval(), Samples(torch.randn(10, 3), tuple(map(str, range(10))))
-    return Parts(model, paths, samples, 4, torch.device("cpu"))
+    return ModuleRunner(model, paths, samples, 4, torch.device("cpu"))
 
 
 def given(made, path):
@@ -100,7 +100,7 @@ def masked(extra=lambda mask: mask, inputs=None, padding=None):
     inputs = torch.randn(10, 5, 3) if inputs is None else inputs
     model = Masked(extra, ids=padding is not None).eval()
     samples = Samples(inputs, tuple(map(str, range(len(inputs)))), padding=padding)
-    return Parts(model, ("a", "b"), samples, 4, torch.device("cpu"))
+    return ModuleRunner(model, ("a", "b"), samples, 4, torch.device("cpu"))
 
 
 def test_a_mask_that_all_layers_are_given_does_not_send_back_through_the_model():
@@ -146,7 +146,7 @@ def test_a_call_of_another_form_comes_from_the_model():
             return self.b(self.a(self.embed(x), mask=mask), mask=mask).sum(1)
 
     model, samples = MaskedWhereNeeded(ids=True).eval(), Samples(ids, tuple("abcdefgh"), padding=0)
-    made = Parts(model, ("a", "b"), samples, 4, torch.device("cpu"))
+    made = ModuleRunner(model, ("a", "b"), samples, 4, torch.device("cpu"))
     with torch.no_grad():
         made.calls("a")
         calls = made.calls("b")

@@ -8,12 +8,12 @@ from ttmpd.data.samples import Samples
 from ttmpd.models.modules import clone
 from ttmpd.quality.damage import skippable
 from ttmpd.records import DepthUnit, Folded, Removal
-from ttmpd.repair.linear import NormalEquations
-from ttmpd.repair.positions import positions
+from ttmpd.repair.linear import ReplacementFit
+from ttmpd.repair.positions import choose_positions
 from ttmpd.repair.sequential import repaired
 from ttmpd.repair.unfold import rows
 from ttmpd.surgery.cut import build, replay
-from ttmpd.surgery.replacements import LinearMap, put, standing
+from ttmpd.surgery.replacements import LinearMap, put, replacement_at
 from ttmpd.surgery.units.block import Block
 from ttmpd.testing.tiny_models import tiny_model, tiny_samples, tiny_units
 
@@ -38,7 +38,7 @@ def install(model: nn.Module, unit: DepthUnit, fit: LinearMap) -> None:
 
 
 def fitted(x, y, ridge=0.0, weight=None) -> LinearMap:
-    equations = NormalEquations(x.shape[1])
+    equations = ReplacementFit(x.shape[1])
     equations.add(x, y, weight)
     return equations.solve(ridge)
 
@@ -86,7 +86,7 @@ def test_weights_count_like_repeated_rows_and_zero_like_none():
 
 def test_rows_in_chunks_equal_rows_at_once():
     x, y, weight = rand(50, 4), rand(50, 4), torch.rand(50, generator=RNG)
-    chunks = NormalEquations(4)
+    chunks = ReplacementFit(4)
     for part in torch.arange(50).split(7):
         chunks.add(x[part], y[part], weight[part])
     whole = fitted(x, y, 1e-3, weight)
@@ -123,7 +123,7 @@ def test_dead_and_doubled_channels_are_no_trouble():
 
 
 def test_no_rows_give_the_identity():
-    fit = NormalEquations(3).solve(1e-3)
+    fit = ReplacementFit(3).solve(1e-3)
     assert torch.equal(fit.weight, torch.eye(3))
     assert torch.equal(fit.bias, torch.zeros(3))
 
@@ -142,12 +142,12 @@ def test_rows_are_the_same_in_either_layout():
 
 def test_positions_are_drawn_without_repetition_and_by_seed():
     unit = unit_of((5, 20, 20), "channels_first")
-    found = positions(unit, seed=1)
+    found = choose_positions(unit, seed=1)
     assert len(set(found.tolist())) == 64
     assert int(found.max()) < 400
-    assert torch.equal(found, positions(unit, seed=1))
-    assert not torch.equal(found, positions(unit, seed=2))
-    assert positions(unit_of((5,))).tolist() == [0]
+    assert torch.equal(found, choose_positions(unit, seed=1))
+    assert not torch.equal(found, choose_positions(unit, seed=2))
+    assert choose_positions(unit_of((5,))).tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -242,16 +242,17 @@ def test_a_later_stand_in_makes_up_for_an_earlier_drop():
 
 def test_an_infinite_ridge_leaves_only_a_bias_of_a_drop():
     model, samples, units = chain()
-    student = repaired(model, [Removal(units[0], "linear")], samples, ridge=1e9, how="removed")
+    student = repaired(model, [Removal(units[0], "linear")], samples, ridge=1e9, refit_scope="removed_only")
     assert torch.allclose(student.body[0].weight, torch.eye(6), atol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["removed", "behind"])
-def test_the_batch_size_does_not_matter(how):
+@pytest.mark.parametrize("scope", ["removed_only", "all_later_layers"])
+def test_the_batch_size_does_not_matter(scope):
     model, samples, units = tiny_model(), tiny_samples(40), tiny_units(tiny_model())
     removals = [Removal(units[0], "drop"), Removal(units[1], "linear")]
     one, other = (
-        answers(repaired(model, removals, samples, batch_size=n, ridge=1e-2, how=how), samples) for n in (7, 40)
+        answers(repaired(model, removals, samples, batch_size=n, ridge=1e-2, refit_scope=scope), samples)
+        for n in (7, 40)
     )
     assert torch.allclose(one, other, atol=1e-4)
 
@@ -260,14 +261,14 @@ def test_repair_is_closer_than_dropping():
     model, samples, units = tiny_model(), tiny_samples(40), tiny_units(tiny_model())
     wanted, gaps = answers(model, samples), {}
     for action in ("drop", "linear"):
-        student = repaired(model, [Removal(u, action) for u in units[:2]], samples, how="removed")
+        student = repaired(model, [Removal(u, action) for u in units[:2]], samples, refit_scope="removed_only")
         gaps[action] = float((answers(student, samples) - wanted).square().mean())
     assert gaps["linear"] < 0.5 * gaps["drop"]
 
 
 def test_dropping_alone_takes_no_fit_where_what_lies_behind_stays():
     model, samples, units = tiny_model(), tiny_samples(), tiny_units(tiny_model())
-    student = repaired(model, [Removal(units[1], "drop")], samples, how="removed")
+    student = repaired(model, [Removal(units[1], "drop")], samples, refit_scope="removed_only")
     assert torch.equal(answers(student, samples), answers(Block().cut(model, units[1:2]), samples))
 
 
@@ -290,7 +291,7 @@ def test_replay_gives_the_same_answers():
     student = repaired(model, removals, samples)
     again = replay(model, removals, clone(student).state_dict())
     assert torch.equal(answers(again, samples), answers(student, samples))
-    assert isinstance(standing(again, units[2]), nn.Linear)
+    assert isinstance(replacement_at(again, units[2]), nn.Linear)
     assert model.head.bias is None
 
 
@@ -301,7 +302,7 @@ def test_replay_builds_what_a_record_says_was_folded():
     torch.nn.init.ones_(student.head.bias)
     again = replay(model, removals, clone(student).state_dict(), folded=folded)
     assert torch.equal(answers(again, samples), answers(student, samples))
-    assert isinstance(standing(again, units[1]), nn.Identity)
+    assert isinstance(replacement_at(again, units[1]), nn.Identity)
     assert model.head.bias is None
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
-from ttmpd.score.base import Job
+from ttmpd.score.base import ScoringInputs
 from ttmpd.score.kcm import KCM, activity, representative, scaled
 from ttmpd.surgery.find import find_units
 from ttmpd.testing.tiny_models import tiny_token_samples, tiny_tokens, tiny_transformer
@@ -53,9 +53,9 @@ def test_a_single_point_and_equal_points_are_no_trouble():
     assert torch.equal(scaled(torch.tensor([1.0, 2.0, 3.0])), torch.tensor([0.0, 0.5, 1.0]))
 
 
-def job(samples: Samples, kinds=("neuron",)) -> Job:
+def job(samples: Samples, kinds=("neuron",)) -> ScoringInputs:
     model = tiny_transformer()
-    return Job(model, find_units(model, tiny_tokens(), kinds).units, samples, ("narrow",), 4, 0)
+    return ScoringInputs(model, find_units(model, tiny_tokens(), kinds).units, samples, ("narrow",), 4, 0)
 
 
 def test_activity_is_the_norm_over_tokens_averaged_over_batches():
@@ -104,7 +104,7 @@ def test_padding_says_nothing():
     for ids in (short, long):
         samples = Samples(ids, ("a", "b"), padding=0)
         units = find_units(net, ids, ["neuron"]).units
-        found.append(list(KCM().scores(Job(net, units, samples, ("narrow",), 2, 0))))
+        found.append(list(KCM().scores(ScoringInputs(net, units, samples, ("narrow",), 2, 0))))
     assert [score.kept for score in found[0]] == [score.kept for score in found[1]]
     assert [score.harm for score in found[0]] == pytest.approx([score.harm for score in found[1]], rel=1e-5)
 

@@ -9,9 +9,9 @@ from torch import nn
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
 from ttmpd.models.taps import read_taps
-from ttmpd.quality.damage import distances, teacher_tails
+from ttmpd.quality.damage import feature_damage, replacement_damage
 from ttmpd.records import Removal, Tap
-from ttmpd.repair.positions import RowsAt, _energy, _pattern, positions, sensitivities
+from ttmpd.repair.positions import PositionSample, _energy, _pattern, choose_positions, squared_gradients
 from ttmpd.score.ttmpd import TTMPD, fit_stand_ins
 from ttmpd.surgery.cut import cut
 from ttmpd.surgery.units.block import Block
@@ -137,7 +137,9 @@ def test_damage_by_hand():
     model = nn.Sequential(nn.Linear(5, 6), nn.Sequential(Res()), nn.Linear(6, 3)).eval()
     samples = samples_of(torch.randn(16, 5))
     units = Block().find(model, samples.batch(slice(0, 2))).units
-    found = teacher_tails(model, units, samples, lambda _u: {"drop": lambda x: x}, batch_size=5)[units[0].id, "drop"]
+    found = replacement_damage(model, units, samples, lambda _u: {"drop": lambda x: x}, batch_size=5)[
+        units[0].id, "drop"
+    ]
     with torch.no_grad():
         x = model[0](samples.inputs)
         features = model[1](x)
@@ -145,7 +147,7 @@ def test_damage_by_hand():
         p, q = model[2](features).log_softmax(-1), model[2](x).log_softmax(-1)
     assert found["feature"] == pytest.approx(float((features - x).square().sum() / variance), rel=1e-4)
     assert found["prediction"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
-    assert distances(found) == pytest.approx(found["feature"])
+    assert feature_damage(found) == pytest.approx(found["feature"])
 
 
 def test_skipping_earlier_units_gives_what_the_whole_run_gives(monkeypatch):
@@ -160,10 +162,10 @@ def test_skipping_earlier_units_gives_what_the_whole_run_gives(monkeypatch):
     def replacements(_unit):
         return {"drop": lambda x: x, "half": lambda x: x / 2}
 
-    short = teacher_tails(model, units, samples, replacements, batch_size=4)
+    short = replacement_damage(model, units, samples, replacements, batch_size=4)
     calls_short = dict(ran)
     monkeypatch.setattr("ttmpd.quality.damage.skippable", lambda *_: frozenset())
-    whole = teacher_tails(model, units, samples, replacements, batch_size=4)
+    whole = replacement_damage(model, units, samples, replacements, batch_size=4)
     calls_whole = {name: ran[name] - calls_short[name] for name in ran}
     for key, parts in whole.items():
         assert short[key] == pytest.approx(parts, rel=1e-4, abs=1e-7)
@@ -181,7 +183,7 @@ def test_the_share_of_samples_in_a_batch_does_not_matter():
 
 def test_only_the_position_that_reaches_the_output_has_weight(tokens):
     model, samples, units = tokens
-    pattern = sensitivities(model, units, samples.first(8))
+    pattern = squared_gradients(model, units, samples.first(8))
     for unit in units:
         assert pattern[unit.id].tolist() == pytest.approx([4.0, 0.0, 0.0, 0.0])
 
@@ -190,16 +192,16 @@ def test_the_most_sensitive_position_is_always_drawn(tokens):
     unit = dataclasses.replace(tokens[2][0], shape=(500, 8))
     pattern = torch.ones(500)
     pattern[321] = 2.0
-    assert all(321 in positions(unit, pattern, seed=seed, limit=4).tolist() for seed in range(5))
+    assert all(321 in choose_positions(unit, pattern, seed=seed, limit=4).tolist() for seed in range(5))
 
 
 def test_weights_blend_with_equal_ones_and_follow_the_rows(tokens):
     model, samples, units = tokens
-    pattern = sensitivities(model, units, samples.first(8))
+    pattern = squared_gradients(model, units, samples.first(8))
     chosen, batch = {units[0].id: torch.tensor([0, 2])}, samples.batch(slice(0, 2))
-    weights = RowsAt(samples, pattern, chosen, 0.9).weights(units[0], batch, 4)
+    weights = PositionSample(samples, pattern, chosen, 0.9).weights(units[0], batch, 4)
     assert weights.tolist() == pytest.approx([0.1 + 0.9 * 4, 0.1, 0.1 + 0.9 * 4, 0.1])
-    assert RowsAt(samples, pattern, chosen, 0.0).weights(units[0], batch, 4).tolist() == [1.0] * 4
+    assert PositionSample(samples, pattern, chosen, 0.0).weights(units[0], batch, 4).tolist() == [1.0] * 4
 
 
 def test_weighting_improves_the_fit_where_it_counts(tokens):
@@ -230,7 +232,7 @@ def test_inputs_that_are_no_numbers_to_differentiate_by():
     model = Tokens(ids=True).eval()
     samples = samples_of(torch.randint(0, 9, (12, 4)).float())
     units = Block().find(model, samples.batch(slice(0, 2))).units
-    pattern = sensitivities(model, units, samples.first(4))
+    pattern = squared_gradients(model, units, samples.first(4))
     assert pattern[units[0].id].tolist() == pytest.approx([4.0, 0.0, 0.0, 0.0])
     assert len(TTMPD().score(model, units, samples)) == 4
 

@@ -17,7 +17,7 @@ from ttmpd.pipeline.stages import Stages
 from ttmpd.plan.base import most_saved
 from ttmpd.records import Action, DepthUnit, Option, Removal, Unit
 from ttmpd.repair.sequential import repaired
-from ttmpd.score.base import Job
+from ttmpd.score.base import ScoringInputs
 from ttmpd.surgery.find import whole_of
 
 NARROW = (1.0, 1 / 3)
@@ -104,9 +104,14 @@ def walk(analysis: Analysis, needed_ms: float, stages: Stages) -> tuple[Waypoint
 
 
 def _rescored(analysis: Analysis, chosen: Sequence[Option]) -> list[dict[str, Any]]:
-    few, how = analysis.calibration.fit.first(RESCORED_ON), analysis.settings.score.repair
+    few, scope = analysis.calibration.fit.first(RESCORED_ON), analysis.settings.score.refit_scope
     student = repaired(
-        analysis.teacher, analysis.removals(chosen), few, batch_size=analysis.pass_size, how=how, rows=FEW_ROWS
+        analysis.teacher,
+        analysis.removals(chosen),
+        few,
+        batch_size=analysis.pass_size,
+        refit_scope=scope,
+        rows=FEW_ROWS,
     )
     return score_rows(analysis, student, _left(analysis, chosen))
 
@@ -239,17 +244,17 @@ def _adjacent(first: Unit, second: Unit) -> bool:
 def judge(analysis: Analysis) -> Judge | None:
     """What the scorer says of whole plans, each asked for once; None where it judges removals alone."""
     score, settings = analysis.settings.score, analysis.settings
-    if not score.judges_plans:
+    if not score.scores_plans:
         return None
     known: dict[tuple[Removal, ...], float] = {}
 
     def harm_of(chosen: Sequence[Option]) -> float:
         removals = analysis.removals(chosen)
         if removals not in known:
-            job = Job(
+            job = ScoringInputs(
                 analysis.teacher, (), analysis.calibration.fit, settings.actions, analysis.pass_size, settings.seed
             )
-            known[removals] = score.of_plan(job, removals)
+            known[removals] = score.score_plan(job, removals)
         return known[removals]
 
     return harm_of

@@ -314,8 +314,8 @@ def _repaired(analysis: Analysis, plan: Plan, stages: Stages, key: str) -> nn.Mo
 
     def compute() -> tuple[dict[str, Tensor], Any]:
         few = analysis.calibration.fit.first(MAX_REPAIR)
-        how = analysis.settings.score.repair
-        student = repaired(analysis.teacher, plan.removals, few, batch_size=analysis.pass_size, how=how)
+        scope = analysis.settings.score.refit_scope
+        student = repaired(analysis.teacher, plan.removals, few, batch_size=analysis.pass_size, refit_scope=scope)
         nonlocal made
         made = student
         return student.state_dict(), None

@@ -14,7 +14,7 @@ from ttmpd.models.taps import find_feature_tap, read_taps, tapped
 from ttmpd.models.tokens import prediction_offsets
 from ttmpd.progress import track
 from ttmpd.records import DepthUnit, Tap, Unit
-from ttmpd.surgery.replacements import answering
+from ttmpd.surgery.replacements import forward_of
 from ttmpd.training.losses import soft_label_loss
 
 U = TypeVar("U", bound=Unit)
@@ -23,7 +23,7 @@ Replacement = Callable[[Tensor], Tensor]
 """What answers for a unit, given its input."""
 
 
-def teacher_tails(
+def replacement_damage(
     teacher: nn.Module,
     units: Sequence[U],
     samples: Samples,
@@ -108,12 +108,12 @@ def _stubs(
     entries: Mapping[str, tuple[Unit, Sequence[Unit]]], unit: Unit, answer: Tensor, inputs: Mapping[str, Tensor]
 ) -> dict[str, Callable[..., Any]]:
     if unit.id not in entries:
-        return {unit.path: answering(unit, lambda _x: answer)}
+        return {unit.path: forward_of(unit, lambda _x: answer)}
     first, earlier = entries[unit.id]
     if first is unit:
-        return tail_stubs(earlier, unit, answer)
+        return skip_to(earlier, unit, answer)
     # The last of the units before hands on what the unit's whole was given.
-    return tail_stubs(earlier[:-1], earlier[-1], inputs[first.id]) | {unit.path: answering(unit, lambda _x: answer)}
+    return skip_to(earlier[:-1], earlier[-1], inputs[first.id]) | {unit.path: forward_of(unit, lambda _x: answer)}
 
 
 def _observe(
@@ -129,10 +129,8 @@ def _observe(
     return seen, features.flatten(1).float(), logits
 
 
-def student_distances(
-    teacher: nn.Module, student: nn.Module, samples: Samples, batch_size: int = 64
-) -> dict[str, float]:
-    """How far a whole student is from the teacher: as in :func:`teacher_tails`.
+def student_damage(teacher: nn.Module, student: nn.Module, samples: Samples, batch_size: int = 64) -> dict[str, float]:
+    """How far a whole student is from the teacher: as in :func:`replacement_damage`.
 
     Args:
         teacher: left untouched.
@@ -174,7 +172,7 @@ def _per_sample(sums: Tensor, scale: float, n: int) -> dict[str, float]:
     return {"feature": float(sums[0]) / scale, "prediction": float(sums[1]) / n}
 
 
-def distances(parts: Mapping[str, float]) -> float:
+def feature_damage(parts: Mapping[str, float]) -> float:
     """The harm in a pair of distances: that of the features.
 
     Their sum with the divergence of the predictions ranks plans worse (``benchmarks/rank_correlation.py``): before any
@@ -195,14 +193,14 @@ def skippable(teacher: nn.Module, units: Sequence[Unit], batch: Tensor) -> froze
         logits = predict(teacher, batch)
         for number, unit in enumerate(units):
             given = seen[unit.id]
-            with patched_forward(teacher, tail_stubs(units[:number], unit, given)):
+            with patched_forward(teacher, skip_to(units[:number], unit, given)):
                 if torch.allclose(predict(teacher, batch), logits, rtol=1e-4, atol=1e-4):
                     proven.add(unit.id)
     return frozenset(proven)
 
 
-def tail_stubs(earlier: Sequence[Unit], unit: Unit, output: Tensor) -> dict[str, Callable[..., Any]]:
+def skip_to(earlier: Sequence[Unit], unit: Unit, output: Tensor) -> dict[str, Callable[..., Any]]:
     """Stubs that skip ``earlier`` units and put ``output`` where ``unit`` would answer."""
-    stubs = {u.path: answering(u, lambda x: x) for u in earlier}
-    stubs[unit.path] = answering(unit, lambda _x: output)
+    stubs = {u.path: forward_of(u, lambda x: x) for u in earlier}
+    stubs[unit.path] = forward_of(unit, lambda _x: output)
     return stubs

@@ -11,11 +11,11 @@ AT_ONCE = 4096
 """Rows whose products are summed in their own precision."""
 
 Solve = Callable[[], tuple[Tensor, Tensor | None]]
-"""Answers (weight, bias) for the outputs that are wanted when it is called; see :meth:`Moments.solve`."""
+"""Answers (weight, bias) for the outputs that are wanted when it is called; see :meth:`NormalEquations.solve`."""
 
 
 @dataclass
-class Moments:
+class NormalEquations:
     """Running sums of a weighted regression of ``y`` on ``[x 1]``, in float64.
 
     Memory is O(n_inputs^2) however many rows are added.
@@ -27,7 +27,7 @@ class Moments:
 
     Example:
         >>> x = torch.tensor([[1.0], [2.0], [3.0]])
-        >>> sums = Moments(1, 1)
+        >>> sums = NormalEquations(1, 1)
         >>> sums.add(x, 3 * x + 1)
         >>> weight, bias = sums.solve(torch.zeros(1, 1), torch.zeros(1), ridge=0.0)
         >>> round(float(weight), 6), round(float(bias), 6)

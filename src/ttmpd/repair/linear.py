@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ttmpd.repair.least_squares import Moments
+from ttmpd.repair.least_squares import NormalEquations
 from ttmpd.surgery.replacements import LinearMap
 
 
 @dataclass
-class NormalEquations:
+class ReplacementFit:
     """A stand-in as a weighted least-squares fit of ``y`` by ``[x 1]``.
 
     Args:
@@ -26,7 +26,7 @@ class NormalEquations:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
-        self.moments = Moments(self.channels, self.channels, self.device)
+        self.moments = NormalEquations(self.channels, self.channels, self.device)
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
         """Add rows: ``x`` and ``y`` are (rows, channels), ``weight`` is (rows,)."""

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ttmpd.models.modules import module_at
 from ttmpd.records import WidthUnit
-from ttmpd.repair.least_squares import Moments
+from ttmpd.repair.least_squares import NormalEquations
 from ttmpd.surgery.layers import columns
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Choice:
+class MemberChoice:
     """The members to keep for one width, and what is lost after the repair.
 
     Args:
@@ -33,9 +33,9 @@ class Choice:
     bias: Tensor
 
 
-def choices(
-    moments: Moments, matrix: Tensor, bias: Tensor, members: int, widths: Sequence[int], ridge: float
-) -> list[Choice]:
+def select_members(
+    moments: NormalEquations, matrix: Tensor, bias: Tensor, members: int, widths: Sequence[int], ridge: float
+) -> list[MemberChoice]:
     """The members to keep for every width, from a layer's own inputs alone.
 
     From width to width the members go that the others, fitted anew, can best stand in for: the saliency of member
@@ -77,7 +77,7 @@ def choices(
         )
         alive = alive[order[n_gone:].sort().values.cpu()]
         error = max(0.0, lost / max(energy, 1e-12))
-        found.append(Choice(tuple(alive.tolist()), error, weight[:-1].T.to(matrix), weight[-1].to(matrix)))
+        found.append(MemberChoice(tuple(alive.tolist()), error, weight[:-1].T.to(matrix), weight[-1].to(matrix)))
     return found
 
 
@@ -97,7 +97,7 @@ def _saliency(inverse: Tensor, weight: Tensor, size: int) -> Tensor:
     return together
 
 
-def narrowed_answer(model: nn.Module, unit: WidthUnit, choice: Choice) -> Callable[[Tensor], Tensor]:
+def narrowed_output(model: nn.Module, unit: WidthUnit, choice: MemberChoice) -> Callable[[Tensor], Tensor]:
     """What the layer at ``unit.path`` answers to all its inputs once only the kept members speak."""
     index, layer = columns(model, unit, choice.kept), module_at(model, unit.path)
     weight, bias = choice.weight, choice.bias

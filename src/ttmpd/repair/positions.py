@@ -10,7 +10,7 @@ from ttmpd.data.samples import Samples
 from ttmpd.data.tokenization import trim_padding
 from ttmpd.models.run import evaluating, predict
 from ttmpd.models.taps import find_feature_tap, tapped
-from ttmpd.records import Place, Tap
+from ttmpd.records import Location, Tap
 
 MAX_POSITIONS = 64
 """Pixels or tokens per sample that enter a fit; neighbors say nearly the same, and 64 x 100 samples are plenty."""
@@ -21,7 +21,9 @@ SENSITIVITY_SAMPLES = 32
 _AT_ONCE = 8  # activations of so many are stored: gradients of large images need much memory
 
 
-def sensitivities(model: nn.Module, units: Sequence[Place], samples: Samples, seed: int = 0) -> dict[str, Tensor]:
+def squared_gradients(
+    model: nn.Module, units: Sequence[Location], samples: Samples, seed: int = 0
+) -> dict[str, Tensor]:
     """Mean squared gradient of the final features at every position of every unit's output, with mean one.
 
     Where only [CLS] reaches the output, only its position counts in the last layer. The features are projected on
@@ -61,7 +63,7 @@ def sensitivities(model: nn.Module, units: Sequence[Place], samples: Samples, se
     return {unit.id: _pattern(energies[unit.id], tokens_at(unit, few, few.inputs)) for unit in units}
 
 
-def _energy(gradient: Tensor, unit: Place) -> Tensor:
+def _energy(gradient: Tensor, unit: Location) -> Tensor:
     """(positions,) squared gradients, summed over samples and channels."""
     if unit.layout == "channels_first":
         return gradient.flatten(2).square().sum((0, 1)).cpu()
@@ -78,18 +80,18 @@ def _pattern(energy: Tensor, tokens: Tensor | None = None) -> Tensor:
     return energy / n_there.clamp_min(1) * (n_there.sum() / energy.sum())
 
 
-def _count(unit: Place) -> int:
+def _count(unit: Location) -> int:
     return max(1, int(torch.tensor(unit.shape).prod()) // unit.channels)
 
 
-def tokens_at(unit: Place, samples: Samples, batch: Tensor) -> Tensor | None:
+def tokens_at(unit: Location, samples: Samples, batch: Tensor) -> Tensor | None:
     """(B, T) which positions of the unit's output hold tokens of the batch and no padding; None where they are none."""
     per_token = samples.is_text and samples.inputs.shape[1] == _count(unit)
     return samples.token_mask(batch) if per_token else None
 
 
-def positions(
-    unit: Place,
+def choose_positions(
+    unit: Location,
     pattern: Tensor | None = None,
     *,
     seed: int = 0,
@@ -114,13 +116,13 @@ def positions(
 
 
 @dataclass(frozen=True, eq=False)
-class RowsAt:
+class PositionSample:
     """Which rows of each unit's output enter a fit, and how much each weighs.
 
     Args:
         samples: all of them.
-        pattern: what each position of a unit means to the final features, see :func:`sensitivities`.
-        chosen: (positions,) of each unit, see :func:`positions`.
+        pattern: what each position of a unit means to the final features, see :func:`squared_gradients`.
+        chosen: (positions,) of each unit, see :func:`choose_positions`.
         share: 0 counts all positions alike, 1 trusts the gradients alone.
     """
 
@@ -129,45 +131,45 @@ class RowsAt:
     chosen: Mapping[str, Tensor]
     share: float
 
-    def index(self, unit: Place, batch: Tensor) -> Tensor:
+    def index(self, unit: Location, batch: Tensor) -> Tensor:
         """The positions that a pass over the batch holds: of text, those within its longest sample."""
         tokens, chosen = self._tokens(unit, batch), self.chosen[unit.id]
         return chosen if tokens is None else chosen[chosen < tokens.shape[1]]
 
-    def weights(self, unit: Place, batch: Tensor, n_rows: int) -> Tensor:
+    def weights(self, unit: Location, batch: Tensor, n_rows: int) -> Tensor:
         """(n_rows,) weights of the rows at these positions: of samples, or of each window of them; 0 of padding."""
         index, tokens = self.index(unit, batch), self._tokens(unit, batch)
         weights = 1 - self.share + self.share * self.pattern[unit.id][index]
         weights = weights.repeat(n_rows // max(1, len(index)))
         return weights if tokens is None else weights * tokens[:, index.to(tokens.device)].flatten().to(weights)
 
-    def _tokens(self, unit: Place, batch: Tensor) -> Tensor | None:
+    def _tokens(self, unit: Location, batch: Tensor) -> Tensor | None:
         return tokens_at(unit, self.samples, trim_padding(batch, self.samples.padding))
 
-    def n_rows(self, unit: Place) -> int:
+    def n_rows(self, unit: Location) -> int:
         """Rows that weigh anything, over all samples."""
         tokens, chosen = tokens_at(unit, self.samples, self.samples.inputs), self.chosen[unit.id]
         return len(self.samples) * len(chosen) if tokens is None else int(tokens[:, chosen].sum())
 
 
-def rows_at(
+def sample_positions(
     model: nn.Module,
-    units: Sequence[Place],
+    units: Sequence[Location],
     samples: Samples,
     share: float,
     *,
     seed: int = 0,
     limit: int = MAX_POSITIONS,
-) -> RowsAt:
-    """Rows at up to ``limit`` positions of every sample; arguments as in :class:`RowsAt`.
+) -> PositionSample:
+    """Rows at up to ``limit`` positions of every sample; arguments as in :class:`PositionSample`.
 
     Cost: one pass with gradients over a few dozen samples.
     """
-    pattern = sensitivities(model, units, samples, seed)
+    pattern = squared_gradients(model, units, samples, seed)
     chosen = {
-        unit.id: positions(
+        unit.id: choose_positions(
             unit, pattern[unit.id], seed=seed, limit=limit, tokens=tokens_at(unit, samples, samples.inputs)
         )
         for unit in units
     }
-    return RowsAt(samples, pattern, chosen, share)
+    return PositionSample(samples, pattern, chosen, share)

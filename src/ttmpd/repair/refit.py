@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.models.modules import module_at
-from ttmpd.repair.least_squares import Moments
-from ttmpd.repair.refit_points import Site
+from ttmpd.repair.least_squares import NormalEquations
+from ttmpd.repair.refit_points import RefitPoint
 from ttmpd.surgery.layers import bias_of, matrix_of, set_matrix
 
 RANGE = 10.0
@@ -32,7 +32,7 @@ CLIPPED_ROUNDS = 2
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
+class FitRows:
     """The rows of one fit.
 
     Args:
@@ -47,10 +47,10 @@ class Given:
     shortcut: Tensor
     weight: Tensor
 
-    def part(self, where: slice) -> "Given":
+    def part(self, where: slice) -> "FitRows":
         """Some of the rows."""
         shortcut = self.shortcut[where] if len(self.shortcut) > 1 else self.shortcut
-        return Given(self.x[where], self.wanted[where], shortcut, self.weight[where])
+        return FitRows(self.x[where], self.wanted[where], shortcut, self.weight[where])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +65,7 @@ class _Layer:
     free_bias: bool
     activation: str
 
-    def fitted(self, moments: Moments, ridge: float, given: Given) -> "_Layer":
+    def fitted(self, moments: NormalEquations, ridge: float, given: FitRows) -> "_Layer":
         """The layer that a ridge leads to; what is wanted behind a clipping is set anew a few times."""
         solve = moments.solver(self.matrix, self.bias, self.free_bias)(ridge)
         new = self.changed(*solve())
@@ -78,21 +78,21 @@ class _Layer:
         """The same with other weights."""
         return _Layer(matrix, self.bias if bias is None else bias, self.free_bias, self.activation)
 
-    def rows(self, given: Given) -> tuple[Tensor, Tensor, Tensor]:
+    def rows(self, given: FitRows) -> tuple[Tensor, Tensor, Tensor]:
         """(inputs, what is wanted of the layer alone and unclipped, weights)."""
         wanted = self._unclipped(given, self._sum(given)) if self.activation else given.wanted
         return given.x, wanted - given.shortcut, given.weight
 
-    def error(self, given: Given) -> float:
+    def error(self, given: FitRows) -> float:
         """Weighted squared error on the rows, of what is not clipped alike."""
         own = self._sum(given)
         return float(((own - self._unclipped(given, own)).square().sum(1) * given.weight).sum())
 
-    def _sum(self, given: Given) -> Tensor:
+    def _sum(self, given: FitRows) -> Tensor:
         """What the layer answers, with its shortcut."""
         return given.x @ self.matrix.T + self.bias + given.shortcut
 
-    def _unclipped(self, given: Given, own: Tensor) -> Tensor:
+    def _unclipped(self, given: FitRows, own: Tensor) -> Tensor:
         """What is wanted of ``own``, the sum of the layer and its shortcut, before it is clipped."""
         wanted = given.wanted
         if self.activation == "relu6":
@@ -100,7 +100,7 @@ class _Layer:
         return torch.where(given.wanted <= 0, own.clamp_max(0), wanted) if self.activation else wanted
 
 
-def refit(student: nn.Module, site: Site, given: Given, ridge: float | None = None) -> None:
+def refit(student: nn.Module, site: RefitPoint, given: FitRows, ridge: float | None = None) -> None:
     """Fit the layer of a site, and the batch norm behind it, to the rows, in place.
 
     Args:
@@ -115,7 +115,7 @@ def refit(student: nn.Module, site: Site, given: Given, ridge: float | None = No
     old = _Layer(matrix_of(layer).detach(), bias_of(layer), layer.bias is not None, site.activation)
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
         old = _through(norm, old)
-    moments = Moments(old.matrix.shape[1], len(old.matrix), old.matrix.device)
+    moments = NormalEquations(old.matrix.shape[1], len(old.matrix), old.matrix.device)
     if ridge is None:
         n_seen = len(given.x) - max(1, round(UNSEEN * len(given.x)))
         unseen = given.part(slice(n_seen, None))
@@ -133,7 +133,7 @@ def refit(student: nn.Module, site: Site, given: Given, ridge: float | None = No
         set_matrix(layer, new.matrix, new.bias if old.free_bias else None)
 
 
-def _best_ridge(old: _Layer, seen: Moments, unseen: Given) -> float | None:
+def _best_ridge(old: _Layer, seen: NormalEquations, unseen: FitRows) -> float | None:
     """The ridge whose fit to the seen rows is best on the others; None when the old layer is better still."""
     solver = seen.solver(old.matrix, old.bias, old.free_bias)
     errors = {ridge: old.changed(*solver(ridge)()).error(unseen) for ridge in RIDGES}
@@ -168,13 +168,13 @@ def _set_normed(layer: nn.Module, norm: nn.modules.batchnorm._BatchNorm, new: _L
         norm.bias.copy_(new.bias + mean / times)
 
 
-def rescale_members(student: nn.Module, site: Site, given: Given) -> bool:
+def rescale_members(student: nn.Module, site: RefitPoint, given: FitRows) -> bool:
     """Give each member that the layer reads one factor, in place; whether the factors are to be trusted."""
     if not site.members:
         return True
     layer = module_at(student, site.layer)
     matrix, bias = matrix_of(layer).detach(), bias_of(layer)
-    moments = Moments(matrix.shape[1], len(matrix), matrix.device)
+    moments = NormalEquations(matrix.shape[1], len(matrix), matrix.device)
     moments.add(given.x, given.wanted - given.shortcut, given.weight)
     size = matrix.shape[1] // site.members
     factors = rescaled(moments, matrix, bias, size)
@@ -183,7 +183,7 @@ def rescale_members(student: nn.Module, site: Site, given: Given) -> bool:
     return factors is not None
 
 
-def rescaled(moments: Moments, old: Tensor, old_bias: Tensor, size: int, damp: float = 1.0) -> Tensor | None:
+def rescaled(moments: NormalEquations, old: Tensor, old_bias: Tensor, size: int, damp: float = 1.0) -> Tensor | None:
     """(members,) factors for groups of ``size`` inputs of a layer, its bias kept; None when they cannot be trusted.
 
     Args:

@@ -22,7 +22,7 @@ from ttmpd.records import DepthUnit, Layout, Removal, WidthUnit
 from ttmpd.surgery.cut import cut
 from ttmpd.surgery.dataflow import ADDING, Layer, layers_of
 from ttmpd.surgery.layers import is_convolution, is_layer, matrix_of, set_matrix
-from ttmpd.surgery.replacements import standing
+from ttmpd.surgery.replacements import replacement_at
 
 MOST_INPUTS = 2304
 """Layers that read more values per output than this (256 channels under a 3x3 kernel) stay as they are: what a fit
@@ -32,7 +32,7 @@ PER_HOST = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Site:
+class RefitPoint:
     """A layer of the student that can be fitted to the teacher.
 
     Args:
@@ -71,9 +71,9 @@ class Site:
         return self.shape[0] if self.layout == "channels_first" else self.shape[-1]
 
 
-def find_sites(
+def find_refit_points(
     teacher: nn.Module, student: nn.Module, removals: Sequence[Removal], batch: Tensor, *, behind: bool = True
-) -> list[Site]:
+) -> list[RefitPoint]:
     """What can be fitted, in the order in which the student runs it.
 
     Args:
@@ -101,16 +101,16 @@ def find_sites(
     for path in calls[first:]:
         if path in stand_ins:
             unit = stand_ins[path]
-            sites.append(Site(path, unit.path, unit.shape, unit.layout, activation=unit.activation))
+            sites.append(RefitPoint(path, unit.path, unit.shape, unit.layout, activation=unit.activation))
         elif path in wanted and matrix_of(module_at(student, path)).shape[1] <= MOST_INPUTS:
             sites.append(_site(student, known[path], len(readers[path].kept) if path in readers else 0))
     sites = _with_kept(teacher, removals, sites)
     return [dataclasses.replace(site, host=host) for site, host in zip(sites, _hosts(sites, known, calls), strict=True)]
 
 
-def _site(student: nn.Module, layer: Layer, members: int) -> Site:
+def _site(student: nn.Module, layer: Layer, members: int) -> RefitPoint:
     first = isinstance(module_at(student, layer.path), nn.Conv2d)
-    return Site(
+    return RefitPoint(
         layer.path, layer.norm or layer.path, layer.shape, "channels_first" if first else "channels_last", layer.norm,
         layer.joined, layer.activation, members=members,
     )  # fmt: skip
@@ -118,12 +118,12 @@ def _site(student: nn.Module, layer: Layer, members: int) -> Site:
 
 def _stand_in_path(student: nn.Module, removal: Removal) -> str:
     """Path of the layer in a stand-in, which may have a wrapper around it and an activation behind it."""
-    own = standing(student, removal.unit)
+    own = replacement_at(student, removal.unit)
     layer = own[0] if isinstance(own, nn.Sequential) else own
     return next(str(path) for path, module in student.named_modules() if module is layer)
 
 
-def _with_kept(teacher: nn.Module, removals: Sequence[Removal], sites: Sequence[Site]) -> list[Site]:
+def _with_kept(teacher: nn.Module, removals: Sequence[Removal], sites: Sequence[RefitPoint]) -> list[RefitPoint]:
     """The sites with the outputs that their layers still have; those of which that cannot be told are left out.
 
     Each row of a copy's matrices is filled with its number, and the copy is cut like the student.
@@ -151,7 +151,7 @@ def _with_kept(teacher: nn.Module, removals: Sequence[Removal], sites: Sequence[
     return found
 
 
-def _hosts(sites: Sequence[Site], known: Mapping[str, Layer], calls: Sequence[str]) -> Iterator[str]:
+def _hosts(sites: Sequence[RefitPoint], known: Mapping[str, Layer], calls: Sequence[str]) -> Iterator[str]:
     """For each site the largest module around it that runs once and holds few sites; its sum is taken in it, too."""
     for site in sites:
         joins = known[site.layer].adder if site.joined else common_path(site.layer, site.path)
@@ -186,8 +186,8 @@ class _Sums(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def reading(
-    model: nn.Module, sites: Sequence[Site], note: Callable[[Site, str, Tensor], None], inputs: bool = True
+def watch_points(
+    model: nn.Module, sites: Sequence[RefitPoint], note: Callable[[RefitPoint, str, Tensor], None], inputs: bool = True
 ) -> Iterator[None]:
     """While active, every pass hands what is at the sites to ``note``, at once: it may be written into later.
 
@@ -203,7 +203,7 @@ def reading(
     at = {site.path: site for site in sites}
     sums = _Sums(lambda path, out: note(at[path], "sum", out))
 
-    def answered(site: Site, answer: Any) -> None:
+    def answered(site: RefitPoint, answer: Any) -> None:
         output = first_tensor(answer)  # attention may answer with its weights, too
         assert output is not None
         note(site, "own", output)

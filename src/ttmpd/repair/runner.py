@@ -23,7 +23,7 @@ _SAME = (bool, str, type(None))
 
 
 @dataclass(eq=False)
-class Parts:
+class ModuleRunner:
     """The modules at ``paths``, in the order in which the model runs them, with what they are given.
 
     A module that is given the very output of the one before it, and nothing else but what that one was given, too (a

@@ -17,11 +17,11 @@ from ttmpd.data.samples import Samples
 from ttmpd.models.modules import module_at
 from ttmpd.models.run import StopForwardError, evaluating
 from ttmpd.progress import track
-from ttmpd.records import Removal, Repair
-from ttmpd.repair.positions import RowsAt, rows_at
-from ttmpd.repair.refit import Given, refit, rescale_members
-from ttmpd.repair.refit_points import Site, find_sites, reading
-from ttmpd.repair.runner import Call, Parts
+from ttmpd.records import RefitScope, Removal
+from ttmpd.repair.positions import PositionSample, sample_positions
+from ttmpd.repair.refit import FitRows, refit, rescale_members
+from ttmpd.repair.refit_points import RefitPoint, find_refit_points, watch_points
+from ttmpd.repair.runner import Call, ModuleRunner
 from ttmpd.repair.unfold import input_rows, rows
 from ttmpd.surgery.cut import build
 
@@ -45,7 +45,7 @@ def repaired(
     ridge: float | None = None,
     batch_size: int = 64,
     sensitivity: float = 0.9,
-    how: Repair = "behind",
+    refit_scope: RefitScope = "all_later_layers",
     rows: int = ROWS,
 ) -> nn.Module:
     """The student of a plan, as near to the teacher as closed forms bring it.
@@ -57,9 +57,9 @@ def repaired(
         ridge: see :func:`ttmpd.repair.refit.refit`.
         batch_size: samples per forward pass.
         sensitivity: how far positions are weighted by what they mean to the final features; 0 counts all alike.
-        how: "behind" fits all layers behind the first removal, "removed" stand-ins and what reads narrowed members
-            alone; "rescaled" gives kept members one factor each (KCM), up to the first layer whose factors are not to
-            be trusted.
+        refit_scope: "all_later_layers" fits every layer from the first removal on but the output layer, "removed_only"
+            the linear replacements and the layers that read narrowed members; "rescale" gives each member that stays
+            one factor (KCM), up to the first layer whose factors cannot be trusted.
         rows: of every fit: so many pixels or tokens, evenly from all samples.
 
     Returns:
@@ -73,11 +73,13 @@ def repaired(
     """
     student, device = build(teacher, removals), next(teacher.parameters()).device
     few = samples.batch(slice(0, 2), device)
-    sites = find_sites(teacher, student, removals, few, behind=how == "behind") if removals else []
+    sites = (
+        find_refit_points(teacher, student, removals, few, behind=refit_scope == "all_later_layers") if removals else []
+    )
     fits = _Fits(teacher, student, samples, batch_size, sensitivity, rows)
     with evaluating(teacher), evaluating(student):
         for site, given in track(fits.along(sites), "repair", len(sites)):
-            if how != "rescaled":
+            if refit_scope != "rescale":
                 refit(student, site, given, ridge)
             elif not rescale_members(student, site, given):
                 break
@@ -99,22 +101,24 @@ class _Fits:
     def device(self) -> torch.device:
         return next(self.teacher.parameters()).device
 
-    def along(self, sites: Sequence[Site]) -> Iterator[tuple[Site, Given]]:
+    def along(self, sites: Sequence[RefitPoint]) -> Iterator[tuple[RefitPoint, FitRows]]:
         """Every site with its rows; whoever takes them fits the layer before the next is asked for."""
         if not sites:
             return
         hosts = [host for host, _ in groupby(site.host for site in sites)]
-        parts = Parts(self.student, hosts, self.samples, self.batch_size, self.device)
+        parts = ModuleRunner(self.student, hosts, self.samples, self.batch_size, self.device)
         samples = self.samples.first(max(32, MAX_GIVEN // parts.most_values))
         parts = dataclasses.replace(parts, samples=samples)
         limit = -(-self.n_rows // len(samples))
-        entering = rows_at(self.teacher, sites, samples, self.sensitivity, limit=limit)
+        entering = sample_positions(self.teacher, sites, samples, self.sensitivity, limit=limit)
         for bunch in _bunches(sites, entering):
             wanted = self._wanted(bunch, entering)
             for site in bunch:
                 yield site, self._given(parts, site, entering, wanted.pop(site.id))
 
-    def _given(self, parts: Parts, site: Site, entering: RowsAt, wanted: Sequence[Tensor]) -> Given:
+    def _given(
+        self, parts: ModuleRunner, site: RefitPoint, entering: PositionSample, wanted: Sequence[Tensor]
+    ) -> FitRows:
         """The rows of a site; those of padding, in text often the most of all, are left out."""
         found = []
         batches = torch.split(parts.samples.inputs, self.batch_size)
@@ -124,13 +128,13 @@ class _Fits:
             counts = _counting(weight)
             found.append((x[counts], y, x[:0] if added is None else added[counts], weight[counts]))
         x, y, shortcut, weight = (torch.cat(column) for column in zip(*found, strict=True))
-        return Given(x, y, shortcut if len(shortcut) else x.new_zeros(1, 1), weight)
+        return FitRows(x, y, shortcut if len(shortcut) else x.new_zeros(1, 1), weight)
 
-    def _wanted(self, sites: Sequence[Site], entering: RowsAt) -> dict[str, list[Tensor]]:
+    def _wanted(self, sites: Sequence[RefitPoint], entering: PositionSample) -> dict[str, list[Tensor]]:
         """The teacher's rows at the sites, batch by batch; what lies behind them is not run."""
         found: dict[str, list[Tensor]] = {site.id: [] for site in sites}
 
-        def note(site: Site, what: str, value: Tensor) -> None:
+        def note(site: RefitPoint, what: str, value: Tensor) -> None:
             if (what == "sum") == site.joined:
                 part = rows(value, site, entering.index(site, batch))
                 part = part[_counting(entering.weights(site, batch, len(part)).to(part.device))]
@@ -138,23 +142,23 @@ class _Fits:
                 if len({len(parts) for parts in found.values()}) == 1:
                     raise StopForwardError
 
-        with reading(self.teacher, sites, note, inputs=False):
+        with watch_points(self.teacher, sites, note, inputs=False):
             for batch in entering.samples.batches(self.batch_size, self.device):
                 with contextlib.suppress(StopForwardError):
                     self.teacher(batch)
         return found
 
 
-def _read(parts: Parts, site: Site, given: Call, index: Tensor) -> tuple[Tensor, Tensor | None]:
+def _read(parts: ModuleRunner, site: RefitPoint, given: Call, index: Tensor) -> tuple[Tensor, Tensor | None]:
     """(what the layer reads, what is added to its answer if anything is) at the positions, for one batch."""
     layer, seen = module_at(parts.model, site.layer), dict[str, Tensor]()
 
-    def note(_site: Site, what: str, value: Tensor) -> None:
+    def note(_site: RefitPoint, what: str, value: Tensor) -> None:
         seen[what] = input_rows(value, site, index, layer) if what == "input" else rows(value, site, index)
         if what == ("sum" if site.joined else "input"):
             raise StopForwardError
 
-    with reading(parts.model, [site], note), contextlib.suppress(StopForwardError):
+    with watch_points(parts.model, [site], note), contextlib.suppress(StopForwardError):
         parts.run(site.host, given)
     return seen["input"], seen["sum"] - seen["own"] if site.joined else None
 
@@ -165,9 +169,9 @@ def _counting(weight: Tensor) -> Tensor | slice:
     return slice(None) if bool(there.all()) else there
 
 
-def _bunches(sites: Sequence[Site], entering: RowsAt) -> Iterator[list[Site]]:
+def _bunches(sites: Sequence[RefitPoint], entering: PositionSample) -> Iterator[list[RefitPoint]]:
     """The sites in groups whose wanted rows are held at once; a teacher pass each."""
-    bunch: list[Site] = []
+    bunch: list[RefitPoint] = []
     total = 0
     for site in sites:
         size = entering.n_rows(site) * site.channels

@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ttmpd.records import Place
+from ttmpd.records import Location
 from ttmpd.surgery.layers import kernel_area
 
 
-def input_rows(value: Tensor, unit: Place, index: Tensor, layer: nn.Module) -> Tensor:
+def input_rows(value: Tensor, unit: Location, index: Tensor, layer: nn.Module) -> Tensor:
     """What the layer at ``unit.path`` reads for the chosen positions of its output: (B x positions, inputs).
 
     The inputs of a convolution are all values under its kernel, channel by channel.
@@ -39,7 +39,7 @@ def under_kernel(value: Tensor, index: Tensor, layer: nn.Conv2d) -> Tensor:
     return padded.flatten(2)[:, :, corner[None] + around[:, None]].flatten(1, 2)
 
 
-def rows(value: Tensor, unit: Place, index: Tensor) -> Tensor:
+def rows(value: Tensor, unit: Location, index: Tensor) -> Tensor:
     """The chosen positions of a batch as (B x positions, channels)."""
     index = index.to(value.device)
     if unit.layout == "channels_last":

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.method import Method
-from ttmpd.records import ACTIONS, Action, DepthUnit, Removal, Repair, Scope, Score, Unit, WidthUnit
+from ttmpd.records import ACTIONS, Action, DepthUnit, RefitScope, Removal, Scope, Score, Unit, WidthUnit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Job:
+class ScoringInputs:
     """What a scorer is asked: the arguments of :meth:`Scorer.score`; there is at least one unit."""
 
     teacher: nn.Module
@@ -47,10 +47,10 @@ class Scorer(Method, abc.ABC):
     """The actions it tells apart. A planner offers no others."""
     scopes: ClassVar[tuple[Scope, ...]] = ("depth",)
     """Whether it judges units that go as a whole, member by member (see :func:`narrowed`), or both."""
-    repair: ClassVar[Repair] = "behind"
+    refit_scope: ClassVar[RefitScope] = "all_later_layers"
     """What is fitted again in the students of its plans, see :func:`ttmpd.repair.sequential.repaired`."""
-    judges_plans: ClassVar[bool] = False
-    """Whether :meth:`of_plan` says what a plan as a whole would do; else the harms of its removals are added up."""
+    scores_plans: ClassVar[bool] = False
+    """Whether :meth:`score_plan` says what a plan as a whole would do; else the harms of its removals are added up."""
 
     def can_judge(self, model: nn.Module, unit: Unit) -> bool:
         """Whether the method can treat this unit of the model; others are not offered to a planner."""
@@ -80,10 +80,10 @@ class Scorer(Method, abc.ABC):
         Raises:
             UnsupportedError: the method cannot treat this model or a unit.
         """
-        return tuple(self.scores(Job(teacher, units, samples, actions, batch_size, seed))) if units else ()
+        return tuple(self.scores(ScoringInputs(teacher, units, samples, actions, batch_size, seed))) if units else ()
 
-    def of_plan(self, job: Job, removals: Sequence[Removal]) -> float:
-        """The harm of a whole plan, in the scale of the scores, where the scorer ``judges_plans``.
+    def score_plan(self, job: ScoringInputs, removals: Sequence[Removal]) -> float:
+        """The harm of a whole plan, in the scale of the scores, where the scorer ``scores_plans``.
 
         Args:
             job: as for :meth:`scores`; its units do not matter.
@@ -92,7 +92,7 @@ class Scorer(Method, abc.ABC):
         raise NotImplementedError
 
     @abc.abstractmethod
-    def scores(self, job: Job) -> Iterable[Score]:
+    def scores(self, job: ScoringInputs) -> Iterable[Score]:
         """The scores of :meth:`score`."""
 
 

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 from ttmpd.method import check_fields
-from ttmpd.quality.damage import distances, teacher_tails
+from ttmpd.quality.damage import feature_damage, replacement_damage
 from ttmpd.records import Score
-from ttmpd.score.base import Job, Scorer
+from ttmpd.score.base import Scorer, ScoringInputs
 from ttmpd.surgery.replacements import dropped
 
 
@@ -21,7 +21,7 @@ class Damage(Scorer):
     def __post_init__(self) -> None:
         check_fields(self, max_samples=1)
 
-    def scores(self, job: Job) -> Iterable[Score]:
+    def scores(self, job: ScoringInputs) -> Iterable[Score]:
         """One score per unit for the action "drop".
 
         Cost: one teacher pass and one run of the layers behind each unit, over at most ``max_samples`` samples.
@@ -29,7 +29,7 @@ class Damage(Scorer):
         few = job.samples.first(self.max_samples)
         holders = [unit for unit in job.depth_units if not unit.branch]
         for units in (holders, [unit for unit in job.depth_units if unit.branch]):
-            damages = teacher_tails(
+            damages = replacement_damage(
                 job.teacher,
                 units,
                 few,
@@ -39,4 +39,4 @@ class Damage(Scorer):
             )
             for unit in units:
                 parts = damages[unit.id, "drop"]
-                yield Score(unit.id, "drop", distances(parts), parts)
+                yield Score(unit.id, "drop", feature_damage(parts), parts)

@@ -12,8 +12,8 @@ from ttmpd.models.modules import module_at
 from ttmpd.models.run import evaluating
 from ttmpd.models.taps import read_taps
 from ttmpd.progress import track
-from ttmpd.records import Action, Repair, Scope, Score, Tap, Unit, WidthUnit
-from ttmpd.score.base import Job, Scorer, narrowed
+from ttmpd.records import Action, RefitScope, Scope, Score, Tap, Unit, WidthUnit
+from ttmpd.score.base import Scorer, ScoringInputs, narrowed
 from ttmpd.surgery.layers import is_layer, matrix_of
 
 _TINY = 1e-30
@@ -33,7 +33,7 @@ class KCM(Scorer):
     )
     actions: ClassVar[tuple[Action, ...]] = ()
     scopes: ClassVar[tuple[Scope, ...]] = ("width",)
-    repair: ClassVar[Repair] = "rescaled"
+    refit_scope: ClassVar[RefitScope] = "rescale"
     sigma: float = 1.0
     """Width of the Gaussian kernel; 0 takes the median distance of the rows over the root of two, for rows whose norms
     are far from 1."""
@@ -52,7 +52,7 @@ class KCM(Scorer):
         """Members that a matrix reads at every position: its rows are the points that represent each other."""
         return super().can_judge(model, unit) and is_layer(module_at(model, unit.path))
 
-    def scores(self, job: Job) -> Iterable[Score]:
+    def scores(self, job: ScoringInputs) -> Iterable[Score]:
         """One score per width: the most important members stay, the harm is the sum of the others.
 
         Cost: one teacher pass; a few products of (members x members) matrices per layer.
@@ -101,7 +101,7 @@ def _median(squares: Tensor) -> float:
     return float(away.median()) if n > 1 else 1.0
 
 
-def activity(job: Job) -> dict[str, Tensor]:
+def activity(job: ScoringInputs) -> dict[str, Tensor]:
     """Unit id -> (members,) norm of what each member says, over the tokens of a batch, averaged over batches."""
     taps = {unit.id: Tap(unit.path, "input") for unit in job.width_units}
     sums = {unit.id: torch.zeros(unit.n_members, dtype=torch.float64) for unit in job.width_units}

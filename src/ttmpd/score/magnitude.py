@@ -7,7 +7,7 @@ from torch import nn
 
 from ttmpd.models.modules import module_at
 from ttmpd.records import Scope, Score, WidthUnit
-from ttmpd.score.base import Job, Scorer, narrowed
+from ttmpd.score.base import Scorer, ScoringInputs, narrowed
 from ttmpd.surgery.layers import matrix_of
 
 
@@ -18,7 +18,7 @@ class Magnitude(Scorer):
 
     scopes: ClassVar[tuple[Scope, ...]] = ("depth", "width")
 
-    def scores(self, job: Job) -> Iterable[Score]:
+    def scores(self, job: ScoringInputs) -> Iterable[Score]:
         """The mean absolute value of all weights with two or more axes; of all weights where there are none.
 
         A head or a neuron counts by the norm of the weights that read it, over the mean norm in its layer.

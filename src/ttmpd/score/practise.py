@@ -15,8 +15,8 @@ from ttmpd.models.run import evaluating
 from ttmpd.models.taps import find_feature_tap, read_taps
 from ttmpd.models.trace import trace
 from ttmpd.progress import track
-from ttmpd.records import DepthUnit, Removal, Repair, Score, Tap, Unit
-from ttmpd.score.base import Job, Scorer
+from ttmpd.records import DepthUnit, RefitScope, Removal, Score, Tap, Unit
+from ttmpd.score.base import Scorer, ScoringInputs
 from ttmpd.surgery.cut import build
 from ttmpd.training.loop import Loop, Schedule, batch_order, train
 
@@ -28,7 +28,7 @@ class Practise(Scorer):
         "Wang and Wu, CVPR 2023 (arXiv 2202.07861); adaptors, schedule and loss as in the authors' code"
     )
     needs: ClassVar[tuple[str, ...]] = ("gradients", "training")
-    repair: ClassVar[Repair] = "removed"  # the authors' students keep the weights they had
+    refit_scope: ClassVar[RefitScope] = "removed_only"  # the authors' students keep the weights they had
     steps: int = 1000
     """Adaptor iterations per block."""
     lr: float = 0.02
@@ -41,7 +41,7 @@ class Practise(Scorer):
         """Blocks that hold their shortcut: adaptors stand around them."""
         return super().can_judge(model, unit) and isinstance(unit, DepthUnit) and not unit.branch
 
-    def scores(self, job: Job) -> Iterable[Score]:
+    def scores(self, job: ScoringInputs) -> Iterable[Score]:
         """One score per unit for "drop": the mean squared error that remains.
 
         Raises:
@@ -59,7 +59,7 @@ class Practise(Scorer):
         for unit in track(job.units, "practise", len(job.units)):
             yield Score(unit.id, "drop", self._recoverability(job, unit, blocks, tap))
 
-    def _recoverability(self, job: Job, unit: Unit, blocks: list["_Block"], tap: Tap) -> float:
+    def _recoverability(self, job: ScoringInputs, unit: Unit, blocks: list["_Block"], tap: Tap) -> float:
         teacher, samples, device = job.teacher, job.samples, job.device
         pruned = build(teacher, [Removal(unit, "drop")])
         for parameter in pruned.parameters():

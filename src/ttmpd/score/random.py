@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from ttmpd.records import Scope, Score, WidthUnit
-from ttmpd.score.base import Job, Scorer, narrowed
+from ttmpd.score.base import Scorer, ScoringInputs, narrowed
 
 
 class Random(Scorer):
@@ -17,7 +17,7 @@ class Random(Scorer):
 
     scopes: ClassVar[tuple[Scope, ...]] = ("depth", "width")
 
-    def scores(self, job: Job) -> Iterable[Score]:
+    def scores(self, job: ScoringInputs) -> Iterable[Score]:
         """A harm from 0 to 1 per unit, or per head or neuron, by seed."""
         draw = Generator(job.seed)
         for unit in job.units:

@@ -15,15 +15,15 @@ from ttmpd.models.modules import has_batch_norm, module_at
 from ttmpd.models.run import evaluating
 from ttmpd.models.taps import read_taps
 from ttmpd.progress import track
-from ttmpd.quality.damage import Replacement, distances, student_distances, teacher_tails
+from ttmpd.quality.damage import Replacement, feature_damage, replacement_damage, student_damage
 from ttmpd.records import Action, DepthUnit, Removal, Scope, Score, Tap, Unit, WidthUnit
-from ttmpd.repair.least_squares import Moments
-from ttmpd.repair.linear import NormalEquations
-from ttmpd.repair.obs import Choice, choices, narrowed_answer
-from ttmpd.repair.positions import rows_at
+from ttmpd.repair.least_squares import NormalEquations
+from ttmpd.repair.linear import ReplacementFit
+from ttmpd.repair.obs import MemberChoice, narrowed_output, select_members
+from ttmpd.repair.positions import sample_positions
 from ttmpd.repair.sequential import repaired
 from ttmpd.repair.unfold import input_rows, rows
-from ttmpd.score.base import Job, Scorer
+from ttmpd.score.base import Scorer, ScoringInputs
 from ttmpd.surgery.layers import bias_of, is_convolution, matrix_of
 from ttmpd.surgery.replacements import LinearMap, dropped
 
@@ -46,7 +46,7 @@ class TTMPD(Scorer):
     )
     needs: ClassVar[tuple[str, ...]] = ("gradients",)
     actions: ClassVar[tuple[Action, ...]] = ("drop", "linear")
-    judges_plans: ClassVar[bool] = True
+    scores_plans: ClassVar[bool] = True
     scopes: ClassVar[tuple[Scope, ...]] = ("depth", "width")
     ridge: float = 1e-3
     """Relative to the mean diagonal of the normal equations."""
@@ -72,7 +72,7 @@ class TTMPD(Scorer):
         check_fields(self, ridge=0.0, max_samples=1, tail_samples=1, plan_samples=1, plan_rows=1, drop_share=(0.0, 1.0),
                      sensitivity=(0.0, 1.0),                     channels=0.0)  # fmt: skip
 
-    def scores(self, job: Job) -> Iterable[Score]:
+    def scores(self, job: ScoringInputs) -> Iterable[Score]:
         """Scores for "drop" and "linear" of every block, "drop" of every branch of one, and every width of members.
 
         Cost: one batch with gradients and three teacher passes; two runs of the layers behind each block, one behind
@@ -86,7 +86,7 @@ class TTMPD(Scorer):
         for units in _in_memory(job.width_units, job.teacher):
             yield from self._of_members(dataclasses.replace(job, units=units), blocks)
 
-    def of_plan(self, job: Job, removals: Sequence[Removal]) -> float:
+    def score_plan(self, job: ScoringInputs, removals: Sequence[Removal]) -> float:
         """Repaired damage of a whole plan, every layer behind it fitted, on samples that no layer was fitted to.
 
         Cost: that of :func:`ttmpd.repair.sequential.repaired`, and a pass of teacher and student over ``tail_samples``.
@@ -95,9 +95,9 @@ class TTMPD(Scorer):
         fitted, others = job.samples.first(n_fit), range(n_fit, min(len(job.samples), n_fit + self.tail_samples))
         student = repaired(job.teacher, removals, fitted, batch_size=job.batch_size, rows=self.plan_rows)
         unseen = job.samples.subset(others) if others else fitted
-        return distances(student_distances(job.teacher, student, unseen, job.batch_size))
+        return feature_damage(student_damage(job.teacher, student, unseen, job.batch_size))
 
-    def _of_blocks(self, job: Job) -> Iterable[Score]:
+    def _of_blocks(self, job: ScoringInputs) -> Iterable[Score]:
         fits = fit_stand_ins(
             job.teacher,
             job.units,
@@ -112,9 +112,9 @@ class TTMPD(Scorer):
             return {"drop": lambda x: x, "linear": functools.partial(fits[unit.id], unit)}
 
         few = job.samples.first(self.tail_samples)
-        found = teacher_tails(job.teacher, job.depth_units, few, replacements, batch_size=job.batch_size)
+        found = replacement_damage(job.teacher, job.depth_units, few, replacements, batch_size=job.batch_size)
         for unit in job.units:
-            damage, repaired = distances(found[unit.id, "drop"]), distances(found[unit.id, "linear"])
+            damage, repaired = feature_damage(found[unit.id, "drop"]), feature_damage(found[unit.id, "linear"])
             parts = {
                 "damage": damage,
                 "repaired_damage": repaired,
@@ -124,10 +124,10 @@ class TTMPD(Scorer):
             yield Score(unit.id, "drop", repaired + self.drop_share * max(0.0, damage - repaired), parts)
             yield Score(unit.id, "linear", repaired, parts)
 
-    def _of_branches(self, job: Job, blocks: Sequence[Unit]) -> Iterable[Score]:
+    def _of_branches(self, job: ScoringInputs, blocks: Sequence[Unit]) -> Iterable[Score]:
         """Damage of every branch that always adds its mean: as much as the biases of later layers can make up for."""
         means = branch_means(job, job.samples.first(self.max_samples))
-        damages = teacher_tails(
+        damages = replacement_damage(
             job.teacher,
             job.units,
             job.samples.first(self.tail_samples),
@@ -136,42 +136,44 @@ class TTMPD(Scorer):
             wholes=blocks,
         )
         for unit in job.units:
-            yield Score(unit.id, "drop", distances(damages[unit.id, "mean"]))
+            yield Score(unit.id, "drop", feature_damage(damages[unit.id, "mean"]))
 
-    def _of_members(self, job: Job, wholes: Sequence[Unit]) -> Iterable[Score]:
+    def _of_members(self, job: ScoringInputs, wholes: Sequence[Unit]) -> Iterable[Score]:
         """Repaired damage of every width: measured at the outer ones, on the line through these for the others."""
         moments = member_moments(job, job.samples.first(self.max_samples), self.sensitivity)
-        found: dict[str, list[Choice]] = {}
+        found: dict[str, list[MemberChoice]] = {}
         for unit in job.width_units:
             layer = module_at(job.teacher, unit.path)
             matrix, bias = matrix_of(layer).detach(), bias_of(layer)
-            found[unit.id] = choices(moments.pop(unit.id), matrix, bias, unit.n_members, unit.widths, self.ridge)
+            found[unit.id] = select_members(moments.pop(unit.id), matrix, bias, unit.n_members, unit.widths, self.ridge)
 
         def replacements(unit: WidthUnit) -> dict[str, Replacement]:
             return {
-                str(len(choice.kept)): narrowed_answer(job.teacher, unit, choice)
+                str(len(choice.kept)): narrowed_output(job.teacher, unit, choice)
                 for choice in _measured(found[unit.id])
             }
 
         few = job.samples.first(self.tail_samples)
-        moved = teacher_tails(job.teacher, job.width_units, few, replacements, batch_size=job.batch_size, wholes=wholes)
+        moved = replacement_damage(
+            job.teacher, job.width_units, few, replacements, batch_size=job.batch_size, wholes=wholes
+        )
         trains_well = has_batch_norm(job.teacher)
         for unit in job.width_units:
             convolution = is_convolution(module_at(job.teacher, unit.path))
             times = self.channels if convolution and trains_well else 1.0
-            points = [(c.error, distances(moved[unit.id, str(len(c.kept))])) for c in _measured(found[unit.id])]
+            points = [(c.error, feature_damage(moved[unit.id, str(len(c.kept))])) for c in _measured(found[unit.id])]
             errors, damages = zip(*points, strict=True)
             for choice in found[unit.id]:
                 harm = float(np.interp(choice.error, errors, np.maximum.accumulate(damages)))
                 yield Score(unit.id, "narrow", times * harm, {"lost": choice.error}, choice.kept)
 
 
-def _measured(choices: Sequence[Choice]) -> list[Choice]:
+def _measured(select_members: Sequence[MemberChoice]) -> list[MemberChoice]:
     """The outer widths."""
-    return list({len(choice.kept): choice for choice in (choices[0], choices[-1])}.values())
+    return list({len(choice.kept): choice for choice in (select_members[0], select_members[-1])}.values())
 
 
-def branch_means(job: Job, samples: Samples) -> dict[str, Tensor]:
+def branch_means(job: ScoringInputs, samples: Samples) -> dict[str, Tensor]:
     """Unit id -> the mean of what a branch answers, one value a channel, over samples and positions."""
     taps = {unit.id: Tap(unit.path, "output") for unit in job.units}
     sums = {unit.id: torch.zeros(unit.channels, dtype=torch.float64) for unit in job.units}
@@ -206,13 +208,13 @@ def _in_memory(units: Sequence[WidthUnit], teacher: nn.Module) -> Iterator[Seque
         yield group
 
 
-def member_moments(job: Job, samples: Samples, sensitivity: float) -> dict[str, Moments]:
+def member_moments(job: ScoringInputs, samples: Samples, sensitivity: float) -> dict[str, NormalEquations]:
     """Moments of what each unit's layer reads, with what it answers, on the teacher, in one pass over the samples."""
-    entering = rows_at(job.teacher, job.units, samples, sensitivity, seed=job.seed)
+    entering = sample_positions(job.teacher, job.units, samples, sensitivity, seed=job.seed)
     found = {}
     for unit in job.units:
         n_outputs, n_inputs = matrix_of(module_at(job.teacher, unit.path)).shape
-        found[unit.id] = Moments(n_inputs, n_outputs, job.device)
+        found[unit.id] = NormalEquations(n_inputs, n_outputs, job.device)
     taps = {f"x {u.id}": Tap(u.path, "input") for u in job.units}
     taps |= {f"y {u.id}": Tap(u.path, "output") for u in job.units}
     with evaluating(job.teacher):
@@ -247,8 +249,8 @@ def fit_stand_ins(
     position, mean one.
     """
     device = next(teacher.parameters()).device
-    entering = rows_at(teacher, units, samples, sensitivity, seed=seed)
-    equations = {unit.id: NormalEquations(unit.channels, device) for unit in units}
+    entering = sample_positions(teacher, units, samples, sensitivity, seed=seed)
+    equations = {unit.id: ReplacementFit(unit.channels, device) for unit in units}
     taps = {f"x {u.id}": Tap(u.path, "input") for u in units} | {f"y {u.id}": Tap(u.path, "output") for u in units}
     with evaluating(teacher):
         for batch in track(samples.batches(batch_size, device), "fit", -(-len(samples) // batch_size)):

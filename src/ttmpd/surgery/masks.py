@@ -17,7 +17,7 @@ from ttmpd.models.trace import first_argument
 from ttmpd.records import DepthUnit, Unit, WidthUnit
 from ttmpd.surgery.layers import inputs_of
 from ttmpd.surgery.reasons import Reason, Refusal
-from ttmpd.surgery.replacements import answering, dropped
+from ttmpd.surgery.replacements import dropped, forward_of
 
 U = TypeVar("U", bound=Unit)
 Remove = Callable[[nn.Module, U, Sequence[int]], None]
@@ -95,10 +95,10 @@ def _blending(unit: Unit, mask: Tensor) -> Callable[..., Any]:
 
 def skipped(model: nn.Module, units: Sequence[Unit]) -> contextlib.AbstractContextManager[None]:
     """While active, the depth units are not run: the model answers as the cut model would, at its speed."""
-    stubs = {unit.path: answering(unit, functools.partial(dropped, unit)) for unit in units}
+    stubs = {unit.path: forward_of(unit, functools.partial(dropped, unit)) for unit in units}
     for unit in units:
         for path, form in unit.upstream if isinstance(unit, DepthUnit) else ():
-            stubs[path] = answering(DepthUnit("", path, "", (1,), "channels_last", 0, 0, form=form), lambda x: x)
+            stubs[path] = forward_of(DepthUnit("", path, "", (1,), "channels_last", 0, 0, form=form), lambda x: x)
     return patched_forward(model, stubs)
 
 

@@ -113,7 +113,7 @@ def _axis(unit: DepthUnit) -> int:
     return 1 if unit.layout == "channels_first" else -1
 
 
-def standing(student: nn.Module, unit: Unit) -> nn.Module:
+def replacement_at(student: nn.Module, unit: Unit) -> nn.Module:
     """What stands in the place of ``unit``, without its wrapper."""
     module = module_at(student, unit.path)
     return module.inner if isinstance(module, PassThrough) else module
@@ -131,8 +131,8 @@ def as_identity(replacement: nn.Module) -> nn.Module:
     return replacement
 
 
-def answering(unit: Unit, function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    """A ``forward`` for the unit's place that answers with ``function(input)``, for :func:`ttmpd.models.modules.patched_forward`."""
+def forward_of(unit: Unit, function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """A ``forward`` for the unit that returns ``function(input)``, in the form in which the unit answers."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         form = unit.form if isinstance(unit, DepthUnit) else "plain"

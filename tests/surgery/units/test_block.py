@@ -14,7 +14,7 @@ from ttmpd.models.run import predict
 from ttmpd.surgery.cut import check_units
 from ttmpd.surgery.masks import skipped
 from ttmpd.surgery.reasons import Reason
-from ttmpd.surgery.replacements import PassThrough, put, standing
+from ttmpd.surgery.replacements import PassThrough, put, replacement_at
 from ttmpd.surgery.units.block import Block
 from ttmpd.testing.tiny_models import TinyNet, tiny_model, tiny_units, untouched
 
@@ -486,7 +486,7 @@ def test_a_module_under_two_names_is_replaced_under_both():
     student = BLOCK.cut(model, units[:1])
     put(student, units[0], nn.Tanh())
     assert isinstance(student.body[0], nn.Tanh)
-    assert isinstance(standing(student, units[0]), nn.Tanh)
+    assert isinstance(replacement_at(student, units[0]), nn.Tanh)
 
 
 def test_token_models_have_units_too():
