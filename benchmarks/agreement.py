@@ -22,7 +22,7 @@ from common import DATA, cached, cifar, require_data, with_earlier, write_csv
 from ttmpd.adapt._learner import answers_by
 from ttmpd.adapt.eata_c import drawn
 from ttmpd.adapt.norm import Norm
-from ttmpd.data.corruptions import shifted
+from ttmpd.data.corruptions import corrupted
 from ttmpd.data.open import open_samples
 from ttmpd.models.modules import clone, to_fast_format
 from ttmpd.models.open import open_model
@@ -50,7 +50,7 @@ def rows_of(model: str, shift: str) -> list[dict[str, Any]]:
     pixels, labels = cifar()
     order = np.random.default_rng(SEED).permutation(len(pixels))[BEHIND : BEHIND + N_FIT + N_TEST]
     pixels, truth = pixels[order], torch.from_numpy(labels[order])[N_FIT:]
-    pixels = pixels if shift == "none" else shifted(pixels, shift, 5, SHIFT_SEED)
+    pixels = pixels if shift == "none" else corrupted(pixels, shift, 5, SHIFT_SEED)
     opened = open_model(f"{DATA / 'zoo.py'}:{model}")
     few, test = (open_samples(part, opened.preprocessing) for part in (pixels[:N_FIT], pixels[N_FIT:]))
     net = Norm().adapt(to_fast_format(clone(opened.module).eval()), few).model

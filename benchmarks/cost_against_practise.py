@@ -19,7 +19,7 @@ from typing import Any
 
 from common import DATA, cifar, require_data, write_csv
 from ttmpd.data.open import open_samples
-from ttmpd.distill.base import Work
+from ttmpd.distill.base import FitContext
 from ttmpd.distill.mimic import Mimic
 from ttmpd.models.modules import to_fast_format
 from ttmpd.models.open import open_model
@@ -79,9 +79,9 @@ def mir_step(teacher: Any, removals: list[Removal], samples: Any) -> float:
     for steps in (0, STEPS):
         student = repaired(teacher, removals, samples, refit_scope="removed_only")
         with tempfile.TemporaryDirectory() as folder:
-            method, work = Mimic(steps=steps), Work(folder=Path(folder))
-            targets = method.prepare(teacher, samples, samples.subset([]), work)
-            found.append(seconds(lambda: method.fit(student, samples, samples.subset([]), targets, work)))  # noqa: B023
+            method, context = Mimic(steps=steps), FitContext(folder=Path(folder))
+            targets = method.prepare(teacher, samples, samples.subset([]), context)
+            found.append(seconds(lambda: method.fit(student, samples, samples.subset([]), targets, context)))  # noqa: B023
     return (found[1] - found[0]) / STEPS
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_sample_image
 
-from ttmpd.data.corruptions import SHIFTS, shifted
+from ttmpd.data.corruptions import CORRUPTIONS, corrupted
 
 OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "shifts.png"
 SEVERITIES = (1, 3, 5)
@@ -29,14 +29,14 @@ def picture(name: str = "flower.jpg") -> np.ndarray:
 
 
 def draw(original: np.ndarray) -> Image.Image:
-    rows = -(-len(SHIFTS) // BLOCKS)
+    rows = -(-len(CORRUPTIONS) // BLOCKS)
     width = LABEL + (1 + len(SEVERITIES)) * (SEEN + GAP)
     sheet = Image.new("RGB", (BLOCKS * width, HEADER + rows * (SEEN + GAP)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for number, name in enumerate(SHIFTS):
+    for number, name in enumerate(CORRUPTIONS):
         left, top = number // rows * width, HEADER + number % rows * (SEEN + GAP)
         pen.text((left + 6, top + SEEN // 2), name, "black", font, anchor="lm")
-        tiles = {"original": original} | {f"severity {s}": shifted(original, name, s) for s in SEVERITIES}
+        tiles = {"original": original} | {f"severity {s}": corrupted(original, name, s) for s in SEVERITIES}
         for column, (title, tile) in enumerate(tiles.items()):
             at = left + LABEL + column * (SEEN + GAP)
             sheet.paste(Image.fromarray(tile).resize((SEEN, SEEN), Image.Resampling.BOX), (at, top))

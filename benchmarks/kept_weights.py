@@ -20,17 +20,17 @@ from torch import nn
 
 from common import DATA, cached, require_data, write_csv
 from ttmpd import compress
-from ttmpd.data.corruptions import shifted
+from ttmpd.data.corruptions import corrupted
 from ttmpd.data.open import open_samples
 from ttmpd.data.samples import Samples
-from ttmpd.distill.base import Work
+from ttmpd.distill.base import FitContext
 from ttmpd.distill.one_time import OneTime
 from ttmpd.models.modules import clone
 from ttmpd.models.open import open_model
 from ttmpd.models.run import predictions_of
 from ttmpd.training.held_out import held_out_check, mixture
-from ttmpd.training.loop import Fit
-from ttmpd.training.teacher_outputs import Targets
+from ttmpd.training.loop import TrainingResult
+from ttmpd.training.teacher_outputs import TeacherOutputs
 
 CASES = (
     ("resnet56", "pixelate", 3, 0.55, 11),
@@ -46,14 +46,16 @@ def probe(accuracy: Callable[[nn.Module], float], seen: dict[str, float]) -> One
     """The usual training without a check on the way; notes what lies between its start and its end."""
 
     class Probe(OneTime):
-        def fit(self, student: nn.Module, samples: Samples, held_out: Samples, targets: Targets, work: Work) -> Fit:
+        def fit(
+            self, student: nn.Module, samples: Samples, held_out: Samples, targets: TeacherOutputs, context: FitContext
+        ) -> TrainingResult:
             start = {name: value.clone() for name, value in student.state_dict().items()}
-            fit = super().fit(student, samples, held_out.first(0), targets, work)
+            fit = super().fit(student, samples, held_out.first(0), targets, context)
             ends = student.state_dict()
             for share in SHARES:
                 between = clone(student)
                 between.load_state_dict(mixture(ends, start, share))
-                check = held_out_check(between, held_out, targets, work.batch_size)
+                check = held_out_check(between, held_out, targets, context.batch_size)
                 assert check is not None
                 said = check()
                 seen[f"{share:g} of start"] = round(accuracy(between), 2)
@@ -71,7 +73,7 @@ def row(model: str, shift: str, severity: int, share: float, seed: int) -> dict[
     order = np.random.default_rng(seed).permutation(len(pixels))[: N_FIT + N_TEST]
     pixels, labels = pixels[order], torch.from_numpy(labels[order])
     if severity:
-        pixels = shifted(pixels, shift, severity, seed)
+        pixels = corrupted(pixels, shift, severity, seed)
     opened = open_model(f"{DATA / 'zoo.py'}:{model}")
     test = open_samples(pixels[N_FIT:], opened.preprocessing)
 

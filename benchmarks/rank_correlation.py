@@ -27,7 +27,7 @@ from common import CACHE, DATA, RESULTS, cached, cifar, require_data, with_earli
 from ttmpd.data.labels import open_labels
 from ttmpd.data.open import open_samples
 from ttmpd.data.samples import Samples
-from ttmpd.distill.base import Work
+from ttmpd.distill.base import FitContext
 from ttmpd.distill.one_time import OneTime
 from ttmpd.models.modules import to_fast_format
 from ttmpd.models.open import open_model
@@ -133,9 +133,9 @@ def trained(bench: Bench, paths: list[str], action: str) -> dict[str, Any]:
         steps=bench.case.steps, seconds=0.0, batch=bench.case.batch, views=2, smallest_crop=1.0, damaged=0.0,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        work = Work(folder=Path(folder), batch_size=bench.case.batch, seed=SEED, first=removals[0].unit.path)
-        targets = method.prepare(bench.teacher, bench.fit, bench.held_out, work)
-        method.fit(student, bench.fit, bench.held_out, targets, work)
+        context = FitContext(folder=Path(folder), batch_size=bench.case.batch, seed=SEED, first=removals[0].unit.path)
+        targets = method.prepare(bench.teacher, bench.fit, bench.held_out, context)
+        method.fit(student, bench.fit, bench.held_out, targets, context)
     return found | {"accuracy": bench.accuracy(student)}
 
 

@@ -20,7 +20,7 @@ import torch
 from common import DATA, cached, cifar, require_data, with_earlier, write_csv
 from ttmpd.adapt.norm import Norm
 from ttmpd.data.open import open_samples
-from ttmpd.distill.base import Work
+from ttmpd.distill.base import FitContext
 from ttmpd.distill.one_time import OneTime
 from ttmpd.method import method_class, names
 from ttmpd.models.modules import clone, to_fast_format
@@ -70,8 +70,8 @@ def run(name: str, n: int, seed: int) -> dict[str, Any]:
     student = repaired(teacher, removals, few)
     before, method = accuracy(student), OneTime()
     with tempfile.TemporaryDirectory() as folder:
-        work = Work(folder=Path(folder), first=removals[0].unit.path, seed=seed)
-        method.fit(student, few, nothing, method.prepare(teacher, few, nothing, work), work)
+        context = FitContext(folder=Path(folder), first=removals[0].unit.path, seed=seed)
+        method.fit(student, few, nothing, method.prepare(teacher, few, nothing, context), context)
     return {
         "select": name,
         "n": n,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import ttmpd
 from common import DATA, cifar, require_data, write_csv
-from ttmpd.data.corruptions import shifted
+from ttmpd.data.corruptions import corrupted
 from ttmpd.data.open import open_samples
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--speedup", type=float, default=1.5)
     parser.add_argument("--num-samples", type=int, default=512)
-    parser.add_argument("--shift", default="gaussian_noise", help="one of ttmpd.shifts.SHIFTS")
+    parser.add_argument("--shift", default="gaussian_noise", help="one of ttmpd.data.corruptions.CORRUPTIONS")
     parser.add_argument("--severity", type=int, default=3)
     parser.add_argument("--nice", type=int, default=10, help="by how much the worker's priority is lowered")
     parser.add_argument("--load", type=float, default=0.3, help="share of the throughput that is asked for")
@@ -175,7 +175,7 @@ def main() -> None:
     torch.set_num_threads(1)
     pixels, labels = cifar("cifar10")
     opened = open_model(f"{DATA / 'zoo.py'}:{args.model}")
-    halves = {"clean": pixels[:5000], args.shift: shifted(pixels[5000:], args.shift, args.severity)}
+    halves = {"clean": pixels[:5000], args.shift: corrupted(pixels[5000:], args.shift, args.severity)}
     streams, tests = {}, {}
     for start, (name, half) in zip((0, 5000), halves.items(), strict=True):
         inputs = open_samples(half, opened.preprocessing).batch(slice(None))

@@ -32,7 +32,7 @@ from ttmpd.adapt.eata_c import EATAC
 from ttmpd.adapt.none import NoAdaptation
 from ttmpd.adapt.norm import Norm
 from ttmpd.adapt.tent import Tent
-from ttmpd.data.corruptions import SHIFTS, shifted
+from ttmpd.data.corruptions import CORRUPTIONS, corrupted
 from ttmpd.data.open import open_samples
 from ttmpd.distill.mimic import Mimic
 from ttmpd.models.modules import clone, to_fast_format
@@ -62,7 +62,7 @@ def images(shift: str, severity: int, seed: int) -> tuple[np.ndarray, Arrays]:
     order = np.random.default_rng(seed).permutation(len(pixels))[: N_FIT + N_TEST]
     pixels, labels = pixels[order], labels[order]
     if shift not in OWN_SETS:
-        pixels = shifted(pixels, shift, severity, seed)
+        pixels = corrupted(pixels, shift, severity, seed)
     return pixels[:N_FIT], (pixels[N_FIT:], labels[N_FIT:])
 
 
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("teachers", "weights", "students", "practise"), nargs="+", required=True)
     parser.add_argument("--model", nargs="+", default=("resnet20", "resnet56"))
     parser.add_argument("--severity", type=int, nargs="+", default=(3, 5))
-    parser.add_argument("--shift", nargs="+", choices=(*SHIFTS, *OWN_SETS), default=(*OWN_SETS, *SHIFTS))
+    parser.add_argument("--shift", nargs="+", choices=(*CORRUPTIONS, *OWN_SETS), default=(*OWN_SETS, *CORRUPTIONS))
     parser.add_argument("--seed", type=int, nargs="+", default=(0,))
     parser.add_argument("--only", nargs="+", default=[], help="names of teachers or students")
     args = parser.parse_args()
@@ -176,9 +176,9 @@ def draw(model: str = "resnet56", severity: str = "5") -> None:
     }
     figure, axes = plt.subplots(figsize=(10, 3.6))
     for number, (label, (accuracies, color)) in enumerate(bars.items()):
-        places = [SHIFTS.index(shift) + 0.27 * (number - 1) for shift in accuracies]
+        places = [CORRUPTIONS.index(shift) + 0.27 * (number - 1) for shift in accuracies]
         axes.bar(places, list(accuracies.values()), 0.25, color=color, label=label)
-    axes.set_xticks(range(len(SHIFTS)), [shift.replace("_", "\n") for shift in SHIFTS], fontsize=7)
+    axes.set_xticks(range(len(CORRUPTIONS)), [shift.replace("_", "\n") for shift in CORRUPTIONS], fontsize=7)
     axes.set_ylabel("accuracy, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))

@@ -30,7 +30,7 @@ from ttmpd.testing import (
     select,
     units,
 )
-from ttmpd.testing.tiny_models import untouched
+from ttmpd.testing.tiny_models import assert_untouched
 
 
 def _cases() -> Iterator[Any]:
@@ -115,9 +115,9 @@ def test_untouched_finds_every_kind_of_trace(net, samples):
         stub, exchange, change_pixel, draw,
     )  # fmt: skip
     for trace in traces:
-        with pytest.raises(AssertionError), untouched(net, samples):
+        with pytest.raises(AssertionError), assert_untouched(net, samples):
             trace()
-    with untouched(net, samples):
+    with assert_untouched(net, samples):
         pass
 
 

@@ -21,7 +21,7 @@ from ttmpd.quality.margins import DeepFoolConfig, margins
 from ttmpd.score.practise import Practise
 from ttmpd.students.adversarial import Attack
 from ttmpd.students.train import train_student
-from ttmpd.testing.tiny_models import specimen, tiny_model, tiny_samples
+from ttmpd.testing.tiny_models import example_of_kind, tiny_model, tiny_samples
 
 QUICK: dict[str, Any] = {"num_samples": 16, "holdout": 0.25, "batch_size": 8, "amp": "off"}
 PRETENDED = "a device that is pretended"
@@ -68,7 +68,7 @@ def test_what_joins_two_devices_fails():
 
 @pytest.mark.parametrize("kind", ["block", "channel", "head", "neuron"])
 def test_every_kind_of_unit(kind: str, device: str) -> None:
-    model, samples = specimen(kind, 24)
+    model, samples = example_of_kind(kind, 24)
     found = compressed(model, samples, device, units=kind)
     assert any(unit["action"] != "keep" for unit in found.facts["units"])
     assert next(found.model.parameters()).device.type == "cpu"
@@ -85,23 +85,23 @@ def test_every_adapter(adapt: str, device: str) -> None:
 def test_every_scorer(score: str, device: str) -> None:
     kind = "neuron" if score == "kcm" else "block"
     given = Practise(steps=2, train_batch_size=8) if score == "practise" else score
-    assert compressed(*specimen(kind, 24), device, score=given).facts["units"]
+    assert compressed(*example_of_kind(kind, 24), device, score=given).facts["units"]
 
 
 @pytest.mark.parametrize("select", names("select"))
 def test_every_selector(select: str, device: str) -> None:
-    assert compressed(*specimen("block", 24), device, select=select, pool=20).facts["units"]
+    assert compressed(*example_of_kind("block", 24), device, select=select, pool=20).facts["units"]
 
 
 @pytest.mark.parametrize("distill", names("distill"))
 def test_every_distiller(distill: str, device: str) -> None:
     given = {} if distill == "one_time" else {"distill": method_class("distill", distill)().with_settings(steps=2)}
-    assert compressed(*specimen("block", 24), device, **given).facts["fit"]["steps"]
+    assert compressed(*example_of_kind("block", 24), device, **given).facts["fit"]["steps"]
 
 
 @pytest.mark.parametrize("plan", names("plan"))
 def test_every_planner(plan: str, device: str, tmp_path: Path) -> None:
-    model, samples = specimen("channel", 24)
+    model, samples = example_of_kind("channel", 24)
     found = compressed(model, samples, device, plan=plan, macs=None, speedup=1.01, units=("block", "channel"),
                        output=tmp_path / "out")  # fmt: skip
     again = ttmpd.load(tmp_path / "out", model=model)

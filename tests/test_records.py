@@ -10,7 +10,7 @@ import torch
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
 from ttmpd.latency.timing import Timing
-from ttmpd.records import DepthUnit, Option, Plan, Removal, Saving, Score, WidthUnit, unit_from_dict
+from ttmpd.records import DepthUnit, Option, Plan, Removal, Score, WidthUnit, unit_from_dict
 
 
 def unit(path: str = "blocks.0", **changes) -> DepthUnit:
@@ -71,13 +71,13 @@ def test_score_must_be_finite(harm):
     with pytest.raises(InvalidValueError, match="harm must be finite"):
         Score("x", "drop", harm)
     with pytest.raises(InvalidValueError, match="saved_ms must be finite"):
-        Saving("x", "drop", harm)
+        Option("x", "drop", 0.0, harm)
 
 
 def test_time_must_not_be_negative_but_a_saving_may():
     with pytest.raises(InvalidValueError, match="at least 0"):
         Timing(-1.0, 0.0, 0.0, 1)
-    assert Saving("x", "linear", -0.5).saved_ms == -0.5
+    assert Option("x", "linear", 0.1, -0.5).saved_ms == -0.5
 
 
 def test_plan_names_each_unit_once():

@@ -22,7 +22,6 @@ _MODULES = {
     "Eager": "runtimes.eager",
     "EarlyExitModel": "surgery.exits.model",
     "Evaluation": "pipeline.evaluate",
-    "Fit": "training.loop",
     "Forgetting": "select.forgetting",
     "GraNd": "select.grand",
     "Greedy": "plan.greedy",
@@ -63,6 +62,7 @@ _MODULES = {
     "Tent": "adapt.tent",
     "Timing": "latency.timing",
     "Tokenization": "data.tokenization",
+    "TrainingResult": "training.loop",
     "Unit": "records",
     "UnknownMethodError": "errors",
     "UnsupportedError": "errors",
@@ -155,7 +155,7 @@ if TYPE_CHECKING:
     from ttmpd.surgery.units.channel import Channel as Channel
     from ttmpd.surgery.units.head import Head as Head
     from ttmpd.surgery.units.neuron import Neuron as Neuron
-    from ttmpd.training.loop import Fit as Fit
+    from ttmpd.training.loop import TrainingResult as TrainingResult
 
     from_pretrained = load
 

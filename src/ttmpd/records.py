@@ -212,18 +212,6 @@ def unit_from_dict(data: Mapping[str, Any]) -> Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class Saving:
-    """Milliseconds per batch that one removal saves; more is better, and a stand-in may even cost time."""
-
-    unit: str
-    action: Action
-    saved_ms: float
-
-    def __post_init__(self) -> None:
-        _finite("saved_ms", self.saved_ms)
-
-
-@dataclass(frozen=True, slots=True)
 class Score:
     """How much one removal is predicted to hurt; higher hurts more.
 

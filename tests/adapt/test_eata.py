@@ -15,7 +15,7 @@ from ttmpd.errors import InvalidValueError
 from ttmpd.models.modules import clone
 from ttmpd.models.norms import norm_parameters
 from ttmpd.testing.tiny_models import tiny_model, tiny_samples
-from ttmpd.training.test_time import Adaptation, Selection, anchor, n_classes, redundancy_for
+from ttmpd.training.test_time import Adaptation, ReliableSampleFilter, fisher_penalty, n_classes, redundancy_for
 
 INF = float("inf")
 
@@ -34,13 +34,13 @@ def furthest(first: nn.Module, second: nn.Module) -> float:
 
 def test_unsure_answers_are_left_out():
     given = probabilities((0.9, 0.1), (0.5, 0.5), (0.2, 0.8))  # 0.325, 0.693 and 0.500 nats
-    assert Selection(0.4).choose(given).tolist() == [0]
-    assert Selection(0.6).choose(given).tolist() == [0, 2]
-    assert Selection(0.1).choose(given).tolist() == []
+    assert ReliableSampleFilter(0.4).choose(given).tolist() == [0]
+    assert ReliableSampleFilter(0.6).choose(given).tolist() == [0, 2]
+    assert ReliableSampleFilter(0.1).choose(given).tolist() == []
 
 
 def test_the_moving_average_is_that_of_the_selected():
-    selection = Selection(0.6, 2.0)
+    selection = ReliableSampleFilter(0.6, 2.0)
     selection.choose(probabilities((0.9, 0.1), (0.5, 0.5), (0.8, 0.2)))
     assert torch.allclose(selection.mean, torch.tensor([0.85, 0.15]))
     selection.choose(probabilities((0.5, 0.5)))  # nothing selected: unchanged
@@ -50,7 +50,7 @@ def test_the_moving_average_is_that_of_the_selected():
 
 
 def test_answers_like_the_average_are_left_out_once_there_is_one():
-    selection = Selection(INF, 0.5)
+    selection = ReliableSampleFilter(INF, 0.5)
     assert selection.choose(probabilities((1.0, 0.0), (1.0, 0.0))).tolist() == [0, 1]
     given = probabilities((1.0, 0.0), (0.6, 0.4), (0.0, 1.0), (0.2, 0.8))  # cosines 1, 0.83, 0, 0.24
     assert selection.choose(given).tolist() == [2, 3]
@@ -86,20 +86,20 @@ def test_importance_is_the_squared_gradient_of_the_batch_divided_by_its_mean():
         for total, parameter in zip(expected, norm_parameters(copy), strict=True):
             total += parameter.grad.square() / 2
     mean = torch.cat([e.flatten() for e in expected]).mean()
-    found = anchor(model, samples, 4)
+    found = fisher_penalty(model, samples, 4)
     assert torch.cat([i.flatten() for i in found.importance]).mean() == pytest.approx(1.0, rel=1e-5)
     assert all(torch.allclose(i, e / mean, rtol=1e-3) for i, e in zip(found.importance, expected, strict=True))
 
 
 def test_the_penalty_grows_with_the_squared_distance():
     model = tiny_model()
-    held = anchor(model, tiny_samples(8), 4)
-    assert held.penalty().item() == 0.0
+    held = fisher_penalty(model, tiny_samples(8), 4)
+    assert held.value().item() == 0.0
     number = sum(p.numel() for p in held.parameters)
     with torch.no_grad():
         for parameter in held.parameters:
             parameter += 0.5
-    assert held.penalty().item() == pytest.approx(0.25 * number, rel=1e-4)
+    assert held.value().item() == pytest.approx(0.25 * number, rel=1e-4)
 
 
 # --- the adapter
@@ -148,7 +148,7 @@ def test_the_fisher_information_is_counted(unguarded):
 def test_a_single_selected_sample_has_no_statistics_of_its_own():
     model, batch = tiny_model(), tiny_samples(6).batch(slice(None))
     for batch_statistics, steps in ((False, 1), (True, 0)):
-        selection = Selection()
+        selection = ReliableSampleFilter()
         selection.choose = lambda probabilities: torch.tensor([2])
         service = Adaptation(
             model, lambda before, again, step: again().sum(), selection=selection, batch_statistics=batch_statistics

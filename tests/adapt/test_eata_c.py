@@ -14,7 +14,7 @@ from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
 from ttmpd.quality.calibration import fit_temperature
 from ttmpd.surgery.masks import skipped
-from ttmpd.testing.tiny_models import tiny_model, tiny_samples, tiny_units, untouched
+from ttmpd.testing.tiny_models import assert_untouched, tiny_model, tiny_samples, tiny_units
 from ttmpd.training.losses import fused, signed_entropy
 
 LN2 = math.log(2)
@@ -84,7 +84,7 @@ def test_parts_are_drawn_by_seed_and_step():
 
 def test_it_learns_and_leaves_no_mask(unguarded):
     model, samples = tiny_model(), tiny_samples(40)
-    with untouched(model, samples):
+    with assert_untouched(model, samples):
         adapted = EATAC(e0=0.9, redundancy=9.0, batch_size=10, skip=0.5, batch_statistics=False).adapt(model, samples)
     mixed = Norm().adapt(model, samples).model
     changed = {k for k, v in adapted.model.state_dict().items() if not torch.equal(v, mixed.state_dict()[k])}
@@ -122,7 +122,7 @@ def sure_model(factor: float) -> nn.Module:
 
 def test_a_network_surer_than_its_parts_agree_is_cooled():
     model, samples = sure_model(50.0), tiny_samples(40)
-    with untouched(model, samples):
+    with assert_untouched(model, samples):
         cooled = settings_without_steps().adapt(model, samples)
     plain = settings_without_steps(parts=0).adapt(model, samples)
     temperature = cooled.facts["temperature"]

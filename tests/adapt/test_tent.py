@@ -11,9 +11,9 @@ from ttmpd.errors import InvalidValueError
 from ttmpd.models.modules import clone
 from ttmpd.models.norms import learning, norm_parameters, using_batch_statistics
 from ttmpd.models.run import predictions_of
-from ttmpd.testing.tiny_models import tiny_model, tiny_samples, untouched
+from ttmpd.testing.tiny_models import assert_untouched, tiny_model, tiny_samples
 from ttmpd.training.losses import entropy, entropy_of
-from ttmpd.training.test_time import Adaptation, Selection
+from ttmpd.training.test_time import Adaptation, ReliableSampleFilter
 
 
 def mean_entropy(before, again, step):
@@ -61,7 +61,7 @@ def test_answers_become_surer_and_only_scale_and_shift_learn(unguarded):
 @pytest.mark.parametrize("batch_statistics", [False, True])
 def test_every_kind_of_norm_layer_learns(unguarded, norm, batch_statistics):
     model, samples = normed(norm), tiny_samples(30)
-    with untouched(model, samples):
+    with assert_untouched(model, samples):
         adapted = Tent(batch_size=10, batch_statistics=batch_statistics).adapt(model, samples).model
     learned = {name for name in changed(adapted, model) if "running" not in name and "num_" not in name}
     assert learned == {name for name, _ in model.named_parameters() if name.startswith("norm.")}
@@ -182,14 +182,14 @@ def test_answers_are_those_from_before_the_step(batch_statistics):
 def test_between_steps_the_model_is_as_it_came(batch_statistics):
     model, batch = tiny_model(), tiny_samples(8).batch(slice(None))
     service = Adaptation(model, mean_entropy, lr=0.0, batch_statistics=batch_statistics)
-    with untouched(model):
+    with assert_untouched(model):
         service.step(batch)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_reset_restores_weights_optimizer_and_what_was_selected(optimizer):
     model, batch = tiny_model(), tiny_samples(12).batch(slice(None))
-    service = Adaptation(model, mean_entropy, lr=0.05, optimizer=optimizer, selection=Selection(10.0, 2.0))
+    service = Adaptation(model, mean_entropy, lr=0.05, optimizer=optimizer, selection=ReliableSampleFilter(10.0, 2.0))
     first = [service.step(batch) for _ in range(3)]
     assert service.selection.mean is not None and service.n_selected == 36 and changed(model, tiny_model())
     service.reset()
@@ -226,7 +226,7 @@ def test_a_model_without_norm_layers_is_refused():
 
 def test_batch_statistics_are_used_and_those_held_stay():
     model, batch = tiny_model().double(), 3 * tiny_samples(8).batch(slice(None)).double() + 1
-    with untouched(model), torch.no_grad(), learning(model), using_batch_statistics(model):
+    with assert_untouched(model), torch.no_grad(), learning(model), using_batch_statistics(model):
         answers = model(batch)
     trained = clone(model).train()
     assert torch.allclose(answers, trained(batch), atol=1e-8)

@@ -105,7 +105,7 @@ def rich(n_units: int = 24) -> dict[str, Any]:
         "agreement": {"share": 0.84, "low": 0.741, "high": 0.906, "n": 75},
         "agreement_repaired": {"share": 0.747, "low": 0.638, "high": 0.831, "n": 75},
         "held_out": held_out, "class_names": list(CLASSES), "parted": parted,
-        "fit": {"steps": 200, "stopped": "finished", "rolled_back": False, "best_step": 180, "mixed": 0.25,
+        "fit": {"steps": 200, "stopped": "finished", "rolled_back": False, "best_step": 180, "start_weight": 0.25,
                 "losses": [check[2] * 1.1 for check in checks[1:]], "checks": checks},
         "seconds": {"adapt": 2.1, "find": 0.2, "timing": 4.0, "score": 7.0, "plan": 1.0, "repair": 2.0, "prepare": 3.0,
                     "distill": 40.2, "measure": 4.1},

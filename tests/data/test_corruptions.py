@@ -10,7 +10,7 @@ from PIL import Image
 from scipy import ndimage
 
 from ttmpd.data.corruption_textures import ICE_SHEETS, ICE_SIDE, ice, plasma, streaked, zoomed
-from ttmpd.data.corruptions import SHIFTS, _near_pixels, shifted
+from ttmpd.data.corruptions import CORRUPTIONS, _near_pixels, corrupted
 from ttmpd.errors import InvalidValueError, MissingPackageError
 
 SIDES = {32: 24, 224: 2}  # how many images of each size
@@ -27,7 +27,7 @@ NOT_MONOTONE = {
     ("elastic_transform", 32): "large even distortions give way to small uneven ones",
     ("elastic_transform", 224): "large even distortions give way to small uneven ones",
 }
-ALL = [(name, side) for side in SIDES for name in SHIFTS]
+ALL = [(name, side) for side in SIDES for name in CORRUPTIONS]
 
 
 def photos(side: int) -> np.ndarray:
@@ -47,7 +47,7 @@ PHOTOS = {side: photos(side) for side in SIDES}
 
 def moved(name: str, side: int, severity: int) -> float:
     """Mean absolute change in gray levels."""
-    return float(np.abs(shifted(PHOTOS[side], name, severity).astype(int) - PHOTOS[side]).mean())
+    return float(np.abs(corrupted(PHOTOS[side], name, severity).astype(int) - PHOTOS[side]).mean())
 
 
 def gray(level: int, side: int = 32, n: int = 1) -> np.ndarray:
@@ -58,8 +58,8 @@ def gray(level: int, side: int = 32, n: int = 1) -> np.ndarray:
 
 
 def test_the_names_are_the_published_fifteen_in_their_order():
-    assert len(SHIFTS) == len(set(SHIFTS)) == 15
-    assert SHIFTS[0] == "gaussian_noise" and SHIFTS[7] == "snow" and SHIFTS[-1] == "jpeg_compression"
+    assert len(CORRUPTIONS) == len(set(CORRUPTIONS)) == 15
+    assert CORRUPTIONS[0] == "gaussian_noise" and CORRUPTIONS[7] == "snow" and CORRUPTIONS[-1] == "jpeg_compression"
 
 
 @pytest.mark.parametrize("severity", [1, 5])
@@ -67,32 +67,32 @@ def test_the_names_are_the_published_fifteen_in_their_order():
 def test_shape_type_and_repetition(name, side, severity):
     images = PHOTOS[side]
     before = images.copy()
-    found = shifted(images, name, severity)
+    found = corrupted(images, name, severity)
     assert found.shape == images.shape and found.dtype == np.uint8
     assert all(not np.array_equal(new, old) for new, old in zip(found, images, strict=True))
     assert np.array_equal(images, before)
-    assert np.array_equal(shifted(images[:1], name, severity), found[:1])
+    assert np.array_equal(corrupted(images[:1], name, severity), found[:1])
 
 
 @pytest.mark.parametrize(("name", "side"), ALL)
 def test_an_image_does_not_depend_on_its_batch(name, side, monkeypatch):
     images = PHOTOS[side]
-    whole = shifted(images, name, 4, seed=7)
-    assert np.array_equal(shifted(images[0], name, 4, 7), whole[0])
-    assert np.array_equal(shifted(images[1:], name, 4, 7, first=1), whole[1:])
+    whole = corrupted(images, name, 4, seed=7)
+    assert np.array_equal(corrupted(images[0], name, 4, 7), whole[0])
+    assert np.array_equal(corrupted(images[1:], name, 4, 7, first=1), whole[1:])
     monkeypatch.setattr("ttmpd.data.corruptions._CHUNK", images[0].size)
-    assert np.array_equal(shifted(images, name, 4, 7), whole)
+    assert np.array_equal(corrupted(images, name, 4, 7), whole)
 
 
-@pytest.mark.parametrize("name", sorted(set(SHIFTS) - {"defocus_blur", "zoom_blur", "brightness", "contrast"}))
+@pytest.mark.parametrize("name", sorted(set(CORRUPTIONS) - {"defocus_blur", "zoom_blur", "brightness", "contrast"}))
 def test_what_is_random_differs_by_seed_and_image(name):
     if name in ("pixelate", "jpeg_compression"):
-        assert np.array_equal(shifted(PHOTOS[32], name), shifted(PHOTOS[32], name, seed=1))
+        assert np.array_equal(corrupted(PHOTOS[32], name), corrupted(PHOTOS[32], name, seed=1))
         return
     twins = PHOTOS[32][[0, 0]]
-    found = shifted(twins, name)
+    found = corrupted(twins, name)
     assert not np.array_equal(found[0], found[1])
-    assert not np.array_equal(found, shifted(twins, name, seed=1))
+    assert not np.array_equal(found, corrupted(twins, name, seed=1))
 
 
 @pytest.mark.parametrize(("name", "side"), ALL)
@@ -110,15 +110,15 @@ def test_more_severe_moves_more(name, side):
 
 def test_oblong_images_and_none_at_all():
     image = PHOTOS[224][0, :40, :90]
-    for name in SHIFTS:
-        assert shifted(image, name, 5).shape == (40, 90, 3)
-    assert shifted(PHOTOS[32][:0], "fog").shape == (0, 32, 32, 3)
+    for name in CORRUPTIONS:
+        assert corrupted(image, name, 5).shape == (40, 90, 3)
+    assert corrupted(PHOTOS[32][:0], "fog").shape == (0, 32, 32, 3)
 
 
 def test_settings_change_above_64_pixels():
-    assert shifted(gray(100, 64), "brightness", 1)[0, 0, 0, 0] == 113  # 100 + 0.05 x 255
-    assert shifted(gray(100, 65), "brightness", 1)[0, 0, 0, 0] == 126  # 100 + 0.1 x 255 = 125.5
-    assert shifted(PHOTOS[224][0, :64, :90], "brightness", 1).shape == (64, 90, 3)
+    assert corrupted(gray(100, 64), "brightness", 1)[0, 0, 0, 0] == 113  # 100 + 0.05 x 255
+    assert corrupted(gray(100, 65), "brightness", 1)[0, 0, 0, 0] == 126  # 100 + 0.1 x 255 = 125.5
+    assert corrupted(PHOTOS[224][0, :64, :90], "brightness", 1).shape == (64, 90, 3)
 
 
 # -------------------------------------------------------------------------------------------------------------- by hand
@@ -126,19 +126,19 @@ def test_settings_change_above_64_pixels():
 
 @pytest.mark.parametrize(("severity", "deviation"), [(1, 0.04), (3, 0.08), (5, 0.10)])
 def test_gaussian_noise_has_the_stated_deviation(severity, deviation):
-    found = shifted(gray(128, n=8), "gaussian_noise", severity) / 255
+    found = corrupted(gray(128, n=8), "gaussian_noise", severity) / 255
     assert found.std() == pytest.approx(deviation, rel=0.03)
     assert found.mean() == pytest.approx(128 / 255, abs=0.003)
 
 
 def test_shot_noise_is_poisson():
-    found = shifted(gray(128, 224, 2), "shot_noise", 1) / 255  # 60 photons at white
+    found = corrupted(gray(128, 224, 2), "shot_noise", 1) / 255  # 60 photons at white
     assert found.mean() == pytest.approx(128 / 255, abs=0.003)
     assert found.var() == pytest.approx(128 / 255 / 60, rel=0.03)
 
 
 def test_impulse_noise_is_half_salt_half_pepper_in_each_channel():
-    found = shifted(gray(100, 224, 2), "impulse_noise", 5)
+    found = corrupted(gray(100, 224, 2), "impulse_noise", 5)
     assert set(np.unique(found)) == {0, 100, 255}
     assert np.mean(found == 0) == pytest.approx(0.135, abs=0.003)
     assert np.mean(found == 255) == pytest.approx(0.135, abs=0.003)
@@ -148,7 +148,7 @@ def test_impulse_noise_is_half_salt_half_pepper_in_each_channel():
 def test_defocus_of_a_point_is_the_disk():
     image = gray(0)[0]
     image[16, 16] = 255
-    found = shifted(image, "defocus_blur", 5)[..., 0]  # radius 1.5: nine equal pixels
+    found = corrupted(image, "defocus_blur", 5)[..., 0]  # radius 1.5: nine equal pixels
     assert np.all(found[15:18, 15:18] == round(255 / 9)) and found.astype(int).sum() == 9 * round(255 / 9)
 
 
@@ -188,34 +188,34 @@ def test_zoom_agrees_with_scipy(side, factor):
     "name", ["defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "elastic_transform", "pixelate", "contrast"]
 )
 def test_a_constant_image_stays_under_blur_zoom_distortion_and_pixels(name):
-    assert np.array_equal(shifted(gray(77), name, 5), gray(77))
-    assert np.array_equal(shifted(gray(77, 100), name, 3), gray(77, 100))
+    assert np.array_equal(corrupted(gray(77), name, 5), gray(77))
+    assert np.array_equal(corrupted(gray(77, 100), name, 3), gray(77, 100))
 
 
 def test_brightness_is_the_value_of_hsv():
     image = PHOTOS[32][0].copy()
     image[0, :2] = [[0, 0, 0], [255, 3, 0]]
-    found = shifted(image, "brightness", 3)
+    found = corrupted(image, "brightness", 3)
     for pixel, new in zip(image.reshape(-1, 3)[:200] / 255, found.reshape(-1, 3), strict=False):
         hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
         expected = np.array(colorsys.hsv_to_rgb(hue, saturation, min(value + 0.15, 1))) * 255
         assert np.abs(expected - new).max() <= 0.501
-    assert np.all(shifted(gray(100), "brightness", 4) == 151)  # 100 + 0.2 x 255
+    assert np.all(corrupted(gray(100), "brightness", 4) == 151)  # 100 + 0.2 x 255
 
 
 def test_contrast_shrinks_to_the_mean_of_each_channel():
     image = gray(0, 8)[0]
     image[:4, :, 0], image[4:, :, 0] = 40, 200  # mean 120
     image[:2, :, 1] = 80  # mean 20
-    found = shifted(image, "contrast", 2)  # half of the distance
+    found = corrupted(image, "contrast", 2)  # half of the distance
     assert set(np.unique(found[:4, :, 0])) == {80} and set(np.unique(found[4:, :, 0])) == {160}
     assert set(np.unique(found[:2, :, 1])) == {50} and set(np.unique(found[2:, :, 1])) == {10}
     assert np.all(found[..., 2] == 0)
 
 
 def test_fog_keeps_black_pictures_black_and_lifts_others():
-    assert np.array_equal(shifted(gray(0), "fog", 5), gray(0))
-    found = shifted(gray(100), "fog", 2).astype(float) / 255  # (v + 0.5 p) v / (v + 0.5), p from 0 to 1
+    assert np.array_equal(corrupted(gray(0), "fog", 5), gray(0))
+    found = corrupted(gray(100), "fog", 2).astype(float) / 255  # (v + 0.5 p) v / (v + 0.5), p from 0 to 1
     v = 100 / 255
     assert found.min() == pytest.approx(v * v / (v + 0.5), abs=0.003)
     assert found.max() == pytest.approx(v, abs=0.003)
@@ -239,7 +239,7 @@ def test_ice_is_the_same_each_time_and_its_borders_meet():
 
 def test_pixelate_means_blocks():
     image = PHOTOS[224][0, :128, :128]
-    found = shifted(image, "pixelate", 2)  # half the side
+    found = corrupted(image, "pixelate", 2)  # half the side
     means = image.reshape(64, 2, 64, 2, 3).mean((1, 3))
     assert np.array_equal(found[::2, ::2], found[1::2, 1::2])
     assert np.abs(found[::2, ::2] - means).max() <= 1
@@ -249,7 +249,7 @@ def test_pixelate_means_blocks():
 def test_jpeg_is_pillows_at_the_stated_quality(side, severity, quality):
     file = io.BytesIO()
     Image.fromarray(PHOTOS[side][0]).save(file, "JPEG", quality=quality)
-    assert np.array_equal(shifted(PHOTOS[side][0], "jpeg_compression", severity), np.asarray(Image.open(file)))
+    assert np.array_equal(corrupted(PHOTOS[side][0], "jpeg_compression", severity), np.asarray(Image.open(file)))
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -273,11 +273,11 @@ def test_jpeg_is_pillows_at_the_stated_quality(side, severity, quality):
 )
 def test_bad_input_is_named(images, settings, words):
     with pytest.raises(InvalidValueError, match=words):
-        shifted(images, **({"name": "fog"} | settings))
+        corrupted(images, **({"name": "fog"} | settings))
 
 
 def test_without_scipy_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(MissingPackageError, match=r"pip install"):
-        shifted(gray(0), "defocus_blur")
-    assert shifted(gray(100), "fog").shape == (1, 32, 32, 3)
+        corrupted(gray(0), "defocus_blur")
+    assert corrupted(gray(100), "fog").shape == (1, 32, 32, 3)

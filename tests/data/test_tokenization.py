@@ -16,7 +16,7 @@ from ttmpd.data.open import open_samples
 from ttmpd.data.preprocessing import preparation_from
 from ttmpd.data.samples import Samples
 from ttmpd.data.tokenization import Tokenization, token_mask, trim_padding
-from ttmpd.distill.base import Work
+from ttmpd.distill.base import FitContext
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import InvalidValueError, ModelError, SamplesError
 from ttmpd.models.config import preprocessing_of, set_padding
@@ -403,7 +403,7 @@ def test_distillation_takes_one_view_and_pooled_features(
     teacher = opened.module
     unit = Block().find(teacher, samples.batch(slice(0, 2))).units[1]
     student = Block().cut(teacher, [unit])
-    method, work = OneTime(steps=30, batch_size=8, lr_without_norm=3e-3), Work(folder=tmp_path)
+    method, work = OneTime(steps=30, batch_size=8, lr_without_norm=3e-3), FitContext(folder=tmp_path)
     targets = method.prepare(teacher, samples, samples, work)
     assert targets.features is not None
     assert targets.features.shape == (1, 16, 16)  # one view, 16 samples, 16 channels

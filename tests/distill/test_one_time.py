@@ -10,7 +10,7 @@ from torch import nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.data.views import fixed_view
-from ttmpd.distill.base import Work
+from ttmpd.distill.base import FitContext
 from ttmpd.distill.one_time import MIN_BATCH, OneTime
 from ttmpd.errors import InvalidValueError
 from ttmpd.models.modules import clone
@@ -29,11 +29,11 @@ from ttmpd.training.losses import (
     mutual_information,
     soft_label_loss,
 )
-from ttmpd.training.teacher_outputs import load_targets, save_targets
+from ttmpd.training.teacher_outputs import load_teacher_outputs, save_teacher_outputs
 
 
-def work_in(folder, **settings) -> Work:
-    return Work(folder=folder, batch_size=5, amp="off", **settings)
+def work_in(folder, **settings) -> FitContext:
+    return FitContext(folder=folder, batch_size=5, amp="off", **settings)
 
 
 def passes(model: nn.Module) -> list[torch.Tensor]:
@@ -54,8 +54,8 @@ def case():
 def test_the_teacher_sees_each_view_of_each_sample_once(tmp_path, case, views):
     teacher, student, samples, held_out = case
     seen = passes(teacher)
-    method, work = OneTime(steps=6, views=views, batch_size=6), Work(folder=tmp_path, batch_size=6, amp="off")
-    targets = method.prepare(teacher, samples, held_out, work)
+    method, context = OneTime(steps=6, views=views, batch_size=6), FitContext(folder=tmp_path, batch_size=6, amp="off")
+    targets = method.prepare(teacher, samples, held_out, context)
     # Batches of two look for the place of the features and for the size of a step; the rest are the teacher's answers.
     counted = Counter(row.numpy().tobytes() for batch in seen if len(batch) > 2 for row in batch)
     inputs, expected = samples.batch(slice(None)), Counter()
@@ -67,7 +67,7 @@ def test_the_teacher_sees_each_view_of_each_sample_once(tmp_path, case, views):
     assert sum(counted.values()) == views * 12 + 9
     assert sum(len(batch) == 2 for batch in seen) <= 4
     del seen[:]
-    method.fit(student, samples, held_out, targets, work)
+    method.fit(student, samples, held_out, targets, context)
     assert seen == []
 
 
@@ -81,17 +81,17 @@ def test_views_that_no_step_would_see_are_not_asked_for(tmp_path, case):
 def test_a_student_that_lost_much_gets_more_views_and_steps(tmp_path, case, agreement, times):
     teacher, student, samples, held_out = case
     method = OneTime(steps=4, views=2, batch_size=12)
-    work = Work(folder=tmp_path, batch_size=12, amp="off", agreement=agreement)
-    targets = method.prepare(teacher, samples, held_out, work)
+    context = FitContext(folder=tmp_path, batch_size=12, amp="off", agreement=agreement)
+    targets = method.prepare(teacher, samples, held_out, context)
     assert len(targets.logits) == 2 * times
-    assert method.fit(student, samples, held_out, targets, work).steps == 4 * times
+    assert method.fit(student, samples, held_out, targets, context).steps == 4 * times
 
 
 def test_further_views_keep_within_the_disk(tmp_path, case, monkeypatch):
     teacher, _, samples, held_out = case
     monkeypatch.setattr("ttmpd.distill.one_time.STORE", 1)
-    work = Work(folder=tmp_path, batch_size=12, amp="off", agreement=0.0)
-    assert len(OneTime(steps=4, views=2, batch_size=12).prepare(teacher, samples, held_out, work).logits) == 2
+    context = FitContext(folder=tmp_path, batch_size=12, amp="off", agreement=0.0)
+    assert len(OneTime(steps=4, views=2, batch_size=12).prepare(teacher, samples, held_out, context).logits) == 2
 
 
 def test_the_batch_shrinks_where_activations_take_much_memory(monkeypatch, case):
@@ -119,11 +119,11 @@ def test_targets_are_the_teachers_answers_for_the_views(tmp_path, case):
 
 def test_targets_come_back_from_disk(tmp_path, case):
     teacher, _, samples, held_out = case
-    assert load_targets(tmp_path) is None
+    assert load_teacher_outputs(tmp_path) is None
     targets = OneTime(views=2).prepare(teacher, samples, held_out, work_in(tmp_path))
-    assert load_targets(tmp_path) is None
-    save_targets(targets, tmp_path)
-    again = load_targets(tmp_path)
+    assert load_teacher_outputs(tmp_path) is None
+    save_teacher_outputs(targets, tmp_path)
+    again = load_teacher_outputs(tmp_path)
     for name in ("features", "logits", "held_out"):
         assert torch.equal(getattr(again, name), getattr(targets, name))
     assert (again.tap, again.feature_variance) == (targets.tap, targets.feature_variance)
@@ -148,11 +148,11 @@ def test_rows_have_one_view_and_no_feature_map(tmp_path):
 
 def test_training_brings_the_student_closer_to_the_teacher(tmp_path, case):
     teacher, student, samples, held_out = case
-    method, work = OneTime(steps=60, views=2, batch_size=12, lr=0.05), work_in(tmp_path)
-    targets = method.prepare(teacher, samples, held_out, work)
+    method, context = OneTime(steps=60, views=2, batch_size=12, lr=0.05), work_in(tmp_path)
+    targets = method.prepare(teacher, samples, held_out, context)
     check = held_out_check(student, held_out, targets, 8)
     before = check()
-    fit = method.fit(student, samples, held_out, targets, work)
+    fit = method.fit(student, samples, held_out, targets, context)
     after = check()
     assert after.better_than(before)
     assert fit.losses[-1] < 0.7 * fit.losses[0]
@@ -164,8 +164,8 @@ def test_what_was_frozen_and_trained_before_is_so_again(tmp_path, case):
     teacher, student, samples, held_out = case
     student.stem.requires_grad_(False)
     before = clone(student)
-    method, work = OneTime(steps=3, views=1, batch_size=6), work_in(tmp_path)
-    method.fit(student, samples, held_out.subset([]), method.prepare(teacher, samples, held_out, work), work)
+    method, context = OneTime(steps=3, views=1, batch_size=6), work_in(tmp_path)
+    method.fit(student, samples, held_out.subset([]), method.prepare(teacher, samples, held_out, context), context)
     assert torch.equal(student.stem[0].weight, before.stem[0].weight)
     assert not torch.equal(student.blocks[0].conv1.weight, before.blocks[0].conv1.weight)
     assert [p.requires_grad for p in student.parameters()] == [p.requires_grad for p in before.parameters()]
@@ -174,9 +174,9 @@ def test_what_was_frozen_and_trained_before_is_so_again(tmp_path, case):
 @pytest.mark.parametrize("moving", [True, False])
 def test_batch_statistics_move_only_when_they_shall(tmp_path, case, moving):
     teacher, student, samples, held_out = case
-    method, work = OneTime(steps=3, views=1, batch_size=6, train_norm=moving), work_in(tmp_path)
+    method, context = OneTime(steps=3, views=1, batch_size=6, train_norm=moving), work_in(tmp_path)
     before = student.stem[1].running_mean.clone()
-    method.fit(student, samples, held_out.subset([]), method.prepare(teacher, samples, held_out, work), work)
+    method.fit(student, samples, held_out.subset([]), method.prepare(teacher, samples, held_out, context), context)
     assert torch.equal(student.stem[1].running_mean, before) != moving
 
 
@@ -184,10 +184,10 @@ def test_measuring_mixed_precision_moves_no_statistics(tmp_path, case, monkeypat
     teacher, student, samples, held_out = case
     monkeypatch.setattr("ttmpd.training.loop._native_bfloat16", lambda: True)
     method = OneTime(steps=2, views=1, batch_size=6)
-    work = dataclasses.replace(work_in(tmp_path), amp="auto")
-    targets = method.prepare(teacher, samples, held_out, work)
+    context = dataclasses.replace(work_in(tmp_path), amp="auto")
+    targets = method.prepare(teacher, samples, held_out, context)
     twin = clone(student)
-    fit = method.fit(student, samples, held_out, targets, work)
+    fit = method.fit(student, samples, held_out, targets, context)
     start = held_out_check(twin, held_out, targets, 8)()
     assert fit.checks[0] == (0, pytest.approx(start.agreement), pytest.approx(start.loss, rel=1e-4))
     assert int(student.stem[1].num_batches_tracked) <= int(twin.stem[1].num_batches_tracked) + 2
@@ -195,8 +195,8 @@ def test_measuring_mixed_precision_moves_no_statistics(tmp_path, case, monkeypat
 
 def test_a_deadline_that_has_passed_ends_training(tmp_path, case):
     teacher, student, samples, held_out = case
-    method, work = OneTime(steps=50, views=1, batch_size=6), work_in(tmp_path, deadline=0.0)
-    fit = method.fit(student, samples, held_out, method.prepare(teacher, samples, held_out, work), work)
+    method, context = OneTime(steps=50, views=1, batch_size=6), work_in(tmp_path, deadline=0.0)
+    fit = method.fit(student, samples, held_out, method.prepare(teacher, samples, held_out, context), context)
     assert (fit.steps, fit.stopped) == (1, "time budget")
 
 
@@ -230,10 +230,10 @@ def test_what_runs_before_the_first_removed_unit_is_frozen(case):
 
 def test_frozen_layers_stay_the_teachers(tmp_path, case):
     teacher, student, samples, held_out = case
-    method, work = OneTime(steps=6, batch_size=6), work_in(tmp_path, first=tiny_units(teacher)[1].path)
+    method, context = OneTime(steps=6, batch_size=6), work_in(tmp_path, first=tiny_units(teacher)[1].path)
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    targets = method.prepare(teacher, samples, held_out, work)
-    method.fit(student, samples, held_out, targets, work)
+    targets = method.prepare(teacher, samples, held_out, context)
+    method.fit(student, samples, held_out, targets, context)
     changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
     assert not any(name.startswith(("stem", "blocks.0", "head")) for name in changed)
@@ -338,15 +338,15 @@ def test_what_is_kept_after_training_lies_between_its_end_and_its_start(tmp_path
     teacher, student, samples, held_out = case
     start, ends = clone(student).state_dict(), {}
     for share in (0.0, 0.25):
-        method, work = (
+        method, context = (
             OneTime(steps=6, views=1, batch_size=6, lr=1e-4, start_share=share),
             work_in(tmp_path / str(share)),
         )
-        work.folder.mkdir()
-        targets = method.prepare(teacher, samples, held_out, work)
+        context.folder.mkdir()
+        targets = method.prepare(teacher, samples, held_out, context)
         pupil = clone(student)
-        fit = method.fit(pupil, samples, held_out, targets, work)
-        assert (fit.best_step, fit.mixed) == (6, share)
+        fit = method.fit(pupil, samples, held_out, targets, context)
+        assert (fit.best_step, fit.start_weight) == (6, share)
         ends[share] = pupil.state_dict()
     for name, value in ends[0.25].items():
         if value.is_floating_point():

@@ -14,7 +14,7 @@ from ttmpd.latency.timing import Timings, interleaved, quartiles, time_models
 from ttmpd.models.run import evaluating
 from ttmpd.records import WidthUnit
 from ttmpd.surgery.units.channel import Channel
-from ttmpd.testing.tiny_models import specimen, tiny_model, tiny_units
+from ttmpd.testing.tiny_models import example_of_kind, tiny_model, tiny_units
 
 
 class Clock:
@@ -164,7 +164,7 @@ def test_of_many_widths_every_second_one_is_timed_and_the_others_lie_on_the_line
     median = {"0 unit": 10.0, "0 56": 9.0, "0 40": 9.5, "0 24": 5.0, "0 8": 4.0}  # 40 took longer than 56: noise
     timing = savings._timing(unit, 0, median)
     wanted = {56: 9.25, 48: 9.25, 40: 9.25, 32: 7.125, 24: 5.0, 16: 4.5, 8: 4.0}
-    saved = {n: timing.saving("narrow", n).saved_ms for n in wanted}
+    saved = {n: timing.saved_ms("narrow", n) for n in wanted}
     assert saved == pytest.approx({n: 10.0 - ms for n, ms in wanted.items()})
     assert timing.ms == pytest.approx(6.0 * 64 / 56)
 
@@ -204,7 +204,7 @@ def test_a_unit_is_timed_on_the_list_that_it_was_given_even_if_the_model_goes_on
 
 
 def test_members_save_no_more_than_the_block_that_holds_them() -> None:
-    model, samples = specimen("channel")
+    model, samples = example_of_kind("channel")
     inside = Channel().find(model, samples.batch(slice(2))).units[0]
     block = dataclasses.replace(tiny_units(tiny_model())[0], path=inside.path.rpartition(".")[0])
     elsewhere = dataclasses.replace(inside, path="other.conv", consumers=("other.conv",), producers=("other.first",))

@@ -22,7 +22,7 @@ from ttmpd.models.modules import (
 from ttmpd.models.run import evaluating, first_tensor, predict
 from ttmpd.models.taps import find_feature_tap, find_output_layer, read_taps, tapped
 from ttmpd.records import Tap
-from ttmpd.testing.tiny_models import untouched
+from ttmpd.testing.tiny_models import assert_untouched
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -83,7 +83,7 @@ def test_evaluating_leaves_no_trace_even_after_an_error(net):
         net(X).sum().backward()
         raise RuntimeError
 
-    with untouched(net), pytest.raises(RuntimeError), evaluating(net, gradients=True):
+    with assert_untouched(net), pytest.raises(RuntimeError), evaluating(net, gradients=True):
         work()
 
 
@@ -96,7 +96,7 @@ def test_evaluating_switches_gradients_off_unless_asked(net):
 
 def test_stubs_answer_in_the_place_of_modules_and_go_again(net):
     before = net(X)
-    with untouched(net), evaluating(net):
+    with assert_untouched(net), evaluating(net):
         with patched_forward(net, {"blocks.0": lambda x: x * 0, "blocks.1": lambda x: x}):
             assert not torch.equal(net(X), before)
         assert torch.equal(net(X), before)
@@ -113,7 +113,7 @@ def test_a_stub_gives_an_instance_its_own_forward_back():
 
 def test_taps_read_inputs_and_outputs(net):
     taps = {"x": Tap("blocks.1", "input"), "y": Tap("blocks.1", "output"), "before": Tap("blocks.0", "output")}
-    with untouched(net), evaluating(net), tapped(net, taps) as seen:
+    with assert_untouched(net), evaluating(net), tapped(net, taps) as seen:
         net(X)
     assert torch.equal(seen["x"], seen["before"])
     with evaluating(net):
@@ -150,7 +150,7 @@ def test_keyword_inputs_are_read():
 
 
 def test_head_and_feature_map(net):
-    with untouched(net):
+    with assert_untouched(net):
         assert find_output_layer(net, X) == "head"
         assert find_feature_tap(net, X) == Tap("blocks", "output")
         assert find_feature_tap(net, X, pooled=True) == Tap("head", "input")
@@ -224,7 +224,7 @@ def test_macs_of_a_model_with_a_learned_token():
             return self.head(self.token) + 0 * x.mean()
 
     model = Net()
-    with untouched(model):
+    with assert_untouched(model):
         assert count_macs(model, X[:1])[""] == 8
 
 

@@ -16,7 +16,7 @@ import ttmpd
 from ttmpd.artifact.read import read_artifact
 from ttmpd.data.open import open_samples
 from ttmpd.data.tokenization import Tokenization
-from ttmpd.distill.base import Work
+from ttmpd.distill.base import FitContext
 from ttmpd.distill.one_time import OneTime
 from ttmpd.errors import ModelError, UnsupportedError
 from ttmpd.models.modules import clone
@@ -123,7 +123,7 @@ def test_every_token_is_distilled(text_folder: Folder, sentences: Sentences, tmp
     )
     teacher = opened.module
     student = Block().cut(teacher, [Block().find(teacher, samples.batch(slice(0, 2))).units[1]]).eval()
-    method, work = OneTime(steps=40, batch_size=4, lr_without_norm=3e-3), Work(folder=tmp_path, batch_size=5)
+    method, work = OneTime(steps=40, batch_size=4, lr_without_norm=3e-3), FitContext(folder=tmp_path, batch_size=5)
     targets = method.prepare(teacher, samples, held, work)
     n_tokens = int(samples.token_mask(samples.inputs).sum())  # type: ignore[union-attr]
     assert targets.features is not None
@@ -146,7 +146,7 @@ def test_the_loss_compares_each_token_with_its_own_answer(
     """A student that is the teacher has no loss, whatever samples a step takes in whatever order."""
     opened = open_model(f"hf:{text_folder('llama-next')}")
     samples = open_samples(sentences(11), opened.preprocessing)
-    method, work = OneTime(steps=6, batch_size=4, train_norm=False), Work(folder=tmp_path, batch_size=3)
+    method, work = OneTime(steps=6, batch_size=4, train_norm=False), FitContext(folder=tmp_path, batch_size=3)
     targets = method.prepare(opened.module, samples, samples, work)
     fit = method.fit(clone(opened.module), samples, samples, targets, work)
     assert max(fit.losses) < 1e-4

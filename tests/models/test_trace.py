@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.models.trace import trace
-from ttmpd.testing.tiny_models import tiny_model, untouched
+from ttmpd.testing.tiny_models import assert_untouched, tiny_model
 
 
 class Shared(nn.Module):
@@ -67,7 +67,7 @@ def test_writes_are_counted_and_shapes_and_bytes_noted():
 
 def test_gradients_give_every_tensor_a_node_and_leave_the_model_alone():
     net, batch = tiny_model(), torch.ones(2, 3, 8, 8)
-    with untouched(net):
+    with assert_untouched(net):
         notes = trace(net, batch, gradients=True)
     assert all(call.input is None or call.input.node is not None for call in notes.calls)
 

@@ -9,7 +9,7 @@ from ttmpd import adapt_to, compress, load
 from ttmpd.adapt.none import NoAdaptation
 from ttmpd.adapt.tent import Tent
 from ttmpd.errors import InvalidValueError, SamplesError
-from ttmpd.testing.tiny_models import tiny_model, untouched
+from ttmpd.testing.tiny_models import assert_untouched, tiny_model
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def shifted():
 
 def test_the_model_comes_back_adapted_and_the_given_one_untouched(shifted):
     net = tiny_model()
-    with untouched(net):
+    with assert_untouched(net):
         found = adapt_to(net, shifted, batch_size=8)
     assert found.facts["adapt"]["facts"]["weight"] > 0
     assert not torch.equal(found.model.stem[1].running_mean, net.stem[1].running_mean)

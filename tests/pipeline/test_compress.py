@@ -43,7 +43,7 @@ from ttmpd.select.el2n import EL2N
 from ttmpd.select.puma import PUMA
 from ttmpd.select.random import Random
 from ttmpd.surgery.lossless import applied, foldable
-from ttmpd.testing.tiny_models import tiny_model, tiny_samples, untouched
+from ttmpd.testing.tiny_models import assert_untouched, tiny_model, tiny_samples
 
 QUICK = {
     "distill": OneTime(steps=3, views=2, batch_size=8),
@@ -193,7 +193,7 @@ def test_milliseconds_and_shares_mean_the_same(model, samples):
 
 
 def test_the_same_seed_gives_the_same_model_and_what_was_passed_in_stays(model, samples):
-    with untouched(model, samples):
+    with assert_untouched(model, samples):
         first = compress(model, samples, speedup=2.0, **QUICK)
         second = compress(model, samples, speedup=2.0, **QUICK)
     assert first.plan == second.plan

@@ -24,7 +24,7 @@ from ttmpd.pipeline import exit_choice as _choice
 from ttmpd.records import Plan, Removal
 from ttmpd.repair.sequential import repaired
 from ttmpd.surgery.exits.model import EarlyExitModel
-from ttmpd.testing.tiny_models import tiny_model, tiny_samples, tiny_units, untouched
+from ttmpd.testing.tiny_models import assert_untouched, tiny_model, tiny_samples, tiny_units
 
 QUICK = RightTool(steps=3, views=1, prune=False)
 PLAIN = RightTool(steps=3, views=1, prune=False, by_time=False)
@@ -59,7 +59,7 @@ def answers(net: nn.Module, batch: Tensor) -> Tensor:
 
 def test_from_model_to_artifact_and_back(images, tmp_path):
     net = tiny_model()
-    with untouched(net):
+    with assert_untouched(net):
         found = ttmpd.add_early_exits(net, images, speedup=1.5, method=QUICK, output=tmp_path / "out")
     assert found.met
     assert isinstance(found.model, EarlyExitModel) and not found.model.training

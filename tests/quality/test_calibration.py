@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ttmpd.errors import InvalidValueError
-from ttmpd.quality.calibration import calibration_error, calibration_sums, error_of, fit_temperature
+from ttmpd.quality.calibration import calibration_error, calibration_sums, expected_calibration_error, fit_temperature
 
 
 def noisy(n: int, sharpness: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,10 +21,10 @@ def noisy(n: int, sharpness: float, seed: int = 0) -> tuple[torch.Tensor, torch.
 def test_error_of_two_bins_by_hand():
     # Three answers at 0.9 of which two are right, one at 0.6 that is wrong: (|2.7 - 2| + |0.6 - 0|) / 4.
     sure, right = torch.tensor([0.9, 0.9, 0.9, 0.6]), torch.tensor([True, True, False, False])
-    assert error_of(calibration_sums(sure, right)) == pytest.approx(0.325)
+    assert expected_calibration_error(calibration_sums(sure, right)) == pytest.approx(0.325)
     halves = calibration_sums(sure[:2], right[:2]) + calibration_sums(sure[2:], right[2:])
-    assert error_of(halves) == pytest.approx(0.325)
-    assert error_of(calibration_sums(sure[:0], right[:0])) == 0
+    assert expected_calibration_error(halves) == pytest.approx(0.325)
+    assert expected_calibration_error(calibration_sums(sure[:0], right[:0])) == 0
 
 
 def test_perfect_answers_have_no_error_and_sure_wrong_ones_all_of_it():

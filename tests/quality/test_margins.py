@@ -9,7 +9,7 @@ from torch import nn
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.quality.margins import NORMS, DeepFoolConfig, deepfool, margins, radii
-from ttmpd.testing.tiny_models import tiny_model, tiny_samples, untouched
+from ttmpd.testing.tiny_models import assert_untouched, tiny_model, tiny_samples
 
 DUAL = {"l2": 2.0, "linf": 1.0}
 OWN = {"l2": 2.0, "linf": math.inf}
@@ -137,7 +137,7 @@ def test_fewer_classes_can_only_hide_boundaries():
 
 def test_the_size_of_the_batch_changes_no_margin_and_nothing_is_touched():
     net, samples = tiny_model(dropout=0.5), tiny_samples(11)
-    with untouched(net, samples):
+    with assert_untouched(net, samples):
         found = margins(net, samples, batch_size=4)
     assert torch.allclose(found, margins(net, samples, batch_size=11), rtol=1e-3)
     assert margins(net, samples.subset([])).shape == (0,)

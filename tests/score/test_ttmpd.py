@@ -17,7 +17,7 @@ from ttmpd.surgery.cut import cut
 from ttmpd.surgery.units.block import Block
 from ttmpd.surgery.units.channel import Channel
 from ttmpd.surgery.units.neuron import Neuron
-from ttmpd.testing.tiny_models import specimen, tiny_model, tiny_samples, tiny_units
+from ttmpd.testing.tiny_models import example_of_kind, tiny_model, tiny_samples, tiny_units
 
 
 class Res(nn.Module):
@@ -104,10 +104,10 @@ def convolutions_of_neurons(norm=nn.BatchNorm2d):
 @pytest.mark.parametrize(
     ("kind", "given", "times"),
     [
-        (Channel(), lambda: specimen("channel"), 3),
+        (Channel(), lambda: example_of_kind("channel"), 3),
         (Neuron(), convolutions_of_neurons, 3),
         (Neuron(), lambda: convolutions_of_neurons(nn.Identity), 1),
-        (Neuron(), lambda: specimen("neuron"), 1),
+        (Neuron(), lambda: example_of_kind("neuron"), 1),
     ],
     ids=["channels", "neurons of convolutions", "the same without batch norm", "neurons"],
 )

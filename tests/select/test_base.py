@@ -5,15 +5,15 @@ import torch
 from torch import nn
 
 from ttmpd.errors import InvalidValueError
-from ttmpd.select.base import answers, error_norm, head_tap, highest
+from ttmpd.select.base import answers, error_norm, head_tap, top_n
 from ttmpd.select.el2n import EL2N
 from ttmpd.testing.tiny_models import tiny_model, tiny_samples
 
 
 def test_highest_takes_equal_values_in_their_order_and_nan_last():
     values = torch.tensor([math.nan, 1.0, -math.inf, 3.0, 1.0, math.inf])
-    assert highest(values, 6) == [5, 3, 1, 4, 2, 0]
-    assert highest(values, 2) == [5, 3]
+    assert top_n(values, 6) == [5, 3, 1, 4, 2, 0]
+    assert top_n(values, 2) == [5, 3]
 
 
 def test_error_norm_of_two_classes_by_hand():

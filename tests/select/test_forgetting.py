@@ -7,8 +7,8 @@ from torch import nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
-from ttmpd.select.forgetting import Forgetting, forgotten, shake
-from ttmpd.testing.tiny_models import tiny_model, tiny_samples, untouched
+from ttmpd.select.forgetting import Forgetting, forgotten, perturb
+from ttmpd.testing.tiny_models import assert_untouched, tiny_model, tiny_samples
 
 
 def test_flips_are_counted_from_agreement_to_disagreement():
@@ -20,7 +20,7 @@ def test_flips_are_counted_from_agreement_to_disagreement():
 def test_noise_is_relative_and_for_matrices_alone():
     net = tiny_model()
     shaken = copy.deepcopy(net)
-    shake(shaken, 0.1, seed=0)
+    perturb(shaken, 0.1, seed=0)
     for (name, before), after in zip(net.named_parameters(), shaken.parameters(), strict=True):
         gap = float((after - before).detach().square().mean().sqrt())
         size = float(before.detach().square().mean().sqrt()) if before.dim() > 1 else 0.0
@@ -30,7 +30,7 @@ def test_noise_is_relative_and_for_matrices_alone():
 def test_the_same_seed_gives_the_same_choice_and_nothing_is_touched():
     net, pool = tiny_model(dropout=0.5), tiny_samples(40)
     method = Forgetting(train_batch_size=8, noise=0.5)
-    with untouched(net, pool):
+    with assert_untouched(net, pool):
         first = method.select(net, pool, 8, seed=1)
     torch.manual_seed(5)
     assert method.select(net.eval(), pool, 8, seed=1) == first

@@ -12,5 +12,5 @@ def test_every_sample_is_drawn_about_equally_often():
 
 
 def test_it_does_not_look(samples):
-    assert Random.looks is False
+    assert Random.uses_teacher is False
     assert len(Random().select(None, samples, 4)) == 4

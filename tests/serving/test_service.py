@@ -28,7 +28,7 @@ from ttmpd.serving import acceptance
 from ttmpd.serving import service as service_module
 from ttmpd.serving.service import OnlineService
 from ttmpd.serving.worker import STUDENT, TEACHER, JobInputs, Outcome, Progress
-from ttmpd.testing.tiny_models import TinyNet, tiny_model, tiny_samples, untouched
+from ttmpd.testing.tiny_models import TinyNet, assert_untouched, tiny_model, tiny_samples
 
 SETTINGS: dict[str, Any] = {
     "distill": OneTime(steps=2, views=1, batch_size=8),
@@ -214,7 +214,7 @@ def test_a_fast_worker_is_picked_up_in_one_look(stage):
 
 
 def test_the_model_that_was_passed_in_stays_as_it_is(artifact, model):
-    with untouched(model):
+    with assert_untouched(model):
         stage = Stage(artifact, model)
         stage.serve()
         stage.service.close()

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.students.adversarial import Attack, Pixels, attacked, pgd_loss, pixels_of, trades_loss
-from ttmpd.testing.tiny_models import tiny_model, tiny_samples, untouched
+from ttmpd.testing.tiny_models import assert_untouched, tiny_model, tiny_samples
 from ttmpd.training.losses import soft_label_loss
 
 LABELS = torch.arange(12) % 4
@@ -90,7 +90,7 @@ def test_the_pixels_behind_the_inputs():
 def test_attacks_leave_gradients_statistics_and_random_state():
     samples, model = tiny_samples(), tiny_model(dropout=0.5)
     batch, attack = samples.batch(slice(None)), Attack(random_start=False)
-    with untouched(model, samples):
+    with assert_untouched(model, samples):
         attacked(model, batch, against(LABELS), radius=RADIUS, attack=attack, pixels=pixels_of(samples))
 
 

@@ -19,7 +19,7 @@ from ttmpd.students.adversarial import Attack
 from ttmpd.students.recipe import Recipe, alpha_for
 from ttmpd.students.train import WORK, distillation_loss, train_student
 from ttmpd.students.training_set import quotas, steps_per_epoch
-from ttmpd.testing.tiny_models import tiny_model, tiny_samples, untouched
+from ttmpd.testing.tiny_models import assert_untouched, tiny_model, tiny_samples
 from ttmpd.training.loop import Schedule, batch_order
 
 N = 40
@@ -160,7 +160,7 @@ def test_it_learns(pool):
 
 def test_nothing_that_is_passed_in_is_changed(pool):
     student, teacher = tiny_model(1, dropout=0.5), tiny_model()
-    with untouched(student, pool), untouched(teacher):
+    with assert_untouched(student, pool), assert_untouched(teacher):
         train_student(student, pool, LABELS, teacher=teacher, adapt=Norm(), **QUICK | {"steps": 2})
 
 

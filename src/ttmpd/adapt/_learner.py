@@ -23,11 +23,11 @@ from ttmpd.tasks.classification import Classification
 from ttmpd.training.task import task_of
 from ttmpd.training.test_time import (
     Adaptation,
-    Anchor,
+    FisherPenalty,
     Loss,
-    Selection,
-    anchor,
+    ReliableSampleFilter,
     check_optimizer,
+    fisher_penalty,
     n_classes,
     pieces,
     redundancy_for,
@@ -67,7 +67,7 @@ class Learner(Adapter):
     def begin(self, model: nn.Module, samples: Samples, seed: int) -> Adaptation:
         """What a step does; ``model`` is a copy that steps may change."""
 
-    def hindrance(self, teacher: nn.Module, samples: Samples) -> str:
+    def reason_not_to_adapt(self, teacher: nn.Module, samples: Samples) -> str:
         """Why nothing can be learned; "" when something can."""
         if not norm_parameters(teacher):
             return "nothing to do: the model has no normalisation layer with scale and shift"
@@ -89,9 +89,9 @@ class Learner(Adapter):
         see; beside those of `norm`.
         """
         self.check_task(teacher, samples)
-        hindrance = self.hindrance(teacher, samples)
-        if hindrance:
-            return Adapted(teacher, hindrance)
+        reason_not_to_adapt = self.reason_not_to_adapt(teacher, samples)
+        if reason_not_to_adapt:
+            return Adapted(teacher, reason_not_to_adapt)
         few = samples.first(self.max_samples)
         mixed = Norm().adapt(teacher, few, batch_size=batch_size, seed=seed)
         adaptation = self.begin(clone(teacher if self.batch_statistics else mixed.model), few, seed)
@@ -188,7 +188,7 @@ class SelectiveLearner(Learner):
         check_fields(self, e0=0.0, redundancy=0.0, beta=0.0, fisher_samples=2)
 
     def selective(
-        self, model: nn.Module, samples: Samples, loss: Callable[[float], Loss], anew: bool = False
+        self, model: nn.Module, samples: Samples, loss: Callable[[float], Loss], separate_forward: bool = False
     ) -> Adaptation:
         """An adaptation whose loss is the method's, made for a margin of entropy, and the distance from the start.
 
@@ -197,16 +197,17 @@ class SelectiveLearner(Learner):
         classes = n_classes(model, samples)
         margin = self.e0 * math.log(classes)
         few = samples.first(self.fisher_samples)
-        held = anchor(model, few, self.batch_size, self.batch_statistics) if self.beta else None
-        selection = Selection(margin, self.redundancy or redundancy_for(classes))
-        adaptation = self.adaptation(model, self._anchored(loss(margin), held), selection=selection, anew=anew)
-        adaptation.charge(len(few) if held else 0)
+        penalty = fisher_penalty(model, few, self.batch_size, self.batch_statistics) if self.beta else None
+        selection = ReliableSampleFilter(margin, self.redundancy or redundancy_for(classes))
+        penalized = self._penalized(loss(margin), penalty)
+        adaptation = self.adaptation(model, penalized, selection=selection, separate_forward=separate_forward)
+        adaptation.charge(len(few) if penalty else 0)
         return adaptation
 
-    def _anchored(self, loss: Loss, held: Anchor | None) -> Loss:
-        if held is None:
+    def _penalized(self, loss: Loss, penalty: FisherPenalty | None) -> Loss:
+        if penalty is None:
             return loss
-        return lambda before, again, step: loss(before, again, step) + self.beta * held.penalty()
+        return lambda before, rerun, step: loss(before, rerun, step) + self.beta * penalty.value()
 
 
 def collapse(start: Tensor, now: Tensor, task: Task | None = None) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ttmpd.adapt._learner import SelectiveLearner
 from ttmpd.data.samples import Samples
 from ttmpd.training.losses import entropy
-from ttmpd.training.test_time import Adaptation, Again
+from ttmpd.training.test_time import Adaptation, Rerun
 
 
 class EATA(SelectiveLearner):
@@ -25,7 +25,7 @@ class EATA(SelectiveLearner):
         """The loss is the mean of exp(margin - H) H, and beta sum F (theta - theta_0)^2; without beta, ETA."""
         return self.selective(model, samples, lambda margin: partial(self._loss, margin))
 
-    def _loss(self, margin: float, _before: Tensor, again: Again, _step: int) -> Tensor:
-        unsure = entropy(again())
+    def _loss(self, margin: float, _before: Tensor, rerun: Rerun, _step: int) -> Tensor:
+        unsure = entropy(rerun())
         weight = (margin - unsure.detach()).exp() if self.weighted else 1.0
         return (weight * unsure).mean()

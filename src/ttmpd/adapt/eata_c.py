@@ -22,7 +22,7 @@ from ttmpd.records import Unit
 from ttmpd.surgery.find import find_units, kinds_of, whole_of
 from ttmpd.surgery.masks import skipped
 from ttmpd.training.losses import entropy, fused, signed_entropy
-from ttmpd.training.test_time import Adaptation, Again
+from ttmpd.training.test_time import Adaptation, Rerun
 
 HOTTEST = 4.0
 """No higher temperature: parts of a network that can do without none of its blocks agree with it too rarely."""
@@ -77,9 +77,9 @@ class EATAC(SelectiveLearner):
         n_forward = adapted.facts["forward_per_sample"] + 1 + len(left_out)
         return Adapted(model, note, adapted.facts | {"temperature": temperature, "forward_per_sample": n_forward})
 
-    def hindrance(self, teacher: nn.Module, samples: Samples) -> str:
+    def reason_not_to_adapt(self, teacher: nn.Module, samples: Samples) -> str:
         """A model without removable blocks has no parts."""
-        found = super().hindrance(teacher, samples)
+        found = super().reason_not_to_adapt(teacher, samples)
         if not found and not _units(teacher, samples):
             return "nothing done: the model has no blocks that can be skipped"
         return found
@@ -88,11 +88,11 @@ class EATAC(SelectiveLearner):
         """The loss is the mean of KL(joint || part) + alpha C H(part), and beta sum F (theta - theta_0)^2."""
         units = _units(model, samples)
 
-        def loss(margin: float, before: Tensor, again: Again, step: int) -> Tensor:
+        def loss(margin: float, before: Tensor, rerun: Rerun, step: int) -> Tensor:
             with skipped(model, drawn(units, self.skip, seed, step)):
-                return self._loss(before, again(), margin)
+                return self._loss(before, rerun(), margin)
 
-        return self.selective(model, samples, lambda margin: partial(loss, margin), anew=True)
+        return self.selective(model, samples, lambda margin: partial(loss, margin), separate_forward=True)
 
     def _loss(self, whole: Tensor, part: Tensor, margin: float) -> Tensor:
         joint = fused(whole.float().softmax(-1), part.float().softmax(-1), self.share)

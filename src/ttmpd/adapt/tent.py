@@ -20,4 +20,4 @@ class Tent(Learner):
 
     def begin(self, model: nn.Module, samples: Samples, seed: int) -> Adaptation:
         """The loss is the mean entropy."""
-        return self.adaptation(model, lambda _before, again, _step: task_of(model).uncertainty(again()).mean())
+        return self.adaptation(model, lambda _before, rerun, _step: task_of(model).uncertainty(rerun()).mean())

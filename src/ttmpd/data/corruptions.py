@@ -42,7 +42,7 @@ Pixels = NDArray[np.uint8]
 Rngs = Sequence[np.random.Generator]
 
 
-def shifted(images: Pixels, name: str, severity: int = 3, seed: int = 0, *, first: int = 0) -> Pixels:
+def corrupted(images: Pixels, name: str, severity: int = 3, seed: int = 0, *, first: int = 0) -> Pixels:
     """The images under one corruption: same shape, still uint8; the input stays as it is.
 
     The random numbers of an image depend on the name, the severity, the seed and the number of the image alone.
@@ -51,7 +51,7 @@ def shifted(images: Pixels, name: str, severity: int = 3, seed: int = 0, *, firs
 
     Args:
         images: (N, H, W, 3) or (H, W, 3) uint8, at least 8 pixels high and wide.
-        name: one of ``SHIFTS``.
+        name: one of ``CORRUPTIONS``.
         severity: 1 to 5.
         seed: draws what is random.
         first: number of the first image, for those who bring a long set in parts.
@@ -63,7 +63,7 @@ def shifted(images: Pixels, name: str, severity: int = 3, seed: int = 0, *, firs
     Cost: up to 12 s per 10,000 images of 32 pixels, up to 0.1 s per image of 224, on one core.
 
     Example:
-        >>> shifted(np.full((8, 8, 3), 100, dtype=np.uint8), "brightness", severity=4)[0, 0].tolist()
+        >>> corrupted(np.full((8, 8, 3), 100, dtype=np.uint8), "brightness", severity=4)[0, 0].tolist()
         [151, 151, 151]
     """
     _check(images, name, severity, seed, first)
@@ -75,14 +75,14 @@ def shifted(images: Pixels, name: str, severity: int = 3, seed: int = 0, *, firs
     for start in range(0, len(stack), step):
         part = stack[start : start + step]
         numbers = range(first + start, first + start + len(part))
-        rngs = [np.random.default_rng([SHIFTS.index(name), severity, seed, number]) for number in numbers]
+        rngs = [np.random.default_rng([CORRUPTIONS.index(name), severity, seed, number]) for number in numbers]
         out[start : start + step] = _pixels(kind.apply(part.astype(np.float32) / 255, settings, rngs))
     return out.reshape(images.shape)
 
 
 def _check(images: Any, name: str, severity: int, seed: int, first: int) -> None:
-    if name not in SHIFTS:
-        raise InvalidValueError(f"name must be one of {', '.join(SHIFTS)}, but got {name!r}")
+    if name not in CORRUPTIONS:
+        raise InvalidValueError(f"name must be one of {', '.join(CORRUPTIONS)}, but got {name!r}")
     if severity not in range(1, 6):
         raise InvalidValueError(f"severity must be 1, 2, 3, 4 or 5, but got {severity!r}")
     if seed < 0 or first < 0:
@@ -330,4 +330,4 @@ _KINDS: dict[str, _Kind] = {
     "jpeg_compression": _Kind(_jpeg_compression, (80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),
 }
 
-SHIFTS: tuple[str, ...] = tuple(_KINDS)
+CORRUPTIONS: tuple[str, ...] = tuple(_KINDS)

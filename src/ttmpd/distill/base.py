@@ -10,12 +10,12 @@ from torch import nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.method import Method
-from ttmpd.training.loop import Fit
-from ttmpd.training.teacher_outputs import Targets
+from ttmpd.training.loop import TrainingResult
+from ttmpd.training.teacher_outputs import TeacherOutputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class FitContext:
     """Where and how long a distiller may work.
 
     Args:
@@ -48,9 +48,11 @@ class Distiller(Method, abc.ABC):
     steps: int = 400
 
     @abc.abstractmethod
-    def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, work: Work) -> Targets:
+    def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, context: FitContext) -> TeacherOutputs:
         """The teacher's answers for the samples and the held-out samples; the only call of the teacher."""
 
     @abc.abstractmethod
-    def fit(self, student: nn.Module, samples: Samples, held_out: Samples, targets: Targets, work: Work) -> Fit:
+    def fit(
+        self, student: nn.Module, samples: Samples, held_out: Samples, targets: TeacherOutputs, context: FitContext
+    ) -> TrainingResult:
         """Train ``student`` in place; it is left with its best state, never worse on ``held_out`` than it came."""

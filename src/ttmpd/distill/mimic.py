@@ -8,16 +8,16 @@ from torch.nn import functional as F
 
 from ttmpd.data.samples import Samples
 from ttmpd.data.views import random_view
-from ttmpd.distill.base import Distiller, Work
+from ttmpd.distill.base import Distiller, FitContext
 from ttmpd.errors import UnsupportedError
 from ttmpd.method import check_fields
 from ttmpd.models.modules import to_fast_format, to_plain_format
 from ttmpd.models.run import evaluating, predictions_of
 from ttmpd.models.taps import find_feature_tap, read_taps
 from ttmpd.training.freeze import freeze_head
-from ttmpd.training.loop import Fit, Loop, Schedule, batch_order, train
+from ttmpd.training.loop import Loop, Schedule, TrainingResult, batch_order, train
 from ttmpd.training.task import train_norms
-from ttmpd.training.teacher_outputs import Targets
+from ttmpd.training.teacher_outputs import TeacherOutputs
 
 
 class Mimic(Distiller):
@@ -36,7 +36,7 @@ class Mimic(Distiller):
     def __post_init__(self) -> None:
         check_fields(self, steps=0, batch_size=2)
 
-    def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, work: Work) -> Targets:
+    def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, context: FitContext) -> TeacherOutputs:
         """Targets that hold the teacher itself.
 
         Raises:
@@ -46,12 +46,14 @@ class Mimic(Distiller):
         tap = find_feature_tap(teacher, few)
         if tap is None:
             raise UnsupportedError("mimic needs a model with one linear head behind its features; use one_time")
-        kept = predictions_of(teacher, held_out, work.batch_size)
-        return Targets(
+        kept = predictions_of(teacher, held_out, context.batch_size)
+        return TeacherOutputs(
             tap=tap, features=None, logits=torch.empty(0), feature_variance=1.0, held_out=kept, teacher=teacher
         )
 
-    def fit(self, student: nn.Module, samples: Samples, held_out: Samples, targets: Targets, work: Work) -> Fit:
+    def fit(
+        self, student: nn.Module, samples: Samples, held_out: Samples, targets: TeacherOutputs, context: FitContext
+    ) -> TrainingResult:
         """Train all parameters but the head's, the teacher running on every view."""
         teacher, tap = targets.teacher, targets.tap
         if teacher is None or tap is None:
@@ -60,17 +62,17 @@ class Mimic(Distiller):
         to_fast_format(student)
         frozen = freeze_head(student, samples.batch(slice(0, 2), device))
         train_norms(student)
-        generator = torch.Generator().manual_seed(work.seed)
+        generator = torch.Generator().manual_seed(context.seed)
 
         def loss_at(step: int) -> Tensor:
-            index = batch_order(len(samples), self.batch_size, step, work.seed)
+            index = batch_order(len(samples), self.batch_size, step, context.seed)
             view = random_view(samples.batch(index, device), generator)
             with torch.no_grad():
                 wanted = read_taps(teacher, view, {"f": tap})["f"]
             return F.mse_loss(read_taps(student, view, {"f": tap})["f"], wanted)
 
         with evaluating(teacher, gradients=True):
-            loop = Loop(deadline=work.deadline, state=work.folder / "distill.safetensors")
+            loop = Loop(deadline=context.deadline, state=context.folder / "distill.safetensors")
             fit = train(student, loss_at, Schedule(steps=self.steps, lr=self.lr, shape="thirds"), loop)
         for parameter in frozen:
             parameter.requires_grad_(True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.data.views import fixed_view
-from ttmpd.distill.base import Distiller, Work
+from ttmpd.distill.base import Distiller, FitContext
 from ttmpd.method import check_fields
 from ttmpd.models.batch_size import samples_that_fit
 from ttmpd.models.modules import has_batch_norm, to_fast_format, to_plain_format
@@ -22,10 +22,10 @@ from ttmpd.progress import track
 from ttmpd.records import Tap
 from ttmpd.training.freeze import freeze
 from ttmpd.training.held_out import held_out_check, mix_with_start
-from ttmpd.training.loop import Check, Fit, Loop, Schedule, autocast, batch_order, choose_amp, train
+from ttmpd.training.loop import Check, Loop, Schedule, TrainingResult, autocast, batch_order, choose_amp, train
 from ttmpd.training.losses import feature_loss, feature_variance
 from ttmpd.training.task import task_of, train_norms
-from ttmpd.training.teacher_outputs import Targets, TargetsWriter
+from ttmpd.training.teacher_outputs import TeacherOutputs, TeacherOutputsWriter
 
 MIN_BATCH = 8
 """Gradients of fewer samples are noise; twice as many where batch statistics are made of them."""
@@ -95,8 +95,8 @@ class OneTime(Distiller):
             smallest_crop=(0.01, 1.0), batch_size=2, soft_weight=0.0, temperature=1e-3, start_share=(0.0, 1.0),
         )  # fmt: skip
 
-    def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, work: Work) -> Targets:
-        """Features and logits of the fixed views, memory-mapped under ``work.folder``.
+    def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, context: FitContext) -> TeacherOutputs:
+        """Features and logits of the fixed views, memory-mapped under ``context.folder``.
 
         Cost: exactly one teacher pass per view of a sample (``views`` of them, up to twice as many for a damaged
         student, fewer where the steps would not come to see so many) and one per held-out sample.
@@ -105,65 +105,67 @@ class OneTime(Distiller):
         size = self._step_size(teacher, samples)
         few = samples.batch(slice(0, 2), device)
         tap = find_feature_tap(teacher, few)
-        more = self._times(work.agreement, len(samples), _n_values(teacher, few, tap))
-        n_useful = math.ceil(self._n_steps(more, size, work) * size / len(samples)) if samples.is_image else 1
+        more = self._times(context.agreement, len(samples), _n_values(teacher, few, tap))
+        n_useful = math.ceil(self._n_steps(more, size, context) * size / len(samples)) if samples.is_image else 1
         n_views = max(1, min(round(more * self.views), n_useful))
         places = prediction_offsets(teacher, samples.inputs)
-        store = TargetsWriter(work.folder, n_views, int(places[-1]))
-        starts = range(0, len(samples), work.batch_size)
+        store = TeacherOutputsWriter(context.folder, n_views, int(places[-1]))
+        starts = range(0, len(samples), context.batch_size)
         with evaluating(teacher):
             for view in range(n_views):
                 for start in track(starts, f"teacher view {view + 1}/{n_views}", len(starts)):
-                    index = torch.arange(start, min(start + work.batch_size, len(samples)))
-                    batch = self._view(samples, index, device, view, work.seed)
+                    index = torch.arange(start, min(start + context.batch_size, len(samples)))
+                    batch = self._view(samples, index, device, view, context.seed)
                     store.write(view, int(places[start]), *_answers(teacher, batch, tap))
         features, logits = store.finish()
         first = features[0] if features is not None else logits[0]
-        kept = predictions_of(teacher, held_out, work.batch_size)
-        return Targets(
+        kept = predictions_of(teacher, held_out, context.batch_size)
+        return TeacherOutputs(
             tap=tap, features=features, logits=logits, feature_variance=feature_variance(first), held_out=kept
         )
 
-    def fit(self, student: nn.Module, samples: Samples, held_out: Samples, targets: Targets, work: Work) -> Fit:
+    def fit(
+        self, student: nn.Module, samples: Samples, held_out: Samples, targets: TeacherOutputs, context: FitContext
+    ) -> TrainingResult:
         """Train the student on the stored targets; the head and what runs before the first removed unit stay frozen."""
         device = next(student.parameters()).device
         to_fast_format(student)
         few = samples.batch(slice(0, 2), device)
         train_norms(student, self.train_norm)
-        frozen = freeze(student, work.first, few)
+        frozen = freeze(student, context.first, few)
         n_views, n, places = len(targets.logits), len(samples), prediction_offsets(student, samples.inputs)
         size = self._step_size(student, samples)
 
         def loss_with(step: int, amp: bool) -> Tensor:
-            index = batch_order(n * n_views, size, step, work.seed)
+            index = batch_order(n * n_views, size, step, context.seed)
             index = index[(index // n).argsort(stable=True)]  # view by view
             numbers = sorted(set((index // n).tolist()))
-            views = [self._view(samples, index[index // n == view] % n, device, view, work.seed) for view in numbers]
+            views = [self._view(samples, index[index // n == view] % n, device, view, context.seed) for view in numbers]
             batch = torch.cat(views)
             with autocast(device, amp):
                 return self._loss(student, batch, targets, *_answers_of(index // n, index % n, places))
 
-        amp = self.steps > 0 and _faster_with_amp(student, loss_with, work.amp)
+        amp = self.steps > 0 and _faster_with_amp(student, loss_with, context.amp)
         n_values = 0 if targets.features is None else targets.features[0, 0].numel()
-        steps = self._n_steps(self._times(work.agreement, n, n_values), size, work)
+        steps = self._n_steps(self._times(context.agreement, n, n_values), size, context)
         start = {name: value.detach().clone() for name, value in student.state_dict().items()}
-        check = held_out_check(student, held_out, targets, work.batch_size)
+        check = held_out_check(student, held_out, targets, context.batch_size)
         fit = train(
             student,
             lambda step: loss_with(step, amp),
-            self._schedule(student, steps, work.agreement),
+            self._schedule(student, steps, context.agreement),
             Loop(
                 check=check,
                 check_every=max(1, steps // 10),
                 patience=self.patience,
-                deadline=work.deadline,
-                state=work.folder / "distill.safetensors",
+                deadline=context.deadline,
+                state=context.folder / "distill.safetensors",
             ),
         )
         if check and 0 < fit.best_step == fit.steps:
             end = Check(*fit.checks[-1][1:], len(held_out))
             moved = mix_with_start(student, start, self.start_share, check, end)
-            fit = dataclasses.replace(fit, mixed=self.start_share if moved else 0.0)
+            fit = dataclasses.replace(fit, start_weight=self.start_share if moved else 0.0)
         for parameter in frozen:
             parameter.requires_grad_(True)
         to_plain_format(student).eval()
@@ -176,9 +178,9 @@ class OneTime(Distiller):
             return Schedule(steps=steps, lr=self.lr_damaged, optimizer="sgd", clip=self.clip)
         return Schedule(steps=steps, lr=self.lr, optimizer="adamw", clip=self.clip)
 
-    def _n_steps(self, times: float, size: int, work: Work) -> int:
+    def _n_steps(self, times: float, size: int, context: FitContext) -> int:
         """Steps of ``size`` samples: so many times the usual ones, or as many as there is time for."""
-        wanted, step_ms = round(times * self.steps), STEP_PASSES * size * work.sample_ms
+        wanted, step_ms = round(times * self.steps), STEP_PASSES * size * context.sample_ms
         if not (self.seconds and step_ms):
             return wanted
         return min(wanted, max(FEWEST_STEPS, round(1e3 * times * self.seconds / step_ms)))
@@ -199,7 +201,7 @@ class OneTime(Distiller):
         least = 2 * MIN_BATCH if has_batch_norm(model) else MIN_BATCH
         return min(self.batch_size, max(least, samples_that_fit(model, few, self.batch_size)))
 
-    def _loss(self, student: nn.Module, batch: Tensor, targets: Targets, view: Tensor, place: Tensor) -> Tensor:
+    def _loss(self, student: nn.Module, batch: Tensor, targets: TeacherOutputs, view: Tensor, place: Tensor) -> Tensor:
         device = batch.device
         taps = {"f": targets.tap} if targets.tap is not None else {}
         with tapped(student, taps) as seen:

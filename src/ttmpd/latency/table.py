@@ -20,7 +20,7 @@ from ttmpd.models.modules import common_path, module_at
 from ttmpd.models.run import evaluating, first_tensor
 from ttmpd.models.taps import read_taps
 from ttmpd.models.trace import trace
-from ttmpd.records import UNCHANGED, Action, DepthUnit, Lossless, Saving, Tap, Unit, WidthUnit
+from ttmpd.records import UNCHANGED, Action, DepthUnit, Lossless, Tap, Unit, WidthUnit
 from ttmpd.runtimes.base import Runtime
 from ttmpd.runtimes.eager import Eager
 from ttmpd.surgery.cut import has_replacement, replacement
@@ -61,10 +61,10 @@ class UnitLatency:
             return str(n_kept) in self.widths
         return (action == "drop" and not self.widths) or action in self.stand_ins
 
-    def saving(self, action: Action, n_kept: int = 0) -> Saving:
-        """What the action saves."""
+    def saved_ms(self, action: Action, n_kept: int = 0) -> float:
+        """Milliseconds per batch that the action saves; negative where a replacement is slower than the unit."""
         left = self.widths[str(n_kept)] if action == "narrow" else self.stand_ins.get(action, 0.0)
-        return Saving(self.unit, action, self.ms - left)
+        return self.ms - left
 
 
 def time_units(

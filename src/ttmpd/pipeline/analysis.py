@@ -77,7 +77,7 @@ class Analysis:
         for score in scores:
             timing, n_kept = by_unit[score.unit_id], len(score.kept)
             if score.action in self.settings.actions and timing.offers(score.action, n_kept):
-                saved = timing.saving(score.action, n_kept).saved_ms
+                saved = timing.saved_ms(score.action, n_kept)
                 options.append(
                     Option(score.unit_id, score.action, score.harm, saved, score.kept, wholes[score.unit_id])
                 )

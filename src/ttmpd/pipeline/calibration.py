@@ -35,7 +35,7 @@ class Calibration:
 
 def open_pool(data: Any, opened: OpenedModel, settings: Settings) -> Samples:
     """What the samples are selected from; where the selector does not look at them, just as many as are wanted."""
-    n = max(settings.pool, settings.num_samples) if settings.select.looks else settings.num_samples
+    n = max(settings.pool, settings.num_samples) if settings.select.uses_teacher else settings.num_samples
     return open_samples(data, opened.preprocessing, num_samples=n, enough=settings.num_samples, seed=settings.seed)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ttmpd.artifact.write import Result, check_output
-from ttmpd.distill.base import Work
+from ttmpd.distill.base import FitContext
 from ttmpd.latency.device import choose_device, machine
 from ttmpd.latency.table import compare
 from ttmpd.latency.timing import Timings
@@ -36,11 +36,11 @@ from ttmpd.repair.sequential import repaired
 from ttmpd.storage import disk_guarded, fingerprint, locked, weights_fingerprint
 from ttmpd.surgery.cut import replay
 from ttmpd.surgery.lossless import applied, apply, present
-from ttmpd.training.loop import Fit
+from ttmpd.training.loop import TrainingResult
 from ttmpd.training.task import task_of
-from ttmpd.training.teacher_outputs import load_targets, save_targets
+from ttmpd.training.teacher_outputs import load_teacher_outputs, save_teacher_outputs
 
-NOTHING_TO_FIT = Fit(steps=0, stopped="nothing removed", rolled_back=False, best_step=0)
+NOTHING_TO_FIT = TrainingResult(steps=0, stopped="nothing removed", rolled_back=False, best_step=0)
 MAX_REPAIR = 512
 """Samples to which closed forms are fitted at most."""
 
@@ -223,7 +223,9 @@ class Start:
     agreement: float
 
 
-def finish(analysis: Analysis, planned: Planned, start: Start, stages: Stages, work: Work, command: str) -> Result:
+def finish(
+    analysis: Analysis, planned: Planned, start: Start, stages: Stages, work: FitContext, command: str
+) -> Result:
     """Distill a repaired student and measure it; ``work`` is that of all students: the most lost, the fastest."""
     key, plan = _key(planned.target), planned.plan
     if plan.removals:
@@ -343,10 +345,10 @@ def _student_ms(analysis: Analysis, planned: Planned) -> float:
     return min(max(found, 0.05 * analysis.lossless_ms), analysis.lossless_ms)
 
 
-def _work(analysis: Analysis, agreement: float, student_ms: float, stages: Stages) -> Work:
+def _work(analysis: Analysis, agreement: float, student_ms: float, stages: Stages) -> FitContext:
     """Where and how long to distill."""
     settings = analysis.settings
-    return Work(
+    return FitContext(
         folder=stages.folder / "targets",
         batch_size=analysis.pass_size,
         seed=settings.seed,
@@ -357,15 +359,17 @@ def _work(analysis: Analysis, agreement: float, student_ms: float, stages: Stage
     )
 
 
-def _distill(analysis: Analysis, start: Start, planned: Planned, work: Work, stages: Stages) -> tuple[Fit, Tensor]:
+def _distill(
+    analysis: Analysis, start: Start, planned: Planned, work: FitContext, stages: Stages
+) -> tuple[TrainingResult, Tensor]:
     """Prepare targets once for all students, then train this student; the teacher is out of reach of ``fit``."""
     method, key = analysis.settings.distill, _key(planned.target)
-    targets = load_targets(work.folder) if method.one_time else None
+    targets = load_teacher_outputs(work.folder) if method.one_time else None
     if targets is None:
         with stages.timed("prepare"):
             targets = method.prepare(analysis.teacher, analysis.calibration.fit, analysis.calibration.held_out, work)
         if method.one_time:
-            save_targets(targets, work.folder)
+            save_teacher_outputs(targets, work.folder)
     else:
         stages.reused.append("prepare")
     own = dataclasses.replace(
@@ -383,4 +387,4 @@ def _distill(analysis: Analysis, start: Start, planned: Planned, work: Work, sta
 
     state, told = stages.tensors("distill", compute, key)
     start.student.load_state_dict(state)
-    return Fit(**told), targets.held_out
+    return TrainingResult(**told), targets.held_out

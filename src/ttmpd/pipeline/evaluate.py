@@ -23,7 +23,7 @@ from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predictions_of
 from ttmpd.models.tokens import next_token_targets
 from ttmpd.progress import tell
-from ttmpd.quality.calibration import N_BINS, calibration_sums, error_of
+from ttmpd.quality.calibration import N_BINS, calibration_sums, expected_calibration_error
 from ttmpd.quality.proportion import Proportion, proportion
 from ttmpd.tasks.base import Task
 from ttmpd.tasks.classification import Classification
@@ -106,7 +106,9 @@ class _Sums:
         confidence = self.confidence / self.n if self.sure else None
         if not labelled:
             return Quality(confidence)
-        return Quality(confidence, proportion(self.right, self.n), error_of(self.bins), self.loss / self.n)
+        return Quality(
+            confidence, proportion(self.right, self.n), expected_calibration_error(self.bins), self.loss / self.n
+        )
 
 
 def evaluate(

@@ -26,7 +26,7 @@ from ttmpd.pipeline.settings import Settings
 from ttmpd.quality.proportion import proportion
 from ttmpd.records import ACTIONS, Action, Plan, Score, WidthUnit
 from ttmpd.tasks.base import OneOf, Task
-from ttmpd.training.loop import Fit
+from ttmpd.training.loop import TrainingResult
 from ttmpd.training.task import task_of
 
 FORMAT = 1
@@ -52,7 +52,7 @@ def collect(
     *,
     student: nn.Module,
     rounds: Timings,
-    fit: Fit,
+    fit: TrainingResult,
     logits: tuple[Tensor, Tensor, Tensor],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def _units(analysis: Analysis, plan: Plan) -> list[dict[str, Any]]:
             widths.setdefault(score.unit_id, []).append([len(score.kept), score.harm])
     kept = {removal.unit.id: len(removal.kept) for removal in plan.removals}
     saved = {
-        removal.unit.id: timings[removal.unit.id].saving(removal.action, len(removal.kept)).saved_ms
+        removal.unit.id: timings[removal.unit.id].saved_ms(removal.action, len(removal.kept))
         for removal in plan.removals
     }
     rows = []

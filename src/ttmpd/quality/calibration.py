@@ -17,7 +17,7 @@ _LOWEST, _HIGHEST = -5.0, 5.0  # of the logarithm of a temperature
 def calibration_sums(confidence: Tensor, right: Tensor) -> Tensor:
     """(3, N_BINS) float64: samples, their summed confidence, and how many are right, by bins of equal width.
 
-    Sums of several batches may be added, see :func:`error_of`.
+    Sums of several batches may be added, see :func:`expected_calibration_error`.
 
     Args:
         confidence: (N,) probability of the answer.
@@ -31,7 +31,7 @@ def calibration_sums(confidence: Tensor, right: Tensor) -> Tensor:
     return sums
 
 
-def error_of(sums: Tensor) -> float:
+def expected_calibration_error(sums: Tensor) -> float:
     """Expected calibration error of :func:`calibration_sums`; 0 without samples."""
     return float((sums[1] - sums[2]).abs().sum() / sums[0].sum().clamp_min(1))
 
@@ -48,7 +48,7 @@ def calibration_error(logits: Tensor, classes: Tensor) -> float:
         0.131
     """
     confidence, answers = logits.detach().cpu().double().softmax(-1).max(-1)
-    return error_of(calibration_sums(confidence, answers == classes.cpu()))
+    return expected_calibration_error(calibration_sums(confidence, answers == classes.cpu()))
 
 
 def fit_temperature(logits: Tensor, classes: Tensor) -> float:

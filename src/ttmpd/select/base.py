@@ -23,7 +23,7 @@ from ttmpd.training.task import task_of
 class Selector(Method, abc.ABC):
     """Chooses, from a larger pool, the samples that the student is fitted on."""
 
-    looks: ClassVar[bool] = True
+    uses_teacher: ClassVar[bool] = True
     """Whether it looks at the samples. One that does not needs no pool larger than what it shall choose."""
 
     def select(
@@ -57,12 +57,12 @@ class Selector(Method, abc.ABC):
             )
         if n >= len(pool):
             return tuple(range(len(pool)))
-        if self.looks and predicted_token_mask(teacher, pool.inputs[:1]) is not None:
+        if self.uses_teacher and predicted_token_mask(teacher, pool.inputs[:1]) is not None:
             raise UnsupportedError(
                 f"a selector must have one answer per sample, but {type(teacher).__name__} answers each token; "
                 "use random"
             )
-        if self.looks:
+        if self.uses_teacher:
             _check_task(task_of(teacher))
         return tuple(sorted(self.choose(teacher, pool, n, labels, batch_size=batch_size, seed=seed)))
 
@@ -82,11 +82,11 @@ def _check_task(task: Task) -> None:
         )
 
 
-def highest(values: Tensor, n: int) -> list[int]:
+def top_n(values: Tensor, n: int) -> list[int]:
     """Positions of the ``n`` highest values, highest first; equal ones in their order, NaN after all others.
 
     Example:
-        >>> highest(torch.tensor([0.1, float("nan"), 0.9, 0.1]), 3)
+        >>> top_n(torch.tensor([0.1, float("nan"), 0.9, 0.1]), 3)
         [2, 0, 3]
     """
     plain = values.tolist()

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from ttmpd.data.samples import Samples
 from ttmpd.method import check_fields
 from ttmpd.models.run import predictions_of
-from ttmpd.select.base import Selector, highest
+from ttmpd.select.base import Selector, top_n
 from ttmpd.training.losses import entropy
-from ttmpd.training.test_time import Selection, redundancy_for
+from ttmpd.training.test_time import ReliableSampleFilter, redundancy_for
 
 
 class Reliable(Selector):
@@ -43,13 +43,13 @@ class Reliable(Selector):
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
         passed = self._passing(logits[order].float().softmax(-1), n)
         chosen: list[int] = order[passed].tolist()
-        surest = highest(-entropy(logits), len(pool))
+        surest = top_n(-entropy(logits), len(pool))
         return list(dict.fromkeys(chosen + surest))[:n]
 
     def _passing(self, probabilities: Tensor, n: int) -> Tensor:
         """Positions of the first ``n`` rows that are reliable and not redundant, or of fewer."""
         n_classes = probabilities.shape[-1]
-        selection = Selection(self.e0 * math.log(n_classes), self.redundancy or redundancy_for(n_classes))
+        selection = ReliableSampleFilter(self.e0 * math.log(n_classes), self.redundancy or redundancy_for(n_classes))
         found = [torch.empty(0, dtype=torch.long)]
         for start in range(0, len(probabilities), self.window):
             found.append(start + selection.choose(probabilities[start : start + self.window]))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.models.run import predictions_of
-from ttmpd.select.base import Selector, error_norm, highest
+from ttmpd.select.base import Selector, error_norm, top_n
 
 
 class EL2N(Selector):
@@ -22,4 +22,4 @@ class EL2N(Selector):
         self, teacher: nn.Module, pool: Samples, n: int, labels: Tensor | None, *, batch_size: int, seed: int
     ) -> Iterable[int]:
         """Cost: one forward pass per sample."""
-        return highest(error_norm(predictions_of(teacher, pool, batch_size), labels), n)
+        return top_n(error_norm(predictions_of(teacher, pool, batch_size), labels), n)

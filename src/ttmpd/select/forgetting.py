@@ -13,7 +13,7 @@ from ttmpd.method import check_fields
 from ttmpd.models.modules import clone
 from ttmpd.models.run import evaluating, predict, predictions_of
 from ttmpd.progress import track
-from ttmpd.select.base import Selector, classes_of, highest
+from ttmpd.select.base import Selector, classes_of, top_n
 
 
 class Forgetting(Selector):
@@ -48,11 +48,11 @@ class Forgetting(Selector):
         classes = classes_of(logits, labels)
         known = torch.isfinite(logits).all(-1)
         copy = clone(teacher)
-        shake(copy, self.noise, seed)
+        perturb(copy, self.noise, seed)
         agreed, sure = self._watch(copy, pool, classes, known.nonzero().squeeze(-1), seed)
         flips = forgotten(torch.stack([logits.argmax(-1) == classes, *agreed]))
         score = flips.clamp(max=self.epochs + 1) + (1 - sure) / 2  # finite, so that those that never agree are ranked
-        return highest(torch.where(known, score, math.nan), n)
+        return top_n(torch.where(known, score, math.nan), n)
 
     def _watch(
         self, copy: nn.Module, pool: Samples, classes: Tensor, known: Tensor, seed: int
@@ -86,7 +86,7 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor, cla
     return logits.detach().cpu()
 
 
-def shake(model: nn.Module, noise: float, seed: int) -> None:
+def perturb(model: nn.Module, noise: float, seed: int) -> None:
     """Add to each weight matrix, in place, normal noise of ``noise`` times its root mean square."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ttmpd.data.samples import Samples
 from ttmpd.errors import UnsupportedError
 from ttmpd.models.modules import module_at
-from ttmpd.select.base import Selector, answers, error_norm, head_tap, highest
+from ttmpd.select.base import Selector, answers, error_norm, head_tap, top_n
 
 
 class GraNd(Selector):
@@ -37,4 +37,4 @@ class GraNd(Selector):
         has_bias = getattr(module_at(teacher, tap.path), "bias", None) is not None
         # d CE / d W = (p - y) h^T and d CE / d b = p - y, so the norm of both together factors.
         length = (features.square().sum(-1) + float(has_bias)).sqrt()
-        return highest(error_norm(logits, labels) * length, n)
+        return top_n(error_norm(logits, labels) * length, n)

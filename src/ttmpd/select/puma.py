@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.quality.margins import DeepFoolConfig, margins
-from ttmpd.select.base import Selector, highest
+from ttmpd.select.base import Selector, top_n
 
 
 class PUMA(Selector):
@@ -40,4 +40,4 @@ class PUMA(Selector):
         Raises:
             UnsupportedError: the teacher's answers cannot be differentiated by its inputs.
         """
-        return highest(-margins(teacher, pool, self._search(), labels=labels, batch_size=batch_size), n)
+        return top_n(-margins(teacher, pool, self._search(), labels=labels, batch_size=batch_size), n)

@@ -16,7 +16,7 @@ class Random(Selector):
     source: ClassVar[str] = (
         "control; with soft labels of a teacher it is hard to beat (Ben-Baruch et al., ICML 2025, arXiv 2403.07854)"
     )
-    looks: ClassVar[bool] = False
+    uses_teacher: ClassVar[bool] = False
 
     def choose(
         self, teacher: nn.Module, pool: Samples, n: int, labels: Tensor | None, *, batch_size: int, seed: int

@@ -96,7 +96,7 @@ class Recipe:
         if teacher is not None:
             return alpha_for(self.fraction) if isinstance(self.alpha, str) else float(self.alpha)
         for needed, words in (
-            (self.select.looks, f"select {self.select.name}"),
+            (self.select.uses_teacher, f"select {self.select.name}"),
             (self.alpha not in ("auto", 0), f"an alpha of {self.alpha}"),
             (self.attack is not None and self.attack.rule != "eps", "an attack with radii by margins"),
         ):

@@ -21,7 +21,7 @@ from ttmpd.storage import fingerprint, weights_fingerprint
 from ttmpd.students.adversarial import adversarial_loss, pixels_of
 from ttmpd.students.recipe import Recipe, recipe_of
 from ttmpd.students.training_set import DistillationSet, choose, prepare, steps_per_epoch
-from ttmpd.training.loop import Fit, Loop, batch_order, train
+from ttmpd.training.loop import Loop, TrainingResult, batch_order, train
 from ttmpd.training.losses import soft_label_loss
 
 WORK = ".work"
@@ -49,7 +49,7 @@ class StudentResult:
     selected: tuple[int, ...]
     alpha: float
     n_views: int
-    fit: Fit
+    fit: TrainingResult
     seconds: Mapping[str, float]
     teacher: nn.Module | None = None
     adapt_note: str = ""
@@ -198,7 +198,7 @@ def _stages(folder: Path | None, run: str) -> Iterator[Stages]:
         yield Stages(Path(temporary) / WORK, run)
 
 
-def _fit(student: nn.Module, training_set: DistillationSet, recipe: Recipe, state: Path) -> Fit:
+def _fit(student: nn.Module, training_set: DistillationSet, recipe: Recipe, state: Path) -> TrainingResult:
     """Train all parameters in place; the student is left in eval mode."""
     device, n = next(student.parameters()).device, len(training_set.samples)
     per_epoch = steps_per_epoch(n, recipe.batch_size)

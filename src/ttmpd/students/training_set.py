@@ -16,7 +16,12 @@ from ttmpd.progress import track
 from ttmpd.quality.margins import DeepFoolConfig, margins, radii
 from ttmpd.students.adversarial import Attack
 from ttmpd.students.recipe import Recipe
-from ttmpd.training.teacher_outputs import Targets, TargetsWriter, load_targets, save_targets
+from ttmpd.training.teacher_outputs import (
+    TeacherOutputs,
+    TeacherOutputsWriter,
+    load_teacher_outputs,
+    save_teacher_outputs,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,11 +126,11 @@ def steps_per_epoch(n_samples: int, batch: int) -> int:
 
 def _answers(teacher: nn.Module, samples: Samples, n_views: int, recipe: Recipe, folder: Path) -> Tensor:
     """(n_views, n, n_classes) logits, memory-mapped under ``folder``."""
-    stored = load_targets(folder)
+    stored = load_teacher_outputs(folder)
     if stored is not None:
         return stored.logits
     device, n = next(teacher.parameters()).device, len(samples)
-    store, starts = TargetsWriter(folder, n_views, n), range(0, n, recipe.batch_size)
+    store, starts = TeacherOutputsWriter(folder, n_views, n), range(0, n, recipe.batch_size)
     with evaluating(teacher):
         for view in range(n_views):
             for start in track(starts, f"teacher view {view + 1}/{n_views}", len(starts)):
@@ -133,7 +138,9 @@ def _answers(teacher: nn.Module, samples: Samples, n_views: int, recipe: Recipe,
                 batch = fixed_view(samples.trimmed(index, device), index, view, recipe.seed, n)
                 store.write(view, start, None, predict(teacher, batch))
     logits = store.finish()[1]
-    save_targets(Targets(tap=None, features=None, logits=logits, feature_variance=1.0, held_out=torch.empty(0)), folder)
+    save_teacher_outputs(
+        TeacherOutputs(tap=None, features=None, logits=logits, feature_variance=1.0, held_out=torch.empty(0)), folder
+    )
     return logits
 
 

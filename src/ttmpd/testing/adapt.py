@@ -6,13 +6,13 @@ from torch import nn
 from ttmpd.adapt.base import Adapter
 from ttmpd.models.run import evaluating
 from ttmpd.testing.common import answer, equal, twice
-from ttmpd.testing.tiny_models import require, tiny_model, tiny_samples, untouched
+from ttmpd.testing.tiny_models import assert_untouched, require, tiny_model, tiny_samples
 
 
 def check_adapt_untouched(adapter: Adapter) -> None:
     """Adaptation makes a new model."""
     model, samples = tiny_model(), tiny_samples()
-    with untouched(model, samples):
+    with assert_untouched(model, samples):
         adapted = adapter.adapt(model, samples, batch_size=8)
     shared = {p.data_ptr() for p in adapted.model.parameters()} & {p.data_ptr() for p in model.parameters()}
     require(not shared or adapted.model is model, "an adapted model must have weights of its own")

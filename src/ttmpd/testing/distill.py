@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
-from ttmpd.distill.base import Distiller, Work
+from ttmpd.distill.base import Distiller, FitContext
 from ttmpd.models.modules import clone
 from ttmpd.models.taps import find_output_layer
 from ttmpd.records import Removal
 from ttmpd.surgery.cut import cut
 from ttmpd.testing.common import equal, quick, twice
-from ttmpd.testing.tiny_models import require, tiny_model, tiny_samples, tiny_units, untouched
+from ttmpd.testing.tiny_models import assert_untouched, require, tiny_model, tiny_samples, tiny_units
 from ttmpd.training.held_out import held_out_check
-from ttmpd.training.teacher_outputs import Targets
+from ttmpd.training.teacher_outputs import TeacherOutputs
 
 
 def _student(teacher: nn.Module) -> nn.Module:
@@ -25,15 +25,15 @@ def _student(teacher: nn.Module) -> nn.Module:
 
 def _distilled(
     distiller: Distiller, teacher: nn.Module, student: nn.Module, n: int = 12, n_held: int = 6, **settings: Any
-) -> tuple[Samples, Targets, Work]:
+) -> tuple[Samples, TeacherOutputs, FitContext]:
     """Run both phases; ``student`` is trained in place."""
     few = quick(distiller).with_settings(**settings)
     samples, held_out = tiny_samples(n), tiny_samples(n_held, seed=2)
     with tempfile.TemporaryDirectory() as folder:
-        work = Work(folder=Path(folder), batch_size=8, amp="off")
-        targets = few.prepare(teacher, samples, held_out, work)
-        few.fit(student, samples, held_out, targets, work)
-    return held_out, targets, work
+        context = FitContext(folder=Path(folder), batch_size=8, amp="off")
+        targets = few.prepare(teacher, samples, held_out, context)
+        few.fit(student, samples, held_out, targets, context)
+    return held_out, targets, context
 
 
 def check_distill_untouched(distiller: Distiller) -> None:
@@ -42,9 +42,9 @@ def check_distill_untouched(distiller: Distiller) -> None:
     student = _student(teacher)
     flags = [p.requires_grad for p in student.parameters()]
     few = quick(distiller)
-    with tempfile.TemporaryDirectory() as folder, untouched(teacher, samples):
-        work = Work(folder=Path(folder), batch_size=8, amp="off")
-        few.fit(student, samples, samples, few.prepare(teacher, samples, samples, work), work)
+    with tempfile.TemporaryDirectory() as folder, assert_untouched(teacher, samples):
+        context = FitContext(folder=Path(folder), batch_size=8, amp="off")
+        few.fit(student, samples, samples, few.prepare(teacher, samples, samples, context), context)
     require(flags == [p.requires_grad for p in student.parameters()], "requires_grad of the student must come back")
     require(not student.training, "the student must come back in eval mode")
 
@@ -71,10 +71,10 @@ def check_teacher_asked_once(distiller: Distiller) -> None:
         calls += 1
 
     with tempfile.TemporaryDirectory() as folder:
-        work = Work(folder=Path(folder), batch_size=8, amp="off")
-        targets = few.prepare(teacher, samples, held_out, work)
+        context = FitContext(folder=Path(folder), batch_size=8, amp="off")
+        targets = few.prepare(teacher, samples, held_out, context)
         handle = teacher.stem.register_forward_pre_hook(count)
-        few.fit(student, samples, held_out, targets, work)
+        few.fit(student, samples, held_out, targets, context)
         handle.remove()
     once = type(distiller).one_time
     require((calls == 0) == once, f"one_time is {once}, but fit called the teacher {calls} times")

@@ -11,12 +11,12 @@ from ttmpd.models.modules import clone
 from ttmpd.surgery.exits.model import EarlyExitModel
 from ttmpd.testing.common import answer, equal, quick, twice
 from ttmpd.testing.tiny_models import (
+    assert_untouched,
     require,
     tiny_model,
     tiny_samples,
     tiny_token_samples,
     tiny_transformer,
-    untouched,
 )
 
 
@@ -36,7 +36,7 @@ def _middle(model: EarlyExitModel, batch: Tensor) -> float:
 def check_exits_untouched(method: EarlyExit) -> None:
     """Exits are put on a copy; its blocks keep their weights."""
     model, samples = tiny_model(), tiny_samples()
-    with untouched(model, samples):
+    with assert_untouched(model, samples):
         found = quick(method).equip(model, samples, batch_size=8).model
     require(equal(found.backbone.state_dict(), model.state_dict()), "the model must keep its weights under the exits")
     shared = {p.data_ptr() for p in found.parameters()} & {p.data_ptr() for p in model.parameters()}

@@ -7,7 +7,7 @@ from ttmpd.models.modules import clone
 from ttmpd.models.run import evaluating, output_tensors
 from ttmpd.runtimes.base import Runtime
 from ttmpd.testing.common import answer
-from ttmpd.testing.tiny_models import require, tiny_model, tiny_samples, untouched
+from ttmpd.testing.tiny_models import assert_untouched, require, tiny_model, tiny_samples
 
 
 def _case() -> tuple[nn.Module, Tensor]:
@@ -28,7 +28,7 @@ def check_same_outputs(runtime: Runtime) -> None:
 def check_module_untouched(runtime: Runtime) -> None:
     """Preparing and running leave the module, its mode and the batch as they were."""
     model, batch = _case()
-    with untouched(model), evaluating(model):
+    with assert_untouched(model), evaluating(model):
         inputs = batch.clone()
         runtime.prepare(model, inputs)(inputs)
         require(torch.equal(inputs, batch), "a runtime must leave its inputs as they were")

@@ -11,7 +11,15 @@ from ttmpd.records import ACTIONS, Score, Unit, WidthUnit
 from ttmpd.score.base import Scorer
 from ttmpd.surgery.find import depth_kind, find_units, kinds_of
 from ttmpd.testing.common import quick, twice
-from ttmpd.testing.tiny_models import TinyNet, require, specimen, tiny_model, tiny_samples, tiny_units, untouched
+from ttmpd.testing.tiny_models import (
+    TinyNet,
+    assert_untouched,
+    example_of_kind,
+    require,
+    tiny_model,
+    tiny_samples,
+    tiny_units,
+)
 
 Case = tuple[nn.Module, tuple[Unit, ...], Samples]
 
@@ -20,7 +28,7 @@ def _cases(scorer: Scorer, n: int = 12) -> Iterator[Case]:
     """The example of every kind of unit, with all units in it that the scorer says it can judge."""
     kinds, examples = kinds_of(*scorer.scopes), set[type[nn.Module]]()
     for kind in kinds:
-        model, samples = specimen(kind, n)
+        model, samples = example_of_kind(kind, n)
         units = find_units(model, samples.batch(slice(0, 2)), kinds).units
         judged = tuple(unit for unit in units if scorer.can_judge(model, unit))
         if judged and type(model) not in examples:
@@ -36,7 +44,7 @@ def _scores(scorer: Scorer, case: Case, seed: int = 0) -> tuple[Score, ...]:
 def check_score_untouched(scorer: Scorer) -> None:
     """Scoring changes nothing."""
     for case in _cases(scorer):
-        with untouched(case[0], case[2]):
+        with assert_untouched(case[0], case[2]):
             _scores(scorer, case)
 
 
@@ -102,7 +110,7 @@ def _check_block_of_nothing(scorer: Scorer, number: int) -> None:
 
 def _check_members_of_nothing(scorer: Scorer, kind: str) -> None:
     """The first half of the members of the first unit says nothing: all others stay before any of them does."""
-    model, samples = specimen(kind)
+    model, samples = example_of_kind(kind)
     unit = find_units(model, samples.batch(slice(0, 2)), [kind]).units[0]
     if not isinstance(unit, WidthUnit) or not scorer.can_judge(model, unit):
         return

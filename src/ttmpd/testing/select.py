@@ -7,7 +7,7 @@ import torch
 from ttmpd.data.samples import Samples
 from ttmpd.select.base import Selector
 from ttmpd.testing.common import twice
-from ttmpd.testing.tiny_models import require, tiny_model, tiny_samples, untouched
+from ttmpd.testing.tiny_models import assert_untouched, require, tiny_model, tiny_samples
 
 
 def check_select_positions(selector: Selector) -> None:
@@ -30,7 +30,7 @@ def check_select_repeats(selector: Selector) -> None:
 def check_select_untouched(selector: Selector) -> None:
     """Selecting changes nothing."""
     model, pool = tiny_model(dropout=0.5), tiny_samples()
-    with untouched(model, pool):
+    with assert_untouched(model, pool):
         selector.select(model, pool, 4, batch_size=5)
 
 
@@ -44,7 +44,7 @@ def check_select_edges(selector: Selector) -> None:
     values[[0, 7]] = math.nan
     chosen = selector.select(model, Samples(values, tiny_samples().ids), 4, batch_size=5)
     require(len(set(chosen)) == 4, f"samples with NaN must not break the choice, but got {chosen}")
-    if type(selector).looks:
+    if type(selector).uses_teacher:
         require(not {0, 7} & set(chosen), f"samples that give no finite answer must come last, but got {chosen}")
 
 

@@ -23,8 +23,20 @@ from ttmpd.records import Unit
 from ttmpd.surgery.find import find_units, kind_of, kinds_of
 
 __all__ = [
-    "TinyAttention", "TinyBlock", "TinyLayer", "TinyNet", "TinyTransformer", "require", "specimen", "tiny_model",
-    "tiny_samples", "tiny_token_samples", "tiny_tokens", "tiny_transformer", "tiny_units", "untouched",
+    "TinyAttention",
+    "TinyBlock",
+    "TinyLayer",
+    "TinyNet",
+    "TinyTransformer",
+    "assert_untouched",
+    "example_of_kind",
+    "require",
+    "tiny_model",
+    "tiny_samples",
+    "tiny_token_samples",
+    "tiny_tokens",
+    "tiny_transformer",
+    "tiny_units",
 ]  # fmt: skip
 
 
@@ -39,7 +51,7 @@ def tiny_samples(n: int = 12, seed: int = 1) -> Samples:
     return Samples(pixels, tuple(f"{seed}-{i}" for i in range(n)), mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
-def specimen(kind: str, n: int = 12) -> tuple[nn.Module, Samples]:
+def example_of_kind(kind: str, n: int = 12) -> tuple[nn.Module, Samples]:
     """The example of a kind of unit, with ``n`` samples for it."""
     model, batch = kind_of(kind).example(n)
     return model, Samples(batch, tuple(map(str, range(n))))
@@ -57,7 +69,7 @@ def require(holds: bool, message: str) -> None:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, samples: Samples | None = None) -> Iterator[None]:
+def assert_untouched(model: nn.Module, samples: Samples | None = None) -> Iterator[None]:
     """Check that the block leaves model, samples and random state as it found them.
 
     Train flags, gradients and ``requires_grad`` are set to a mixture first, so that a reset to any one value shows.

@@ -11,7 +11,7 @@ from ttmpd.records import DepthUnit, Removal, Unit, WidthUnit
 from ttmpd.surgery.masks import mask_of, masked
 from ttmpd.surgery.units.base import DepthUnits, UnitFinder, WidthUnits
 from ttmpd.testing.common import answer
-from ttmpd.testing.tiny_models import require, untouched
+from ttmpd.testing.tiny_models import assert_untouched, require
 
 
 def _example(kind: UnitFinder) -> tuple[nn.Module, Tensor, tuple[Unit, ...]]:
@@ -52,7 +52,7 @@ def _masked_answer(model: nn.Module, batch: Tensor, removals: Sequence[Removal])
 def check_units_untouched(kind: UnitFinder) -> None:
     """Finding, masking and cutting change nothing; an earlier mask leaves no trace."""
     model, batch, units = _example(kind)
-    with untouched(model):
+    with assert_untouched(model):
         kind.find(model, batch)
         for removals in _removals(units):
             _cut(kind, model, removals)

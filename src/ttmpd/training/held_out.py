@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.models.run import predictions_of
-from ttmpd.training.loop import SHOWN, Check
+from ttmpd.training.loop import MIN_LOSS_GAIN, Check
 from ttmpd.training.task import task_of
-from ttmpd.training.teacher_outputs import Targets
+from ttmpd.training.teacher_outputs import TeacherOutputs
 
 
 def held_out_check(
-    student: nn.Module, held_out: Samples, targets: Targets, batch_size: int
+    student: nn.Module, held_out: Samples, targets: TeacherOutputs, batch_size: int
 ) -> Callable[[], Check] | None:
     """A check of the student against the stored answers on the held-out samples; None when there are none."""
     if not len(held_out):
@@ -58,7 +58,7 @@ def mix_with_start(
         return False
     trained = {name: value.detach().clone() for name, value in student.state_dict().items()}
     student.load_state_dict(mixture(trained, start, share))
-    if end.better_than(check(), by=SHOWN):
+    if end.better_than(check(), by=MIN_LOSS_GAIN):
         student.load_state_dict(trained)
         return False
     return True

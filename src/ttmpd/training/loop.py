@@ -23,7 +23,7 @@ Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class TrainingResult:
     """What a training run did.
 
     Args:
@@ -33,7 +33,7 @@ class Fit:
         best_step: the step whose weights were kept; 0 is the start.
         losses: mean training loss between evaluations.
         checks: (step, agreement share, held-out loss) at every evaluation.
-        mixed: the share of the start in the weights that were kept.
+        start_weight: weight of the initial parameters in the WiSE-FT average that was kept; 0 where none was made.
     """
 
     steps: int
@@ -42,24 +42,28 @@ class Fit:
     best_step: int
     losses: tuple[float, ...] = ()
     checks: tuple[tuple[int, float, float], ...] = ()
-    mixed: float = 0.0
+    start_weight: float = 0.0
 
 
-SHOWN = 0.25
-"""By what share a held-out loss must be lower to count against the end of a training run: a choice. Of a few dozen
-samples a few make most of the loss."""
+MIN_LOSS_GAIN = 0.25
+"""Minimum relative gain in held-out loss for an earlier state to be preferred to the end of training (not tuned).
+
+Of a few dozen samples, two or three make up most of the loss.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The student on held-out samples: share of answers like the teacher's, and the loss that breaks ties."""
+    """The student on held-out samples: agreement with the teacher (a share), and the loss that breaks ties."""
 
     agreement: float
     loss: float
     n_samples: int = 1
 
     def better_than(self, other: "Check", by: float = 0.0) -> bool:
-        """More agreement by two standard errors, or not less by two and a loss lower by that share; never with NaN.
+        """True for agreement higher by two standard errors, or for equal agreement and a loss lower by a share ``by``.
+
+        A loss that is not finite is never better.
 
         A few dozen held-out samples cannot tell agreements apart that lie closer, and the luckiest of ten checks is
         not the best student; the loss tells them apart.
@@ -72,8 +76,8 @@ class Check:
             return self.agreement > other.agreement
         return self.loss < other.loss * (1 - by)
 
-    def ruined(self, best: "Check") -> bool:
-        """Whether training has gone astray: far worse than the best so far, in loss and in agreement."""
+    def diverged(self, best: "Check") -> bool:
+        """True where training has diverged: a loss of twice the best so far or more, and no more agreement."""
         return not self.loss <= 2 * best.loss and self.agreement <= best.agreement
 
 
@@ -134,25 +138,25 @@ def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[obje
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def choose_amp(step: Callable[[bool], object], device: torch.device, wanted: str = "auto") -> bool:
+def choose_amp(step: Callable[[bool], object], device: torch.device, amp: str = "auto") -> bool:
     """Whether bfloat16 autocast makes a step faster *here*: measured, since many processors emulate it slowly.
 
     Args:
         step: runs one training step with or without autocast.
         device: where it runs.
-        wanted: "on", "off", or "auto" to measure.
+        amp: "on", "off", or "auto" to measure.
     """
-    if wanted != "auto":
-        return wanted == "on"
+    if amp != "auto":
+        return amp == "on"
     if device.type == "cpu" and not _native_bfloat16():
         return False
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for number in range(3):
-        for amp in (True, False):
+        for enabled in (True, False):
             start = time.perf_counter()
-            step(amp)
+            step(enabled)
             if number:  # the first round warms up
-                seconds[amp].append(time.perf_counter() - start)
+                seconds[enabled].append(time.perf_counter() - start)
     return min(seconds[True]) < 0.9 * min(seconds[False])
 
 
@@ -188,7 +192,7 @@ class Loop:
     clock: Clock = time.monotonic
 
 
-def train(model: nn.Module, loss_at: Callable[[int], Tensor], schedule: Schedule, loop: Loop) -> Fit:
+def train(model: nn.Module, loss_at: Callable[[int], Tensor], schedule: Schedule, loop: Loop) -> TrainingResult:
     """Train the parameters of ``model`` that require gradients, in place, and leave it with its best state.
 
     Args:
@@ -205,10 +209,10 @@ def train(model: nn.Module, loss_at: Callable[[int], Tensor], schedule: Schedule
     run.resume()
     saved = loop.clock()
     while run.step < schedule.steps and not run.stopped:
-        run.take(loss_at)
+        run.make_step(loss_at)
         last = run.step == schedule.steps
         if loop.check is not None and (run.step % loop.check_every == 0 or last):
-            run.look()
+            run.evaluate()
         if loop.clock() > loop.deadline:
             run.stopped = "time budget"
         if loop.state is not None and loop.clock() - saved > loop.save_seconds:
@@ -233,7 +237,7 @@ class _Run:
         self.best_state: dict[str, Tensor] = {}
         self.lr_scale = 1.0
 
-    def take(self, loss_at: Callable[[int], Tensor]) -> None:
+    def make_step(self, loss_at: Callable[[int], Tensor]) -> None:
         """One optimizer step; a step whose loss is not finite, or whose clipped gradient is not, is left out.
 
         Dropout draws by the number of the step: a resumed run goes on exactly, and the caller's random state stays.
@@ -255,8 +259,8 @@ class _Run:
         self.optimizer.step()
         self.running.append(float(loss.detach()))
 
-    def look(self) -> None:
-        """Check the student and keep it if it is the best so far."""
+    def evaluate(self) -> None:
+        """Check the student, and keep its weights if they are the best so far."""
         assert self.loop.check is not None
         now = self.loop.check()
         self.checks.append((self.step, now.agreement, now.loss))
@@ -270,7 +274,7 @@ class _Run:
             self.best_state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         else:
             self.idle += 1
-            if now.ruined(self.best):
+            if now.diverged(self.best):
                 self._back_off()
             if self.loop.patience and self.idle >= self.loop.patience:
                 self.stopped = "no progress"
@@ -285,15 +289,15 @@ class _Run:
         """None where nothing can learn."""
         return self.schedule.build(self.parameters) if self.parameters else None
 
-    def finish(self) -> Fit:
+    def finish(self) -> TrainingResult:
         """Restore the best state and tell what was done."""
         if self.loop.check is not None and self.checks[-1][0] != self.step:
-            self.look()
+            self.evaluate()
         if self._ended_well():
             self.best_step = self.step
         elif self.best_state:
             self.model.load_state_dict(self.best_state)
-        return Fit(
+        return TrainingResult(
             steps=self.step,
             stopped=self.stopped or "finished",
             rolled_back=self.loop.check is not None and self.best_step == 0 and self.step > 0,
@@ -303,23 +307,24 @@ class _Run:
         )
 
     def _ended_well(self) -> bool:
-        """Whether the last state is kept though a check before it was better.
+        """True where the last state is kept even if an earlier check was slightly better.
 
-        Once the learning rate has fallen to nothing the weights are quiet; of the ten checks on the way the luckiest
-        was better by chance, unless it was so by `SHOWN`. So with the start: a closed form is fitted to the teacher's
-        answers themselves and comes nearer to them than training does, errors included.
+        Once the learning rate has fallen to zero the weights no longer move. The best of ten checks on the way was
+        better by chance, unless by `MIN_LOSS_GAIN`. The same holds for the start: a closed form is fitted to the
+        teacher's predictions themselves and comes nearer to them than training does, errors included.
         """
         if self.best is None or self.stopped or not self.step:
             return False
         start, last = (Check(*self.checks[i][1:], self.best.n_samples) for i in (0, -1))
-        return math.isfinite(last.loss) and not any(seen.better_than(last, by=SHOWN) for seen in (self.best, start))
+        earlier = (self.best, start)
+        return math.isfinite(last.loss) and not any(check.better_than(last, by=MIN_LOSS_GAIN) for check in earlier)
 
     def resume(self) -> None:
-        """Go on from the saved state if there is one that fits, else look at the start."""
+        """Continue from the saved state if there is one that fits; else evaluate the start."""
         if self.loop.state is not None and self.loop.state.exists() and self._load(self.loop.state):
             return
         if self.loop.check is not None:
-            self.look()
+            self.evaluate()
 
     def save(self, path: Path) -> None:
         """Write the state of the run, whole or not at all."""

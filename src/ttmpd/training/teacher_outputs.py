@@ -18,7 +18,7 @@ WIDE = 4096
 
 
 @dataclass(frozen=True, eq=False)
-class Targets:
+class TeacherOutputs:
     """The teacher's answers for fixed views of the samples: all that ``fit`` may know of it.
 
     Args:
@@ -38,7 +38,7 @@ class Targets:
     teacher: nn.Module | None = None
 
 
-class TargetsWriter:
+class TeacherOutputsWriter:
     """Writes ``features.npy`` and ``logits.npy``, each (views, samples, ...), batch by batch.
 
     Args:
@@ -89,8 +89,11 @@ def _claim(path: Path) -> None:
                     raise
 
 
-def save_targets(targets: Targets, folder: Path) -> None:
-    """Write what :func:`load_targets` needs beside the arrays; ``targets.json`` comes last and makes them valid."""
+def save_teacher_outputs(targets: TeacherOutputs, folder: Path) -> None:
+    """Write what :func:`load_teacher_outputs` needs beside the arrays.
+
+    ``targets.json`` is written last: without it the arrays are ignored.
+    """
     np.save(folder / "held_out.npy", targets.held_out.cpu().numpy())
     facts = {
         "tap": None if targets.tap is None else [targets.tap.path, targets.tap.side, targets.tap.token],
@@ -100,7 +103,7 @@ def save_targets(targets: Targets, folder: Path) -> None:
     write_json(folder / "targets.json", facts)
 
 
-def load_targets(folder: Path) -> Targets | None:
+def load_teacher_outputs(folder: Path) -> TeacherOutputs | None:
     """Targets that an earlier run finished in ``folder``, or None."""
     facts = folder / "targets.json"
     if not facts.exists():
@@ -110,7 +113,7 @@ def load_targets(folder: Path) -> Targets | None:
     arrays = {
         name: torch.from_numpy(np.lib.format.open_memmap(folder / f"{name}.npy", mode="c")) for name in data["arrays"]
     }
-    return Targets(
+    return TeacherOutputs(
         tap=None if data["tap"] is None else Tap(*data["tap"]),
         features=arrays.get("features"),
         logits=arrays["logits"],

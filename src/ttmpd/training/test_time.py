@@ -19,9 +19,9 @@ from ttmpd.models.run import predict, predictions_of
 from ttmpd.training.losses import entropy_of
 
 OPTIMIZERS = ("adam", "sgd")
-Again = Callable[[], Tensor]
-Loss = Callable[[Tensor, Again, int], Tensor]
-"""``loss(before, again, step)``: the selected samples' logits before the step, (n, n_classes), without gradients; a
+Rerun = Callable[[], Tensor]
+Loss = Callable[[Tensor, Rerun, int], Tensor]
+"""``loss(before, rerun, step)``: the selected samples' logits before the step, (n, n_classes), without gradients; a
 function that runs these samples with gradients; the number of the step, to draw by."""
 
 
@@ -50,7 +50,7 @@ def redundancy_for(n_classes: int) -> float:
     return min(1.0, factor / math.sqrt(n_classes))
 
 
-class Selection:
+class ReliableSampleFilter:
     """Which samples are worth a backward pass: sure ones, unlike what was learned from before.
 
     Args:
@@ -86,7 +86,7 @@ class Selection:
 
 
 @dataclass(frozen=True, eq=False)
-class Anchor:
+class FisherPenalty:
     """Where scale and shift started, and how much each matters to the answers: keeps what the model knew.
 
     Args:
@@ -99,13 +99,13 @@ class Anchor:
     start: tuple[Tensor, ...]
     importance: tuple[Tensor, ...]
 
-    def penalty(self) -> Tensor:
+    def value(self) -> Tensor:
         """Sum over all values of importance x (value - start)^2."""
         pairs = zip(self.importance, self.parameters, self.start, strict=True)
         return torch.stack([(i * (p - s).square()).sum() for i, p, s in pairs]).sum()
 
 
-def anchor(model: nn.Module, samples: Samples, batch: int, batch_statistics: bool = False) -> Anchor:
+def fisher_penalty(model: nn.Module, samples: Samples, batch: int, batch_statistics: bool = False) -> FisherPenalty:
     """An anchor at the present values, with the Fisher information of the model's own pseudo labels as importance.
 
     F = mean over batches of the squared gradient of the batch's mean cross entropy: the definition of the authors'
@@ -124,7 +124,7 @@ def anchor(model: nn.Module, samples: Samples, batch: int, batch_statistics: boo
                 summed += 0 if gradient is None else gradient.square()
     mean = torch.cat([summed.flatten() for summed in total]).mean().clamp_min(1e-30)
     start = tuple(p.detach().clone() for p in parameters)
-    return Anchor(tuple(parameters), start, tuple(summed / mean for summed in total))
+    return FisherPenalty(tuple(parameters), start, tuple(summed / mean for summed in total))
 
 
 class Adaptation:
@@ -137,7 +137,7 @@ class Adaptation:
         lr: learning rate.
         optimizer: "adam", or "sgd" with momentum 0.9.
         selection: which samples are learned from; None takes all.
-        anew: the loss runs the samples in another way than they were answered, and not in the same run.
+        separate_forward: the loss runs the samples in another way than they were answered, and not in the same run.
         batch_statistics: batch normalisation takes the statistics of the batch instead of those it holds.
 
     Raises:
@@ -146,7 +146,7 @@ class Adaptation:
     Example:
         >>> from ttmpd.training.losses import entropy
         >>> from ttmpd.testing.tiny_models import tiny_model, tiny_samples
-        >>> service = Adaptation(tiny_model(), lambda before, again, step: entropy(again()).mean())
+        >>> service = Adaptation(tiny_model(), lambda before, rerun, step: entropy(rerun()).mean())
         >>> for batch in tiny_samples(12).batches(6):
         ...     logits = service.step(batch)
         >>> service.reset()
@@ -159,12 +159,12 @@ class Adaptation:
         *,
         lr: float = 1e-3,
         optimizer: str = "adam",
-        selection: Selection | None = None,
-        anew: bool = False,
+        selection: ReliableSampleFilter | None = None,
+        separate_forward: bool = False,
         batch_statistics: bool = False,
     ) -> None:
-        self.model, self.loss, self.lr, self.optimizer_name, self.anew = model, loss, lr, optimizer, anew
-        self.selection, self.batch_statistics = selection, batch_statistics
+        self.model, self.loss, self.lr, self.optimizer_name = model, loss, lr, optimizer
+        self.selection, self.separate_forward, self.batch_statistics = selection, separate_forward, batch_statistics
         self.parameters = norm_parameters(model)
         if not self.parameters:
             raise InvalidValueError(
@@ -205,9 +205,10 @@ class Adaptation:
         """
         self.n_selected += len(batch)
         with learning(self.model, self.batch_statistics):
-            with torch.set_grad_enabled(not self.anew):
+            with torch.set_grad_enabled(not self.separate_forward):
                 logits = self._run(batch)
-            self._learn(logits.detach(), (lambda: self._run(batch)) if self.anew else (lambda: logits), len(batch))
+            rerun = (lambda: self._run(batch)) if self.separate_forward else (lambda: logits)
+            self._learn(logits.detach(), rerun, len(batch))
         return logits.detach()
 
     def _run(self, batch: Tensor) -> Tensor:
@@ -220,8 +221,8 @@ class Adaptation:
         if len(chosen) > self.batch_statistics:
             self._learn(before[chosen], lambda: self._run(batch[chosen]), len(chosen))
 
-    def _learn(self, before: Tensor, again: Again, n_backward: int) -> None:
-        loss = self.loss(before, again, self.steps)
+    def _learn(self, before: Tensor, rerun: Rerun, n_backward: int) -> None:
+        loss = self.loss(before, rerun, self.steps)
         self.steps += 1
         if bool(torch.isfinite(loss.detach())):
             self.n_backward += n_backward

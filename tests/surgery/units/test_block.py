@@ -16,7 +16,7 @@ from ttmpd.surgery.masks import skipped
 from ttmpd.surgery.reasons import Reason
 from ttmpd.surgery.replacements import PassThrough, put, replacement_at
 from ttmpd.surgery.units.block import Block
-from ttmpd.testing.tiny_models import TinyNet, tiny_model, tiny_units, untouched
+from ttmpd.testing.tiny_models import TinyNet, assert_untouched, tiny_model, tiny_units
 
 timm = pytest.importorskip("timm")
 
@@ -544,7 +544,7 @@ def test_find_leaves_the_model_as_it_was_even_where_it_refuses():
         gain = 2.0
 
     model = Net(Layer(), Res(), run=lambda body, x: body[1](body[0](x) * body[0].gain))
-    with untouched(model):
+    with assert_untouched(model):
         assert len(BLOCK.find(model, ROWS).units) == 1
 
 
