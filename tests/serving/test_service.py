@@ -339,7 +339,7 @@ def test_a_teacher_that_answers_with_nan_is_refused(stage):
     stage.worker.adapt(lambda state: state["head.bias"].fill_(float("nan")))
     state = stage.look()
     assert (state["phase"], state["answers"]) == ("idle", "source")
-    assert "must answer with finite scores" in state["error"]
+    assert "must predict finite values" in state["error"]
     assert stage.worker.stopped
 
 

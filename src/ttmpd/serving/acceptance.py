@@ -10,6 +10,7 @@ from ttmpd.latency.timing import forward_call, interleaved
 from ttmpd.models.modules import has_nan
 from ttmpd.models.run import predict
 from ttmpd.serving.policy import Policy
+from ttmpd.training.task import task_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +38,12 @@ def accept(student: nn.Module, teacher: nn.Module, held_out: Samples, *, n_batch
         n_batch: samples of the batches on which both are timed: as many as callers send.
         policy: the floors.
     """
-    expected, answers = logits_on(teacher, held_out), logits_on(student, held_out)
-    if answers.shape != expected.shape:
-        return Acceptance(f"it answers with the shape {tuple(answers.shape)} in place of {tuple(expected.shape)}")
-    if has_nan(answers):
+    expected, predicted = predictions_on(teacher, held_out), predictions_on(student, held_out)
+    if predicted.shape != expected.shape:
+        return Acceptance(f"it answers with the shape {tuple(predicted.shape)} in place of {tuple(expected.shape)}")
+    if has_nan(predicted):
         return Acceptance("it answers with NaN or infinity")
-    share = alike(answers, expected)
+    share = task_of(teacher).agreement(predicted, expected)
     if share < policy.min_agreement:
         why = f"it answers like the teacher on {share:.0%} of {len(held_out)} held-out samples"
         return Acceptance(f"{why}, but must on {policy.min_agreement:.0%}", share)
@@ -60,13 +61,8 @@ def _speedup(student: nn.Module, teacher: nn.Module, held_out: Samples, n_batch:
     return rounds.ratio("teacher", "student").median_ms
 
 
-def alike(logits: Tensor, others: Tensor) -> float:
-    """Share of rows with the same class."""
-    return float((logits.argmax(-1) == others.argmax(-1)).float().mean())
-
-
-def logits_on(model: nn.Module, samples: Samples | Tensor, batch_size: int = 64) -> Tensor:
-    """(N, n_classes) logits on the CPU of a frozen model; other than ``evaluating``, nothing that others use is set."""
+def predictions_on(model: nn.Module, samples: Samples | Tensor, batch_size: int = 64) -> Tensor:
+    """(rows, values) on the CPU of a frozen model; unlike ``evaluating`` it sets nothing that other threads use."""
     device = device_of(model)
     batches = samples.batches(batch_size, device) if isinstance(samples, Samples) else torch.split(samples, batch_size)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ttmpd.data.open import open_samples
 from ttmpd.data.samples import Samples
-from ttmpd.errors import cause
+from ttmpd.errors import ModelError, cause
 from ttmpd.models.opened import OpenedModel
 from ttmpd.serving.acceptance import Acceptance, accept
 from ttmpd.serving.job import Begin, Clock, CompressionJob
@@ -20,6 +20,8 @@ from ttmpd.serving.monitor import AnswerMonitor, Served
 from ttmpd.serving.policy import Policy
 from ttmpd.serving.reservoir import Reservoir
 from ttmpd.serving.worker import STUDENT, JobInputs, Kind
+from ttmpd.tasks.base import Task
+from ttmpd.training.task import adopt_task
 
 _log = logging.getLogger("ttmpd")
 
@@ -61,19 +63,40 @@ class ServiceController:
         self._began, self._last_begun = clock(), -float("inf")
         self._n_jobs = self._n_moves = self._n_swaps = 0
         self._job: CompressionJob | None = None
+        self._task: Task | None = None
+        self.unreadable = ""  # why outputs cannot be compared; "" where they can
         self._acceptance: Acceptance | None = None
         self._seconds: dict[str, float] = {}
         self._sizes: tuple[int, ...] = ()  # tuples are replaced whole: no thread sees one in the middle of a change
         self._events: tuple[tuple[float, str], ...] = ()
 
-    def note(self, served: Served, batch: Tensor, logits: Tensor | None) -> None:
-        """Take in a batch and what was answered; from any thread."""
+    def note(self, served: Served, batch: Tensor, raw: Any) -> None:
+        """Take in a batch and the output for it, as the model returned it; from any thread.
+
+        Raises:
+            ModelError: no task can read the output, so that the batch is no use.
+        """
         if not len(batch):
             return
+        task = self.task_for(batch, raw)
         self._sizes = (*self._sizes[-63:], len(batch))
         self.reservoir.add(batch)
-        if logits is not None and logits.dim() == 2 and len(logits) == len(batch):
-            self.monitor.note(served, batch, logits)
+        self.monitor.note(served, batch, task.outputs(raw, batch))
+
+    def task_for(self, batch: Tensor, raw: Any) -> Task:
+        """What the model predicts: told from its first output, and carried by all models that answer from then on.
+
+        Raises:
+            ModelError: no task can read the output.
+        """
+        if self._task is None:
+            try:
+                self._task = adopt_task(self.source.module, raw, batch, None, self.opened.preprocessing)
+            except ModelError as error:
+                self.unreadable = f"there will be no student: {error}"
+                raise
+            self.unreadable = ""
+        return self._task
 
     def look(self) -> None:
         """Take one step; nothing that goes wrong is raised."""
@@ -231,7 +254,7 @@ class ServiceController:
         return {
             "phase": self.phase,
             "answers": self.served.name,
-            "error": self.error,
+            "error": self.error or self.unreadable,
             "n_collected": len(reservoir),
             "n_wanted": self._n_wanted,
             "n_refused": reservoir.n_refused,

@@ -16,7 +16,7 @@ from ttmpd.data.samples import Samples
 from ttmpd.errors import ModelError, cause
 from ttmpd.models.modules import clone, has_nan
 from ttmpd.records import Removal
-from ttmpd.serving.acceptance import frozen, logits_on
+from ttmpd.serving.acceptance import frozen, predictions_on
 from ttmpd.serving.policy import Policy
 from ttmpd.serving.worker import STUDENT, TEACHER, FailedStart, JobInputs, Kind, Outcome, Progress, Worker
 from ttmpd.surgery.cut import replay
@@ -118,9 +118,9 @@ class CompressionJob:
         self.has_teacher = True
         teacher = clone(source)
         teacher.load_state_dict(load_file(path))
-        logits = logits_on(teacher, self.held_out)
-        if logits.shape[1:] != logits_on(source, self.held_out.first(1)).shape[1:] or has_nan(logits):
-            raise ModelError("the adapted teacher must answer with finite scores of the same classes, but does not")
+        predicted = predictions_on(teacher, self.held_out)
+        if predicted.shape[1:] != predictions_on(source, self.held_out.first(1)).shape[1:] or has_nan(predicted):
+            raise ModelError("the adapted teacher must predict finite values, as many as the source, but does not")
         return frozen(teacher)
 
     def student(self, source: nn.Module, removed: Sequence[Removal]) -> nn.Module:

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.quality.proportion import Proportion, proportion
-from ttmpd.serving.acceptance import alike, logits_on
+from ttmpd.serving.acceptance import predictions_on
 from ttmpd.serving.drift import Drift, DriftTest
 from ttmpd.serving.policy import Policy
 from ttmpd.serving.reservoir import Recent
-from ttmpd.training.losses import mutual_information
+from ttmpd.training.task import task_of
 
 FEWEST = 16
 """Recent samples below which models are not compared."""
@@ -43,16 +43,18 @@ class AnswerMonitor:
         self._shadow: Proportion | None = None
         self._n_since = 0
 
-    def note(self, served: Served, batch: Tensor, logits: Tensor) -> None:
-        """Take in what a caller was answered; from any thread, without waiting."""
-        self._inbox.append((served.number, logits.detach().clone()))  # callers may change what they were given
+    def note(self, served: Served, batch: Tensor, outputs: Tensor) -> None:
+        """Take in (rows, values) predictions for a caller's batch; from any thread, without waiting."""
+        by_sample = _by_sample(outputs.detach().clone(), len(batch))  # callers may change what they were given
+        self._inbox.append((served.number, by_sample))
         if served.name != "source":
             self.recent.add(batch)
 
     def begin(self, served: Served, held_out: Samples) -> None:
         """From now on compare answers of this model with those that it gives for the held samples."""
-        policy, reference = self.policy, logits_on(served.module, held_out)
-        self._drift = Drift(reference, window=policy.window, false_alarm=policy.false_alarm)
+        policy, reference = self.policy, _by_sample(predictions_on(served.module, held_out), len(held_out))
+        task = task_of(served.module)
+        self._drift = Drift(reference, task, window=policy.window, false_alarm=policy.false_alarm)
         self._number, self._test, self._shadow, self._n_since = served.number, None, None, 0
         self.recent.reset()
 
@@ -64,10 +66,10 @@ class AnswerMonitor:
     def moved(self) -> str:
         """Test the new answers for drift: a sentence that says what moved, or "" when nothing did."""
         for _ in range(len(self._inbox)):  # what comes meanwhile waits, so that fast callers cannot hold this up
-            number, logits = self._inbox.popleft()
+            number, outputs = self._inbox.popleft()
             if self._drift is not None and number == self._number:
-                self._drift.add(logits)
-                self._n_since += len(logits)
+                self._drift.add(outputs)
+                self._n_since += len(outputs)
         test = None if self._drift is None else self._drift.test()
         self._test = test or self._test
         if test is None or not test.moved:
@@ -89,19 +91,20 @@ class AnswerMonitor:
         rows = self.recent.rows()
         if rows is None or len(rows) < FEWEST:
             return None
-        share = alike(logits_on(student, rows), logits_on(teacher, rows))
+        share = task_of(teacher).agreement(predictions_on(student, rows), predictions_on(teacher, rows))
         self._shadow = proportion(round(share * len(rows)), len(rows))
         return self._shadow
 
     def better(self, candidates: list[Served]) -> Served:
-        """The model whose answers to the recent samples are surest and most varied; the first where there are too few.
+        """The model whose predictions for the recent samples are surest and most varied.
 
-        There are no labels: it is the criterion by which the teacher's statistics are mixed.
+        There are no labels: it is the criterion by which the teacher's statistics are mixed. Where there are too few
+        samples, or the task has no such criterion, it is the first one.
         """
-        rows = self.recent.rows()
-        if rows is None or len(rows) < FEWEST:
+        rows, task = self.recent.rows(), task_of(candidates[0].module)
+        if rows is None or len(rows) < FEWEST or task.reason_not_to_adapt:
             return candidates[0]
-        return max(candidates, key=lambda served: float(mutual_information(logits_on(served.module, rows))))
+        return max(candidates, key=lambda served: float(task.information(predictions_on(served.module, rows))))
 
     def state(self) -> dict[str, Any]:
         """The last drift test and the last comparison with the teacher, as plain data."""
@@ -116,3 +119,8 @@ class AnswerMonitor:
             },
             "shadow": None if shadow is None else asdict(shadow),
         }
+
+
+def _by_sample(outputs: Tensor, n_samples: int) -> Tensor:
+    """(n_samples, values) predictions, or (n_samples, rows, values) where each sample has several."""
+    return outputs if len(outputs) == n_samples else outputs.view(n_samples, -1, outputs.shape[-1])

@@ -1,6 +1,5 @@
 """A small HTTP server around a running service: predictions, state, report, health and metrics."""
 
-import math
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -22,8 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
-from ttmpd.errors import InvalidValueError, ModelError, TTMPDError, UnsupportedError, cause
-from ttmpd.models.run import first_tensor
+from ttmpd.errors import InvalidValueError, TTMPDError, UnsupportedError, cause
 from ttmpd.serving.metrics import CONTENT_TYPE, Metrics
 from ttmpd.serving.requests import NPY_TYPES, Limits, from_images, from_json, from_npy
 from ttmpd.serving.service import OnlineService
@@ -136,37 +134,15 @@ def _answer(
     batch = read()
     begun = time.perf_counter()
     try:
-        answer = service.answer(batch.to(service.device))
-        logits = first_tensor(answer.output)
-        if logits is None or logits.dim() != 2:
-            raise ModelError("the model must answer with one row of class scores per sample, but does not")
-        logits = logits.detach().float().cpu()
+        batch = batch.to(service.device)
+        answer = service.answer(batch)
+        records = service.records(batch, answer, top=top, scores=with_scores)
     except torch.OutOfMemoryError:
         raise HTTPException(503, f"the device must have room for {len(batch)} samples; send fewer at once") from None
     except (RuntimeError, ValueError, IndexError) as error:  # what modules raise for inputs they cannot take
         raise InvalidValueError(f"the model must be able to take the inputs, but said {cause(error)}") from error
     metrics.answered(answer.by, len(batch), time.perf_counter() - begun)
-    names = service.opened.class_names
-    return {
-        "answered_by": answer.by,
-        "answers": [_row(row, names, top, with_scores) for row in logits],
-    }
-
-
-def _row(logits: Tensor, names: tuple[str, ...], top: int, with_scores: bool) -> dict[str, Any]:
-    """The answer to one sample; values that are not finite become null."""
-    probabilities = torch.softmax(logits, -1)
-    best = probabilities.topk(min(top, len(logits)))
-    classes = [
-        {"class": index, "probability": _number(p)} | ({"name": names[index]} if index < len(names) else {})
-        for p, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    ]
-    scores = {"scores": [_number(value) for value in logits.tolist()]} if with_scores else {}
-    return classes[0] | {"top": classes} | scores
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return {"answered_by": answer.by, "answers": records}
 
 
 # --------------------------------------------------------------------------------------------------------------- views

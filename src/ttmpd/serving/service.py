@@ -26,7 +26,7 @@ from ttmpd.errors import InvalidValueError, TTMPDError, UnsupportedError, cause
 from ttmpd.models.modules import clone
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
-from ttmpd.models.run import first_tensor
+from ttmpd.models.tokens import carry_task
 from ttmpd.pipeline.settings import Target, settings_of
 from ttmpd.serving.acceptance import device_of, frozen
 from ttmpd.serving.controller import ServiceController
@@ -74,7 +74,8 @@ class OnlineService:
     more, teacher and student; the worker takes what ``compress`` takes, in a process of its own.
 
     Args:
-        model: any classifier, its id, or an opened model, as for :func:`ttmpd.compress`; it is copied.
+        model: any model of images or values, its id, or an opened model, as for :func:`ttmpd.compress`; it is copied.
+            What it predicts is told from its first output, unless it carries a task or ``task`` names one.
         speedup: how many times faster the student shall be.
         latency: instead of ``speedup``: ``"12ms"`` per batch, or ``"0.5x"`` of the original.
         num_samples: how many samples are collected, at least 8; a fifth of them is held back to judge by.
@@ -128,6 +129,8 @@ class OnlineService:
             )
         self.preprocessing: Preprocessing | None = opened.preprocessing
         self.opened = dataclasses.replace(opened, module=frozen(clone(opened.module)))
+        if "task" in arguments:
+            carry_task(self.opened.module, settings_of({"task": arguments["task"]}).task)
         self._folder, self._lock = _new_folder()
         self._controller = ServiceController(
             self.opened,
@@ -176,13 +179,28 @@ class OnlineService:
         n_seen, n_unnoted = (len(x), 0) if isinstance(x, Tensor) and x.dim() else (0, 1)
         try:
             if not n_unnoted:
-                self._controller.note(served, x, first_tensor(output))
+                self._controller.note(served, x, output)
         except Exception as error:
             n_unnoted = 1
             _log.debug("a call could not be noted", exc_info=error)
         with self._counting:
             self._n_calls, self._n_seen = self._n_calls + 1, self._n_seen + n_seen
             self._n_unnoted += n_unnoted
+
+    def records(self, x: Tensor, answer: Answer, *, top: int = 5, scores: bool = True) -> list[dict[str, Any]]:
+        """The predictions in an answer as plain data, one record per sample; see :meth:`ttmpd.tasks.base.Task.records`.
+
+        Args:
+            x: the batch that was answered.
+            answer: as :meth:`answer` returned it.
+            top: number of likeliest classes that are listed.
+            scores: whether all scores are listed, too.
+
+        Raises:
+            ModelError: no task can read the output.
+        """
+        task = self._controller.task_for(x, answer.output)
+        return task.records(answer.output, x, class_names=self.opened.class_names, top=top, scores=scores)
 
     # --------------------------------------------------------------------------------------------------------- looking
 

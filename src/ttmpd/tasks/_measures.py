@@ -1,5 +1,9 @@
 """Pure tensor functions that tasks share."""
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,3 +58,18 @@ def r_squared(outputs: Tensor, labels: Tensor) -> float:
     rest = (outputs.double() - labels).square().sum(0)
     total = (labels - labels.mean(0)).square().sum(0).clamp_min(1e-12)
     return float((1 - rest / total).mean())
+
+
+def plain_numbers(values: Tensor) -> list[float | None]:
+    """A list of floats, with None where a value is not finite, which JSON cannot say."""
+    return [value if math.isfinite(value) else None for value in values.double().tolist()]
+
+
+def class_record(logits: Tensor, class_names: Sequence[str], top: int, scores: bool) -> dict[str, Any]:
+    """The likeliest class of (n_classes,) logits with its probability, the ``top`` likeliest, and all scores."""
+    best = torch.softmax(logits, -1).topk(min(top, len(logits)))
+    classes = [
+        {"class": index, "probability": p} | ({"name": class_names[index]} if index < len(class_names) else {})
+        for p, index in zip(plain_numbers(best.values), best.indices.tolist(), strict=True)
+    ]
+    return classes[0] | {"top": classes} | ({"scores": plain_numbers(logits)} if scores else {})

@@ -1,7 +1,7 @@
 """The contract of a task: what a model predicts, and what "as good as the teacher" means for it."""
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from ttmpd.errors import ModelError, UnsupportedError
 from ttmpd.method import Method, method_class, names
-from ttmpd.tasks._measures import entropy, mutual_information, soft_label_loss
-
-NAMED_OUTPUTS = ("logits", "prediction_logits", "out", "scores")
-"""Names under which models give their predictions in a dict or a dataclass, the likeliest first."""
+from ttmpd.tasks._measures import class_record, entropy, mutual_information, plain_numbers, soft_label_loss
+from ttmpd.tasks._outputs import NAMED_OUTPUTS as NAMED_OUTPUTS
+from ttmpd.tasks._outputs import all_rows as all_rows
+from ttmpd.tasks._outputs import as_rows as as_rows
+from ttmpd.tasks._outputs import default_parts, next_step, predicted_tensors
+from ttmpd.tasks._outputs import named_values as named_values
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +60,8 @@ class Task(Method, abc.ABC):
     """What counts as the same prediction, in words; "" where agreement has no meaning."""
     reason_not_to_adapt: ClassVar[str] = ""
     """Why no adapter that learns from its own predictions can be used; "" where one can."""
+    class_labels: ClassVar[bool] = False
+    """True where the label of a sample is one class index."""
     parts: tuple[str, ...] = ()
     """Names of the predicted tensors in the model's output (keys, or positions in a tuple); empty for the usual one."""
     widths: tuple[int, ...] = ()
@@ -91,6 +95,54 @@ class Task(Method, abc.ABC):
     @abc.abstractmethod
     def metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """How right predictions are, by the names of the measures, for labels of this task."""
+
+    def label_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of predictions against true labels, for training on them.
+
+        Args:
+            outputs: (rows, values) of a model.
+            labels: one per row, as :meth:`metrics` takes them.
+
+        Raises:
+            UnsupportedError: the task has no labels that a model could be trained on.
+        """
+        raise UnsupportedError(f"a model must have labels to be trained on them, but the task {self.name} has none")
+
+    def right(self, outputs: Tensor, labels: Tensor) -> Tensor | None:
+        """(rows,) 1 where a prediction equals its label, else 0; None where predictions are only near or far."""
+        return None
+
+    def targets(self, inputs: Tensor) -> Tensor | None:
+        """(rows,) labels that the inputs themselves hold, -1 where there is none; None for a task without such."""
+        return None
+
+    def signals(self, outputs: Tensor) -> dict[str, Tensor]:
+        """Numbers per row, by name, whose distributions move when the data do: (rows,) each."""
+        return {"size": torch.linalg.vector_norm(outputs.float(), dim=-1)}
+
+    def records(
+        self, raw: Any, inputs: Tensor, *, class_names: Sequence[str] = (), top: int = 5, scores: bool = True
+    ) -> list[dict[str, Any]]:
+        """The predictions for each sample as plain data, for JSON; values that are not finite become None.
+
+        Args:
+            raw: a model's output.
+            inputs: (B, ...) the batch that it is for.
+            class_names: name of each class, when known.
+            top: number of likeliest classes that are listed.
+            scores: whether all scores are listed, too.
+        """
+        outputs = self.outputs(raw, inputs).detach().float().cpu()
+        samples = torch.split(outputs, self.row_counts(inputs).tolist())
+        return [self.record(rows, class_names=class_names, top=top, scores=scores) for rows in samples]
+
+    def record(self, rows: Tensor, *, class_names: Sequence[str], top: int, scores: bool) -> dict[str, Any]:
+        """The predictions for one sample, (rows, values), as plain data; arguments as :meth:`records`."""
+        return {"values": plain_numbers(rows[0])}
+
+    def first_part(self, outputs: Tensor) -> tuple[Self, Tensor]:
+        """The task of the first part alone, and its columns: what labels are of."""
+        return self.with_settings(parts=self.parts[:1], widths=self.widths[:1]), self.split(outputs)[0]
 
     def outputs(self, raw: Any, inputs: Tensor) -> Tensor:
         """(rows, values) all predicted tensors of a model's output, beside each other.
@@ -149,6 +201,24 @@ class Task(Method, abc.ABC):
         raise UnsupportedError(f"{self.name} has no entropy: {self.reason_not_to_adapt}; use adapt none")
 
 
+def check_one_class(task: Task, user: str, step: str) -> None:
+    """Refuse a task other than one row of class scores per sample.
+
+    Args:
+        task: of the model.
+        user: what needs the class scores, for the message.
+        step: what to do instead.
+
+    Raises:
+        UnsupportedError: it is another one.
+    """
+    if not task.class_labels or len(task.widths) > 1:
+        parts = " of several parts" if len(task.widths) > 1 else ""
+        raise UnsupportedError(
+            f"{user} must have one row of class scores per sample, but the task is {task.name}{parts}; {step}"
+        )
+
+
 class OneOf(Task):
     """One of several classes for each row: what all tasks of classes share."""
 
@@ -180,8 +250,28 @@ class OneOf(Task):
     def metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Accuracy and mean cross entropy; ``labels`` is (rows,) classes of the first part."""
         first = self.split(outputs)[0]
-        right = (first.argmax(-1) == labels).double().mean()
-        return {"accuracy": float(right), "cross_entropy": float(nn.functional.cross_entropy(first.double(), labels))}
+        accuracy = float(self.right(outputs, labels).mean())
+        return {"accuracy": accuracy, "cross_entropy": float(nn.functional.cross_entropy(first.double(), labels))}
+
+    def right(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """1 where the likeliest class of the first part is the label."""
+        return (self.split(outputs)[0].argmax(-1) == labels).double()
+
+    def label_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy of the first part."""
+        return nn.functional.cross_entropy(self.split(outputs)[0], labels)
+
+    def signals(self, outputs: Tensor) -> dict[str, Tensor]:
+        """Entropy, and the log sum exp of the scores, which tells their level."""
+        return {"entropy": self.uncertainty(outputs), "log sum exp": outputs.float().logsumexp(-1)}
+
+    def record(self, rows: Tensor, *, class_names: Sequence[str], top: int, scores: bool) -> dict[str, Any]:
+        """The likeliest class with its probability, and the next ones; of several parts each; of tokens the classes."""
+        parts = self.split(rows)
+        if self.each != "sample":
+            return {"classes": parts[0].argmax(-1).tolist()}
+        records = [class_record(part[0], class_names if n == 0 else (), top, scores) for n, part in enumerate(parts)]
+        return records[0] if len(records) == 1 else {"parts": dict(zip(self.parts, records, strict=True))}
 
     def uncertainty(self, outputs: Tensor) -> Tensor:
         """Entropy, summed over the parts."""
@@ -213,92 +303,5 @@ def detect_task(clues: Clues) -> Task:
     shapes = [tuple(value.shape) for value in predicted_tensors(clues.raw, ())]
     raise ModelError(
         f"{type(clues.module).__name__} must predict one row per sample, but its output has the shape "
-        f"{', '.join(map(str, shapes))}; {_next_step(shapes[0])}"
+        f"{', '.join(map(str, shapes))}; {next_step(shapes[0])}"
     )
-
-
-def _next_step(shape: Sequence[int]) -> str:
-    if len(shape) == 4 and tuple(shape[2:]) == (1, 1):
-        return "wrap the model so that it answers with .flatten(1)"
-    if len(shape) == 4:
-        return "where it gives a class for each pixel, say task=segmentation (--task segmentation)"
-    return f"name its task: one of {', '.join(names('tasks'))} (task=, or --task)"
-
-
-def named_values(raw: Any) -> dict[str, Any]:
-    """The entries of a tuple, dict or dataclass by name; of a tensor "" alone."""
-    if isinstance(raw, Tensor):
-        return {"": raw}
-    if isinstance(raw, Mapping):
-        return {str(key): value for key, value in raw.items()}
-    if isinstance(raw, Sequence) and not isinstance(raw, str | bytes):
-        return {str(number): value for number, value in enumerate(raw)}
-    values = getattr(raw, "__dict__", None) or {name: getattr(raw, name) for name in getattr(raw, "__slots__", ())}
-    return dict(values)
-
-
-def default_parts(raw: Any) -> tuple[str, ...]:
-    """Names of what is predicted where nobody says so.
-
-    The only tensor; else the first of ``NAMED_OUTPUTS``; of a tuple all tensors, if each is (B, n), or the one that is.
-
-    Raises:
-        ModelError: several tensors are equally likely.
-    """
-    values = {name: value for name, value in named_values(raw).items() if isinstance(value, Tensor)}
-    if not values:
-        raise ModelError(f"a model must answer with a tensor, but answered with {type(raw).__name__} without one")
-    if len(values) == 1:
-        return tuple(values)
-    usual = next((name for name in NAMED_OUTPUTS if name in values), None)
-    if usual is not None:
-        return (usual,)
-    flat = tuple(name for name, value in values.items() if value.dim() == 2)
-    if isinstance(raw, Sequence) and flat and (len(flat) == len(values) or len(flat) == 1):
-        return flat
-    keys = ", ".join(values)
-    raise ModelError(
-        f"it must be clear which tensor is predicted, but the output has {keys}; name them, as in "
-        f"task=Classification(parts=({', '.join(map(repr, values))})) or --task classification:{','.join(values)}, "
-        "or wrap the model so that it answers with one tensor"
-    )
-
-
-def predicted_tensors(raw: Any, parts: Sequence[str]) -> list[Tensor]:
-    """The tensors of that name in a model's output, in this order; the usual ones where no name is given.
-
-    Raises:
-        ModelError: there is no tensor of that name.
-    """
-    values, tensors = named_values(raw), []
-    for name in parts or default_parts(raw):
-        if not isinstance(values.get(name), Tensor):
-            there = ", ".join(name or "a single tensor" for name, value in values.items() if isinstance(value, Tensor))
-            raise ModelError(f"a model's output must have the part {name!r}, but has {there or 'no tensor'}")
-        tensors.append(values[name])
-    return tensors
-
-
-def all_rows(raw: Any, least: int) -> bool:
-    """Whether every predicted tensor is (B, n) with at least so many columns; False where it is unclear."""
-    try:
-        tensors = predicted_tensors(raw, ())
-    except ModelError:
-        return False
-    return all(value.dim() == 2 and value.shape[1] >= least for value in tensors)
-
-
-def as_rows(value: Tensor, task: str) -> Tensor:
-    """The tensor itself, if it is (B, n), or (B,) as one column.
-
-    Raises:
-        ModelError: it has another shape.
-    """
-    if value.dim() == 1:
-        return value[:, None]
-    if value.dim() != 2:
-        raise ModelError(
-            f"a model for {task} must predict one row per sample, but its output has the shape {tuple(value.shape)}; "
-            f"{_next_step(value.shape)}"
-        )
-    return value

@@ -10,6 +10,7 @@ from ttmpd.tasks.base import Clues, OneOf, all_rows, as_rows
 class Classification(OneOf):
     """One class for each sample; of several heads one class each."""
 
+    class_labels: ClassVar[bool] = True
     source: ClassVar[str] = "soft labels of Hinton et al., 2015 (arXiv 1503.02531)"
 
     @classmethod

@@ -1,12 +1,13 @@
 """Several labels per sample, each there or not."""
 
-from typing import ClassVar, Literal, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttmpd.tasks._measures import binary_entropy, binary_information
+from ttmpd.tasks._measures import binary_entropy, binary_information, plain_numbers
 from ttmpd.tasks.base import Clues, Task, as_rows
 
 
@@ -45,6 +46,26 @@ class MultiLabel(Task):
         right = ((outputs > 0) == (labels > 0.5)).double().mean()
         crossed = F.binary_cross_entropy_with_logits(outputs.double(), labels.double())
         return {"right_labels": float(right), "binary_cross_entropy": float(crossed)}
+
+    def label_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Mean binary cross entropy."""
+        return F.binary_cross_entropy_with_logits(outputs, labels.to(outputs))
+
+    def signals(self, outputs: Tensor) -> dict[str, Tensor]:
+        """Entropy, and the mean logit, which tells how many labels are set."""
+        return {"entropy": binary_entropy(outputs), "mean logit": outputs.float().mean(-1)}
+
+    def record(self, rows: Tensor, *, class_names: Sequence[str], top: int, scores: bool) -> dict[str, Any]:
+        """The labels that are set, each with its probability, the likeliest first; all probabilities by position."""
+        probabilities = rows[0].sigmoid()
+        order = probabilities.argsort(descending=True, stable=True).tolist()
+        labels = [
+            {"label": n, "probability": float(probabilities[n])}
+            | ({"name": class_names[n]} if n < len(class_names) else {})
+            for n in order
+            if probabilities[n] > 0.5
+        ]
+        return {"labels": labels[:top]} | ({"probabilities": plain_numbers(probabilities)} if scores else {})
 
     def uncertainty(self, outputs: Tensor) -> Tensor:
         """Entropy of the sigmoids, summed over the labels."""

@@ -4,10 +4,12 @@ from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ttmpd.method import check_fields
 from ttmpd.tasks._measures import r_squared
-from ttmpd.tasks.base import Clues, Task, as_rows, predicted_tensors
+from ttmpd.tasks._outputs import as_rows, predicted_tensors
+from ttmpd.tasks.base import Clues, Task
 
 
 class Regression(Task):
@@ -52,6 +54,10 @@ class Regression(Task):
     def confidence(self, outputs: Tensor) -> Tensor | None:
         """None: a number does not say how sure it is."""
         return None
+
+    def label_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Mean squared error."""
+        return F.mse_loss(outputs, labels.to(outputs).reshape(outputs.shape))
 
     def metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """R2 and mean absolute error; ``labels`` is (rows, n_numbers)."""

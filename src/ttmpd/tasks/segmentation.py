@@ -1,6 +1,7 @@
 """One class per pixel."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from ttmpd.errors import ModelError
 from ttmpd.method import check_fields
-from ttmpd.tasks.base import Clues, OneOf, predicted_tensors
+from ttmpd.tasks._outputs import predicted_tensors
+from ttmpd.tasks.base import Clues, OneOf
 
 
 class Segmentation(OneOf):
@@ -54,6 +56,13 @@ class Segmentation(OneOf):
         if not self.grid:
             raise ModelError("the grid of pixels must be known; see Task.resolved")
         return torch.full((len(inputs),), math.prod(self.grid), dtype=torch.long)
+
+    def records(
+        self, raw: Any, inputs: Tensor, *, class_names: Sequence[str] = (), top: int = 5, scores: bool = True
+    ) -> list[dict[str, Any]]:
+        """The class of every pixel of each sample, in rows of the picture."""
+        classes = predicted_tensors(raw, self.parts)[0].argmax(1).cpu()
+        return [{"classes": rows.tolist()} for rows in classes]
 
     def _step(self, value: Tensor) -> int:
         return max(1, math.ceil(math.sqrt(value.shape[2] * value.shape[3] / self.pixels)))

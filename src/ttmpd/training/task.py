@@ -35,24 +35,41 @@ def assign_task(model: nn.Module, batch: Tensor, task: Task | None = None, prepa
         ModelError: the model does not run on the batch, no task fits its output, or a prediction is not finite.
     """
     raw = _run(model, batch)
-    by_hand = task or cast(Task | None, carried_task(model))
-    text, padding = "", 0
-    if isinstance(preparation, Tokenization):
-        text, padding = preparation.task, preparation.padding
-    found = detect_task(Clues(model, raw, batch, text, padding)) if by_hand is None else by_hand.resolved(raw, batch)
-    outputs = found.outputs(raw, batch)
-    if has_nan(outputs):
+    chosen = adopt_task(model, raw, batch, task, preparation)
+    if has_nan(chosen.outputs(raw, batch)):
         raise ModelError(
             f"{type(model).__name__} must predict finite values, but got NaN or infinity; check the weights and the "
             "preprocessing"
         )
-    if len(outputs) != int(found.row_counts(batch).sum()):
+    return chosen
+
+
+def adopt_task(model: nn.Module, raw: Any, batch: Tensor, task: Task | None = None, preparation: object = None) -> Task:
+    """Find what a model predicts from an output that it gave, and let it carry the task. In place.
+
+    Args:
+        model: whose output it is.
+        raw: the output, as the model returned it.
+        batch: (B, ...) the samples that it is for.
+        task: as for :func:`assign_task`.
+        preparation: as for :func:`assign_task`.
+
+    Raises:
+        ModelError: no task fits the output.
+    """
+    by_hand = task or cast(Task | None, carried_task(model))
+    text, padding = "", 0
+    if isinstance(preparation, Tokenization):
+        text, padding = preparation.task, preparation.padding
+    chosen = detect_task(Clues(model, raw, batch, text, padding)) if by_hand is None else by_hand.resolved(raw, batch)
+    n_rows, n_predicted = int(chosen.row_counts(batch).sum()), len(chosen.outputs(raw, batch))
+    if n_predicted != n_rows:
         raise ModelError(
-            f"{type(model).__name__} must predict {int(found.row_counts(batch).sum())} rows for {len(batch)} samples, "
-            f"but predicted {len(outputs)}; samples must come first in its output"
+            f"{type(model).__name__} must predict {n_rows} rows for {len(batch)} samples, but predicted {n_predicted}; "
+            "samples must come first in its output"
         )
-    carry_task(model, found)
-    return found
+    carry_task(model, chosen)
+    return chosen
 
 
 def check_structure(model: nn.Module, batch: Tensor) -> None:
