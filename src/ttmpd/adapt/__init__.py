@@ -1,1 +1,1 @@
-"""Move the teacher to the data before it is asked for pseudo labels."""
+"""Adapt the teacher to the data before it makes pseudo labels."""

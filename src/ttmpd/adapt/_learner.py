@@ -1,4 +1,4 @@
-"""What the adapters share that make several passes over a fixed set; a guard, without labels, goes back on collapse."""
+"""Shared by the adapters that train on a fixed set in several passes, with a label-free guard against collapse."""
 
 import abc
 import math
@@ -34,17 +34,20 @@ from ttmpd.training.test_time import (
 )
 
 MIN_SPREAD = 0.9
-"""Answers have collapsed when the entropy of their mean falls below this share of what it was at the start."""
+"""Predictions have collapsed when the entropy of their mean falls below this share of its value at the start."""
 MIN_INFORMATION = 0.95
-"""The same for mutual information; a method that makes unsure answers less sure may lose a little of it."""
+"""Smallest share of the initial mutual information that predictions must keep.
+
+Below 1, since a method that lowers the confidence of unsure predictions loses a little of it.
+"""
 
 
 class Learner(Adapter):
-    """Scale and shift of the normalisation layers learn from the samples; statistics are mixed as in `norm`."""
+    """Trains scale and shift of the normalisation layers on the samples and mixes their statistics as `norm` does."""
 
     needs: ClassVar[tuple[str, ...]] = ("gradients", "training")
     lr: float = 5e-4
-    """Learning rate: half of Tent's for a single pass, since there are several."""
+    """Learning rate: half of Tent's, which makes a single pass where this makes several."""
     optimizer: str = "adam"
     """"adam", or "sgd" with momentum 0.9."""
     epochs: int = 5
@@ -57,7 +60,7 @@ class Learner(Adapter):
     Otherwise it mixes them before the first step, and steps use the mixed ones.
     """
     max_samples: int = 512
-    """Only the first so many samples are used."""
+    """Samples that are used, from the first on."""
 
     def __post_init__(self) -> None:
         check_optimizer(f"{self.name}.optimizer", self.optimizer)
@@ -65,10 +68,10 @@ class Learner(Adapter):
 
     @abc.abstractmethod
     def begin(self, model: nn.Module, samples: Samples, seed: int) -> Adaptation:
-        """What a step does; ``model`` is a copy that steps may change."""
+        """The adaptation of ``model``, a copy that its steps may change."""
 
     def reason_not_to_adapt(self, teacher: nn.Module, samples: Samples) -> str:
-        """Why nothing can be learned; "" when something can."""
+        """The reason why nothing can be learned, as a note for the user; "" where something can."""
         if not norm_parameters(teacher):
             return "nothing to do: the model has no normalisation layer with scale and shift"
         if len(samples) < 2:
@@ -89,19 +92,19 @@ class Learner(Adapter):
         see; beside those of `norm`.
         """
         self.check_task(teacher, samples)
-        reason_not_to_adapt = self.reason_not_to_adapt(teacher, samples)
-        if reason_not_to_adapt:
-            return Adapted(teacher, reason_not_to_adapt)
-        few = samples.first(self.max_samples)
-        mixed = Norm().adapt(teacher, few, batch_size=batch_size, seed=seed)
-        adaptation = self.begin(clone(teacher if self.batch_statistics else mixed.model), few, seed)
-        kept, reason = self._learn(adaptation, few, batch_size, seed)
+        if reason := self.reason_not_to_adapt(teacher, samples):
+            return Adapted(teacher, reason)
+        subset = samples.first(self.max_samples)
+        mixed = Norm().adapt(teacher, subset, batch_size=batch_size, seed=seed)
+        adaptation = self.begin(clone(teacher if self.batch_statistics else mixed.model), subset, seed)
+        n_epochs, reason = self._learn(adaptation, subset, batch_size, seed)
         model = adaptation.model
         if self.batch_statistics:
-            model, worse = _mixed_again(mixed, model, few, batch_size) if kept else (mixed.model, "")
-            kept, reason = (0, worse) if worse else (kept, reason)
-        facts = mixed.facts | _counts(adaptation, few) | {"epochs": float(kept), "rolled_back": float(bool(reason))}
-        return Adapted(model, _note(mixed, kept, reason), facts)
+            model, worse = _remixed(mixed, model, subset, batch_size) if n_epochs else (mixed.model, "")
+            n_epochs, reason = (0, worse) if worse else (n_epochs, reason)
+        facts = mixed.facts | _counts(adaptation, subset)
+        facts |= {"epochs": float(n_epochs), "rolled_back": float(bool(reason))}
+        return Adapted(model, _note(mixed, n_epochs, reason), facts)
 
     def check_task(self, teacher: nn.Module, samples: Samples) -> None:
         """Raise :class:`UnsupportedError` where the teacher's predictions cannot be learned from."""
@@ -124,7 +127,11 @@ class Learner(Adapter):
         )
 
     def _learn(self, adaptation: Adaptation, samples: Samples, batch_size: int, seed: int) -> tuple[int, str]:
-        """At the first sign of collapse back to the last good epoch; the number of epochs kept, and why no more."""
+        """Train epoch by epoch; at the first sign of collapse go back to the last good one.
+
+        Returns:
+            The number of epochs that were kept, and why no more; "" where all were.
+        """
         device = adaptation.parameters[0].device
         start, good = _answers(adaptation, samples, batch_size), adaptation.state()
         answers = start
@@ -140,10 +147,10 @@ class Learner(Adapter):
         return self.epochs, ""
 
     def _batches(self, adaptation: Adaptation, answers: Tensor, seed: int) -> Iterator[Tensor]:
-        """Positions of the samples of every step of an epoch, by the answers with which it begins.
+        """Positions of the samples of every step of an epoch, selected by the predictions with which it begins.
 
-        The guard has just made these answers: whoever selects by them need not run the samples once more, and every
-        step is made on a whole batch. A rest that fills no batch is left out, unless it is all there is.
+        The guard has just made these predictions, so that selecting needs no further pass, and every step is made on
+        a whole batch. A last batch that is not full is left out, unless it is the only one.
         """
         order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(seed))
         adaptation.n_seen += len(order)
@@ -158,23 +165,23 @@ class Learner(Adapter):
 
 
 class SelectiveLearner(Learner):
-    """Learns from sure and varied samples alone, and stays near where it started where that matters."""
+    """Learns from confident and varied samples alone; a Fisher penalty holds important parameters near their start."""
 
     lr: float = 1e-3
-    """Learning rate: what holds the model at its start allows for longer steps than `tent` takes."""
+    """Learning rate: higher than that of `tent`, since the penalty holds the model near its start."""
     epochs: int = 3
-    """Passes over the samples: fewer, for the same reason."""
+    """Passes over the samples: fewer than `tent` makes, since steps are longer."""
     e0: float = 0.4
-    """Samples whose entropy is below e0 x ln(n_classes) are sure enough."""
+    """Samples are selected whose entropy is below e0 x ln(n_classes)."""
     redundancy: float = 0.0
-    """Samples whose cosine to the mean answer so far is smaller are varied enough; 0: by the number of classes."""
+    """Samples are selected whose cosine to the mean prediction so far is smaller; 0: set by the number of classes."""
     beta: float = 1.0
-    """Weight of the distance from the start; 0 leaves it and its Fisher information out."""
+    """Weight of the Fisher penalty on the distance from the start; 0 for none."""
     fisher_samples: int = 128
-    """Samples of which the Fisher information is made."""
+    """Samples from which the Fisher information is estimated."""
 
     def check_task(self, teacher: nn.Module, samples: Samples) -> None:
-        """Selection compares single rows of class probabilities."""
+        """Raise :class:`UnsupportedError` also where there is not one row of class probabilities per sample."""
         super().check_task(teacher, samples)
         task = task_of(teacher)
         if not isinstance(task, OneOf) or len(task.widths) > 1:
@@ -190,18 +197,18 @@ class SelectiveLearner(Learner):
     def selective(
         self, model: nn.Module, samples: Samples, loss: Callable[[float], Loss], separate_forward: bool = False
     ) -> Adaptation:
-        """An adaptation whose loss is the method's, made for a margin of entropy, and the distance from the start.
+        """An adaptation that selects reliable samples; its loss is the method's plus the Fisher penalty.
 
         Cost: a forward and a backward pass for each sample of the Fisher information.
         """
         classes = n_classes(model, samples)
         margin = self.e0 * math.log(classes)
-        few = samples.first(self.fisher_samples)
-        penalty = fisher_penalty(model, few, self.batch_size, self.batch_statistics) if self.beta else None
+        subset = samples.first(self.fisher_samples)
+        penalty = fisher_penalty(model, subset, self.batch_size, self.batch_statistics) if self.beta else None
         selection = ReliableSampleFilter(margin, self.redundancy or redundancy_for(classes))
         penalized = self._penalized(loss(margin), penalty)
         adaptation = self.adaptation(model, penalized, selection=selection, separate_forward=separate_forward)
-        adaptation.charge(len(few) if penalty else 0)
+        adaptation.charge(len(subset) if penalty else 0)
         return adaptation
 
     def _penalized(self, loss: Loss, penalty: FisherPenalty | None) -> Loss:
@@ -211,17 +218,17 @@ class SelectiveLearner(Learner):
 
 
 def collapse(start: Tensor, now: Tensor, task: Task | None = None) -> str:
-    """Why the answers have got worse as a whole, judged without labels; "" when they have not.
+    """The reason why predictions got worse as a whole, judged without labels; "" where they did not.
 
     Args:
         start: (N, n_classes) logits before adaptation.
-        now: the same after it.
-        task: what they predict; None for classes.
+        now: (N, n_classes) logits after it.
+        task: what the model predicts; None for classes.
     """
     task = task or Classification()
     if has_nan(now):
         return "answers were not finite"
-    # What varies is what the mean knows nothing of, and what the single predictions leave open.
+    # Entropy of the mean prediction = information + mean entropy of the single predictions.
     spread, spread_start = (float(task.information(rows) + task.uncertainty(rows).mean()) for rows in (now, start))
     if spread < MIN_SPREAD * spread_start:
         return "answers gathered in few classes"
@@ -246,10 +253,10 @@ def answers_by(model: nn.Module, samples: Samples, batch_size: int, batch_statis
     return torch.cat(answers).float().cpu()
 
 
-def _mixed_again(before: Adapted, learned: nn.Module, samples: Samples, batch_size: int) -> tuple[nn.Module, str]:
-    """What was learned with batch statistics must hold with mixed ones too; else the model before, and why."""
-    same = Norm(weights=(before.facts.get("weight", 0.0),))  # the shift is still that to which it was chosen
-    after = same.adapt(learned, samples, batch_size=batch_size).model
+def _remixed(before: Adapted, learned: nn.Module, samples: Samples, batch_size: int) -> tuple[nn.Module, str]:
+    """The trained model with mixed statistics; where its predictions are worse, the model before training and why."""
+    norm = Norm(weights=(before.facts.get("weight", 0.0),))  # the shift is still that to which it was chosen
+    after = norm.adapt(learned, samples, batch_size=batch_size).model
     start, now = (predictions_of(model, samples, batch_size) for model in (before.model, after))
     worse = collapse(start, now, task_of(learned))
     return (before.model, f"rolled back, for with mixed statistics {worse}") if worse else (after, "")
@@ -263,7 +270,9 @@ def _counts(adaptation: Adaptation, samples: Samples) -> dict[str, float]:
     }
 
 
-def _note(mixed: Adapted, kept: int, reason: str) -> str:
+def _note(mixed: Adapted, n_epochs: int, reason: str) -> str:
     parts = [mixed.note] if mixed.facts else []
-    parts += [f"scale and shift trained without labels, epochs: {kept}" if kept else "scale and shift left alone"]
+    parts += [
+        f"scale and shift trained without labels, epochs: {n_epochs}" if n_epochs else "scale and shift left alone"
+    ]
     return "; ".join([*parts, reason] if reason else parts)

@@ -15,7 +15,7 @@ class Adapted:
 
     Args:
         model: a new model; the one passed in stays as it was.
-        note: one line for the user: what was done, or why nothing.
+        note: one line for the user: what was done, or why nothing was.
         facts: numbers for the report.
     """
 
@@ -25,7 +25,7 @@ class Adapted:
 
 
 class Adapter(Method, abc.ABC):
-    """Moves the teacher to the data, without labels, before it is asked for pseudo labels."""
+    """Adapts the teacher to the data, without labels, before it makes pseudo labels."""
 
     @abc.abstractmethod
     def adapt(self, teacher: nn.Module, samples: Samples, *, batch_size: int = 64, seed: int = 0) -> Adapted:

@@ -1,4 +1,4 @@
-"""Adaptation by agreement with parts of oneself: surer where the parts agree, less sure where they do not."""
+"""Adaptation by agreement with sub-networks: more confident where they agree, less where they do not."""
 
 import random
 import statistics
@@ -25,11 +25,11 @@ from ttmpd.training.losses import entropy, fused, signed_entropy
 from ttmpd.training.test_time import Adaptation, Rerun
 
 HOTTEST = 4.0
-"""No higher temperature: parts of a network that can do without none of its blocks agree with it too rarely."""
+"""Highest temperature: where no block can be spared, sub-networks hardly ever agree with the whole."""
 
 
 class EATAC(SelectiveLearner):
-    """A part of the network, blocks skipped at random, learns what it and the whole answer together."""
+    """A sub-network, blocks skipped at random, learns the joint prediction of itself and the whole network."""
 
     source: ClassVar[str] = (
         "EATA-C (Tan et al., TPAMI 2025); formulas of a re-implementation that cites equations 11 and 14; selection "
@@ -39,18 +39,18 @@ class EATAC(SelectiveLearner):
     skip: float = 0.2
     """Each removable block is skipped with this probability, drawn anew for every step."""
     share: float = 0.5
-    """p of the joint answer (whole + (1 - p) part) / (2 - p): of 0 both count alike, of 1 the whole alone."""
+    """p of the joint prediction (whole + (1 - p) part) / (2 - p): with 0 both count alike, with 1 only the whole."""
     alpha: float = 0.1
-    """Weight of the entropy, made smaller where whole and part agree and larger where they do not."""
+    """Weight of the entropy term, which is lowered where whole and part agree and raised where they do not."""
     weighted: bool = False
-    """Surer samples count more, by exp(margin - entropy). Whether the paper does so is not known here."""
+    """Weigh samples by exp(margin - entropy): confident ones count more. The sources do not say what the paper does."""
     detach_fused: bool = True
-    """The joint answer is a fixed target: no gradients through the part's share in it. As unknown as the above."""
+    """Take the joint prediction as a fixed target, without gradients. The sources do not say what the paper does."""
     parts: int = 8
-    """So many parts, each without one block, say how sure the answers may be; 0 leaves them as sure as they are.
+    """Number of sub-networks, each without one block, that the temperature is fitted to; 0 for no temperature.
 
-    Steps on a few hundred samples hardly change how sure a network is. So its logits are divided, once and in the layer
-    that gives them, by the temperature under which it is as sure as its parts agree with it.
+    Steps on a few hundred samples hardly change the confidence of a network. So its logits are divided, once and in the
+    output layer, by the temperature under which its confidence equals the share of sub-networks that agree with it.
     """
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class EATAC(SelectiveLearner):
         check_fields(self, alpha=0.0, skip=(0.0, 1.0), share=(0.0, 1.0), parts=0)
 
     def adapt(self, teacher: nn.Module, samples: Samples, *, batch_size: int = 64, seed: int = 0) -> Adapted:
-        """A copy of the teacher that learned from the samples and is no surer than its parts agree with it.
+        """A copy of the teacher that learned from the samples, with its confidence scaled to how often its parts agree.
 
         Facts: those of `eata`, and ``temperature``, by which the logits were divided.
 
@@ -67,10 +67,11 @@ class EATAC(SelectiveLearner):
         adapted = super().adapt(teacher, samples, batch_size=batch_size, seed=seed)
         if not self.parts or not adapted.facts:  # nothing was done
             return adapted
-        few, units = samples.first(self.max_samples), _units(adapted.model, samples)
+        subset, units = samples.first(self.max_samples), _units(adapted.model, samples)
         left_out = random.Random(seed).sample(units, min(self.parts, len(units)))
-        model, temperature, note = adapted.model, _temperature(adapted.model, few, left_out, batch_size), adapted.note
-        if temperature > 1.0 and (divided := _divided(clone(model), few, temperature)) is not None:
+        model, note = adapted.model, adapted.note
+        temperature = _temperature(model, subset, left_out, batch_size)
+        if temperature > 1.0 and (divided := _divided(clone(model), subset, temperature)) is not None:
             model, note = divided, f"{note}; logits divided by {temperature:.2f}"
         else:
             temperature = 1.0
@@ -78,11 +79,11 @@ class EATAC(SelectiveLearner):
         return Adapted(model, note, adapted.facts | {"temperature": temperature, "forward_per_sample": n_forward})
 
     def reason_not_to_adapt(self, teacher: nn.Module, samples: Samples) -> str:
-        """A model without removable blocks has no parts."""
-        found = super().reason_not_to_adapt(teacher, samples)
-        if not found and not _units(teacher, samples):
+        """The reason why nothing can be learned: a model without removable blocks has no sub-networks, for one."""
+        reason = super().reason_not_to_adapt(teacher, samples)
+        if not reason and not _units(teacher, samples):
             return "nothing done: the model has no blocks that can be skipped"
-        return found
+        return reason
 
     def begin(self, model: nn.Module, samples: Samples, seed: int) -> Adaptation:
         """The loss is the mean of KL(joint || part) + alpha C H(part), and beta sum F (theta - theta_0)^2."""
@@ -104,7 +105,7 @@ class EATAC(SelectiveLearner):
 
 
 def drawn(units: Sequence[Unit], skip: float, seed: int, step: int) -> tuple[Unit, ...]:
-    """The units that are skipped in a step: a function of the arguments alone, so that a reset begins again."""
+    """The units that are skipped in a step: a function of the arguments alone, so that a reset run repeats them."""
     draw = random.Random(seed * 100_003 + step)
     return tuple(unit for unit in units if draw.random() < skip)
 
@@ -116,9 +117,9 @@ def _units(model: nn.Module, samples: Samples) -> tuple[Unit, ...]:
 
 
 def _temperature(model: nn.Module, samples: Samples, left_out: Sequence[Unit], batch_size: int) -> float:
-    """The median over parts of the temperature under which the whole is as sure as the part agrees with it.
+    """Temperature that scales the confidence of the whole network to its agreement with a part; the median over parts.
 
-    A part lacks one of the units. It takes the statistics of the batch: those that are held suit the whole alone.
+    A part lacks one of the units. It uses the statistics of the batch: the stored ones fit the whole network alone.
     """
     whole, found = predictions_of(model, samples, batch_size), []
     for unit in left_out:

@@ -20,8 +20,9 @@ Statistics = dict[str, tuple[Tensor, Tensor]]
 class Norm(Adapter):
     """Statistics = (1 - w) x source + w x data; w is chosen by information maximisation.
 
-    The mixing weight maximises the entropy of the mean prediction minus the mean entropy: answers shall be sure and
-    varied. No constant will do: under JPEG half and half wins, under noise nearly all new.
+    The mixing weight maximises the entropy of the mean prediction minus the mean entropy, so that predictions are
+    confident and varied. No constant fits all data: equal shares are best for JPEG artefacts, nearly all of the data
+    for noise.
     """
 
     source: ClassVar[str] = (
@@ -48,20 +49,20 @@ class Norm(Adapter):
             return Adapted(teacher, f"nothing done: {task.reason_not_to_adapt}")
         if len(samples) < 2:
             return Adapted(teacher, "nothing done: statistics need at least two samples")
-        few = samples.first(self.max_samples)
+        subset = samples.first(self.max_samples)
         adapted = clone(teacher)
         source = _statistics(adapted)
-        data = _estimated(adapted, few, batch_size)
-        found: dict[float, float] = {}
+        data = _estimated(adapted, subset, batch_size)
+        information: dict[float, float] = {}
         for weight in track(self.weights, "adapt", len(self.weights)):
             _load(adapted, source, data, weight)
-            found[weight] = float(task.information(predictions_of(adapted, few, batch_size)))
-        best = max(found, key=lambda w: found[w])
+            information[weight] = float(task.information(predictions_of(adapted, subset, batch_size)))
+        best = max(information, key=lambda w: information[w])
         _load(adapted, source, data, best)
-        note = f"normalisation statistics mixed, {best:.0%} from {len(few)} samples"
-        facts = {"weight": best, "information": found[best]}
-        if 0.0 in found:
-            facts["information_source"] = found[0.0]
+        note = f"normalisation statistics mixed, {best:.0%} from {len(subset)} samples"
+        facts = {"weight": best, "information": information[best]}
+        if 0.0 in information:
+            facts["information_source"] = information[0.0]
         return Adapted(adapted, note, facts)
 
 
@@ -74,16 +75,16 @@ def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def _statistics(model: nn.Module) -> Statistics:
-    found: Statistics = {}
+    statistics: Statistics = {}
     for name, layer in _layers(model).items():
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        found[name] = (layer.running_mean.clone(), layer.running_var.clone())
-    return found
+        statistics[name] = (layer.running_mean.clone(), layer.running_var.clone())
+    return statistics
 
 
 def _estimated(model: nn.Module, samples: Samples, batch_size: int) -> Statistics:
-    """Mean over batches of what each layer sees while the layers before it use batch statistics."""
+    """Statistics of each layer's inputs, averaged over batches, while the layers before it use batch statistics."""
     device = next(model.parameters()).device
     layers = _layers(model)
     before = {name: (layer.momentum, layer.num_batches_tracked) for name, layer in layers.items()}

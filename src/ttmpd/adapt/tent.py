@@ -1,4 +1,4 @@
-"""Entropy minimisation at test time: the simplest way to learn from one's own answers."""
+"""Entropy minimisation at test time: the simplest way to learn from a model's own predictions."""
 
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from ttmpd.training.test_time import Adaptation
 
 
 class Tent(Learner):
-    """Scale and shift of the normalisation layers make the mean entropy of the answers smaller."""
+    """Scale and shift of the normalisation layers are trained to lower the mean entropy of the predictions."""
 
     source: ClassVar[str] = (
         "Tent (Wang et al., ICLR 2021, arXiv 2006.10726); here on a fixed set in several passes, with a guard against "

@@ -1,1 +1,1 @@
-"""How the student recovers, from the teacher's answers."""
+"""Methods that train the student to recover, from the teacher's outputs."""

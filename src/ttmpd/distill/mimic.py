@@ -37,18 +37,18 @@ class Mimic(Distiller):
         check_fields(self, steps=0, batch_size=2)
 
     def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, context: FitContext) -> TeacherOutputs:
-        """Targets that hold the teacher itself.
+        """Outputs that hold the teacher itself, since ``fit`` runs it on every view.
 
         Raises:
             UnsupportedError: the model has no single head, so there are no features to mimic.
         """
-        few = samples.batch(slice(0, 2), next(teacher.parameters()).device)
-        tap = find_feature_tap(teacher, few)
+        batch = samples.batch(slice(0, 2), next(teacher.parameters()).device)
+        tap = find_feature_tap(teacher, batch)
         if tap is None:
             raise UnsupportedError("mimic needs a model with one linear head behind its features; use one_time")
-        kept = predictions_of(teacher, held_out, context.batch_size)
+        logits = predictions_of(teacher, held_out, context.batch_size)
         return TeacherOutputs(
-            tap=tap, features=None, logits=torch.empty(0), feature_variance=1.0, held_out=kept, teacher=teacher
+            tap=tap, features=None, logits=torch.empty(0), feature_variance=1.0, held_out=logits, teacher=teacher
         )
 
     def fit(
@@ -68,8 +68,8 @@ class Mimic(Distiller):
             index = batch_order(len(samples), self.batch_size, step, context.seed)
             view = random_view(samples.batch(index, device), generator)
             with torch.no_grad():
-                wanted = read_taps(teacher, view, {"f": tap})["f"]
-            return F.mse_loss(read_taps(student, view, {"f": tap})["f"], wanted)
+                features = read_taps(teacher, view, {"f": tap})["f"]
+            return F.mse_loss(read_taps(student, view, {"f": tap})["f"], features)
 
         with evaluating(teacher, gradients=True):
             loop = Loop(deadline=context.deadline, state=context.folder / "distill.safetensors")

@@ -1,4 +1,4 @@
-"""TT-MPD's distillation: the teacher answers once, for fixed views of the samples, and is never run again."""
+"""TT-MPD's distillation: the teacher runs once on fixed views of the samples, and never again."""
 
 import dataclasses
 import math
@@ -31,17 +31,17 @@ MIN_BATCH = 8
 """Gradients of fewer samples are noise; twice as many where batch statistics are made of them."""
 
 FEWEST_STEPS = 50
-"""So many steps are taken however long they take."""
+"""Least number of steps, however long they take."""
 
 STEP_PASSES = 4.0
-"""How many passes without gradients a training step takes as long as, loading and checks counted in."""
+"""Cost of a training step in forward passes, data loading and checks included."""
 
 STORE = 1 << 30
-"""Bytes of features that further views may fill."""
+"""Bytes of disk that the features of all views may fill."""
 
 
 class OneTime(Distiller):
-    """Feature loss before the head plus soft-label loss, on targets that were computed once and lie on disk."""
+    """Feature loss before the head plus soft-label loss, on teacher outputs that were computed once and lie on disk."""
 
     source: ClassVar[str] = (
         "TT-MPD (arXiv 2412.07114): pseudo labels made one time; features before pooling as in MiR "
@@ -51,61 +51,72 @@ class OneTime(Distiller):
     one_time: ClassVar[bool] = True
     steps: int = 400
     damaged: float = 0.8
-    """Steps and views grow where student and teacher agree on a smaller share of the held-out samples: up to twice as
-    many, reached at 0.2 less.
+    """Agreement with the teacher on the held-out samples below which steps and views grow: twice as many at 0.2 less.
 
-    A student that is nearly right is only moved away from what it knows by more; one that lost much goes on getting
-    better, but not on the same views, which it learns by heart.
+    More training only moves a nearly correct student away from its weights; a student that lost much keeps improving,
+    but not on few views, which it would overfit.
     """
     seconds: float = 60.0
-    """About so long training may take, twice as long for a `damaged` student: where the student is so slow that the
-    steps would take longer, fewer are made. It is counted in passes of the student, which were timed before, so that a
-    resumed run makes as many; 0 for no limit.
+    """Approximate limit on the training time, twice as long for a `damaged` student; 0 for no limit.
+
+    A slow student makes fewer steps. Their number follows from the time of a forward pass that was measured before, so
+    that a resumed run makes as many.
     """
     lr: float = 1e-3
     """Peak learning rate of AdamW for networks with batch normalisation, whose weights have no scale of their own."""
     lr_damaged: float = 0.03
-    """Peak learning rate of SGD, momentum 0.9, for those among them that get at least half as many steps again: it
-    moves them further from where they start.
+    """Peak learning rate of SGD, momentum 0.9, for networks with batch normalisation whose agreement is 0.1 below
+    `damaged`: it moves them further from their start.
     """
     lr_without_norm: float = 1e-4
-    """The same for networks without it: transformers, or convolutions into which the statistics were folded."""
+    """Peak learning rate of AdamW for networks without batch normalisation: transformers, or folded convolutions."""
     views: int = 16
     """Fixed views per sample: the sample itself, crops and shifted copies, mirrored. Each is a teacher pass.
 
-    Fewer where the steps would not come to see so many, more for `damaged` students.
+    Fewer where the steps are too few to use them all, more for `damaged` students.
     """
     smallest_crop: float = 0.25
     """The smallest share of the area that a crop keeps; 1 for no crops."""
     batch_size: int = 32
-    """Samples per step; fewer, down to `MIN_BATCH`, where the activations of so many take too much memory."""
+    """Samples per step; fewer, down to `MIN_BATCH`, where their activations take too much memory."""
     soft_weight: float = 0.2
     """Weight of the soft-label loss beside the feature loss."""
     temperature: float = 4.0
     clip: float = 5.0
     start_share: float = 0.25
-    """Share of the repaired weights in those that are kept after training: as accurate, and nearer to the teacher."""
+    """Weight of the repaired parameters in the average that is kept after training (WiSE-FT)."""
     train_norm: bool = True
     """Let batch normalisation use and update batch statistics while training."""
     patience: int = 0
 
     def __post_init__(self) -> None:
         check_fields(
-            self, steps=0, damaged=(0.0, 1.0), seconds=0.0, lr=0.0, lr_damaged=0.0, lr_without_norm=0.0, views=1,
-            smallest_crop=(0.01, 1.0), batch_size=2, soft_weight=0.0, temperature=1e-3, start_share=(0.0, 1.0),
-        )  # fmt: skip
+            self,
+            steps=0,
+            damaged=(0.0, 1.0),
+            seconds=0.0,
+            lr=0.0,
+            lr_damaged=0.0,
+            lr_without_norm=0.0,
+            views=1,
+            smallest_crop=(0.01, 1.0),
+            batch_size=2,
+            soft_weight=0.0,
+            temperature=1e-3,
+            start_share=(0.0, 1.0),
+        )
 
     def prepare(self, teacher: nn.Module, samples: Samples, held_out: Samples, context: FitContext) -> TeacherOutputs:
         """Features and logits of the fixed views, memory-mapped under ``context.folder``.
 
         Cost: exactly one teacher pass per view of a sample (``views`` of them, up to twice as many for a damaged
-        student, fewer where the steps would not come to see so many) and one per held-out sample.
+        student, fewer where the steps are too few to use them all) and one per held-out sample.
         """
         device = next(teacher.parameters()).device
         size = self._step_size(teacher, samples)
-        few = samples.batch(slice(0, 2), device)
-        tap = find_feature_tap(teacher, few)
-        more = self._times(context.agreement, len(samples), _n_values(teacher, few, tap))
+        example = samples.batch(slice(0, 2), device)
+        tap = find_feature_tap(teacher, example)
+        more = self._times(context.agreement, len(samples), _n_values(teacher, example, tap))
         n_useful = math.ceil(self._n_steps(more, size, context) * size / len(samples)) if samples.is_image else 1
         n_views = max(1, min(round(more * self.views), n_useful))
         places = prediction_offsets(teacher, samples.inputs)
@@ -116,12 +127,16 @@ class OneTime(Distiller):
                 for start in track(starts, f"teacher view {view + 1}/{n_views}", len(starts)):
                     index = torch.arange(start, min(start + context.batch_size, len(samples)))
                     batch = self._view(samples, index, device, view, context.seed)
-                    store.write(view, int(places[start]), *_answers(teacher, batch, tap))
+                    store.write(view, int(places[start]), *_outputs(teacher, batch, tap))
         features, logits = store.finish()
         first = features[0] if features is not None else logits[0]
-        kept = predictions_of(teacher, held_out, context.batch_size)
+        held_out_logits = predictions_of(teacher, held_out, context.batch_size)
         return TeacherOutputs(
-            tap=tap, features=features, logits=logits, feature_variance=feature_variance(first), held_out=kept
+            tap=tap,
+            features=features,
+            logits=logits,
+            feature_variance=feature_variance(first),
+            held_out=held_out_logits,
         )
 
     def fit(
@@ -130,9 +145,8 @@ class OneTime(Distiller):
         """Train the student on the stored targets; the head and what runs before the first removed unit stay frozen."""
         device = next(student.parameters()).device
         to_fast_format(student)
-        few = samples.batch(slice(0, 2), device)
         train_norms(student, self.train_norm)
-        frozen = freeze(student, context.first, few)
+        frozen = freeze(student, context.first, samples.batch(slice(0, 2), device))
         n_views, n, places = len(targets.logits), len(samples), prediction_offsets(student, samples.inputs)
         size = self._step_size(student, samples)
 
@@ -143,7 +157,7 @@ class OneTime(Distiller):
             views = [self._view(samples, index[index // n == view] % n, device, view, context.seed) for view in numbers]
             batch = torch.cat(views)
             with autocast(device, amp):
-                return self._loss(student, batch, targets, *_answers_of(index // n, index % n, places))
+                return self._loss(student, batch, targets, *_prediction_rows(index // n, index % n, places))
 
         amp = self.steps > 0 and _faster_with_amp(student, loss_with, context.amp)
         n_values = 0 if targets.features is None else targets.features[0, 0].numel()
@@ -179,14 +193,14 @@ class OneTime(Distiller):
         return Schedule(steps=steps, lr=self.lr, optimizer="adamw", clip=self.clip)
 
     def _n_steps(self, times: float, size: int, context: FitContext) -> int:
-        """Steps of ``size`` samples: so many times the usual ones, or as many as there is time for."""
-        wanted, step_ms = round(times * self.steps), STEP_PASSES * size * context.sample_ms
+        """Number of steps of ``size`` samples: ``times`` the usual number, or as many as there is time for."""
+        n_steps, step_ms = round(times * self.steps), STEP_PASSES * size * context.sample_ms
         if not (self.seconds and step_ms):
-            return wanted
-        return min(wanted, max(FEWEST_STEPS, round(1e3 * times * self.seconds / step_ms)))
+            return n_steps
+        return min(n_steps, max(FEWEST_STEPS, round(1e3 * times * self.seconds / step_ms)))
 
     def _times(self, agreement: float, n_samples: int, n_values: int) -> float:
-        """How many times the usual steps and views, 1 to 2; no more than the disk may hold."""
+        """Factor on steps and views, 1 to 2, limited by the disk space that features may fill."""
         room = STORE / max(1, self.views * n_samples * 2 * n_values)  # half precision
         return max(1.0, min(2.0, room, 1 + (self.damaged - agreement) / 0.2))
 
@@ -197,57 +211,60 @@ class OneTime(Distiller):
     def _step_size(self, model: nn.Module, samples: Samples) -> int:
         """Samples per step, by the memory that their activations take."""
         device = next(model.parameters()).device
-        few = samples.batch(slice(0, 2), device)
+        example = samples.batch(slice(0, 2), device)
         least = 2 * MIN_BATCH if has_batch_norm(model) else MIN_BATCH
-        return min(self.batch_size, max(least, samples_that_fit(model, few, self.batch_size)))
+        return min(self.batch_size, max(least, samples_that_fit(model, example, self.batch_size)))
 
     def _loss(self, student: nn.Module, batch: Tensor, targets: TeacherOutputs, view: Tensor, place: Tensor) -> Tensor:
         device = batch.device
         taps = {"f": targets.tap} if targets.tap is not None else {}
-        with tapped(student, taps) as seen:
+        with tapped(student, taps) as read:
             logits = predict(student, batch)
-        wanted = targets.logits[view, place].to(device)
-        loss = self.soft_weight * task_of(student).loss(logits, wanted, self.temperature)
+        target = targets.logits[view, place].to(device)
+        loss = self.soft_weight * task_of(student).loss(logits, target, self.temperature)
         if targets.features is not None:
             features = targets.features[view, place].to(device, torch.float32)
-            loss = loss + feature_loss(seen["f"], features, targets.feature_variance)
+            loss = loss + feature_loss(read["f"], features, targets.feature_variance)
         return loss
 
 
-def _faster_with_amp(student: nn.Module, loss_with: Callable[[int, bool], Tensor], wanted: str) -> bool:
-    """Try both precisions; the trial steps leave neither gradients nor moved batch statistics."""
+def _faster_with_amp(student: nn.Module, loss_with: Callable[[int, bool], Tensor], amp: str) -> bool:
+    """True where bfloat16 is faster; the trial steps leave neither gradients nor changed batch statistics."""
     device = next(student.parameters()).device
     with _buffers_kept(student):
-        amp = choose_amp(lambda on: loss_with(0, on).backward(), device, wanted)  # type: ignore[no-untyped-call]
+        faster = choose_amp(lambda on: loss_with(0, on).backward(), device, amp)  # type: ignore[no-untyped-call]
     student.zero_grad(set_to_none=True)
-    return amp
+    return faster
 
 
 @contextmanager
 def _buffers_kept(student: nn.Module) -> Iterator[None]:
-    """For trials: batch statistics and the random state are as before when the block ends."""
-    found = {name: value.clone() for name, value in student.named_buffers()}
+    """Restore batch statistics and the random state when the block ends, for trial steps."""
+    before = {name: value.clone() for name, value in student.named_buffers()}
     with torch.random.fork_rng():
         yield
     for name, value in student.named_buffers():
-        value.copy_(found[name])
+        value.copy_(before[name])
 
 
-def _n_values(teacher: nn.Module, few: Tensor, tap: Tap | None) -> int:
-    """Values of a sample's features; 0 where there are none."""
+def _n_values(teacher: nn.Module, batch: Tensor, tap: Tap | None) -> int:
+    """Number of values in a sample's features; 0 where there are none."""
     with evaluating(teacher):
-        features, _ = _answers(teacher, few, tap)
+        features, _ = _outputs(teacher, batch, tap)
     return 0 if features is None else features[0].numel()
 
 
-def _answers_of(view: Tensor, sample: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """(view, place) of every answer for the samples: one each, or as many as they have tokens that count."""
+def _prediction_rows(view: Tensor, sample: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """(view, row) of every prediction for the samples: one each, or one for each token that counts.
+
+    Samples 3 and 0 with offsets (0, 2, 3, 5, 6) give the rows 5, 0, 1.
+    """
     counts = places[sample + 1] - places[sample]
     behind = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     return view.repeat_interleave(counts), places[sample].repeat_interleave(counts) + behind
 
 
-def _answers(teacher: nn.Module, batch: Tensor, tap: Tap | None) -> tuple[Tensor | None, Tensor]:
-    with tapped(teacher, {"f": tap} if tap is not None else {}) as seen:
+def _outputs(teacher: nn.Module, batch: Tensor, tap: Tap | None) -> tuple[Tensor | None, Tensor]:
+    with tapped(teacher, {"f": tap} if tap is not None else {}) as read:
         logits = predict(teacher, batch)
-    return seen.get("f"), logits
+    return read.get("f"), logits

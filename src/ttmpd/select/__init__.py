@@ -1,1 +1,1 @@
-"""Which samples of a larger pool the student is fitted on, chosen without labels."""
+"""Methods that choose, from a larger pool, the samples that the student is fitted on; they need no labels."""

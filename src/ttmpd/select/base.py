@@ -24,7 +24,7 @@ class Selector(Method, abc.ABC):
     """Chooses, from a larger pool, the samples that the student is fitted on."""
 
     uses_teacher: ClassVar[bool] = True
-    """Whether it looks at the samples. One that does not needs no pool larger than what it shall choose."""
+    """True where it runs the teacher on the samples. One that does not needs no pool larger than what it chooses."""
 
     def select(
         self,
@@ -42,13 +42,13 @@ class Selector(Method, abc.ABC):
             teacher: on the device where it shall run; left untouched.
             pool: unlabelled samples from the place of use.
             n: how many to choose.
-            labels: (len(pool),) classes; without them the teacher's answer stands for the label.
+            labels: (len(pool),) classes; without them the teacher's prediction stands for the label.
             batch_size: samples per pass.
             seed: of everything random.
 
         Raises:
             InvalidValueError: ``n`` is not positive, or ``labels`` are not one per sample.
-            UnsupportedError: the method cannot treat this teacher, for one because it answers each token of a text.
+            UnsupportedError: the method cannot treat this teacher, e.g. one that predicts each token of a text.
         """
         check_range("n", n, 1)
         if labels is not None and labels.shape != (len(pool),):
@@ -108,7 +108,7 @@ def error_norm(logits: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def head_tap(teacher: nn.Module, pool: Samples) -> Tap | None:
-    """Where the input of the layer that gives the logits is read; None when no single layer does."""
+    """The input of the layer that gives the logits; None where no single layer gives them."""
     device = next(teacher.parameters()).device
     for number in range(min(len(pool), 8)):  # the head is not recognised by a sample that is answered with NaN
         tap = find_feature_tap(teacher, pool.batch(slice(number, number + 1), device), pooled=True)
@@ -123,8 +123,8 @@ def answers(teacher: nn.Module, pool: Samples, tap: Tap | None, batch_size: int)
     taps = {} if tap is None else {"features": tap}
     logits, features = [], []
     n_batches = math.ceil(len(pool) / batch_size)
-    with evaluating(teacher), tapped(teacher, taps) as seen:
+    with evaluating(teacher), tapped(teacher, taps) as read:
         for batch in track(pool.batches(batch_size, device), "select", n_batches):
             logits.append(predict(teacher, batch).float().cpu())
-            features.append(seen["features"].flatten(1).float().cpu() if tap else logits[-1])
+            features.append(read["features"].flatten(1).float().cpu() if tap else logits[-1])
     return torch.cat(logits), torch.cat(features)

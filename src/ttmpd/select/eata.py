@@ -1,4 +1,4 @@
-"""Keep samples of which the teacher is sure and that are unlike those kept before."""
+"""Choose samples on which the teacher is confident and that differ from those chosen before."""
 
 import math
 from collections.abc import Iterable
@@ -16,16 +16,16 @@ from ttmpd.training.test_time import ReliableSampleFilter, redundancy_for
 
 
 class Reliable(Selector):
-    """Entropy below e0 ln(classes) and answers unlike the moving average of those kept, as the pool streams by."""
+    """Entropy below e0 ln(classes) and a prediction unlike the moving average of those chosen before."""
 
     source: ClassVar[str] = (
         "EATA (Niu et al., ICML 2022, arXiv 2204.02610), equations 3 to 6; the teacher stays as it is; the first n "
         "that pass are taken, and where fewer pass the surest of the rest"
     )
     e0: float = 0.4
-    """Largest entropy of a reliable answer, as a share of ln(number of classes)."""
+    """Largest entropy of a reliable prediction, as a share of ln(number of classes)."""
     redundancy: float = 0.0
-    """The cosine to the moving average must be smaller in size; 0: by the number of classes."""
+    """Largest absolute cosine to the moving average; 0: set by the number of classes."""
     window: int = 64
     """Samples between two updates of the moving average."""
 
@@ -35,7 +35,7 @@ class Reliable(Selector):
     def choose(
         self, teacher: nn.Module, pool: Samples, n: int, labels: Tensor | None, *, batch_size: int, seed: int
     ) -> Iterable[int]:
-        """The pool streams by in an order drawn by seed. Labels are not used.
+        """The samples are judged in an order drawn by seed. Labels are not used.
 
         Cost: one forward pass per sample.
         """
@@ -43,16 +43,16 @@ class Reliable(Selector):
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
         passed = self._passing(logits[order].float().softmax(-1), n)
         chosen: list[int] = order[passed].tolist()
-        surest = top_n(-entropy(logits), len(pool))
-        return list(dict.fromkeys(chosen + surest))[:n]
+        most_confident = top_n(-entropy(logits), len(pool))
+        return list(dict.fromkeys(chosen + most_confident))[:n]
 
     def _passing(self, probabilities: Tensor, n: int) -> Tensor:
         """Positions of the first ``n`` rows that are reliable and not redundant, or of fewer."""
         n_classes = probabilities.shape[-1]
         selection = ReliableSampleFilter(self.e0 * math.log(n_classes), self.redundancy or redundancy_for(n_classes))
-        found = [torch.empty(0, dtype=torch.long)]
+        positions = [torch.empty(0, dtype=torch.long)]
         for start in range(0, len(probabilities), self.window):
-            found.append(start + selection.choose(probabilities[start : start + self.window]))
-            if sum(map(len, found)) >= n:
+            positions.append(start + selection.choose(probabilities[start : start + self.window]))
+            if sum(map(len, positions)) >= n:
                 break
-        return torch.cat(found)[:n]
+        return torch.cat(positions)[:n]

@@ -1,4 +1,4 @@
-"""Distance between probabilities and label: the samples on which the teacher is least sure."""
+"""Distance between probabilities and label: the samples on which the teacher is least confident."""
 
 from collections.abc import Iterable
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Keep the samples that are forgotten most often while a shaken copy of the teacher learns the pool again."""
+"""Choose the samples that are forgotten most often while a perturbed copy of the teacher learns the pool."""
 
 import math
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ class Forgetting(Selector):
     needs: ClassVar[tuple[str, ...]] = ("gradients", "training")
     epochs: int = 4
     noise: float = 0.1
-    """Standard deviation of what is added to each weight matrix, in units of its root mean square."""
+    """Standard deviation of the noise added to each weight matrix, in units of its root mean square."""
     lr: float = 0.01
     train_batch_size: int = 64
 
@@ -46,34 +46,36 @@ class Forgetting(Selector):
         """Cost: ``epochs`` forward and backward passes per sample, and one forward pass."""
         logits = predictions_of(teacher, pool, batch_size)
         classes = classes_of(logits, labels)
-        known = torch.isfinite(logits).all(-1)
+        finite = torch.isfinite(logits).all(-1)
         copy = clone(teacher)
         perturb(copy, self.noise, seed)
-        agreed, sure = self._watch(copy, pool, classes, known.nonzero().squeeze(-1), seed)
+        agreed, confidence = self._watch(copy, pool, classes, finite.nonzero().squeeze(-1), seed)
         flips = forgotten(torch.stack([logits.argmax(-1) == classes, *agreed]))
-        score = flips.clamp(max=self.epochs + 1) + (1 - sure) / 2  # finite, so that those that never agree are ranked
-        return top_n(torch.where(known, score, math.nan), n)
+        score = (
+            flips.clamp(max=self.epochs + 1) + (1 - confidence) / 2
+        )  # finite, so that those that never agree are ranked
+        return top_n(torch.where(finite, score, math.nan), n)
 
     def _watch(
-        self, copy: nn.Module, pool: Samples, classes: Tensor, known: Tensor, seed: int
+        self, copy: nn.Module, pool: Samples, classes: Tensor, usable: Tensor, seed: int
     ) -> tuple[list[Tensor], Tensor]:
-        """Train the copy on the ``known`` samples: (N,) agreement by epoch, and (N,) mean probability of the label."""
+        """Train the copy on the ``usable`` samples: (N,) agreement by epoch, and (N,) mean probability of the label."""
         device = next(copy.parameters()).device
         draw = torch.Generator().manual_seed(seed)
-        agreed, sure = [], torch.zeros(len(pool))
+        agreed, confidence = [], torch.zeros(len(pool))
         with evaluating(copy, gradients=True):
             copy.requires_grad_(True)
             optimizer = torch.optim.SGD(copy.parameters(), lr=self.lr, momentum=0.9)
             for _ in track(range(self.epochs), "select", self.epochs):
                 agreed.append(torch.zeros(len(pool), dtype=torch.bool))
-                order = known[torch.randperm(len(known), generator=draw)]
+                order = usable[torch.randperm(len(usable), generator=draw)]
                 for start in range(0, len(order), self.train_batch_size):
                     index = order[start : start + self.train_batch_size]
                     logits = _step(copy, optimizer, pool.trimmed(index, device), classes[index].to(device))
                     right = torch.nan_to_num(logits.softmax(-1).gather(1, classes[index, None]).squeeze(1))
                     agreed[-1][index] = (logits.argmax(-1) == classes[index]) & (right > 0)
-                    sure[index] += right / self.epochs
-        return agreed, sure
+                    confidence[index] += right / self.epochs
+        return agreed, confidence
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor, classes: Tensor) -> Tensor:
@@ -97,10 +99,10 @@ def perturb(model: nn.Module, noise: float, seed: int) -> None:
 
 
 def forgotten(agreed: Tensor) -> Tensor:
-    """(N,) how often agreement is followed by disagreement; inf where there never was agreement.
+    """(N,) number of times that agreement is followed by disagreement; inf where there never was agreement.
 
     Args:
-        agreed: (T, N) whether each answer was the label, in the order of time.
+        agreed: (T, N) true where the prediction was the label, in the order of time.
 
     Example:
         >>> forgotten(torch.tensor([[1, 1, 0], [0, 1, 0], [1, 1, 0], [0, 1, 0]]).bool())

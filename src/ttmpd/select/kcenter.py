@@ -1,4 +1,4 @@
-"""Cover the pool: every sample shall have a chosen one near it."""
+"""Cover the pool, so that every sample has a chosen one near it."""
 
 from collections.abc import Iterable
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Keep the samples that lie near a decision boundary; those far from any teach little."""
+"""Choose the samples near a decision boundary; those far from any teach little."""
 
 from collections.abc import Iterable
 from typing import ClassVar
@@ -20,7 +20,7 @@ class PUMA(Selector):
     )
     needs: ClassVar[tuple[str, ...]] = ("gradients",)
     norm: str = "linf"
-    """In which margins are measured: linf or l2."""
+    """Norm in which margins are measured: linf or l2."""
     max_iter: int = 50
     overshoot: float = 0.02
     classes: int = 10

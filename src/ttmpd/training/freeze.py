@@ -1,4 +1,4 @@
-"""The guard of distillation: the head stays frozen, and held-out agreement with the teacher decides what is kept."""
+"""Parameters of a student that are not trained: its output layer, and what runs before the first removed unit."""
 
 from torch import Tensor, nn
 
@@ -8,9 +8,12 @@ from ttmpd.models.trace import trace
 
 
 def freeze(student: nn.Module, first: str, batch: Tensor) -> list[nn.Parameter]:
-    """Stop training the head and, where ``first`` names a module, all that runs before it; returns what was training.
+    """Freeze the head and, where ``first`` names a module, all layers that run before it.
 
-    Where nothing could learn then, what runs before is trained after all.
+    Where nothing would be left to train, only the head is frozen.
+
+    Returns:
+        The parameters that were frozen, for the caller to thaw.
     """
     frozen = freeze_head(student, batch)
     if not first:
@@ -24,7 +27,7 @@ def freeze(student: nn.Module, first: str, batch: Tensor) -> list[nn.Parameter]:
 
 
 def freeze_head(student: nn.Module, batch: Tensor) -> list[nn.Parameter]:
-    """Stop training the layer that gives the logits; returns the parameters that were training before."""
+    """Freeze the layer that gives the logits; returns the parameters that were frozen."""
     head = find_output_layer(student, batch)
     if head is None:
         return []
@@ -35,7 +38,7 @@ def freeze_head(student: nn.Module, batch: Tensor) -> list[nn.Parameter]:
 
 
 def freeze_before(student: nn.Module, path: str, batch: Tensor) -> list[nn.Parameter]:
-    """Stop training the layers that run before the module at ``path``; returns the parameters that were training.
+    """Freeze the layers that run before the module at ``path``; returns the parameters that were frozen.
 
     Before the first removed unit the student *is* the teacher. Nothing there needs to change, and neither gradients nor
     activations have to be kept: in networks whose first layers are the largest, that is most of a step.

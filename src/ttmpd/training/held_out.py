@@ -29,7 +29,7 @@ def held_out_check(
 
 
 def mixture(end: Mapping[str, Tensor], start: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-    """The weights that lie by ``share`` of the way from ``end`` to ``start``; what is counted stays as in ``end``."""
+    """Weights interpolated linearly: (1 - share) end + share start; integer buffers are those of ``end``."""
     return {
         name: torch.lerp(value, start[name], share) if value.is_floating_point() else value.clone()
         for name, value in end.items()
@@ -39,17 +39,17 @@ def mixture(end: Mapping[str, Tensor], start: Mapping[str, Tensor], share: float
 def mix_with_start(
     student: nn.Module, start: Mapping[str, Tensor], share: float, check: Callable[[], Check], end: Check
 ) -> bool:
-    """Move a trained student back to where it started by that share of the way, unless it is shown to be worse there.
+    """Average the trained weights with the initial ones, unless the average is clearly worse on the held-out samples.
 
     Args:
         student: changed in place.
         start: its state before training.
-        share: 0 leaves it as it is, 1 would be the start.
+        share: weight of the initial parameters; 0 leaves the student as it is.
         check: measures it.
         end: what the check said of it at the end of training.
 
     Returns:
-        Whether the student was moved.
+        True where the average was taken.
 
     Source: WiSE-FT (Wortsman et al., CVPR 2022, arXiv 2109.01903): the mean of the weights before and after
     fine-tuning is often better than both. Here without its choice of the share on labelled samples.

@@ -24,7 +24,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """What a training run did.
+    """Outcome of a training run.
 
     Args:
         steps: optimizer steps that were done.
@@ -139,7 +139,7 @@ def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[obje
 
 
 def choose_amp(step: Callable[[bool], object], device: torch.device, amp: str = "auto") -> bool:
-    """Whether bfloat16 autocast makes a step faster *here*: measured, since many processors emulate it slowly.
+    """True where bfloat16 autocast makes a step faster *here*: measured, since many processors emulate it slowly.
 
     Args:
         step: runs one training step with or without autocast.
@@ -161,7 +161,7 @@ def choose_amp(step: Callable[[bool], object], device: torch.device, amp: str = 
 
 
 def _native_bfloat16() -> bool:
-    """Without it one bfloat16 step is ten times slower than a float32 step: not worth a measurement."""
+    """True on processors with bfloat16 instructions; without them a step is ten times slower: no need to measure."""
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except (AttributeError, RuntimeError):
@@ -170,7 +170,7 @@ def _native_bfloat16() -> bool:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Loop:
-    """What the loop does besides stepping.
+    """Checks, deadline and resume state of the training loop.
 
     Args:
         check: measures the student on held-out samples; None trains to the end and keeps the last state.
@@ -196,14 +196,14 @@ def train(model: nn.Module, loss_at: Callable[[int], Tensor], schedule: Schedule
     """Train the parameters of ``model`` that require gradients, in place, and leave it with its best state.
 
     Args:
-        model: in the train or eval mode the caller wants; the mode is kept.
+        model: in train or eval mode, which stays.
         loss_at: the loss of step 0, 1, ...; it runs the model.
         schedule: optimizer and learning rate.
         loop: checks, deadline, resume.
 
     Returns:
-        What was done. ``rolled_back`` is true when the start is restored: shown to be better than the end, or, where
-        training stopped early, better than all that came after it.
+        What was done. ``rolled_back`` is true where the start was restored: it was better than the end or, where
+        training stopped early, than every later check.
     """
     run = _Run(model, schedule, loop)
     run.resume()
@@ -290,7 +290,7 @@ class _Run:
         return self.schedule.build(self.parameters) if self.parameters else None
 
     def finish(self) -> TrainingResult:
-        """Restore the best state and tell what was done."""
+        """Restore the best state and return what was done."""
         if self.loop.check is not None and self.checks[-1][0] != self.step:
             self.evaluate()
         if self._ended_well():
@@ -332,10 +332,14 @@ class _Run:
         tensors |= {f"best.{name}": value for name, value in self.best_state.items()}
         tensors |= {f"optimizer.{i}.{key}": value for i, key, value in self._optimizer_tensors()}
         facts = {
-            "step": self.step, "best_step": self.best_step, "idle": self.idle, "lr_scale": self.lr_scale,
-            "losses": self.losses, "checks": self.checks,
+            "step": self.step,
+            "best_step": self.best_step,
+            "idle": self.idle,
+            "lr_scale": self.lr_scale,
+            "losses": self.losses,
+            "checks": self.checks,
             "best": None if self.best is None else dataclasses.astuple(self.best),
-        }  # fmt: skip
+        }
         with replacing(path) as unfinished:
             save_file({k: v.contiguous().clone() for k, v in tensors.items()}, unfinished, {"facts": json.dumps(facts)})
 
@@ -358,7 +362,7 @@ class _Run:
             model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
             self.model.load_state_dict(model)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError):
-            return False  # an unreadable or foreign state is as good as none: start again
+            return False  # an unreadable state, or that of another run: start from the beginning
         self.best_state = {k.removeprefix("best."): v.to(device) for k, v in tensors.items() if k.startswith("best.")}
         for key, value in tensors.items():
             if key.startswith("optimizer.") and self.optimizer is not None:

@@ -10,7 +10,7 @@ from ttmpd.tasks._measures import soft_label_loss as soft_label_loss
 
 
 def feature_loss(student: Tensor, teacher: Tensor, variance: float) -> Tensor:
-    """Mean squared error in units of the teacher's variance: 1.0 is as bad as answering with the mean.
+    """Mean squared error in units of the teacher's variance: 1.0 is as bad as predicting the mean.
 
     Args:
         student: (B, ...) features.
@@ -41,13 +41,13 @@ def fused(full: Tensor, sub: Tensor, share: float) -> Tensor:
 
 
 def signed_entropy(full: Tensor, sub: Tensor) -> Tensor:
-    """Entropy in nats of each row of ``sub``, negative where the two networks answer with different classes.
+    """Entropy in nats of each row of ``sub``, negative where the two networks predict different classes.
 
-    Made smaller, it makes the part surer where the two agree, and less sure where they do not.
+    Minimising it makes the part more confident where the two agree, and less confident where they do not.
 
     Args:
         full: (B, n_classes) logits of the whole network.
-        sub: the same of a part of it.
+        sub: (B, n_classes) logits of a part of it.
 
     Source: EATA-C (TPAMI 2025), as in a re-implementation that cites its equation 14.
     """

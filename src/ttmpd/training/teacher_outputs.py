@@ -1,4 +1,4 @@
-"""The teacher's answers: written to disk once, memory-mapped ever after."""
+"""The teacher's outputs: written to disk once, memory-mapped from then on."""
 
 import errno
 import json
@@ -14,12 +14,12 @@ from ttmpd.records import Tap
 from ttmpd.storage import write_json
 
 WIDE = 4096
-"""Answers with more values than this are as large as features."""
+"""Logits with more values than this are stored in half precision, as features are."""
 
 
 @dataclass(frozen=True, eq=False)
 class TeacherOutputs:
-    """The teacher's answers for fixed views of the samples: all that ``fit`` may know of it.
+    """The teacher's outputs for fixed views of the samples: all that ``fit`` is given of it.
 
     Args:
         tap: where the features are read, in teacher and student; None when only logits are mimicked.
@@ -53,7 +53,7 @@ class TeacherOutputsWriter:
         self.arrays: dict[str, np.memmap] = {}
 
     def write(self, view: int, start: int, features: Tensor | None, logits: Tensor) -> None:
-        """Store one batch; features, and answers of large vocabularies, go to half precision where that is safe."""
+        """Store one batch; features, and logits over large vocabularies, in half precision where that is safe."""
         values = {"logits": logits.float()} | ({} if features is None else {"features": features.float()})
         for name, value in values.items():
             if name not in self.arrays:
@@ -79,7 +79,7 @@ class TeacherOutputsWriter:
 
 
 def _claim(path: Path) -> None:
-    """Take the file's room on the disk now: writing to a mapped file on a full disk would kill the process."""
+    """Reserve the file's space on the disk now: writing to a mapped file on a full disk would kill the process."""
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as file:
             try:

@@ -1,4 +1,6 @@
-"""Learning from answers alone, by scale and shift of the normalisation layers: what Tent, EATA and EATA-C share.
+"""Test-time adaptation: scale and shift of the normalisation layers learn from predictions alone.
+
+Tent, EATA and EATA-C share it.
 
 :class:`Adaptation` makes one step per batch: for a stream, or for a fixed set that the adapters pass
 several times.
@@ -31,19 +33,19 @@ def pieces(n_samples: int, batch: int) -> tuple[Tensor, ...]:
 
 
 def n_classes(model: nn.Module, samples: Samples) -> int:
-    """How many classes the model tells apart, seen by running a sample."""
+    """Number of classes that the model predicts, counted by running a sample."""
     return predictions_of(model, samples.first(1), 1).shape[-1]
 
 
 def redundancy_for(n_classes: int) -> float:
-    """Cosine below which an answer is unlike the mean answer, by the number of classes.
+    """Cosine to the mean prediction below which a prediction counts as different from it, by the number of classes.
 
-    The cosine between a sure answer and an even mean is 1 / sqrt(n_classes), and the values that are known to work lie
-    a little above: 0.4 for 10 classes, 0.1 for 100, 0.05 for 1000. Their factors over it are interpolated over
-    log(n_classes), and kept beyond.
+    The cosine between a confident prediction and a uniform mean is 1 / sqrt(n_classes). The values published for EATA
+    lie a little above it: 0.4 for 10 classes, 0.1 for 100, 0.05 for 1000. Their ratios to it are interpolated over
+    log(n_classes) and constant outside of this range.
     """
-    known = (10, 0.4), (100, 0.1), (1000, 0.05)
-    factors = [value * math.sqrt(number) for number, value in known]
+    published = (10, 0.4), (100, 0.1), (1000, 0.05)
+    factors = [value * math.sqrt(number) for number, value in published]
     place = min(max(math.log10(max(n_classes, 1)) - 1, 0.0), 2.0)
     low = min(int(place), 1)
     factor = factors[low] + (factors[low + 1] - factors[low]) * (place - low)
@@ -51,11 +53,11 @@ def redundancy_for(n_classes: int) -> float:
 
 
 class ReliableSampleFilter:
-    """Which samples are worth a backward pass: sure ones, unlike what was learned from before.
+    """Selects the samples to learn from: confident predictions that differ from those selected before.
 
     Args:
-        margin: largest entropy of a sure answer, in nats.
-        redundancy: the cosine between an answer and the mean of those selected before must be smaller in size.
+        margin: largest entropy of a confident prediction, in nats.
+        redundancy: largest absolute cosine between a prediction and the moving average of those selected before.
 
     Source: EATA (arXiv 2204.02610), equations 3 to 6.
     """
@@ -65,16 +67,16 @@ class ReliableSampleFilter:
         self.mean: Tensor | None = None
 
     def choose(self, probabilities: Tensor) -> Tensor:
-        """Positions of the samples to learn from; the moving average takes them in.
+        """Positions of the samples to learn from; they enter the moving average.
 
         Args:
             probabilities: (B, n_classes).
         """
-        sure = entropy_of(probabilities) < self.margin
+        reliable = entropy_of(probabilities) < self.margin
         if self.mean is not None:
-            alike = F.cosine_similarity(probabilities, self.mean[None], dim=-1).abs()
-            sure &= alike < self.redundancy
-        chosen = sure.nonzero().squeeze(-1)
+            similarity = F.cosine_similarity(probabilities, self.mean[None], dim=-1).abs()
+            reliable &= similarity < self.redundancy
+        chosen = reliable.nonzero().squeeze(-1)
         if len(chosen):
             new = probabilities[chosen].mean(0)
             self.mean = new if self.mean is None else 0.9 * self.mean + 0.1 * new
@@ -87,7 +89,7 @@ class ReliableSampleFilter:
 
 @dataclass(frozen=True, eq=False)
 class FisherPenalty:
-    """Where scale and shift started, and how much each matters to the answers: keeps what the model knew.
+    """Penalty on the distance of scale and shift from their start, weighted by Fisher information (as in EWC and EATA).
 
     Args:
         parameters: scale and shift, as they change.
@@ -106,7 +108,7 @@ class FisherPenalty:
 
 
 def fisher_penalty(model: nn.Module, samples: Samples, batch: int, batch_statistics: bool = False) -> FisherPenalty:
-    """An anchor at the present values, with the Fisher information of the model's own pseudo labels as importance.
+    """The penalty around the present values, weighted by the Fisher information of the model's own pseudo labels.
 
     F = mean over batches of the squared gradient of the batch's mean cross entropy: the definition of the authors'
     code, which is not the Fisher information per sample. It is divided by its mean, so that a weight of the penalty
@@ -128,16 +130,16 @@ def fisher_penalty(model: nn.Module, samples: Samples, batch: int, batch_statist
 
 
 class Adaptation:
-    """A model that learns from every batch it answers, without labels.
+    """A model that learns from every batch it predicts, without labels.
 
     Args:
         model: is changed in place by steps, scale and shift of its normalisation layers alone; between steps it is an
             ordinary model in the mode in which it came.
-        loss: what a step makes smaller.
+        loss: what a step minimises.
         lr: learning rate.
         optimizer: "adam", or "sgd" with momentum 0.9.
-        selection: which samples are learned from; None takes all.
-        separate_forward: the loss runs the samples in another way than they were answered, and not in the same run.
+        selection: chooses the samples to learn from; None takes all.
+        separate_forward: the loss runs the samples once more by itself, in another way than the prediction did.
         batch_statistics: batch normalisation takes the statistics of the batch instead of those it holds.
 
     Raises:
