@@ -1,18 +1,33 @@
 """The command line: every file of ``commands`` is a command. Everything heavy is imported when one runs."""
 
 import pkgutil
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from ttmpd.cli import commands
+
+START = (
+    "ttmpd demo                     a whole run on handwritten digits, nothing is downloaded",
+    "ttmpd inspect --model ID       what can be removed from your model",
+    "ttmpd compress --help          the main command, with examples; so does every command",
+)
+
+
+def _lines(title: str, lines: Sequence[str]) -> str:
+    """Text for the end of ``--help``; an empty line between two keeps them apart there."""
+    return "\n\n".join((f"[bold]{title}[/bold]", *(escape(line) for line in lines)))
+
 
 app = typer.Typer(
     name="ttmpd",
     help="Make a pretrained model faster on this device, adapted to your samples, without labels.",
+    epilog=_lines("Where to start", START),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
@@ -26,7 +41,8 @@ def _modules() -> list[ModuleType]:
 
 
 for _module in _modules():
-    app.command(_module.__name__.rpartition(".")[2].replace("_", "-"))(_module.command)
+    _name = _module.__name__.rpartition(".")[2].replace("_", "-")
+    app.command(_name, epilog=_lines("Examples", _module.EXAMPLES))(_module.command)
 
 
 def _print_version(asked: bool) -> None:
@@ -38,7 +54,10 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def _main(
     _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, metavar="", help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Options of the program itself."""

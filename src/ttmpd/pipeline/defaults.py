@@ -25,3 +25,11 @@ EXIT_BATCH_SIZE: Final = 1
 """A sample leaves early on its own."""
 SERVE_NUM_SAMPLES: Final = 512
 """Samples that a service collects before it compresses."""
+STUDENT_FRACTION: Final = 0.1
+STUDENT_ALPHA: Final = "auto"
+STUDENT_TEMPERATURE: Final = 4.0
+STUDENT_VIEWS: Final = 16
+STUDENT_STEPS: Final = 3000
+STUDENT_BATCH_SIZE: Final = 64
+STUDENT_LR: Final = 0.05
+"""Of a student that is trained on labels; a test compares them with :class:`ttmpd.students.recipe.Recipe`."""

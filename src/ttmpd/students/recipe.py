@@ -10,6 +10,7 @@ from ttmpd.adapt.base import Adapter
 from ttmpd.adapt.none import NoAdaptation
 from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_fields, check_range, named
+from ttmpd.pipeline import defaults
 from ttmpd.select.base import Selector
 from ttmpd.select.random import Random
 from ttmpd.students.adversarial import Attack
@@ -55,16 +56,16 @@ class Recipe:
         attack: trains against attacked samples, in the place of plain cross entropy.
     """
 
-    fraction: float = 0.1
+    fraction: float = defaults.STUDENT_FRACTION
     select: Selector = Random()
     balanced: bool = False
     adapt: Adapter = dataclasses.field(default_factory=NoAdaptation)
-    alpha: float | str = "auto"
-    temperature: float = 4.0
-    views: int = 16
-    steps: int = 3000
-    batch_size: int = 64
-    lr: float = 0.05
+    alpha: float | str = defaults.STUDENT_ALPHA
+    temperature: float = defaults.STUDENT_TEMPERATURE
+    views: int = defaults.STUDENT_VIEWS
+    steps: int = defaults.STUDENT_STEPS
+    batch_size: int = defaults.STUDENT_BATCH_SIZE
+    lr: float = defaults.STUDENT_LR
     weight_decay: float = 5e-4
     seed: int = 0
     attack: Attack | None = None

@@ -64,8 +64,6 @@ def test_labels_and_a_latency(arguments, data, tmp_path, run, said):
 
 def test_bad_input_is_said_plainly(arguments, tmp_path, run, said):
     cases = [
-        (run(*arguments), "exactly one target", _reporting.FAILED),
-        (run(*arguments, "--speedup", 2, "--latency", "5ms"), "exactly one target", _reporting.FAILED),
         (run(*arguments, "--speedup", 2, "--method", "magic"), "early_exit must be one of right_tool", 1),
         (run(*arguments, "--speedup", 2, "--set", "early_exit.n_exits=0"), "n_exits must be from 1", 1),
         (run(*arguments, "--speedup", 9), "which the first exit takes", _reporting.TARGET_MISSED),

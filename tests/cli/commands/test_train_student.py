@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 
 import pytest
 from click.testing import Result
 
 from ttmpd.artifact.read import read_artifact
-from ttmpd.cli.commands import _reporting
+from ttmpd.cli.commands import _reporting, train_student
 from ttmpd.storage import locked
+from ttmpd.students.recipe import Recipe
 
 DEMO = "ttmpd.demo:demo_model"
 NETS = """
@@ -150,3 +152,10 @@ def test_bad_input_is_said_plainly(arguments, place, data, run, said):
         assert found.exit_code == _reporting.FAILED
     with locked(place / "o"):
         assert "is in use" in said(run(*arguments, *out))
+
+
+def test_options_left_out_mean_what_they_mean_in_python():
+    defaults = {name: option.default for name, option in signature(train_student.command).parameters.items()}
+    shared = ("fraction", "balanced", "alpha", "temperature", "views", "steps", "batch_size", "lr", "seed")
+    assert {name: defaults[name] for name in shared} == {name: getattr(Recipe(), name) for name in shared}
+    assert (defaults["select"], defaults["adapt"]) == (Recipe().select.name, Recipe().adapt.name)

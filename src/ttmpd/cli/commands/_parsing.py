@@ -29,17 +29,17 @@ def parse_duration(text: str) -> float:
 
 
 def parse_targets(
-    speedup: float | None, latency: str | None, macs: str | None, targets: str | None
+    *, speedup: float | None = None, latency: str | None = None, macs: str | None = None, targets: str | None = None
 ) -> "dict[str, Target]":
     """Targets by name; the name is the sub-folder when there are several."""
     from ttmpd.pipeline.settings import Target
 
     if targets is None:
         return {"": Target.of(speedup, latency, macs)}
-    names = [name.strip() for name in (targets or "").split(",") if name.strip()]
-    if not names or len(set(names)) != len(names):
+    shares = parts_of(targets)
+    if not shares or len(set(shares)) != len(shares):
         raise InvalidValueError(f"targets must be different latencies like 0.8x,0.5x, but got {targets!r}")
-    return {name: Target.parse(name) for name in names}
+    return {share: Target.parse(share) for share in shares}
 
 
 def parts_of(text: str) -> tuple[str, ...]:

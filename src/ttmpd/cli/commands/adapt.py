@@ -14,40 +14,30 @@ if TYPE_CHECKING:
     from ttmpd.artifact.write import Result
 
 PLACE = 50
-"""In ``ttmpd --help``: commands are listed by their place."""
+EXAMPLES = (
+    "ttmpd adapt --model timm:resnet50 --data photos/ --output adapted/",
+    "ttmpd adapt --model timm:resnet50 --data photos/ --adapt eata --set adapt.epochs=2 --output adapted/",
+)
 
 
 @option.with_options
 def command(
     model: option.Model,
-    data: option.Data,
+    samples: option.Calibration,
     output: option.Output,
     run: option.Run,
     adapt: Annotated[str, option.method("adapt", "How the model is adapted.")] = defaults.METHODS["adapt"],
-    settings: option.Set = None,
-    num_samples: option.NumSamples = defaults.NUM_SAMPLES,
-    holdout: option.Holdout = defaults.HOLDOUT,
-    batch_size: option.BatchSize = defaults.BATCH_SIZE,
+    method_settings: option.Set = None,
 ) -> None:
-    """Adapt a model to unlabelled samples without removing anything."""
+    """Adapt a model to unlabelled samples; nothing is removed."""
     with reporting(run.verbose):
         from ttmpd.pipeline.adapt import adapt_to
 
-        method = choose_methods({"adapt": adapt}, settings or [], None)["adapt"]
+        method = choose_methods({"adapt": adapt}, method_settings or [], None)
+        settings = samples.settings() | run.settings() | method
         opened = model.open()
         show_machine(run.device)
-        result = adapt_to(
-            opened,
-            data,
-            output=output,
-            adapt=method,
-            num_samples=num_samples,
-            holdout=holdout,
-            batch_size=batch_size,
-            device=run.device,
-            seed=run.seed,
-        )
-        _show(result, output)
+        _show(adapt_to(opened, samples.data, output=output, **settings), output)
 
 
 def _show(found: "Result", folder: object) -> None:

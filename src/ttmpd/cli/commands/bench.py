@@ -16,34 +16,34 @@ if TYPE_CHECKING:
     from ttmpd.pipeline.bench import BenchRow
 
 PLACE = 40
+EXAMPLES = (
+    "ttmpd bench fast/",
+    "ttmpd bench fast/ --batch-size 1 --batch-size 64 --data photos/",
+)
 
 BatchSizes = Annotated[
     list[int] | None,
-    typer.Option(
-        "--batch-size",
-        metavar="N",
-        help="Samples per batch; may be repeated (default: that of the run).",
-        rich_help_panel=option.RUN,
-    ),
-]
+    option.option("--batch-size", "Samples per batch; may be repeated. Without it: 1, and that of the run.", option.RUN,
+                  min=1, metavar="N"),
+]  # fmt: skip
 
 
 @option.with_options
 def command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact folder.")],
-    batch_size: BatchSizes = None,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of an artifact.")],
     data: option.DataOrRandom = None,
-    runtime: option.Runtime = defaults.METHODS["runtime"],
     source: option.Source = None,
+    runtime: option.Runtime = defaults.METHODS["runtime"],
+    batch_sizes: BatchSizes = None,
     device: option.Device = defaults.DEVICE,
     verbose: option.Verbose = False,
 ) -> None:
-    """Measure the original and the compressed model in turns on this machine."""
+    """Measure original and compressed model in turns on this machine."""
     with reporting(verbose):
         from ttmpd.latency.device import choose_device, machine
         from ttmpd.pipeline.bench import bench
 
-        rows = bench(folder, source, batch_sizes=batch_size or (), samples=data, runtime=runtime, device=device)
+        rows = bench(folder, source, batch_sizes=batch_sizes or (), samples=data, runtime=runtime, device=device)
         _show(rows, machine(choose_device(device)))
 
 

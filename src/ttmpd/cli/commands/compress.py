@@ -1,5 +1,6 @@
 """``ttmpd compress``: the main job."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,121 +22,121 @@ if TYPE_CHECKING:
     from ttmpd.pipeline.settings import Target
 
 PLACE = 20
+"""In ``ttmpd --help``: commands are listed by their place."""
+EXAMPLES = (
+    "ttmpd compress --model timm:resnet50 --data photos/ --speedup 1.5 --output fast/",
+    "ttmpd compress --model timm:resnet50 --data photos/ --targets 0.8x,0.5x --dry-run",
+    "ttmpd compress --model hf:ORG/NAME --data reviews.tsv --latency 12ms --output fast/",
+)
 ACTIONS_TEXT = ",".join(ACTIONS)
 
-Macs = Annotated[
-    str | None,
-    typer.Option("--macs", metavar="0.7x", help="A share of the multiply-accumulates.", rich_help_panel=option.TARGET),
-]
-Targets = Annotated[
-    str | None,
-    typer.Option(
-        "--targets",
-        metavar="0.8x,0.5x",
-        help="Several latencies, each in a sub-folder.",
-        rich_help_panel=option.TARGET,
-    ),
-]
-Pool = Annotated[
-    int,
-    typer.Option(
-        "--pool", min=2, metavar="N", help="Samples that a selector chooses from.", rich_help_panel=option.DATA
-    ),
-]
-Lossless = Annotated[
-    bool,
-    typer.Option(
-        "--lossless/--no-lossless",
-        help="First take what makes the model faster without changing its predictions.",
-        rich_help_panel=option.METHODS,
-    ),
-]
-Actions = Annotated[
-    str,
-    typer.Option(
-        "--actions",
-        metavar="ACTION,...",
-        help=f"What may be done to units: some of {', '.join(ACTIONS)}.",
-        rich_help_panel=option.METHODS,
-    ),
-]
-TimeBudget = Annotated[
-    str | None,
-    typer.Option(
-        "--time-budget", metavar="90s|10min|1h", help="About so long the run may take.", rich_help_panel=option.RUN
-    ),
-]
-Amp = Annotated[
-    str,
-    typer.Option("--amp", metavar="auto|on|off", help="Mixed precision in training.", rich_help_panel=option.RUN),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan only; write nothing.", rich_help_panel=option.RUN)]
+
+@dataclass(frozen=True, slots=True)
+class Targets(option.Target):
+    """How fast the result shall be, or the results."""
+
+    macs: Annotated[
+        str | None,
+        option.option("--macs", "Share of the multiply-accumulates that may stay; promises no latency.", option.TARGET,
+                      metavar="0.7x"),
+    ] = None  # fmt: skip
+    targets: Annotated[
+        str | None,
+        option.option("--targets", "Several latencies; each result in a sub-folder of --output.", option.TARGET,
+                      metavar="0.8x,0.5x"),
+    ] = None  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration(option.Calibration):
+    """The samples, and those among which they are chosen."""
+
+    pool: Annotated[
+        int,
+        option.option("--pool", "How many samples a selector other than random chooses from.", option.DATA, min=2,
+                      metavar="N"),
+    ] = defaults.POOL  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Methods:
+    """How each stage is done."""
+
+    select: Annotated[str, option.method("select", "Chooses the samples.")] = defaults.METHODS["select"]
+    adapt: Annotated[str, option.method("adapt", "Adapts the model to the samples; or none.")] = defaults.METHODS[
+        "adapt"
+    ]
+    score: Annotated[str, option.method("score", "Predicts the harm of each removal.")] = defaults.METHODS["score"]
+    plan: Annotated[str, option.method("plan", "Chooses what is removed.")] = defaults.METHODS["plan"]
+    distill: Annotated[str, option.method("distill", "Trains the student.")] = defaults.METHODS["distill"]
+    runtime: option.Runtime = defaults.METHODS["runtime"]
+    method_settings: option.Set = None
+    steps: option.Steps = None
+    units: option.Units = None
+    actions: Annotated[
+        str,
+        option.option("--actions", f"What may be done to units: some of {', '.join(ACTIONS)}.", option.METHODS,
+                      metavar="ACTION,..."),
+    ] = ACTIONS_TEXT  # fmt: skip
+    lossless: Annotated[
+        bool,
+        option.flag("--lossless/--no-lossless", "First take what is faster with the same predictions.",
+                    option.METHODS),
+    ] = True  # fmt: skip
+
+    def settings(self) -> dict[str, Any]:
+        """As fields of :class:`ttmpd.Settings`."""
+        verbs = ("select", "adapt", "score", "plan", "distill", "runtime")
+        methods = {verb: getattr(self, verb) for verb in verbs}
+        values = choose_methods(methods, self.method_settings or [], self.steps)
+        values |= {"actions": parts_of(self.actions), "lossless": self.lossless}
+        return values if self.units is None else values | {"units": parts_of(self.units)}
+
+
+@dataclass(frozen=True, slots=True)
+class Run(option.Run):
+    """On what it runs, and how long."""
+
+    time_budget: Annotated[
+        str | None,
+        option.option("--time-budget", "About so long the run may take.", option.RUN, metavar="90s|10min|1h"),
+    ] = None
+    amp: Annotated[str, option.option("--amp", "Mixed precision in training.", option.RUN, metavar="auto|on|off")] = (
+        defaults.AMP
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """As fields of :class:`ttmpd.Settings`."""
+        values = option.Run.settings(self) | {"amp": self.amp}
+        return values if self.time_budget is None else values | {"time_budget": parse_duration(self.time_budget)}
 
 
 @option.with_options
 def command(
     model: option.Model,
-    data: option.Data,
-    run: option.Run,
+    samples: Calibration,
+    target: Targets,
+    methods: Methods,
+    run: Run,
     output: option.OutputIfWanted = None,
-    speedup: option.Speedup = None,
-    latency: option.Latency = None,
-    macs: Macs = None,
-    targets: Targets = None,
-    num_samples: option.NumSamples = defaults.NUM_SAMPLES,
-    holdout: option.Holdout = defaults.HOLDOUT,
-    pool: Pool = defaults.POOL,
-    select: Annotated[str, option.method("select", "Chooses the samples.")] = defaults.METHODS["select"],
-    adapt: Annotated[str, option.method("adapt", "Adapts the model; or none.")] = defaults.METHODS["adapt"],
-    score: Annotated[str, option.method("score", "Predicts the harm of removals.")] = defaults.METHODS["score"],
-    plan: Annotated[str, option.method("plan", "Chooses what is removed.")] = defaults.METHODS["plan"],
-    distill: Annotated[str, option.method("distill", "Trains the student.")] = defaults.METHODS["distill"],
-    settings: option.Set = None,
-    units: option.Units = None,
-    actions: Actions = ACTIONS_TEXT,
-    lossless: Lossless = True,
-    runtime: option.Runtime = defaults.METHODS["runtime"],
-    batch_size: option.BatchSize = defaults.BATCH_SIZE,
-    steps: option.Steps = None,
-    time_budget: TimeBudget = None,
-    amp: Amp = defaults.AMP,
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, option.flag("--dry-run", "Plan only; write nothing.", option.RUN)] = False,
     resume: option.Resume = False,
 ) -> None:
-    """Make a model faster and adapt it to unlabelled samples; the artifact holds the measurements."""
-    if sum(target is not None for target in (speedup, latency, macs, targets)) != 1:
-        raise typer.BadParameter("give exactly one of --speedup, --latency, --macs and --targets")
+    """Make a model faster, adapted to your samples; the artifact holds the measurements."""
+    asked = target.settings()
     if output is None and not dry_run:
-        raise typer.BadParameter("give --output DIR, or --dry-run to plan only")
+        raise typer.BadParameter("give --output DIR for the artifact, or --dry-run to plan only")
     folder = None if dry_run else output
     with reporting(run.verbose, resumable=folder):
-        methods = choose_methods(
-            {"select": select, "adapt": adapt, "score": score, "plan": plan, "distill": distill, "runtime": runtime},
-            settings or [],
-            steps,
-        )
-        goals = parse_targets(speedup, latency, macs, targets)
-        values: dict[str, Any] = methods | {
-            "num_samples": num_samples,
-            "pool": pool,
-            "holdout": holdout,
-            "batch_size": batch_size,
-            "device": run.device,
-            "seed": run.seed,
-            "actions": parts_of(actions),
-            "amp": amp,
-            "lossless": lossless,
-        }
-        if units is not None:
-            values["units"] = parts_of(units)
-        if time_budget is not None:
-            values["time_budget"] = parse_duration(time_budget)
+        settings = samples.settings() | methods.settings() | run.settings()
+        goals = parse_targets(**asked)
         opened = model.open()
         show_machine(run.device)
         if folder is None:
-            _dry_run(opened, data, goals, values)
+            _dry_run(opened, samples.data, goals, settings)
         else:
-            _compress(opened, data, goals, [folder / name for name in goals], resume=resume, settings=values)
+            folders = [folder / name for name in goals]
+            _compress(opened, samples.data, goals, folders, resume=resume, settings=settings)
 
 
 def _dry_run(opened: "OpenedModel", data: str, goals: "dict[str, Target]", settings: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ttmpd.demo.run import DemoOutcome
 
 PLACE = 100
+EXAMPLES = ("ttmpd demo", "ttmpd inspect --model ttmpd.demo:demo_model")
 
 
 @option.with_options

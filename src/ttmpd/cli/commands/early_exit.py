@@ -1,5 +1,6 @@
-"""``ttmpd early-exit``: exits through which easy samples leave a model."""
+"""``ttmpd early-exit``: exits that let a model stop early where its class is clear."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,47 +17,44 @@ if TYPE_CHECKING:
     from ttmpd.artifact.write import Result
 
 PLACE = 60
+EXAMPLES = (
+    "ttmpd early-exit --model fast/ --data photos/ --speedup 1.5 --output sooner/",
+    "ttmpd early-exit --model hf:ORG/NAME --data reviews.tsv --labels reviews.tsv --latency 0.6x --output sooner/",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration(option.Calibration):
+    """The samples; exits need more of them, and samples leave one by one."""
+
+    num_samples: option.NumSamples = defaults.EXIT_NUM_SAMPLES
+    batch_size: option.BatchSize = defaults.EXIT_BATCH_SIZE
 
 
 @option.with_options
 def command(
     model: option.Model,
-    data: option.Data,
+    samples: Calibration,
+    target: option.Target,
     output: option.Output,
     run: option.Run,
-    speedup: option.Speedup = None,
-    latency: option.Latency = None,
     labels: option.Labels = None,
     method: Annotated[str, option.method("method", "How exits are made.")] = defaults.METHODS["early_exit"],
-    settings: option.Set = None,
-    num_samples: option.NumSamples = defaults.EXIT_NUM_SAMPLES,
-    holdout: option.Holdout = defaults.HOLDOUT,
-    batch_size: option.BatchSize = defaults.EXIT_BATCH_SIZE,
+    method_settings: option.Set = None,
 ) -> None:
-    """Add early exits to a model, for a mean latency; labels are used if there are some."""
+    """Add exits behind some blocks: a sample whose class is clear early skips the rest."""
+    asked = target.settings()
     with reporting(run.verbose):
         from ttmpd.pipeline.early_exits import add_early_exits
         from ttmpd.pipeline.settings import Target
 
-        Target.of(speedup, latency)  # before anything is opened
-        exit_method = choose_methods({"early_exit": method}, settings or [], None)["early_exit"]
+        Target.of(**asked)  # before anything is opened
+        settings = samples.settings() | run.settings() | asked
+        exits = choose_methods({"early_exit": method}, method_settings or [], None)["early_exit"]
         opened = model.open()
         show_machine(run.device)
-        result = add_early_exits(
-            opened,
-            data,
-            speedup=speedup,
-            latency=latency,
-            labels=labels,
-            method=exit_method,
-            output=output,
-            command=command_line(),
-            num_samples=num_samples,
-            holdout=holdout,
-            batch_size=batch_size,
-            device=run.device,
-            seed=run.seed,
-        )
+        more = {"labels": labels, "method": exits, "output": output, "command": command_line()}
+        result = add_early_exits(opened, samples.data, **settings, **more)
         _show(result, output)
         if not result.met:
             best = result.facts["latency"]["compressed"]["median_ms"]

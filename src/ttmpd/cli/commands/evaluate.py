@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.markup import escape
 
 from ttmpd.artifact import format
@@ -15,16 +14,18 @@ if TYPE_CHECKING:
     from ttmpd.pipeline.evaluate import Evaluation
 
 PLACE = 30
+EXAMPLES = (
+    "ttmpd evaluate --model fast/ --data photos/ --labels labels.csv --against timm:resnet50",
+    "ttmpd evaluate --model fast/ --data photos/ --labels photos/     # a sub-folder per class",
+    "ttmpd evaluate --model fast/ --data reviews.tsv --labels reviews.tsv",
+    "ttmpd evaluate --model fast/ --data photos/ --against timm:resnet50     # agreement needs no labels",
+)
 
 Against = Annotated[
     str | None,
-    typer.Option(
-        "--against",
-        metavar="ID",
-        help="Another model or artifact folder to compare with.",
-        rich_help_panel=option.MODEL,
-    ),
-]
+    option.option("--against", "Another model, or the folder of an artifact, to compare with.", option.MODEL,
+                  metavar="ID"),
+]  # fmt: skip
 
 
 @option.with_options
@@ -38,7 +39,7 @@ def command(
     device: option.Device = defaults.DEVICE,
     verbose: option.Verbose = False,
 ) -> None:
-    """Measure accuracy with labels, or agreement without; samples that compression used are left out."""
+    """Measure accuracy with labels, agreement with another model without; samples that a run used are left out."""
     with reporting(verbose):
         from ttmpd.artifact.read import open_any
         from ttmpd.pipeline.evaluate import evaluate

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.markup import escape
 
 from ttmpd.artifact import format
@@ -17,18 +16,20 @@ if TYPE_CHECKING:
     from ttmpd.pipeline.inspect import Inspection
 
 PLACE = 10
+EXAMPLES = (
+    "ttmpd inspect --model timm:resnet50",
+    "ttmpd inspect --model net.py:factory --no-time --units block,channel",
+)
 
-Timed = Annotated[
-    bool, typer.Option("--time/--no-time", help="Measure milliseconds on this device.", rich_help_panel=option.RUN)
-]
+Timed = Annotated[bool, option.flag("--time/--no-time", "Measure milliseconds on this device.", option.RUN)]
 
 
 @option.with_options
 def command(
     model: option.Model,
     data: option.DataOrRandom = None,
-    batch_size: option.BatchSize = defaults.BATCH_SIZE,
     units: option.Units = None,
+    batch_size: option.BatchSize = defaults.BATCH_SIZE,
     timed: Timed = True,
     json_file: option.Json = None,
     device: option.Device = defaults.DEVICE,

@@ -11,6 +11,11 @@ from ttmpd.cli.commands._reporting import reporting
 from ttmpd.method import Parameter
 
 PLACE = 90
+EXAMPLES = (
+    "ttmpd methods",
+    "ttmpd methods score",
+    "ttmpd methods distill one_time",
+)
 
 
 def command(

@@ -1,6 +1,7 @@
 """``ttmpd serve``: a running service with HTTP in front."""
 
 import ipaddress
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -11,66 +12,82 @@ from ttmpd.errors import MissingPackageError
 from ttmpd.pipeline import defaults
 
 PLACE = 80
-SERVER = "Server"
-"""A section of ``--help``."""
+EXAMPLES = (
+    "ttmpd serve --model timm:resnet50 --speedup 2 --output fast/",
+    'curl --data-binary @photo.jpg -H "content-type: image/jpeg" localhost:8000/predict',
+)
 
 
-def _option(name: str, text: str, section: str, **more: Any) -> Any:
-    return typer.Option(name, help=text, rich_help_panel=section, **more)
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the server listens, and how large a request may be."""
+
+    host: Annotated[
+        str, option.option("--host", "Address to listen on; there is no password.", option.SERVER, metavar="ADDRESS")
+    ] = "127.0.0.1"
+    port: Annotated[
+        int, option.option("--port", "Port to listen on.", option.SERVER, min=1, max=65535, metavar="N")
+    ] = 8000
+    max_mb: Annotated[
+        float, option.option("--max-mb", "Largest request, in MiB.", option.SERVER, min=0.01, metavar="MIB")
+    ] = 16.0
+    max_batch: Annotated[
+        int, option.option("--max-batch", "Most samples in a request.", option.SERVER, min=1, metavar="N")
+    ] = 64
 
 
 NumSamples = Annotated[
-    int,
-    _option("--num-samples", "Samples to collect before compressing.", option.DATA, min=8, metavar="N"),
+    int, option.option("--num-samples", "Samples to collect before compressing.", option.DATA, min=8, metavar="N")
 ]
-Host = Annotated[str, _option("--host", "Address to listen on; there is no password.", SERVER, metavar="ADDRESS")]
-Port = Annotated[int, _option("--port", "Port to listen on.", SERVER, min=1, max=65535, metavar="N")]
-MaxMb = Annotated[float, _option("--max-mb", "Largest body of a request, MiB.", SERVER, min=0.01, metavar="MIB")]
-MaxBatch = Annotated[int, _option("--max-batch", "Most samples in a request.", SERVER, min=1, metavar="N")]
-Threads = Annotated[int, _option("--threads", "Threads of the background process.", option.RUN, min=1, metavar="N")]
-Worker = Annotated[str, _option("--worker", "Where to compress.", option.RUN, metavar="process|thread")]
+Threads = Annotated[
+    int, option.option("--threads", "Threads of the process that compresses.", option.RUN, min=1, metavar="N")
+]
+Worker = Annotated[
+    str, option.option("--worker", "Compress in a process of its own or in a thread.", option.RUN,
+                       metavar="process|thread")
+]  # fmt: skip
 
 
 @option.with_options
 def command(
     model: option.Model,
+    target: option.Target,
+    address: Address,
     run: option.Run,
-    speedup: option.Speedup = None,
-    latency: option.Latency = None,
     num_samples: NumSamples = defaults.SERVE_NUM_SAMPLES,
-    output: option.OutputIfWanted = None,
-    host: Host = "127.0.0.1",
-    port: Port = 8000,
-    max_mb: MaxMb = 16.0,
-    max_batch: MaxBatch = 64,
-    threads: Threads = 1,
-    worker: Worker = "process",
     batch_size: option.BatchSize = defaults.BATCH_SIZE,
     steps: option.Steps = None,
+    threads: Threads = 1,
+    worker: Worker = "process",
+    output: option.OutputIfWanted = None,
 ) -> None:
-    """Serve a model over HTTP, compress it on the samples that come in, and again when they change."""
-    if (speedup is None) == (latency is None):
-        raise typer.BadParameter("give exactly one of --speedup and --latency")
+    """Serve a model over HTTP, compress it on the samples that come in, and again when these change."""
+    asked = target.settings()
     with reporting(run.verbose):
         from ttmpd.distill.one_time import OneTime
         from ttmpd.latency.device import choose_device
         from ttmpd.serving.service import OnlineService
 
-        try:
-            from ttmpd.serving.server import default_limits, serve
-        except ImportError as error:
-            step = 'pip install "ttmpd[serve]"'
-            raise MissingPackageError(f"the packages of a server must be installed, but {error}; {step}") from error
-
+        default_limits, serve = _server()
         opened = model.open()
         opened.module.to(choose_device(run.device))
         settings: dict[str, Any] = {} if steps is None else {"distill": OneTime(steps=steps, seconds=0.0)}
-        target: dict[str, Any] = {"speedup": speedup} if latency is None else {"latency": latency}
-        settings |= target | {"worker": worker, "threads": threads, "batch_size": batch_size, "seed": run.seed}
+        settings |= asked | {"batch_size": batch_size, "seed": run.seed, "worker": worker, "threads": threads}
         show_machine(run.device)
         with OnlineService(opened, num_samples=num_samples, output=output, **settings) as service:
-            _greet(host, port)
-            serve(service, host=host, port=port, limits=default_limits(max_mb, max_batch))
+            _greet(address.host, address.port)
+            limits = default_limits(address.max_mb, address.max_batch)
+            serve(service, host=address.host, port=address.port, limits=limits)
+
+
+def _server() -> tuple[Any, Any]:
+    """``default_limits`` and ``serve`` of the server, whose packages are an extra."""
+    try:
+        from ttmpd.serving.server import default_limits, serve
+    except ImportError as error:
+        step = 'pip install "ttmpd[serve]"'
+        raise MissingPackageError(f"the packages of a server must be installed, but {error}; {step}") from error
+    return default_limits, serve
 
 
 def _greet(host: str, port: int) -> None:

@@ -1,9 +1,9 @@
 """``ttmpd train-student``: a student from a part of the labels."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
@@ -20,99 +20,123 @@ if TYPE_CHECKING:
 
 
 PLACE = 70
+EXAMPLES = (
+    "ttmpd train-student --student timm:resnet18 --no-pretrained --data photos/ --labels labels.csv --output student/",
+    "ttmpd train-student --student net.py:factory --teacher big.py:factory --data data.npz --output student/",
+)
 
 
-def _option(name: str, text: str, section: str, **more: Any) -> Any:
-    return typer.Option(name, help=text, rich_help_panel=section, **more)
+@dataclass(frozen=True, slots=True)
+class Networks:
+    """The network to train, and the one to learn from."""
+
+    student: Annotated[
+        str, option.option("--student", f"The model to train: {option.MODEL_IDS}.", option.MODEL, metavar="ID")
+    ]
+    weights: option.Weights = None
+    no_pretrained: option.NoPretrained = False
+    teacher: Annotated[
+        str | None,
+        option.option(
+            "--teacher", "A model id or the folder of an artifact to learn from.", option.MODEL, metavar="ID"
+        ),
+    ] = None
+    teacher_weights: Annotated[
+        Path | None,
+        option.option("--teacher-weights", "A .safetensors file for the teacher.", option.MODEL, metavar="FILE"),
+    ] = None
+    source: option.Source = None
+
+    def open(self, seed: int) -> "tuple[OpenedModel, OpenedModel | None]":
+        """Student and teacher; random weights of the student are drawn by ``seed``."""
+        import torch
+
+        from ttmpd.models.open import open_model
+
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            student = open_model(self.student, weights=self.weights, pretrained=not self.no_pretrained)
+        if self.teacher is None:
+            return student, None
+        return student, option.Model(self.teacher, self.teacher_weights, source=self.source).open()
 
 
-Student = Annotated[str, _option("--student", f"The model to train: {option.MODEL_IDS}.", option.MODEL, metavar="ID")]
-Teacher = Annotated[
-    str | None, _option("--teacher", "A model id or an artifact folder to learn from.", option.MODEL, metavar="ID")
-]
-TeacherWeights = Annotated[
-    Path | None,
-    _option("--teacher-weights", "A .safetensors file for the teacher.", option.MODEL, metavar="FILE"),
-]
-NumSamples = Annotated[
-    int | None, _option("--num-samples", "At most so many samples (default: all).", option.DATA, min=2, metavar="N")
-]
-Fraction = Annotated[
-    float, _option("--fraction", "Share of the samples that is trained on.", option.DATA, metavar="SHARE")
-]
-Balanced = Annotated[bool, _option("--balanced", "The same number of each class, where there are.", option.DATA)]
-Alpha = Annotated[
-    str, _option("--alpha", "Weight of the teacher; auto: by the fraction.", option.METHODS, metavar="0..1|auto")
-]
-Temperature = Annotated[float, _option("--temperature", "Of the teacher's soft labels.", option.METHODS, metavar="T")]
-Views = Annotated[
-    int, _option("--views", "Fixed augmented views per sample; 1 for none.", option.METHODS, min=1, metavar="N")
-]
-Steps = Annotated[int, _option("--steps", "Optimizer steps, whatever the fraction.", option.RUN, min=1, metavar="N")]
-BatchSize = Annotated[int, _option("--batch-size", "Samples per step.", option.RUN, min=2, metavar="N")]
-Lr = Annotated[float, _option("--lr", "Peak learning rate of SGD.", option.RUN, metavar="LR")]
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """The labelled samples, and which of them are trained on."""
+
+    data: option.Data
+    labels: option.Labels = None
+    num_samples: Annotated[
+        int | None,
+        option.option(
+            "--num-samples", "Use at most so many samples; without it, all.", option.DATA, min=2, metavar="N"
+        ),
+    ] = None
+    holdout: option.Holdout = defaults.HOLDOUT
+    fraction: Annotated[
+        float, option.option("--fraction", "Share of the samples that is trained on.", option.DATA, metavar="SHARE")
+    ] = defaults.STUDENT_FRACTION
+    balanced: Annotated[
+        bool, option.flag("--balanced", "The same number of each class, as far as there are.", option.DATA)
+    ] = False
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How the student learns."""
+
+    select: Annotated[str, option.method("select", "Chooses the samples.")] = "random"
+    adapt: Annotated[str, option.method("adapt", "Adapts the teacher to the samples; or none.")] = "none"
+    alpha: Annotated[
+        str,
+        option.option("--alpha", "Weight of the teacher beside the labels; auto: by the fraction.", option.METHODS,
+                      metavar="0..1|auto"),
+    ] = defaults.STUDENT_ALPHA  # fmt: skip
+    temperature: Annotated[
+        float, option.option("--temperature", "Of the teacher's soft labels.", option.METHODS, metavar="T")
+    ] = defaults.STUDENT_TEMPERATURE
+    views: Annotated[
+        int,
+        option.option("--views", "Fixed augmented views per sample; 1 for none.", option.METHODS, min=1, metavar="N"),
+    ] = defaults.STUDENT_VIEWS
+    method_settings: option.Set = None
+    steps: Annotated[
+        int, option.option("--steps", "Training steps, whatever the fraction.", option.RUN, min=1, metavar="N")
+    ] = defaults.STUDENT_STEPS
+    batch_size: Annotated[int, option.option("--batch-size", "Samples per step.", option.RUN, min=2, metavar="N")] = (
+        defaults.STUDENT_BATCH_SIZE
+    )
+    lr: Annotated[float, option.option("--lr", "Peak learning rate of SGD.", option.RUN, metavar="LR")] = (
+        defaults.STUDENT_LR
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """As fields of :class:`ttmpd.students.recipe.Recipe`."""
+        plain = ("temperature", "views", "steps", "batch_size", "lr")
+        methods = choose_methods({"select": self.select, "adapt": self.adapt}, self.method_settings or [], None)
+        return methods | {"alpha": _alpha(self.alpha)} | {name: getattr(self, name) for name in plain}
 
 
 @option.with_options
 def command(
-    student: Student,
-    data: option.Data,
+    networks: Networks,
+    samples: Labelled,
     output: option.Output,
+    training: Training,
     run: option.Run,
-    labels: option.Labels = None,
-    num_samples: NumSamples = None,
-    holdout: option.Holdout = defaults.HOLDOUT,
-    fraction: Fraction = 0.1,
-    balanced: Balanced = False,
-    select: Annotated[str, option.method("select", "Chooses the samples.")] = "random",
-    teacher: Teacher = None,
-    adapt: Annotated[str, option.method("adapt", "Adapts the teacher; or none.")] = "none",
-    alpha: Alpha = "auto",
-    temperature: Temperature = 4.0,
-    views: Views = 16,
-    steps: Steps = 3000,
-    batch_size: BatchSize = 64,
-    lr: Lr = 0.05,
-    settings: option.Set = None,
     resume: option.Resume = False,
-    weights: option.Weights = None,
-    no_pretrained: option.NoPretrained = False,
-    teacher_weights: TeacherWeights = None,
-    source: option.Source = None,
 ) -> None:
-    """Train a student on a fraction of your labels, with a teacher's predictions or without."""
+    """Train a student on a share of your labels, with a teacher's predictions or without."""
     with reporting(run.verbose, resumable=output):
         from ttmpd.students.run import run_student
 
-        methods = choose_methods({"select": select, "adapt": adapt}, settings or [], None)
-        chosen: dict[str, Any] = methods | {
-            "fraction": fraction,
-            "balanced": balanced,
-            "alpha": _alpha(alpha),
-            "temperature": temperature,
-            "views": views,
-            "steps": steps,
-            "batch_size": batch_size,
-            "lr": lr,
-            "seed": run.seed,
-        }
-        opened = _student(student, weights, no_pretrained, run.seed)
-        guide = None if teacher is None else option.Model(teacher, teacher_weights, source=source).open()
+        settings: dict[str, Any] = training.settings() | run.settings()
+        settings |= {name: getattr(samples, name) for name in ("num_samples", "holdout", "fraction", "balanced")}
+        student, teacher = networks.open(run.seed)
         show_machine(run.device)
-        result = run_student(
-            opened,
-            data,
-            labels,
-            output,
-            teacher=guide,
-            holdout=holdout,
-            num_samples=num_samples,
-            device=run.device,
-            resume=resume,
-            command=command_line(),
-            **chosen,
-        )
-        _show(result)
+        settings |= {"teacher": teacher, "resume": resume, "command": command_line()}
+        _show(run_student(student, samples.data, samples.labels, output, **settings))
 
 
 def _alpha(text: str) -> float | str:
@@ -121,17 +145,6 @@ def _alpha(text: str) -> float | str:
         return text if text == "auto" else float(text)
     except ValueError:
         raise InvalidValueError(f"alpha must be auto or from 0 to 1, but got {text!r}") from None
-
-
-def _student(student: str, weights: Path | None, no_pretrained: bool, seed: int) -> "OpenedModel":
-    """The model to train; random weights are drawn by ``seed``."""
-    import torch
-
-    from ttmpd.models.open import open_model
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return open_model(student, weights=weights, pretrained=not no_pretrained)
 
 
 def _show(found: "StudentRun") -> None:
