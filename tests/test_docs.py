@@ -1,11 +1,45 @@
 """The docs say what the code does."""
 
 import csv
+import re
+import shlex
 from pathlib import Path
+
+import pytest
 
 from ttmpd.method import listing, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def links(page: Path) -> set[Path]:
+    """The files that a page links to."""
+    targets = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
+    return {(page.parent / target).resolve() for target in targets if "://" not in target}
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of a page's blocks that run `ttmpd`, without what stands for something left out."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    shown = [line.removeprefix("$ ").replace("...", "") for line in lines]
+    return [line for line in shown if line.startswith("ttmpd ") and not line.startswith("ttmpd.")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_take_options_that_exist(page, run, said):
+    for command in commands(page):
+        checked = run(*shlex.split(command, comments=True)[1:], "--help")  # options are read before the help is shown
+        assert checked.exit_code == 0, f"{command}: {said(checked)}"
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    reached, new = set(), {ROOT / "README.md"}
+    while new:
+        reached |= new
+        new = {page for reader in new for page in links(reader) if page.suffix == ".md"} - reached
+    assert set(PAGES) <= reached
 
 
 def test_the_methods_table_is_up_to_date():
