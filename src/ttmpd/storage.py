@@ -85,7 +85,7 @@ def disk_guarded(folder: Path) -> Iterator[None]:
                 "command with --resume: finished stages are kept"
             ) from error
         ours = str(getattr(error, "filename", "")).startswith(str(folder))  # not the user's data
-        if ours and number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if ours and number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
             raise InvalidValueError(
                 f"output must be a folder that can be written, but {str(folder)!r} is not "
                 f"({getattr(error, 'strerror', error)}); choose another"

@@ -38,7 +38,7 @@ COMPRESS = [
     (("--adapt", "magic"), "adapt must be one of eata, "),
     (("--select", "magic"), "select must be one of eata, el2n, forgetting, grand, kcenter, puma, random"),
     (("--select", "puma", "--set", "select.norm=l7"), "norm must be one of l2, linf"),
-    (("--set", "score.nothing=1"), "must be one of ['"),
+    (("--set", "score.nothing=1"), "ttmpd must be one of channels, "),
     (("--set", "score.ridge=much"), "must be a float"),
     (("--set", "ridge=1"), "must be VERB.FIELD=VALUE"),
     (("--units", "blocks"), "units must be some of"),
@@ -47,6 +47,7 @@ COMPRESS = [
     (("--device", "abacus"), "device must be auto, cpu, cuda or mps"),
     (("--holdout", "2"), "holdout must be from 0 to 0.9"),
     (("--output", "{place}/file"), "is a file"),
+    (("--output", "/proc/x"), "must be a folder that can be written"),
 ]
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ttmpd.data.files import FORMS, SUFFIXES, image_files, read_array
 from ttmpd.data.preprocessing import Preprocessing
 from ttmpd.data.rows import Indexed, Named, Row, content_id, described, rows_of_array
 from ttmpd.data.tables import kind_of, text_files
-from ttmpd.errors import SamplesError, UnsupportedError
+from ttmpd.errors import SamplesError, UnsupportedError, cause
 
 MIN_SIDE = 8
 """Images with a shorter side than this are skipped, unless the model's own input is smaller."""
@@ -83,7 +83,7 @@ def _folder(folder: Path, names: Sequence[str], preprocessing: Preprocessing | N
         except UnsupportedError:
             raise
         except Exception as error:  # decoders raise almost anything on broken files
-            return Row(name, reason=f"cannot be read as an image ({type(error).__name__}: {error})"[:200])
+            return Row(name, reason=_unreadable(error))
 
     def load(index: Sequence[int]) -> list[Row]:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -143,13 +143,20 @@ def _from_values(name: str, value: Tensor, preprocessing: Preprocessing | None) 
     return Row(name, value, content_id(value.reshape(-1).view(torch.uint8).numpy().tobytes(), value.shape))
 
 
+def _unreadable(error: Exception) -> str:
+    """Why a sample is no image."""
+    if isinstance(error, UnidentifiedImageError):  # its message is the address of a buffer
+        return "cannot be read as an image: broken, or of no known format"
+    return f"cannot be read as an image ({cause(error)})"
+
+
 def _from_any(name: str, item: Any, preprocessing: Preprocessing | None) -> Row:
     value = _first(item)
     if isinstance(value, Image.Image):
         try:
             return _from_image(name, value, preprocessing)
         except (OSError, ValueError) as error:
-            return Row(name, reason=f"cannot be read as an image ({type(error).__name__}: {error})"[:200])
+            return Row(name, reason=_unreadable(error))
     if value is None:
         return Row(name, reason=f"holds no tensor, array or image, but {type(item).__name__}")
     return _from_tensor(name, _tensor(value), preprocessing)

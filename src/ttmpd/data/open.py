@@ -71,7 +71,7 @@ def open_samples(
     samples = _pack(rows, preprocessing, data)
     n_expected = num_samples if enough is None else enough
     if n_expected is not None and len(samples) < n_expected:
-        _log.warning("only %d of the %d samples that were asked for are there", len(samples), n_expected)
+        _log.warning("%d usable samples, fewer than the %d asked for", len(samples), n_expected)
     for what, n in samples.notes:
         _log.warning("%d of %d samples: %s", n, len(samples), what)
     return samples
