@@ -61,7 +61,7 @@ class Method:
         for key, value in settings.items():
             if key not in current:
                 raise InvalidValueError(
-                    f"a setting of {self.name} must be one of {', '.join(sorted(current)) or 'none, since it has no settings'}, but got {key!r}"
+                    f"a setting of {self.name} must be one of {', '.join(sorted(current)) or 'none'}, but got {key!r}"
                 )
             settings[key] = _coerced(f"{self.name}.{key}", value, current[key])
         return dataclasses.replace(self, **settings)  # type: ignore[type-var]
