@@ -284,7 +284,7 @@ def _restored(artifact: Artifact, stock: nn.Module) -> tuple[nn.Module, Folded]:
         detail = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"the weights of {str(artifact.folder)!r} must fit the given {found}, but it has other layers or shapes: "
-            f"{detail}"
+            f"{detail}; give the network that it was made from"
         ) from error
     is_text = isinstance(artifact.preprocessing, Tokenization)  # may read less than the stock model
     if artifact.preprocessing is not None and (is_text or preprocessing_of(model) is None):

@@ -144,7 +144,7 @@ def _table_labels(path: Path, place: Path) -> dict[str, int] | None:
     """The labels of rows of text; None where the table is one of files and labels."""
     table = read_table(path)
     if "label" not in table.columns:
-        raise SamplesError(f"{path.name} must have a column 'label', but has {list(table.columns)}; rename one")
+        raise SamplesError(f"{path.name} must have a column 'label', but has {', '.join(table.columns)}; rename one")
     if "file" in table.columns:
         return None
     n_rows = len(table.rows) if path == place else len(read_table(place).rows)
@@ -197,7 +197,10 @@ def _csv_labels(path: Path, place: Path | None) -> dict[str, int]:
             reader = csv.DictReader(file)
             columns = reader.fieldnames or []
             if not {"file", "label"} <= set(columns):
-                raise SamplesError(f"{path.name} must have the columns 'file' and 'label', but has {list(columns)}")
+                raise SamplesError(
+                    f"{path.name} must have the columns 'file' and 'label', but has {', '.join(columns) or 'none'}; name "
+                    "them in its first line"
+                )
             given = _csv_rows(path.name, reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise SamplesError(f"{path.name} must be a .csv file in UTF-8, but got {error}; save it again") from error

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from ttmpd.cli import show as display
-from ttmpd.errors import BudgetUnreachableError, TTMPDError
+from ttmpd.errors import BudgetUnreachableError, TTMPDError, cause
 from ttmpd.latency.memory import keep_freed_memory
 
 FAILED, TARGET_MISSED, INTERRUPTED = 1, 3, 130
@@ -34,6 +34,12 @@ def reporting(verbose: bool, resumable: Path | None = None) -> Iterator[None]:
             traceback.print_exc()
         display.show_error(_title(error), str(error))
         raise typer.Exit(TARGET_MISSED if isinstance(error, BudgetUnreachableError) else FAILED) from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        step = "take a smaller --batch-size or fewer --num-samples"
+        display.show_error("Out of memory", f"the run must fit in memory, but it does not ({cause(error)}); {step}")
+        raise typer.Exit(FAILED) from None
     except KeyboardInterrupt:
         kept = "nothing was written"
         if resumable is not None:
@@ -41,6 +47,12 @@ def reporting(verbose: bool, resumable: Path | None = None) -> Iterator[None]:
             kept = f"finished stages are kept in {resumable}; go on with: {again}"
         display.show_error("Interrupted", kept)
         raise typer.Exit(INTERRUPTED) from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True when Python, numpy or torch, on a CPU or a GPU, found no room for a value."""
+    words = ("can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in words)
 
 
 def _title(error: TTMPDError) -> str:
@@ -57,13 +69,13 @@ def _title(error: TTMPDError) -> str:
     return words.get(type(error).__name__, "Error")
 
 
-def write_result(file: Path | None, found: dict[str, Any]) -> None:
-    """What a command found, as JSON, where a file was asked for."""
+def write_result(file: Path | None, result: dict[str, Any]) -> None:
+    """Write the result of a command as JSON, where a file was asked for."""
     from ttmpd.storage import disk_guarded, write_json
 
     if file is not None:
         with disk_guarded(file):
-            write_json(file, found)
+            write_json(file, result)
 
 
 def show_machine(device: str) -> None:

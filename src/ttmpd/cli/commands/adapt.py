@@ -44,7 +44,7 @@ def _show(found: "Result", folder: object) -> None:
     """What was done to the model, how far its answers moved, and where the artifact lies."""
     console, facts = display.out(), found.facts
     console.print(f"Adaptation: {escape(facts['adapt']['note'])}")
-    table = display.new_table("", "value", title="What was found")
+    table = display.new_table("", "value", title="Measured while adapting")
     for name, value in facts["adapt"]["facts"].items():
         table.add_row(escape(name.replace("_", " ")), f"{value:.4g}")
     if facts["adapt"]["facts"]:
