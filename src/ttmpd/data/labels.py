@@ -67,7 +67,10 @@ def open_labels(labels: str | Path | None, data: Any, class_names: Sequence[str]
     place = Path(data).expanduser() if isinstance(data, str | Path) else None
     if labels is None:
         if place is None or not (place.suffix.lower() == ".npz" or _is_table(place)):
-            raise SamplesError(f"labels must be given, but got none for {place_of(data)}; pass a .csv or .npz file")
+            raise SamplesError(
+                f"labels must be given, but got none for {place_of(data)}; pass a .csv or .npz file, or the "
+                "folder itself where it has a sub-folder per class"
+            )
         labels = place
     path = Path(labels).expanduser()
     if place is not None and path.is_dir() and path.resolve() == place.resolve():
@@ -197,9 +200,9 @@ def _csv_labels(path: Path, place: Path | None) -> dict[str, int]:
             reader = csv.DictReader(file)
             columns = reader.fieldnames or []
             if not {"file", "label"} <= set(columns):
+                names = ", ".join(columns) or "none"
                 raise SamplesError(
-                    f"{path.name} must have the columns 'file' and 'label', but has {', '.join(columns) or 'none'}; name "
-                    "them in its first line"
+                    f"{path.name} must have the columns 'file' and 'label', but has {names}; rename them"
                 )
             given = _csv_rows(path.name, reader)
     except (UnicodeDecodeError, csv.Error) as error:

@@ -20,7 +20,7 @@ EXAMPLES = ("ttmpd demo", "ttmpd inspect --model ttmpd.demo:demo_model")
 
 @option.with_options
 def command(output: option.Output = Path("artifacts/demo"), verbose: option.Verbose = False) -> None:
-    """Compress a small model of handwritten digits: no download, no GPU, under 90 seconds on 2 cores."""
+    """Compress a small model of handwritten digits: no download, no GPU, a minute or two on 2 cores."""
     with reporting(verbose):
         from ttmpd.demo.run import run_demo
 
@@ -38,7 +38,9 @@ def _show(found: "DemoOutcome") -> None:
     assert shifted.against is not None
     assert clean.against is not None
     display.show_machine(facts["machine"])
-    console.print(f"Place of use: digits with {escape(found.corruption)}; the original never saw them.")
+    console.print(
+        f"Data: digits from another scanner ({escape(found.corruption)}); the original was trained on clean ones."
+    )
     console.print(f"Adaptation: {escape(facts['adapt']['note'])}")
     table = display.new_table("", "original", "compressed")
     name = f"accuracy, {shifted.n_samples} held-out shifted digits"
@@ -46,7 +48,7 @@ def _show(found: "DemoOutcome") -> None:
     name = f"accuracy, {clean.n_samples} held-out clean digits"
     table.add_row(name, display.interval(clean.against.accuracy), display.interval(clean.model.accuracy))
     table.add_row("agreement with the original", "", display.interval(shifted.agreement))
-    table.add_row("agreement with the adapted original", "", display.interval(facts["agreement"]))
+    table.add_row("agreement with the adapted model", "", display.interval(facts["agreement"]))
     latency, speedup = facts["latency"], facts["latency"]["speedup"]
     size = facts["machine"]["batch_size"]
     table.add_row(
@@ -54,8 +56,11 @@ def _show(found: "DemoOutcome") -> None:
     )
     faster = format.speedup(**speedup)
     table.add_row("speedup", "", faster)
-    for title, key in (("parameters", "parameters"), ("MACs per sample", "macs")):
+    for title, key in (("parameters", "parameters"), ("multiply-accumulates (MACs)", "macs")):
         table.add_row(title, format.count(facts["model"][key]), format.count(facts["student"][key]))
     console.print(table)
     display.show_seconds(facts["seconds"])
     console.print(f"Artifact: {escape(str(found.folder))} (open report.html there)", soft_wrap=True)
+    console.print(
+        "Next: `ttmpd inspect --model ID` for a model of yours, then `ttmpd compress --help`, which shows examples."
+    )
