@@ -62,6 +62,7 @@ def test_the_examples_of_a_command_take_options_that_exist(name, run, said):
         (("compress", "--model", "m", "--data", "d", "--output", "o"), "but got none; e.g. --speedup 1.5"),
         (("compress", "--model", "m", "--data", "d", "--speedup", "2"), "give --output DIR"),
         (("early-exit", "--model", "m", "--data", "d", "--output", "o"), "one of --speedup and --latency"),
+        (("inspect", "--model", "m", "--json", "/nowhere/x.json"), "must lie in a folder that exists"),
         (("serve", "--model", "m"), "one of --speedup and --latency"),
     ],
 )

@@ -44,6 +44,12 @@ def flag(name: str, text: str, section: str) -> Any:
     return option(name, text, section, metavar="")
 
 
+def _in_a_folder(file: Path | None) -> Path | None:
+    if file is not None and not file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"must lie in a folder that exists, but got {str(file)!r}; make the folder first")
+    return file
+
+
 # ------------------------------------------------------------------------------------------------------------ options
 
 Data = Annotated[
@@ -104,7 +110,10 @@ Set = Annotated[
     ),
 ]
 Resume = Annotated[bool, flag("--resume", "Continue an interrupted run in the same --output.", RUN)]
-Json = Annotated[Path | None, option("--json", "Also write the result to this file.", OUTPUT, metavar="FILE")]
+Json = Annotated[
+    Path | None,
+    option("--json", "Also write the result to this file.", OUTPUT, metavar="FILE", callback=_in_a_folder),
+]
 Output = Annotated[
     Path, option("--output", "Folder for the artifact, new or of an earlier run.", OUTPUT, metavar="DIR")
 ]
