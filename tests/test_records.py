@@ -11,6 +11,7 @@ from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
 from ttmpd.latency.timing import Timing
 from ttmpd.records import DepthUnit, Option, Plan, Removal, Score, WidthUnit, unit_from_dict
+from ttmpd.surgery.cut import cut
 
 
 def unit(path: str = "blocks.0", **changes) -> DepthUnit:
@@ -53,10 +54,21 @@ def test_units_refuse_what_cannot_be(change, message):
 def test_only_narrowed_units_keep_members():
     with pytest.raises(InvalidValueError, match="only a unit that is narrowed"):
         Option("a", "drop", 1.0, 1.0, (1,))
-    with pytest.raises(InvalidValueError, match="another unit"):
-        Option("a", "drop", 1.0, 1.0, whole="a")
+    with pytest.raises(InvalidValueError, match="other units"):
+        Option("a", "drop", 1.0, 1.0, holders=("b", "a"))
     with pytest.raises(InvalidValueError, match="action of 'a' must be one of"):
         Score("a", "conv", 1.0)
+
+
+def test_options_of_units_that_hold_one_another_exclude_each_other():
+    heads = Option("heads", "narrow", 1.0, 1.0, (0,), holders=("block", "attention"))
+    attention, mlp = (Option(name, "drop", 1.0, 1.0, holders=("block",)) for name in ("attention", "mlp"))
+    block = Option("block", "drop", 1.0, 1.0)
+    for one, other in ((heads, heads), (heads, attention), (heads, block), (attention, block), (mlp, block)):
+        assert one.excludes(other)
+        assert other.excludes(one)
+    assert not heads.excludes(mlp)
+    assert not attention.excludes(mlp)
 
 
 def test_unit_width_and_name():
@@ -78,6 +90,19 @@ def test_time_must_not_be_negative_but_a_saving_may():
     with pytest.raises(InvalidValueError, match="at least 0"):
         Timing(-1.0, 0.0, 0.0, 1)
     assert Option("x", "linear", 0.1, -0.5).saved_ms == -0.5
+
+
+def test_a_unit_that_goes_with_another_is_refused_in_a_plan_and_in_a_cut():
+    block, inner = unit(), unit("blocks.0.mlp")
+    branch = dataclasses.replace(unit("blocks.1.down"), branch=True, upstream=(("blocks.1.up", "plain"),))
+    crossing = dataclasses.replace(members(), path="blocks.2", producers=("blocks.1.up",), consumers=("blocks.2",))
+    for pair in ((block, inner), (inner, block), (branch, crossing)):
+        removals = tuple(Removal(u, "drop" if isinstance(u, DepthUnit) else "narrow", ()) for u in pair)
+        with pytest.raises(InvalidValueError, match=f"must lie apart, but .*{pair[0].id}.*; leave one out"):
+            Plan(removals, 0.0, 2.0, 1.0, 1.0)
+        with pytest.raises(InvalidValueError, match="must lie apart"):
+            cut(torch.nn.Identity(), removals)
+    Plan((Removal(block, "drop"), Removal(branch, "drop")), 0.0, 2.0, 1.0, 1.0)
 
 
 def test_plan_names_each_unit_once():

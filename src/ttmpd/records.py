@@ -2,30 +2,20 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Protocol, get_args
 
 from ttmpd.errors import InvalidValueError
 
 Action = Literal["drop", "linear", "narrow"]
-
-
 ACTIONS: tuple[Action, ...] = ("drop", "linear", "narrow")
-
-
 Layout = Literal["channels_first", "channels_last"]
-
-
 RefitScope = Literal["all_later_layers", "removed_only", "rescale"]
 """Which layers are fitted after a removal: all from the first removal on but the output layer; only the linear
 replacements and the layers that read narrowed members; or one factor for each member that stays."""
-
-
 Scope = Literal["depth", "width"]
-"""Whether units go as a whole or member by member."""
-
-
+"""Units go as a whole, or member by member."""
 Form = Literal["plain", "arguments", "tuple", "pair"]
 """How a module is called and answers, see :class:`DepthUnit`."""
 
@@ -87,10 +77,7 @@ class Unit:
             raise InvalidValueError(f"a unit must have a kind and a path, but got {self.kind!r} and {self.path!r}")
         if not self.shape or math.prod(self.shape) < 1:
             raise InvalidValueError(f"shape of {self.path!r} must hold a value, but got {self.shape}")
-        if self.layout not in get_args(Layout):
-            raise InvalidValueError(
-                f"layout of {self.path!r} must be one of {', '.join(get_args(Layout))}, but got {self.layout!r}"
-            )
+        _check_word("layout", self.path, self.layout, Layout)
 
     @property
     def channels(self) -> int:
@@ -137,7 +124,7 @@ class DepthUnit(Unit):
             raise InvalidValueError(
                 f"activation of {self.path!r} must be relu, relu6 or empty, but got {self.activation!r}"
             )
-        _check_form(self.path, self.form)
+        _check_word("form", self.path, self.form, Form)
 
     @property
     def id(self) -> str:
@@ -176,7 +163,7 @@ class WidthUnit(Unit):
             raise InvalidValueError(f"consumers of {self.id!r} must begin with its path, but got {self.consumers}")
         if any(not 0 <= width < self.n_members for width in self.widths):
             raise InvalidValueError(f"widths of {self.id!r} must lie below {self.n_members}, but got {self.widths}")
-        _check_form(self.path, self.form)
+        _check_word("form", self.path, self.form, Form)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -184,9 +171,34 @@ class WidthUnit(Unit):
         return (*self.producers, *self.consumers)
 
 
-def _check_form(path: str, form: str) -> None:
-    if form not in get_args(Form):
-        raise InvalidValueError(f"form of {path!r} must be one of {', '.join(get_args(Form))}, but got {form!r}")
+def _around(path: str) -> set[str]:
+    """The path, and those of all modules that hold the one there."""
+    return set(itertools.accumulate(path.split("."), lambda outer, name: f"{outer}.{name}"))
+
+
+def touching(units: Sequence[Unit]) -> Iterator[tuple[Unit, DepthUnit]]:
+    """Every (unit, depth unit) of which one takes modules of the other along: they cannot both be removed."""
+    owners: dict[str, list[DepthUnit]] = {}
+    for owner in (unit for unit in units if isinstance(unit, DepthUnit)):
+        for path in owner.paths:
+            owners.setdefault(path, []).append(owner)
+    for unit in units:
+        around = sorted({outer for path in unit.paths for outer in _around(path)})
+        others = dict.fromkeys(owner for outer in around for owner in owners.get(outer, ()))
+        yield from ((unit, other) for other in others if other != unit)
+
+
+def check_apart(units: Sequence[Unit]) -> None:
+    """Raise :class:`InvalidValueError` when a unit, or some of its modules, go with another of the units."""
+    for unit, other in touching(units):
+        raise InvalidValueError(f"removed units must lie apart, but {unit.id} goes with {other.id}; leave one out")
+
+
+def _check_word(field_name: str, owner: str, value: str, words: Any) -> None:
+    if value not in get_args(words):
+        raise InvalidValueError(
+            f"{field_name} of {owner!r} must be one of {', '.join(get_args(words))}, but got {value!r}"
+        )
 
 
 def _tupled(value: Any) -> Any:
@@ -234,8 +246,8 @@ class Score:
 class Option:
     """One removal with its harm and its saving: what a planner chooses from.
 
-    ``whole`` is the id of the larger unit that this one is a part of, "" when there is none: one of them goes, or the
-    other.
+    ``holders`` are the ids of the units that this one is a part of, outermost first, as a block and the attention in it
+    hold its heads: a plan has one of them, or units inside, never both.
     """
 
     unit_id: str
@@ -243,19 +255,22 @@ class Option:
     harm: float
     saved_ms: float
     kept: tuple[int, ...] = ()
-    whole: str = ""
+    holders: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_action(self.unit_id, self.action, self.kept)
         _finite("harm", self.harm)
         _finite("saved_ms", self.saved_ms)
-        if self.whole == self.unit_id:
-            raise InvalidValueError(f"whole of {self.unit_id!r} must be another unit, but is the unit itself")
+        if self.unit_id in self.holders:
+            raise InvalidValueError(f"holders of {self.unit_id!r} must be other units, but hold the unit itself")
+
+    def excludes(self, other: "Option") -> bool:
+        """Whether a plan that has this option cannot have the other: they are of one unit, or one holds the other."""
+        return other.unit_id in (self.unit_id, *self.holders) or self.unit_id in other.holders
 
 
 def _check_action(unit_id: str, action: Action, kept: tuple[int, ...]) -> None:
-    if action not in ACTIONS:
-        raise InvalidValueError(f"action of {unit_id!r} must be one of {', '.join(ACTIONS)}, but got {action!r}")
+    _check_word("action", unit_id, action, Action)
     if kept and action != "narrow":
         raise InvalidValueError(f"only a unit that is narrowed keeps members, but {unit_id!r} is to {action}")
 
@@ -273,11 +288,8 @@ class Removal:
         if isinstance(self.unit, WidthUnit):
             if self.action != "narrow":
                 raise InvalidValueError(f"{self.unit.id} has members and must be narrowed, but got {self.action!r}")
-            if any(not 0 <= member < self.unit.n_members for member in self.kept):
-                raise InvalidValueError(
-                    f"kept members of {self.unit.id} must rise and lie below {self.unit.n_members}, but got {self.kept}"
-                )
-            if any(first >= second for first, second in itertools.pairwise(self.kept)):
+            inside = all(0 <= member < self.unit.n_members for member in self.kept)
+            if not inside or any(first >= second for first, second in itertools.pairwise(self.kept)):
                 raise InvalidValueError(
                     f"kept members of {self.unit.id} must rise and lie below {self.unit.n_members}, but got {self.kept}"
                 )
@@ -325,6 +337,7 @@ class Plan:
         ids = [removal.unit.id for removal in self.removals]
         if len(set(ids)) != len(ids):
             raise InvalidValueError(f"a plan must name each unit once, but got {ids}")
+        check_apart([removal.unit for removal in self.removals])
         for name in ("harm", "original_ms", "budget_ms", "predicted_ms"):
             _finite(name, getattr(self, name))
 

@@ -19,7 +19,7 @@ from ttmpd.models.run import evaluating, predict, predictions_of
 from ttmpd.models.taps import find_output_layer
 from ttmpd.quality.calibration import fit_temperature
 from ttmpd.records import Unit
-from ttmpd.surgery.find import find_units, kinds_of, whole_of
+from ttmpd.surgery.find import find_units, holders_of, kinds_of
 from ttmpd.surgery.masks import skipped
 from ttmpd.training.losses import entropy, fused, signed_entropy
 from ttmpd.training.test_time import Adaptation, Rerun
@@ -113,7 +113,8 @@ def drawn(units: Sequence[Unit], skip: float, seed: int, step: int) -> tuple[Uni
 def _units(model: nn.Module, samples: Samples) -> tuple[Unit, ...]:
     batch = samples.batch(slice(0, 2), next(model.parameters()).device)
     units = find_units(model, batch, kinds_of("depth")).units
-    return tuple(unit for unit in units if not whole_of(unit, units))
+    holders = holders_of(units)
+    return tuple(unit for unit in units if not holders[unit.id])
 
 
 def _temperature(model: nn.Module, samples: Samples, left_out: Sequence[Unit], batch_size: int) -> float:

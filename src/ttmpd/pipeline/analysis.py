@@ -25,7 +25,7 @@ from ttmpd.pipeline.settings import Settings, judged_kinds
 from ttmpd.pipeline.stages import ADAPT_STAGE, Stages
 from ttmpd.records import Lossless, Option, Removal, Score, Unit
 from ttmpd.surgery.exits.model import check_without_exits
-from ttmpd.surgery.find import find_units, whole_of
+from ttmpd.surgery.find import find_units, holders_of
 from ttmpd.surgery.lossless import applied
 from ttmpd.surgery.units.base import UnitSearch
 from ttmpd.tasks.base import Task
@@ -72,14 +72,14 @@ class Analysis:
     def options_of(self, scores: Sequence[Score]) -> tuple[Option, ...]:
         """The scored removals that the settings allow, each with what it saves."""
         by_unit = {timing.unit: timing for timing in self.timings}
-        wholes = {unit.id: whole_of(unit, self.found.units) for unit in self.found.units}
+        holders = holders_of(self.found.units)
         options = []
         for score in scores:
             timing, n_kept = by_unit[score.unit_id], len(score.kept)
             if score.action in self.settings.actions and timing.offers(score.action, n_kept):
                 saved = timing.saved_ms(score.action, n_kept)
                 options.append(
-                    Option(score.unit_id, score.action, score.harm, saved, score.kept, wholes[score.unit_id])
+                    Option(score.unit_id, score.action, score.harm, saved, score.kept, holders[score.unit_id])
                 )
         return tuple(options)
 

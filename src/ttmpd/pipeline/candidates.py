@@ -18,7 +18,7 @@ from ttmpd.plan.base import most_saved
 from ttmpd.records import Action, DepthUnit, Option, Removal, Unit
 from ttmpd.repair.sequential import repaired
 from ttmpd.score.base import ScoringInputs
-from ttmpd.surgery.find import whole_of
+from ttmpd.surgery.find import holders_of
 
 NARROW = (1.0, 1 / 3)
 """Plans are made with the harm of narrowed layers as it is and with a third of it, and compared as a whole: how much
@@ -117,11 +117,11 @@ def _rescored(analysis: Analysis, chosen: Sequence[Option]) -> list[dict[str, An
 
 
 def _left(analysis: Analysis, chosen: Sequence[Option]) -> list[Unit]:
-    """The units that can still go: not those that have gone, nor their parts, nor the wholes of which a part has."""
+    """The units that can still go: not those that have gone, nor what they hold, nor what holds one of them."""
     gone = {option.unit_id for option in chosen}
-    opened = {option.whole for option in chosen}
-    units = analysis.found.units
-    return [unit for unit in units if unit.id not in gone | opened and whole_of(unit, units) not in gone]
+    opened = {holder for option in chosen for holder in option.holders}
+    holders = holders_of(analysis.found.units)
+    return [u for u in analysis.found.units if u.id not in gone | opened and not gone.intersection(holders[u.id])]
 
 
 def choose(

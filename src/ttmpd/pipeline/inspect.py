@@ -22,7 +22,7 @@ from ttmpd.pipeline.planning import Planned, make_plan, needed_ms
 from ttmpd.pipeline.settings import DEFAULT_UNITS, Target, check_kinds, settings_of
 from ttmpd.records import Unit
 from ttmpd.surgery.exits.model import check_without_exits
-from ttmpd.surgery.find import find_units, whole_of
+from ttmpd.surgery.find import find_units, holders_of
 from ttmpd.tasks.base import Task
 from ttmpd.training.task import assign_task
 
@@ -60,7 +60,8 @@ class Inspection:
     @property
     def removable_share(self) -> float:
         """Share of the MACs that the units hold, parts of other units not counted twice."""
-        outer = [unit for unit in self.units if not whole_of(unit, self.units)]
+        holders = holders_of(self.units)
+        outer = [unit for unit in self.units if not holders[unit.id]]
         return sum(unit.macs for unit in outer) / max(1, self.macs)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The contract of a planner."""
 
 import abc
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
-from ttmpd.errors import BudgetUnreachableError
+from ttmpd.errors import BudgetUnreachableError, InvalidValueError
 from ttmpd.method import Method, check_fields
 from ttmpd.records import Option
 
@@ -19,7 +20,7 @@ class Planner(Method, abc.ABC):
 
     @abc.abstractmethod
     def choose(self, options: Sequence[Option], needed_ms: float, *, seed: int = 0) -> tuple[Option, ...]:
-        """At most one option per unit, and none of a part of a chosen whole, together saving ``needed_ms`` or more.
+        """At most one option per unit, and none of a unit that lies in a chosen one, saving ``needed_ms`` or more.
 
         Args:
             options: every removal that is on offer; one unit may offer several actions.
@@ -43,15 +44,68 @@ def require_reachable(options: Sequence[Option], needed_ms: float) -> None:
 
 
 def most_saved(options: Sequence[Option]) -> float:
-    """What can be saved in all, in milliseconds: of every unit the best action, and it or its parts."""
-    best: dict[str, float] = {}
-    wholes = {option.unit_id: option.whole for option in options}
+    """What can be saved in all, in milliseconds: in every unit its best action, or the best of what lies in it.
+
+    Example:
+        >>> heads, neurons = (Option(name, "narrow", 1.0, 2.0, (0,), ("block",)) for name in ("heads", "neurons"))
+        >>> most_saved([Option("block", "drop", 1.0, 3.0), heads, neurons])
+        4.0
+    """
+    return total_saved(option for best in best_by_outermost(options).values() for option in best)
+
+
+def total_saved(options: Iterable[Option]) -> float:
+    """What the options save together, in milliseconds."""
+    return sum(option.saved_ms for option in options)
+
+
+def best_by_outermost(options: Sequence[Option]) -> dict[str, tuple[Option, ...]]:
+    """Id of every unit that lies in no other -> the options for it, or in it, that together save most."""
+    tree = unit_tree(options)
+    by_unit = options_by_unit(useful(options))
+
+    def best(unit: str) -> tuple[Option, ...]:
+        inside = tuple(option for inner in tree.get(unit, ()) for option in best(inner))
+        whole = max(by_unit.get(unit, ()), key=lambda option: option.saved_ms, default=None)
+        return inside if whole is None or total_saved(inside) >= whole.saved_ms else (whole,)
+
+    return {unit: best(unit) for unit in tree.get(OUTERMOST, ())}
+
+
+OUTERMOST = ""
+"""Stands in a :func:`unit_tree` for the holder of units that no unit holds."""
+
+
+def unit_tree(options: Sequence[Option]) -> dict[str, list[str]]:
+    """Unit id -> ids of the units that lie directly in it; under ``OUTERMOST`` those that lie in none.
+
+    Raises:
+        InvalidValueError: the holders of two options do not fit into one tree.
+
+    Example:
+        >>> unit_tree([Option("heads", "narrow", 1.0, 1.0, (0,), ("block", "attention"))])
+        {'': ['block'], 'block': ['attention'], 'attention': ['heads']}
+    """
+    parents: dict[str, str] = {}
     for option in options:
-        best[option.unit_id] = max(best.get(option.unit_id, 0.0), option.saved_ms)
-    parts: dict[str, float] = {}
-    for unit, whole in wholes.items():
-        parts[whole or unit] = parts.get(whole or unit, 0.0) + (best[unit] if whole else 0.0)
-    return sum(max(best.get(whole, 0.0), saved) for whole, saved in parts.items())
+        for outer, inner in itertools.pairwise((OUTERMOST, *option.holders, option.unit_id)):
+            if parents.setdefault(inner, outer) != outer:
+                raise InvalidValueError(
+                    f"holders of {option.unit_id} must be those of other options, too, but {inner!r} lies in {outer!r} "
+                    f"here and in {parents[inner]!r} there"
+                )
+    tree: dict[str, list[str]] = {}
+    for inner, outer in parents.items():
+        tree.setdefault(outer, []).append(inner)
+    return tree
+
+
+def options_by_unit(options: Iterable[Option]) -> dict[str, list[Option]]:
+    """Unit id -> its options."""
+    groups: dict[str, list[Option]] = {}
+    for option in options:
+        groups.setdefault(option.unit_id, []).append(option)
+    return groups
 
 
 def useful(options: Sequence[Option]) -> list[Option]:

@@ -1,20 +1,19 @@
 """The exact choice: least total harm among all plans that meet the budget."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import ClassVar
 
 from ttmpd.method import check_fields
-from ttmpd.plan.base import Planner, require_reachable, useful
+from ttmpd.plan.base import OUTERMOST, Planner, options_by_unit, require_reachable, unit_tree, useful
 from ttmpd.records import Option
 
 
 class Knapsack(Planner):
-    """Multiple-choice knapsack, solved by its Pareto front, unit by unit.
+    """Multiple-choice knapsack over nested units, solved by its Pareto front, unit by unit.
 
-    Parts of a unit are units of their own: it goes as a whole, or some of them do. After each unit only choices stay
-    that no other beats in both harm and milliseconds. The answer is exact as long as the front has at most
-    ``max_front`` points; beyond, points that lie closest together are thinned out.
+    A unit goes as a whole, or some of those that lie in it do. After each unit only choices stay that no other beats in
+    both harm and milliseconds. The answer is exact as long as the front has at most ``max_front`` points; beyond,
+    points that lie closest together are thinned out.
     """
 
     source: ClassVar[str] = (
@@ -32,17 +31,18 @@ class Knapsack(Planner):
         require_reachable(options, needed_ms)
         if needed_ms <= 0:
             return ()
-        groups: dict[str, dict[str, list[Option]]] = defaultdict(lambda: defaultdict(list))
-        for option in useful(options):
-            groups[option.whole or option.unit_id][option.unit_id].append(option)
-        front: list[_Point] = [(0.0, 0.0, None)]
-        for whole, by_unit in groups.items():
-            # A whole unit goes, or any of its parts.
-            with_parts = front
-            for unit, choices in by_unit.items():
-                if unit != whole:
-                    with_parts = _thinned(_pareto(with_parts + _taken(with_parts, choices), needed_ms), self.max_front)
-            front = _thinned(_pareto(with_parts + _taken(front, by_unit.get(whole, [])), needed_ms), self.max_front)
+        offered = useful(options)
+        tree, by_unit = unit_tree(offered), options_by_unit(offered)
+
+        def extended(front: list[_Point], unit: str) -> list[_Point]:
+            """The front when it is also decided what becomes of the unit and of all that lies in it."""
+            inside = front
+            for inner in tree.get(unit, ()):
+                inside = extended(inside, inner)
+            points = inside + _taken(front, by_unit.get(unit, ()))
+            return _thinned(_pareto(points, needed_ms), self.max_front)
+
+        front = extended([(0.0, 0.0, None)], OUTERMOST)
         _, _, link = min((p for p in front if p[0] >= needed_ms - 1e-9), key=lambda p: (p[1], p[0]))
         return _options(link)
 

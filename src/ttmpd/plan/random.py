@@ -1,10 +1,10 @@
 """Random removals until the budget is met: the control that every planner has to beat."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from random import Random as Generator
 from typing import ClassVar
 
-from ttmpd.plan.base import Planner, require_reachable, useful
+from ttmpd.plan.base import Planner, best_by_outermost, require_reachable, total_saved, useful
 from ttmpd.records import Option
 
 
@@ -22,34 +22,42 @@ class Random(Planner):
         return take_until(order, needed_ms)
 
 
-def take_until(order: Sequence[Option], needed_ms: float) -> tuple[Option, ...]:
-    """Options in the given order until they save enough; then the best action of each if they do not.
+def take_until(options: Sequence[Option], needed_ms: float) -> tuple[Option, ...]:
+    """Options in their order until they save enough.
 
-    A later option of a unit takes the place of an earlier one if it saves more; a part of a chosen whole is passed by,
-    and so is a whole of which a part was chosen, unless only it can save enough.
+    An option takes the place of an earlier one of its unit if it narrows it further; one that an earlier option
+    excludes is passed by. Where all of them together save too little, the outermost units in which most is to be gained
+    are given their best options instead, one after the other.
+
+    Args:
+        options: that save anything.
+        needed_ms: milliseconds that have to go; no more than all options can save together.
     """
     chosen: dict[str, Option] = {}
-    for option in order:
-        if _saved(chosen) >= needed_ms:
+    for option in options:
+        if total_saved(chosen.values()) >= needed_ms:
             return tuple(chosen.values())
-        others = option.whole in chosen or any(other.whole == option.unit_id for other in chosen.values())
-        narrower = option.action == "narrow" and option.unit_id in chosen and _more(option, chosen[option.unit_id])
-        if not others and (narrower or option.unit_id not in chosen):
+        earlier = chosen.get(option.unit_id)
+        if earlier is not None:
+            further = option.action == "narrow" and option.saved_ms > earlier.saved_ms
+        else:
+            further = not any(option.excludes(other) for other in chosen.values())
+        if further:
             chosen[option.unit_id] = option
-    for option in sorted(order, key=lambda o: o.saved_ms, reverse=True):
-        if _saved(chosen) >= needed_ms:
+    return _topped_up(tuple(chosen.values()), options, needed_ms)
+
+
+def _topped_up(chosen: tuple[Option, ...], options: Sequence[Option], needed_ms: float) -> tuple[Option, ...]:
+    """The chosen options, in some of the outermost units replaced by the best ones, until they save enough."""
+    best = best_by_outermost(options)
+    gains = {unit: total_saved(best[unit]) - total_saved(_inside(chosen, unit)) for unit in best}
+    for unit in sorted(gains, key=gains.__getitem__, reverse=True):
+        if total_saved(chosen) >= needed_ms:
             break
-        parts = {unit: part for unit, part in chosen.items() if part.whole == option.unit_id}
-        if option.whole in chosen or _saved(parts) >= option.saved_ms:
-            continue
-        if option.unit_id not in chosen or _more(option, chosen[option.unit_id]):
-            chosen = {unit: other for unit, other in chosen.items() if unit not in parts} | {option.unit_id: option}
-    return tuple(chosen.values())
+        replaced = _inside(chosen, unit)
+        chosen = (*(option for option in chosen if option not in replaced), *best[unit])
+    return chosen
 
 
-def _saved(chosen: Mapping[str, Option]) -> float:
-    return sum(option.saved_ms for option in chosen.values())
-
-
-def _more(option: Option, other: Option) -> bool:
-    return option.saved_ms > other.saved_ms
+def _inside(chosen: Sequence[Option], unit: str) -> list[Option]:
+    return [option for option in chosen if unit in (option.unit_id, *option.holders)]

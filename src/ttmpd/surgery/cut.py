@@ -6,15 +6,20 @@ from torch import Tensor, nn
 
 from ttmpd.errors import InvalidValueError
 from ttmpd.models.modules import count_parameters, module_at, to_fast_format
-from ttmpd.records import NOTHING_FOLDED, UNCHANGED, DepthUnit, Folded, Lossless, Removal, Unit, WidthUnit
-from ttmpd.surgery.find import depth_kind, width_kind
+from ttmpd.records import NOTHING_FOLDED, UNCHANGED, DepthUnit, Folded, Lossless, Removal, Unit, WidthUnit, check_apart
+from ttmpd.surgery.find import depth_kind, holds, width_kind
 from ttmpd.surgery.layers import matrix_of
 from ttmpd.surgery.lossless import apply, with_norms_gone
 from ttmpd.surgery.replacements import as_identity, copied_without, put
 
 
 def cut(model: nn.Module, removals: Sequence[Removal]) -> nn.Module:
-    """A new model without the units, and with the kept members alone where one is narrowed; no replacements yet."""
+    """A new model without the units, and with the kept members alone where one is narrowed; no replacements yet.
+
+    Raises:
+        InvalidValueError: a unit goes with another one, see :func:`ttmpd.records.check_apart`.
+    """
+    check_apart([removal.unit for removal in removals])
     student = copied_without(model, [removal.unit for removal in removals if isinstance(removal.unit, DepthUnit)])
     for removal in removals:
         remove(student, removal.unit, removal.kept)
@@ -46,8 +51,7 @@ def joined(earlier: Sequence[Removal], later: Sequence[Removal]) -> tuple[Remova
     Example:
         A block whose channels were narrowed first and which is dropped now is one removal: the block.
     """
-    gone = [path for removal in later if isinstance(removal.unit, DepthUnit) for path in removal.unit.paths]
-    return (*(r for r in earlier if not any(r.unit.path.startswith(f"{path}.") for path in gone)), *later)
+    return (*(removal for removal in earlier if not any(holds(r.unit, removal.unit) for r in later)), *later)
 
 
 def check_units(model: nn.Module, units: Sequence[Unit]) -> None:

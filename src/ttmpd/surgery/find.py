@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ttmpd.method import method_class, names
 from ttmpd.models.run import output_tensors
 from ttmpd.models.trace import trace
-from ttmpd.records import DepthUnit, Scope, Unit, WidthUnit
+from ttmpd.records import DepthUnit, Scope, Unit, WidthUnit, touching
 from ttmpd.surgery.reasons import Reason, Refusal
 from ttmpd.surgery.units.base import DepthUnits, UnitFinder, UnitSearch, WidthUnits
 
@@ -57,7 +57,7 @@ def find_units(model: nn.Module, batch: Tensor, kinds: Sequence[str] | None = No
     searches = [kind_of(name).find(model, batch) for name in (default_kinds() if kinds is None else kinds)]
     units = [unit for search in searches for unit in search.units]
     order, refusals = _looked_at(model, units, batch)
-    units = [unit for unit in units if unit.path not in refusals and not _is_whole(unit, units)]
+    units = _nested([unit for unit in units if unit.path not in refusals], refusals)
     units.sort(key=lambda unit: (order[unit.path], isinstance(unit, WidthUnit), unit.kind))
     not_removable = {path: refusal for search in searches for path, refusal in search.not_removable.items()}
     return UnitSearch(tuple(units), not_removable | refusals)
@@ -92,24 +92,56 @@ def _ancestors(nodes: Iterable[Any]) -> set[Any]:
     return visited
 
 
-def _is_whole(unit: Unit, units: Sequence[Unit]) -> bool:
-    """Whether the unit is a branch that holds nearly all of a larger one."""
-    if not isinstance(unit, DepthUnit) or not unit.branch:
+def holds(outer: Unit, unit: Unit) -> bool:
+    """Whether every module of ``unit`` goes with ``outer``, a unit that goes as a whole."""
+    if not isinstance(outer, DepthUnit) or outer == unit:
         return False
-    return any(other.id == whole_of(unit, units) and unit.n_params >= ALL_OF_IT * other.n_params for other in units)
+    return all(any(path == p or path.startswith(f"{p}.") for p in outer.paths) for path in unit.paths)
 
 
-def whole_of(unit: Unit, units: Sequence[Unit]) -> str:
-    """Id of the largest unit that goes as a whole and holds ``unit``, "" when there is none."""
-    holders = [other for other in units if isinstance(other, DepthUnit) and _holds(other, unit)]
-    return max(holders, key=lambda other: other.n_params).id if holders else ""
+def is_within(unit: Unit, other: Unit) -> bool:
+    """Whether everything of ``unit`` goes with ``other``; a branch is the inner one of two units with the same modules.
+
+    Example:
+        >>> from ttmpd.models.tiny import tiny_tokens, tiny_transformer
+        >>> block, heads = find_units(tiny_transformer(), tiny_tokens(), ["block", "head"]).units[:2]
+        >>> is_within(heads, block), is_within(block, heads)
+        (True, False)
+    """
+    return holds(other, unit) and (not holds(unit, other) or _rank(unit) < _rank(other))
 
 
-def _holds(whole: DepthUnit, unit: Unit) -> bool:
-    if whole == unit or (whole.branch and isinstance(unit, DepthUnit) and unit.n_params >= whole.n_params):
-        return False
-    return any(_within(unit.path, path) for path in whole.paths)
+def _rank(unit: Unit) -> tuple[bool, str]:
+    return isinstance(unit, DepthUnit) and not unit.branch, unit.id
 
 
-def _within(path: str, holder: str) -> bool:
-    return path == holder or path.startswith(f"{holder}.")
+def holders_of(units: Sequence[Unit]) -> dict[str, tuple[str, ...]]:
+    """Unit id -> ids of the units that hold it, outermost first: where one of them goes, it goes, too.
+
+    Example:
+        >>> from ttmpd.models.tiny import tiny_tokens, tiny_transformer
+        >>> holders_of(find_units(tiny_transformer(), tiny_tokens(), ["block", "head"]).units[:2])
+        {'blocks.0': (), 'head:blocks.0.attention.proj': ('blocks.0',)}
+    """
+    holders: dict[str, list[str]] = {unit.id: [] for unit in units}
+    for unit, other in touching(units):
+        if is_within(unit, other):
+            holders[unit.id].append(other.id)
+    return {name: tuple(sorted(ids, key=lambda holder: len(holders[holder]))) for name, ids in holders.items()}
+
+
+def _nested(units: Sequence[Unit], refusals: dict[str, Refusal]) -> list[Unit]:
+    """Those of the units of which one lies within the other or apart from it; why others are left out is noted.
+
+    A branch that has nearly all of the parameters of a unit around it is left out: it is that unit again.
+    """
+    out: set[str] = set()
+    for unit, other in touching(units):
+        if is_within(unit, other):
+            if isinstance(unit, DepthUnit) and unit.branch and unit.n_params >= ALL_OF_IT * other.n_params:
+                out.add(unit.id)
+        elif not is_within(other, unit) and not out.intersection((unit.id, other.id)):
+            first, second = sorted((unit, other), key=lambda unit: (isinstance(unit, DepthUnit), unit.n_params))
+            out.add(first.id)
+            refusals[first.path] = Refusal(Reason.OVERLAPS, second.id)
+    return [unit for unit in units if unit.id not in out]

@@ -19,7 +19,7 @@ from ttmpd.records import UNCHANGED, Plan, Removal
 from ttmpd.repair.sequential import repaired
 from ttmpd.repair.unfold import under_kernel
 from ttmpd.surgery.cut import cut
-from ttmpd.surgery.find import find_units, whole_of
+from ttmpd.surgery.find import find_units, holders_of
 from ttmpd.surgery.masks import mask_of, masked
 from ttmpd.surgery.reasons import Reason
 from ttmpd.surgery.units.channel import Channel
@@ -243,7 +243,8 @@ def test_blocks_and_their_channels_are_one_or_the_other():
     channels = [unit for unit in units if unit.kind == "channel"]
     assert len(channels) == 3
     blocks = {unit.path: unit.id for unit in units if unit.kind == "block"}
-    assert all(whole_of(unit, units) == blocks[unit.path.rpartition(".")[0]] for unit in channels)
+    holders = holders_of(units)
+    assert all(holders[unit.id] == (blocks[unit.path.rpartition(".")[0]],) for unit in channels)
 
 
 def test_a_narrowed_network_keeps_its_memory_format_and_comes_back(tmp_path):

@@ -19,7 +19,7 @@ from ttmpd.models.run import first_tensor, predict
 from ttmpd.records import Plan, Removal
 from ttmpd.repair.sequential import repaired
 from ttmpd.surgery.cut import check_units, cut
-from ttmpd.surgery.find import find_units, whole_of
+from ttmpd.surgery.find import find_units, holders_of
 from ttmpd.surgery.masks import mask_of, masked
 from ttmpd.surgery.reasons import Reason, Refusal
 from ttmpd.surgery.units.block import Block
@@ -308,7 +308,7 @@ def test_all_kinds_stand_in_the_order_of_the_network_and_parts_know_their_whole(
     assert [unit.id for unit in found.units[:3]] == [
         "blocks.0", "head:blocks.0.attention.proj", "neuron:blocks.0.down",
     ]  # fmt: skip
-    assert [whole_of(unit, found.units) for unit in found.units[:3]] == ["", "blocks.0", "blocks.0"]
+    assert list(holders_of(found.units).values())[:3] == [(), ("blocks.0",), ("blocks.0",)]
 
 
 def test_a_narrowed_model_can_be_narrowed_again():
