@@ -24,7 +24,7 @@ from ttmpd.records import UNCHANGED, Action, DepthUnit, Lossless, Tap, Unit, Wid
 from ttmpd.runtimes.base import Runtime
 from ttmpd.runtimes.eager import Eager
 from ttmpd.surgery.cut import has_replacement, replacement
-from ttmpd.surgery.find import width_kind
+from ttmpd.surgery.find import holders_of, width_kind
 from ttmpd.surgery.lossless import applied, apply, within
 
 PRECISION = 0.015
@@ -81,7 +81,8 @@ def time_units(
     Units alike in class, shape, weights and operations are timed as one: they differ by noise alone. Members are timed
     with everything in the smallest module that holds them and what reads them; where that is most of the network, which
     would drown what they save, the layers that make and read them are timed alone. A unit's own milliseconds are what
-    would be saved without any member. Of many widths every second one is timed, those between lie on the line.
+    would be saved without any member. Of the branch beside a shortcut its own modules are timed. Of many widths every
+    second one is timed, those between lie on the line.
 
     Args:
         model: on the device, as it was given.
@@ -127,21 +128,14 @@ def runtime_ratio(model: nn.Module, batch: Tensor, runtime: Runtime) -> float:
 
 
 def _bounded(units: Sequence[Unit], timings: Sequence[UnitLatency]) -> tuple[UnitLatency, ...]:
-    """The timings, those of members no longer than the block that holds them: more than that is noise."""
-    blocks = {
-        f"{unit.path}.": timing.ms
-        for unit, timing in zip(units, timings, strict=True)
-        if isinstance(unit, DepthUnit) and not unit.branch
-    }
-    found = []
-    for unit, timing in zip(units, timings, strict=True):
-        around = [ms for path, ms in blocks.items() if f"{timed_path(unit)}.".startswith(path)]
-        if not (isinstance(unit, DepthUnit) and not unit.branch) and around and timing.ms > min(around):
-            share = min(around) / timing.ms
-            widths = {name: ms * share for name, ms in timing.widths.items()}
-            timing = dataclasses.replace(timing, ms=min(around), widths=widths)
-        found.append(timing)
-    return tuple(found)
+    """The timings, those of units no longer than any unit that holds them: more than that is noise."""
+    holders, bounded = holders_of(units), {timing.unit: timing for timing in timings}
+    for unit in sorted(units, key=lambda unit: len(holders[unit.id])):
+        timing = bounded[unit.id]
+        limit = min((bounded[holder].ms for holder in holders[unit.id]), default=timing.ms)
+        if timing.ms > limit:
+            bounded[unit.id] = timing.times(limit / timing.ms)
+    return tuple(bounded[unit.id] for unit in units)
 
 
 def _groups(model: nn.Module, units: Mapping[int, Unit], far: Set[str], batch: Tensor) -> list[dict[int, Unit]]:
@@ -181,7 +175,7 @@ class _Timed:
 
 def _runs(timed: _Timed, units: Mapping[int, Unit], far: Set[str], batch: Tensor) -> dict[str, Callable[[], object]]:
     """What is timed: number of the unit and name of what runs in its place -> the call."""
-    near = {timed_path(unit) for unit in units.values() if unit.id not in far}
+    near = {path for unit in units.values() if unit.id not in far for path in _timed_paths(unit)}
     given = _recorded_calls(timed.ready, near, batch) if near else {}
     return {
         f"{number} {name}": _synchronized(run, batch.device)
@@ -204,11 +198,11 @@ def _counted(unit: Unit) -> UnitLatency:
 
 
 def _far_apart(model: nn.Module, units: Iterable[Unit], batch: Tensor) -> frozenset[str]:
-    """Ids of units of which no module that is called holds all but one that does most of the work.
+    """Ids of units with members of which no module that is called holds all but one that does most of the work.
 
     Those between two blocks, say, or in a list or dictionary of layers, which a model's own forward calls one by one.
     """
-    spread = [unit for unit in units if len(unit.paths) > 1]
+    spread = [unit for unit in units if isinstance(unit, WidthUnit) and len(unit.paths) > 1]
     if not spread:
         return frozenset()
     macs = count_macs(model, batch[:2])
@@ -220,8 +214,7 @@ def _layers(timed: _Timed, unit: Unit, batch: Tensor) -> dict[str, Callable[[], 
     taps = {path: Tap(path, "input") for path in unit.paths}
     given = read_taps(timed.ready, batch, taps)
     runs = {"unit": _in_turn(timed.ready, given)}
-    if not isinstance(unit, WidthUnit):
-        return runs
+    assert isinstance(unit, WidthUnit)
     for width in _timed_widths(unit):
         smaller = copy.deepcopy(timed.model)
         width_kind(unit).narrow(smaller, unit, range(width))
@@ -247,9 +240,11 @@ def _in_turn(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], obj
 def _variants(timed: _Timed, unit: Unit, given: Mapping[str, _Given]) -> dict[str, Callable[[], object]]:
     """What is timed of a unit: itself as "unit", and what may come in its place under the action or the width."""
     # In-place activations at a block's start would change the recorded input: each call gets the same anyway.
-    place = timed_path(unit)
+    calls = [functools.partial(module_at(timed.ready, path), *given[path][0], **given[path][1])
+             for path in _timed_paths(unit)]  # fmt: skip
+    runs: dict[str, Callable[[], object]] = {"unit": lambda: [call() for call in calls]}
+    place = _timed_paths(unit)[-1]
     args, kwargs = given[place]
-    runs: dict[str, Callable[[], object]] = {"unit": functools.partial(module_at(timed.ready, place), *args, **kwargs)}
     if isinstance(unit, WidthUnit):
         kind = width_kind(unit)
         for width in _timed_widths(unit):
@@ -308,6 +303,11 @@ def _timed_widths(unit: WidthUnit) -> tuple[int, ...]:
 def timed_path(unit: Unit) -> str:
     """Path of the smallest module that holds everything of the unit."""
     return common_path(*unit.paths)
+
+
+def _timed_paths(unit: Unit) -> tuple[str, ...]:
+    """Paths of what is run to time a unit: its own modules where it is a branch, else the one that holds them all."""
+    return unit.paths if isinstance(unit, DepthUnit) and unit.branch else (timed_path(unit),)
 
 
 class _Held(nn.Module):

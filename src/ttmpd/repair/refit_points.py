@@ -96,7 +96,12 @@ def find_refit_points(
     calls = trace(student, batch).order
     first = next((i for i, path in enumerate(calls) if path in starts), len(calls))
     known, head = layers_of(teacher, batch), find_output_layer(student, batch)
-    wanted = {path for path, layer in known.items() if layer.plain and (path in readers or (behind and path != head))}
+    gone = {path for removal in removals if isinstance(removal.unit, DepthUnit) for path in removal.unit.paths}
+    wanted = {
+        path
+        for path, layer in known.items()
+        if layer.plain and path not in gone and (path in readers or (behind and path != head))
+    }
     sites = []
     for path in calls[first:]:
         if path in stand_ins:
