@@ -209,7 +209,10 @@ def test_members_save_no_more_than_the_block_that_holds_them() -> None:
     block = dataclasses.replace(tiny_units(tiny_model())[0], path=inside.path.rpartition(".")[0])
     elsewhere = dataclasses.replace(inside, path="other.conv", consumers=("other.conv",), producers=("other.first",))
     widths = {"8": 3.0, "0": 0.0}
-    made = [UnitLatency(block.id, 2.0, {}), UnitLatency("in", 6.0, {}, widths), UnitLatency("out", 6.0, {}, widths)]
+    made = [
+        UnitLatency(block.id, 2.0, {}),
+        *(UnitLatency(unit.id, 6.0, {}, widths) for unit in (inside, elsewhere)),
+    ]
     whole, bounded, free = savings._bounded([block, inside, elsewhere], made)
     assert (whole, free) == (made[0], made[2])
     assert bounded.ms == 2.0

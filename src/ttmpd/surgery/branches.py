@@ -26,18 +26,18 @@ class Branch:
 
     Args:
         calls: of the largest modules that work for the branch alone, in calling order; the last has parameters.
-        mixes_positions: whether positions attend to each other.
+        is_attention: whether positions attend to each other in it.
         layers: the modules that own its matrices and kernels.
     """
 
     calls: tuple[ModuleCall, ...]
-    mixes_positions: bool
+    is_attention: bool
     layers: tuple[nn.Module, ...]
 
     @property
     def is_mlp(self) -> bool:
         """Whether it is made of two matrices or more, each applied at every position."""
-        return not self.mixes_positions and len(self.layers) > 1 and all(map(is_layer, self.layers))
+        return not self.is_attention and len(self.layers) > 1 and all(map(is_layer, self.layers))
 
 
 def find_branches(model: nn.Module, batch: Tensor) -> list[Branch]:
@@ -57,7 +57,7 @@ def find_branches(model: nn.Module, batch: Tensor) -> list[Branch]:
                 if nodes := _between(branch, shortcut):
                     branches += _branch(model, run, _alone(nodes, node, users), users)
     order = {path: number for number, path in enumerate(run.order)}
-    return sorted(branches, key=lambda found: order[found.calls[-1].path])
+    return sorted(branches, key=lambda branch: order[branch.calls[-1].path])
 
 
 def branch_units(
@@ -147,14 +147,18 @@ def _branch(model: nn.Module, run: Trace, nodes: set[Any], users: Mapping[Any, S
     if not heavy:
         return
     calls = tuple(inside.values())[: heavy[-1] + 1]
-    names = {_name(node) for node in nodes}
-    mixes = any(name.startswith("ScaledDotProduct") for name in names) or {"Softmax", "Bmm"} <= names
     layers = tuple(
         module
         for module in model.modules()
         if any(id(p) in weights and p.dim() > 1 for p in module.parameters(recurse=False))
     )
-    yield Branch(calls, mixes, layers)
+    yield Branch(calls, _attends({_name(node) for node in nodes}), layers)
+
+
+def _attends(functions: set[str]) -> bool:
+    """Whether positions attend to each other in what is made of the named autograd functions."""
+    weights = any(name in ("Softmax", "SafeSoftmax") for name in functions)
+    return (weights and "Bmm" in functions) or any(name.startswith("ScaledDotProduct") for name in functions)
 
 
 def _unit(model: nn.Module, kind: str, branch: Branch, macs: Mapping[str, int]) -> DepthUnit:

@@ -112,20 +112,18 @@ def proven(
     model: nn.Module,
     units: Sequence[U],
     batch: Tensor,
-    keep: Callable[[U], tuple[int, ...]] = every_second,
 ) -> tuple[list[U], dict[str, Refusal]]:
     """(units that can be removed, path -> why the others cannot): masked and cut models must answer alike.
 
-    ``keep`` says which members stay in this trial. All units are tried at once on one copy, and in halves where that
-    fails.
+    In this trial every second member stays. All units are tried at once on one copy, and in halves where that fails.
     """
-    if not units or not (refusal := _difference(remove, model, {unit: keep(unit) for unit in units}, batch)):
+    if not units or not (refusal := _difference(remove, model, {unit: every_second(unit) for unit in units}, batch)):
         return list(units), {}
     if len(units) == 1:
         return [], {units[0].path: refusal}
     half = len(units) // 2
-    first, refused = proven(remove, model, units[:half], batch, keep)
-    second, others = proven(remove, model, units[half:], batch, keep)
+    first, refused = proven(remove, model, units[:half], batch)
+    second, others = proven(remove, model, units[half:], batch)
     return first + second, refused | others
 
 

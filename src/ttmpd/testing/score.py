@@ -25,13 +25,13 @@ Case = tuple[nn.Module, tuple[Unit, ...], Samples]
 
 
 def _cases(scorer: Scorer, n: int = 12) -> Iterator[Case]:
-    """The example of every kind of unit, with all units in it that the scorer says it can judge."""
+    """The examples of the kinds that the scorer says it can judge, with all units in them that it can."""
     kinds, examples = kinds_of(*scorer.scopes), set[type[nn.Module]]()
     for kind in kinds:
         model, samples = example_of_kind(kind, n)
         units = find_units(model, samples.batch(slice(0, 2)), kinds).units
         judged = tuple(unit for unit in units if scorer.can_judge(model, unit))
-        if judged and type(model) not in examples:
+        if any(unit.kind == kind for unit in judged) and type(model) not in examples:
             examples.add(type(model))
             yield model, judged, samples
 

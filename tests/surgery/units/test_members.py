@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import torch
-import torchvision
 from safetensors.torch import load_file
 from torch import nn
 
+import families
+from families import FAMILIES_OF_TEXT, example, family, text_model, vision_model
 from ttmpd.artifact.write import Result
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
@@ -27,94 +28,9 @@ from ttmpd.surgery.units.head import Head
 from ttmpd.surgery.units.neuron import Neuron
 from ttmpd.testing.tiny_models import tiny_tokens, tiny_transformer
 
-timm = pytest.importorskip("timm")
-hf = pytest.importorskip("transformers")
+pytest.importorskip("timm")
+pytest.importorskip("transformers")
 
-TEXT = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "pad_token_id": 0,
-    "use_cache": False,
-}
-
-
-def text_model(name: str) -> nn.Module:
-    configs = {
-        "bert": lambda: hf.BertConfig(**TEXT, num_attention_heads=4),
-        "roberta": lambda: hf.RobertaConfig(**TEXT, num_attention_heads=4),
-        "distilbert": lambda: hf.DistilBertConfig(vocab_size=50, dim=16, hidden_dim=32, n_layers=2, n_heads=4),
-        "gpt2": lambda: hf.GPT2Config(
-            vocab_size=50,
-            n_embd=16,
-            n_layer=2,
-            n_head=4,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            use_cache=False,
-        ),
-        "llama": lambda: hf.LlamaConfig(**TEXT, num_attention_heads=4),
-        "llama, grouped queries": lambda: hf.LlamaConfig(**TEXT, num_attention_heads=4, num_key_value_heads=2),
-    }
-    torch.manual_seed(0)
-    return hf.AutoModelForSequenceClassification.from_config(configs[name]()).eval()
-
-
-def lively(model: nn.Module) -> nn.Module:
-    """The model with weights large enough, layer scales included, for every part to show in the answer."""
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.2)
-        elif float(parameter.detach().abs().max()) < 0.1:
-            nn.init.normal_(parameter)
-    return model
-
-
-def vision_model(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return lively(built(name))
-
-
-def built(name: str) -> nn.Module:
-    if name == "hf vit":
-        config = hf.ViTConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=32,
-            patch_size=8,
-        )
-        return hf.AutoModelForImageClassification.from_config(config).eval()
-    if name == "torchvision swin":
-        return torchvision.models.SwinTransformer([4, 4], 16, [1, 1], [2, 4], [4, 4], num_classes=5).eval()
-    small = {
-        "vit": ("vit_tiny_patch16_224", {"embed_dim": 16, "depth": 2, "num_heads": 4, "img_size": 32}),
-        "deit": ("deit_tiny_patch16_224", {"embed_dim": 16, "depth": 2, "num_heads": 4, "img_size": 32}),
-        "beit": ("beit_base_patch16_224", {"embed_dim": 16, "depth": 2, "num_heads": 4, "img_size": 32}),
-        "eva": ("eva02_tiny_patch14_224", {"embed_dim": 16, "depth": 2, "num_heads": 4, "img_size": 28}),
-        "swin": (
-            "swin_tiny_patch4_window7_224",
-            {"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4), "img_size": 32, "window_size": 4},
-        ),
-        "mixer": ("mixer_s32_224", {"img_size": 64}),
-        "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32)}),
-    }
-    model, options = small[name]
-    return timm.create_model(model, num_classes=5, **options).eval()
-
-
-def example(model: nn.Module, name: str) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    if name in FAMILIES_OF_TEXT:
-        return torch.randint(3, 50, (2, 7), generator=generator)
-    side = {"eva": 28, "mixer": 64, "convnext": 32}.get(name, 32)
-    return torch.randn(2, 3, side, side, generator=generator)
-
-
-FAMILIES_OF_TEXT = ("bert", "roberta", "distilbert", "gpt2", "llama", "llama, grouped queries")
 # name -> (attentions whose heads go, layers whose neurons go)
 FAMILIES = {
     **dict.fromkeys(FAMILIES_OF_TEXT, (2, 2)),
@@ -130,15 +46,11 @@ def test_masked_equals_cut(name):
     batch = example(model, name)
     found = [kind.find(model, batch).units for kind in (Head(), Neuron(least=8))]
     assert tuple(map(len, found)) == FAMILIES[name]
-    silent = [unit for unit in found[0] if 0 in unit.widths]
-    assert len(silent) == (0 if name == "gpt2" else FAMILIES[name][0])  # whose Conv1D cannot read nothing
     units = [unit for some in found for unit in some]
     with torch.no_grad():
         whole = predict(model, batch)
-    for choose in (lambda n: range(0, n, 2), lambda n: range(n // 2, n), lambda n: [n - 1], lambda _: []):
-        # Without any member where that is offered: whole attentions and whole MLPs go.
-        kept = {u: tuple(choose(u.n_members)) for u in units}
-        removals = [Removal(u, "narrow", kept[u] if kept[u] or 0 in u.widths else (0,)) for u in units]
+    for choose in (lambda n: range(0, n, 2), lambda n: range(n // 2, n), lambda n: [n - 1]):
+        removals = [Removal(u, "narrow", tuple(choose(u.n_members))) for u in units]
         student = cut(model, removals)
         with torch.no_grad(), masked(model, {r.unit: mask_of(r.unit, r.kept) for r in removals}):
             wanted = predict(model, batch)
@@ -157,14 +69,8 @@ def narrowed_by_half(name: str) -> tuple[nn.Module, tuple[Removal, ...]]:
     units = [kind.find(model, example(model, name)).units for kind in (Block(), Head(), Neuron(least=8))]
     gone = units[0][-1]
     removals = [Removal(u, "narrow", tuple(range(u.n_members // 2))) for some in units[1:] for u in some]
-    if units[1] and 0 in units[1][0].widths:
-        removals[0] = Removal(units[1][0], "narrow", ())  # a whole attention
     removals = [r for r in removals if not r.unit.path.startswith(f"{gone.path}.")]
     return model, (*removals, Removal(gone, "linear"))
-
-
-def family(name: str) -> nn.Module:
-    return text_model(name) if name in FAMILIES_OF_TEXT else vision_model(name)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -180,6 +86,7 @@ def test_cut_models_export(name):
 
 FRESH = """
 import importlib.util, sys, torch, ttmpd
+from ttmpd.models.run import predict
 from pathlib import Path
 from safetensors.torch import save_file
 spec = importlib.util.spec_from_file_location("families", sys.argv[1])
@@ -189,7 +96,7 @@ answers = {}
 for folder in Path(sys.argv[2]).iterdir():
     with torch.no_grad():
         net = families.family(folder.name)
-        answers[folder.name] = families.predict(ttmpd.load(folder, model=net), families.example(net, folder.name))
+        answers[folder.name] = predict(ttmpd.load(folder, model=net), families.example(net, folder.name))
 save_file(answers, sys.argv[3])
 """
 
@@ -205,7 +112,14 @@ def test_artifacts_of_all_families_load_in_a_fresh_process(tmp_path):
         ).save(tmp_path / "made" / name)  # fmt: skip
         with torch.no_grad():
             wanted[name] = predict(student, samples.inputs)
-    command = [sys.executable, "-c", FRESH, __file__, str(tmp_path / "made"), str(tmp_path / "answers.safetensors")]
+    command = [
+        sys.executable,
+        "-c",
+        FRESH,
+        families.__file__,
+        str(tmp_path / "made"),
+        str(tmp_path / "answers.safetensors"),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     found = load_file(tmp_path / "answers.safetensors")
     assert found.keys() == wanted.keys()
@@ -287,24 +201,26 @@ def test_few_neurons_are_left_alone():
     assert Neuron().find(Mlp(nn.GELU(), hidden=15).eval(), torch.randn(3, 4)).units == ()
 
 
-def test_widths_are_multiples_of_eight_and_fall_to_none():
+def test_widths_are_multiples_of_eight_and_never_none():
     unit = Neuron().find(Mlp(nn.GELU(), hidden=100).eval(), torch.randn(3, 4)).units[0]
-    assert unit.widths == (96, 88, 80, 72, 64, 56, 48, 40, 32, 24, 16, 8, 0)
+    assert unit.widths == (96, 88, 80, 72, 64, 56, 48, 40, 32, 24, 16, 8)
     halves = Neuron(parts=2).find(Mlp(nn.GELU(), hidden=100).eval(), torch.randn(3, 4)).units[0]
-    assert halves.widths == (48, 0)
-    assert Head().find(tiny_transformer(), tiny_tokens()).units[0].widths == (3, 2, 1, 0)
+    assert halves.widths == (48,)
+    assert Head().find(tiny_transformer(), tiny_tokens()).units[0].widths == (3, 2, 1)
 
 
-def test_a_branch_without_any_neuron_answers_with_its_bias():
-    net = Mlp(nn.GELU()).eval()
-    unit = Neuron().find(net, torch.randn(3, 4)).units[0]
-    student = cut(net, [Removal(unit, "narrow", ())])
-    x = torch.randn(3, 4)
-    assert torch.allclose(student(x), net.head(net.stem(x) + net.down.bias), atol=1e-6)
+def test_members_of_earlier_artifacts_that_are_all_gone_leave_the_bias():
+    model, x = tiny_transformer(), tiny_tokens()
+    heads, neurons = (kind.find(model, x).units[0] for kind in (Head(), Neuron()))
+    student = cut(model, [Removal(heads, "narrow", ()), Removal(neurons, "narrow", ())])
+    block = model.blocks[0]
+    block.attention.forward = lambda x: block.attention.proj.bias.expand_as(x)
+    block.down.forward = lambda x: block.down.bias.expand(*x.shape[:-1], -1)
+    assert torch.allclose(student(x), model(x), atol=1e-6)
 
 
 def test_all_kinds_stand_in_the_order_of_the_network_and_parts_know_their_whole():
-    found = find_units(tiny_transformer(), tiny_tokens())
+    found = find_units(tiny_transformer(), tiny_tokens(), ["block", "head", "neuron"])
     assert [unit.id for unit in found.units[:3]] == [
         "blocks.0", "head:blocks.0.attention.proj", "neuron:blocks.0.down",
     ]  # fmt: skip
@@ -337,7 +253,7 @@ def test_kept_members_rise_and_belong_to_the_unit(kept):
 
 
 def test_whole_units_are_not_narrowed_nor_members_dropped():
-    block, head = find_units(tiny_transformer(), tiny_tokens()).units[:2]
+    block, head = find_units(tiny_transformer(), tiny_tokens(), ["block", "head"]).units[:2]
     for unit, action in ((block, "narrow"), (head, "drop")):
         with pytest.raises(InvalidValueError, match=r"must be narrowed|cannot be narrowed"):
             Removal(unit, action)

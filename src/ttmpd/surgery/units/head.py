@@ -26,7 +26,7 @@ _SIZES = ("all_head_size", "attn_dim", "split_size", "inner_dim", "all_head_dim"
 
 
 class Silent(nn.Module):
-    """Stands where an attention was of which no head is left: there is nothing for the layer behind it to read.
+    """Stands where an attention was of which no head is left, as in artifacts of before attentions were units.
 
     Args:
         name: of that layer, "" where it lies outside and is called by others.
@@ -85,9 +85,6 @@ class Head(WidthUnits):
                 refused[path] = Refusal(Reason.HIDDEN_LAYERS)
         units = [self._sized(unit) for unit in units if unit.n_members > 1]
         kept, others = proven(self.narrow, model, units, batch[:2])
-        whole, _ = proven(self.narrow, model, kept, batch[:2], keep=lambda _: ())
-        removable = {unit.path for unit in whole}
-        kept = [dataclasses.replace(u, widths=(*u.widths, 0)) if u.path in removable else u for u in kept]
         return UnitSearch(tuple(kept), refused | others)
 
     def _sized(self, unit: WidthUnit) -> WidthUnit:
@@ -102,7 +99,7 @@ class Head(WidthUnits):
     def narrow(self, student: nn.Module, unit: WidthUnit, kept: Sequence[int]) -> None:
         """Rows of queries, keys and values, columns of the layer behind them, and what else there is once per head.
 
-        Without any head the whole attention goes, and the layer behind it is left with its bias.
+        Without any head, which no unit offers, the layer behind it is left with its bias.
         """
         if not kept:
             return _silence(student, unit)

@@ -64,11 +64,10 @@ class Neuron(WidthUnits):
         return UnitSearch(tuple(kept), refused)
 
     def _sized(self, unit: WidthUnit) -> WidthUnit:
-        """With equal steps down to none at all, in multiples of 8 where there are enough."""
+        """With equal steps down to the last one, in multiples of 8 where there are enough."""
         step = ROUND if unit.n_members >= ROUND**2 else 1
-        shares = (unit.n_members * (self.parts - i) / self.parts for i in range(1, self.parts + 1))
-        least = 0 if unit.module == "Linear" else 1  # convolutions and Hugging Face's own layer cannot read nothing
-        counts = (max(least, round(share / step) * step) for share in shares)
+        shares = (unit.n_members * (self.parts - i) / self.parts for i in range(1, self.parts))
+        counts = (max(step, round(share / step) * step) for share in shares)
         return dataclasses.replace(unit, widths=tuple(dict.fromkeys(n for n in counts if n < unit.n_members)))
 
     def example(self, n: int = 4) -> tuple[nn.Module, Tensor]:
