@@ -17,7 +17,7 @@ from ttmpd.models.trace import first_argument
 from ttmpd.records import DepthUnit, Unit, WidthUnit
 from ttmpd.surgery.layers import inputs_of
 from ttmpd.surgery.reasons import Reason, Refusal
-from ttmpd.surgery.replacements import dropped, forward_of
+from ttmpd.surgery.replacements import dropped, forward_of, in_form
 
 U = TypeVar("U", bound=Unit)
 Remove = Callable[[nn.Module, U, Sequence[int]], None]
@@ -98,7 +98,7 @@ def skipped(model: nn.Module, units: Sequence[Unit]) -> contextlib.AbstractConte
     stubs = {unit.path: forward_of(unit, functools.partial(dropped, unit)) for unit in units}
     for unit in units:
         for path, form in unit.upstream if isinstance(unit, DepthUnit) else ():
-            stubs[path] = forward_of(DepthUnit("", path, "", (1,), "channels_last", 0, 0, form=form), lambda x: x)
+            stubs[path] = in_form(form, lambda x: x)
     return patched_forward(model, stubs)
 
 

@@ -133,9 +133,13 @@ def as_identity(replacement: nn.Module) -> nn.Module:
 
 def forward_of(unit: Unit, function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     """A ``forward`` for the unit that returns ``function(input)``, in the form in which the unit answers."""
+    return in_form(unit.form if isinstance(unit, DepthUnit) else "plain", function)
+
+
+def in_form(form: Form, function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """A ``forward`` that returns ``function(first argument)``, in the form of the module that it stands for."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        form = unit.form if isinstance(unit, DepthUnit) else "plain"
         return shaped(function(first_argument(args, kwargs)), form)
 
     return forward
