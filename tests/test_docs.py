@@ -3,6 +3,7 @@
 import csv
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,14 @@ def test_the_table_of_families_holds_what_the_benchmark_found():
         speedup = f"{float(row['speedup']):.2f}x{missed}"
         assert f"| {row['family']} | {units} | {speedup} | {row['done']} | {gaps} |" in text
     assert len(rows) == 15
+
+
+def test_the_map_names_every_room_in_its_layer():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = {path.parent.name for path in (ROOT / "src" / "ttmpd").glob("*/__init__.py")}
+    assert [room for room in sorted(rooms) if f"`{room}/`" not in text] == []
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = settings["tool"]["importlinter"]["contracts"][0]["layers"]
+    present = [sorted(re.findall(r"\w+", re.sub(r"\(\w+\)", "", layer))) for layer in layers]
+    stated = [re.findall(r"`(\w+)`", line) for line in re.findall(r"^\d+\. (.*)$", text, flags=re.M)]
+    assert present == [sorted(names) for names in stated]

@@ -171,7 +171,8 @@ def test_interrupted(data, tmp_path, monkeypatch, run, said, demo, quick):
     arguments = ("--model", demo, "--data", data, "--speedup", 2, "--score", "random", "--output", folder)
     found = run("compress", *arguments, *quick)
     assert found.exit_code == _reporting.INTERRUPTED
-    assert "go on with: ttmpd compress --output 'my out' --resume" in said(found)
+    assert "continue with:" in said(found)
+    assert "\nttmpd compress --output 'my out' --resume\n" in found.stderr
     assert (folder / ".work").is_dir()
     told = run("evaluate", "--model", folder, "--data", data)
     assert "was interrupted; go on with the same command and --resume" in said(told)

@@ -41,11 +41,12 @@ def reporting(verbose: bool, resumable: Path | None = None) -> Iterator[None]:
         display.show_error("Out of memory", f"the run must fit in memory, but it does not ({cause(error)}); {step}")
         raise typer.Exit(FAILED) from None
     except KeyboardInterrupt:
-        kept = "nothing was written"
-        if resumable is not None:
+        if resumable is None:
+            display.show_error("Interrupted", "nothing was written")
+        else:
+            display.show_error("Interrupted", f"finished stages are kept in {resumable}; continue with:")
             again = command_line() if "--resume" in sys.argv else f"{command_line()} --resume"
-            kept = f"finished stages are kept in {resumable}; go on with: {again}"
-        display.show_error("Interrupted", kept)
+            typer.echo(again, err=True)  # whole on a line, to be copied
         raise typer.Exit(INTERRUPTED) from None
 
 

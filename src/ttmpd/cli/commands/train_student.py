@@ -165,4 +165,4 @@ def _show(found: "StudentRun") -> None:
     if found.accuracy is None:
         console.print("Accuracy: not measured, no samples were held out.")
     display.show_seconds(trained.seconds)
-    console.print(f"Student: {escape(str(found.folder))} (model.safetensors, for --weights)", soft_wrap=True)
+    console.print(f"Student: {escape(str(found.folder))} (an artifact: evaluate it, or ttmpd.load)", soft_wrap=True)
