@@ -21,10 +21,10 @@ from ttmpd.surgery.units.block import Block
 from ttmpd.testing import (
     EXPECTED_FAILURES,
     adapt,
+    all_methods,
     checks_for,
     expected_failures,
     methods,
-    methods_found,
     plan,
     score,
     select,
@@ -34,7 +34,7 @@ from ttmpd.testing.tiny_models import assert_untouched
 
 
 def _cases() -> Iterator[Any]:
-    for verb, name in methods_found():
+    for verb, name in all_methods():
         reasons = expected_failures(verb, name)
         for check in checks_for(verb):
             reason = reasons.get(check.__name__)
@@ -48,8 +48,8 @@ def test_contract(verb, name, check):
 
 
 def test_every_verb_has_methods():
-    found = methods_found()
-    assert {verb for verb, _ in found} == {
+    methods = all_methods()
+    assert {verb for verb, _ in methods} == {
         "select",
         "adapt",
         "units",
@@ -60,7 +60,7 @@ def test_every_verb_has_methods():
         "runtimes",
         "tasks",
     }
-    assert {("score", "ttmpd"), ("plan", "knapsack"), ("distill", "one_time"), ("units", "block")} <= set(found)
+    assert {("score", "ttmpd"), ("plan", "knapsack"), ("distill", "one_time"), ("units", "block")} <= set(methods)
 
 
 def test_expected_failures_name_methods_and_checks_that_exist():

@@ -33,7 +33,7 @@ class Method:
     source: ClassVar[str] = ""
     """Paper and equation, and what differs here."""
     needs: ClassVar[tuple[str, ...]] = ()
-    """What the method asks for beyond forward passes: "gradients", "training", "labels"."""
+    """What the method needs beyond forward passes: "gradients", "training", "labels"."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -52,7 +52,7 @@ class Method:
         return {"name": self.name} | {field.name: getattr(self, field.name) for field in fields}
 
     def with_settings(self, **settings: Any) -> Self:
-        """The same method with some hyper-parameters changed.
+        """A copy of the method with some hyper-parameters changed.
 
         Raises:
             InvalidValueError: a name is not a hyper-parameter of this method, or a value has the wrong type.
@@ -159,9 +159,9 @@ def method_of(setting: str, name: str) -> Method:
 
 
 def loaded_class(verb: str, name: str) -> type[Method]:
-    """As :func:`method_class`, but nothing is imported that a name of your own code points to.
+    """The class that :func:`method_class` returns, without importing a module of the user's own.
 
-    For names that stand in files: what a file names must not run. The user imports the module first.
+    For names read from files: a file must not be able to run code by naming it, so the user imports the module first.
 
     Raises:
         UnknownMethodError: no file bears the name, or the module is not imported yet.
@@ -188,14 +188,14 @@ def _imported(name: str) -> ModuleType:
 
 
 def _own_class(verb: str, name: str, module: ModuleType) -> type[Method]:
-    """The concrete method of a verb that a module of the user's holds under a name."""
+    """The concrete method class of a verb that the user's own module holds under a name."""
     value: Any = module
     for part in name.partition(":")[2].split("."):
         value = inspect.getattr_static(value, part, None)  # runs no code, as a lazy module's would
     if not (inspect.isclass(value) and issubclass(value, Method) and verb_of(value) == verb):
-        what = "no such name" if value is None else f"{value!r}"
+        problem = "no such name" if value is None else f"{value!r}"
         base = f"ttmpd.{_FOLDERS.get(verb, verb)}.base"
-        raise UnknownMethodError(f"{name!r} must be a class derived from that in {base}, but is {what}", names(verb))
+        raise UnknownMethodError(f"{name!r} must be a class derived from that in {base}, but is {problem}", names(verb))
     if inspect.isabstract(value):
         missing = ", ".join(
             n for n, member in inspect.getmembers(value) if getattr(member, "__isabstractmethod__", False)
@@ -205,7 +205,7 @@ def _own_class(verb: str, name: str, module: ModuleType) -> type[Method]:
 
 
 def named(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The same settings, with the method in place of its name: ``adapt="tent"`` is ``adapt=Tent()``.
+    """The settings with each name of a method replaced by the method: ``adapt="tent"`` by ``adapt=Tent()``.
 
     Raises:
         UnknownMethodError: no file bears a name.
@@ -235,13 +235,13 @@ class Parameter:
         name: of the field.
         type: e.g. "int" or "tuple[int, ...]".
         default: as text.
-        what: the first sentence of its description.
+        description: its first sentence.
     """
 
     name: str
     type: str
     default: str
-    what: str
+    description: str
 
 
 def parameters(verb: str, name: str) -> tuple[Parameter, ...]:
@@ -303,24 +303,24 @@ def matching(words: Sequence[str]) -> list[dict[str, str]]:
     """
     rows = [row for row in listing() if set(words) <= {row["verb"], row["name"]}]
     if not rows:
-        known = tuple(dict.fromkeys(row["name"] for row in listing()))
+        choices = tuple(dict.fromkeys(row["name"] for row in listing()))
         raise UnknownMethodError(
             f"a method must be given as VERB, NAME or VERB NAME, but got {' '.join(words)!r}; `ttmpd methods` lists "
             "them all",
-            known,
+            choices,
         )
     return rows
 
 
 def listing() -> list[dict[str, str]]:
-    """Every method of every verb, from the files: verb, name, what, needs, source."""
+    """Every method of every verb, from the files, as rows with the keys verb, name, what, needs and source."""
     rows = []
     for verb in VERBS:
         for name in names(verb):
             method = method_class(verb, name)
-            what = (inspect.getdoc(method) or "").partition("\n")[0]
+            summary = (inspect.getdoc(method) or "").partition("\n")[0]
             rows.append(
-                {"verb": verb, "name": name, "what": what, "needs": ", ".join(method.needs), "source": method.source}
+                {"verb": verb, "name": name, "what": summary, "needs": ", ".join(method.needs), "source": method.source}
             )
     return rows
 
@@ -339,7 +339,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
 def _settings_table(verb: str, name: str) -> list[str]:
     lines = []
     for item in parameters(verb, name):
-        cells = (f"`{item.name}`", item.type, item.default or "–", item.what)
+        cells = (f"`{item.name}`", item.type, item.default or "–", item.description)
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     heading = ["", f"### `{verb}` `{name}`", "", "| field | type | default | what |", "|---|---|---|---|"]
     return heading + lines if lines else []

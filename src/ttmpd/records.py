@@ -15,9 +15,9 @@ RefitScope = Literal["all_later_layers", "removed_only", "rescale"]
 """Which layers are fitted after a removal: all from the first removal on but the output layer; only the linear
 replacements and the layers that read narrowed members; or one factor for each member that stays."""
 Scope = Literal["depth", "width"]
-"""Units go as a whole, or member by member."""
+"""Depth units are removed as a whole, width units member by member."""
 Form = Literal["plain", "arguments", "tuple", "pair"]
-"""How a module is called and answers, see :class:`DepthUnit`."""
+"""Arguments and outputs of a module, see :class:`DepthUnit`."""
 
 
 def _finite(name: str, value: float, low: float = -math.inf) -> None:
@@ -27,7 +27,7 @@ def _finite(name: str, value: float, low: float = -math.inf) -> None:
 
 
 class Location(Protocol):
-    """A place in a model whose output is looked at position by position: a unit, or a layer that is fitted."""
+    """A location in a model whose output is read position by position: a unit, or a layer that is refitted."""
 
     @property
     def id(self) -> str:
@@ -43,7 +43,7 @@ class Location(Protocol):
 
     @property
     def layout(self) -> Layout:
-        """Which axis holds the channels."""
+        """The axis that holds the channels, see ``Layout``."""
 
     @property
     def channels(self) -> int:
@@ -56,7 +56,7 @@ class Unit:
 
     Args:
         kind: name of the kind of unit that found it.
-        path: a module's path in the model, as in ``named_modules``; what stands there is said by each of the two.
+        path: a module's path in the model, as in ``named_modules``; which module, is said by each of the two.
         module: the class name of the module.
         shape: shape of the output at ``path`` for one sample, without the batch dimension.
         layout: which axis of the output holds the channels.
@@ -101,15 +101,15 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class DepthUnit(Unit):
-    """A part that goes or stays as a whole: a block, or a sublayer of one. ``path`` is its last module.
+    """A part that is removed or kept as a whole: a block, or a sublayer of one. ``path`` is its last module.
 
     Args:
         activation: "relu" or "relu6" when the output went through it, else "".
-        form: "plain" when the module maps one tensor to one tensor, "arguments" when it is called with more of them,
-            "tuple" when it answers with a tuple of one, "pair" when with the tensor and something that may be left out.
-        branch: whether the module's output is added to a shortcut: without the unit zeros are added. Else the module
-            holds the shortcut itself, and without it its input is handed on.
-        upstream: (path, form) of modules that work for this unit alone; they go with it and hand on their input.
+        form: "plain" where the module maps one tensor to one tensor, "arguments" where it takes more of them, "tuple"
+            where it returns a tuple of one, "pair" where it returns the tensor and something that may be left out.
+        branch: true where the module's output is added to a shortcut; without the unit zeros are added. False where
+            the module holds the shortcut itself; without the unit its input is passed on.
+        upstream: (path, form) of modules that serve this unit alone; they are removed with it and pass on their input.
     """
 
     activation: str = ""
@@ -118,7 +118,7 @@ class DepthUnit(Unit):
     upstream: tuple[tuple[str, Form], ...] = ()
 
     def __post_init__(self) -> None:
-        # Not super(): dataclasses with slots are built anew, and the class that it would refer to is another.
+        # Not super(): a dataclass with slots is a new class, and super() would refer to the one it was made from.
         Unit.__post_init__(self)
         if self.activation not in ("", "relu", "relu6"):
             raise InvalidValueError(
@@ -139,14 +139,14 @@ class DepthUnit(Unit):
 
 @dataclass(frozen=True, slots=True)
 class WidthUnit(Unit):
-    """A part of which some members stay: heads, neurons or channels. ``path`` is the first of its consumers.
+    """A part with members of which some are kept: heads, neurons or channels. ``path`` is its first consumer.
 
     Args:
-        n_members: how many there are.
+        n_members: number of members.
         producers: paths of the layers that make the members, or work on each of them alone.
-        consumers: paths of the layers that read them, each as many inputs of every member.
-        widths: numbers of members that are worth keeping, most first, fewer than there are.
-        form: "pair" where the members' module hands on something beside its output, too.
+        consumers: paths of the layers that read them, each the same number of inputs from every member.
+        widths: numbers of members that may be kept, most first, all below ``n_members``.
+        form: "pair" where the members' module returns something beside its output.
     """
 
     n_members: int = 0
@@ -206,7 +206,7 @@ def _tupled(value: Any) -> Any:
 
 
 def unit_from_dict(data: Mapping[str, Any]) -> Unit:
-    """The unit that ``to_dict`` described; it has members where the data say how many.
+    """The unit that ``to_dict`` described: a width unit where the data have ``n_members``, else a depth unit.
 
     Raises:
         InvalidValueError: a key is missing or unknown, or a value breaks a rule.
@@ -214,8 +214,8 @@ def unit_from_dict(data: Mapping[str, Any]) -> Unit:
     record = WidthUnit if "n_members" in data else DepthUnit
     keys = {item.name for item in fields(record)}
     if keys != set(data):
-        raise InvalidValueError(f"a unit must have the keys of {record.__name__}, but differs in "
-                                f"{', '.join(sorted(keys ^ set(data)))}")  # fmt: skip
+        differing = ", ".join(sorted(keys ^ set(data)))
+        raise InvalidValueError(f"a unit must have the keys of {record.__name__}, but differs in {differing}")
     values = {key: _tupled(value) for key, value in data.items()}
     for key in ("n_params", "macs", "n_members"):
         if key in values and (not isinstance(values[key], int) or values[key] < 0):
@@ -225,10 +225,10 @@ def unit_from_dict(data: Mapping[str, Any]) -> Unit:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How much one removal is predicted to hurt; higher hurts more.
+    """Predicted harm of one removal; higher hurts more.
 
-    ``parts`` holds the quantities the harm was made of, for the report; ``kept`` the members that stay where the unit
-    is narrowed.
+    ``parts`` holds the quantities that the harm was computed from, for the report; ``kept`` the members that stay where
+    the unit is narrowed.
     """
 
     unit_id: str
@@ -317,13 +317,13 @@ class Removal:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is removed, in the order of the network, and what that was predicted to bring.
+    """Removals in the order of the network, with their predicted harm and latency.
 
     Args:
         removals: units with their actions.
         harm: predicted harm, in the scorer's own scale.
         original_ms: measured latency of the unpruned model, milliseconds per batch.
-        budget_ms: the latency that was asked for.
+        budget_ms: the target latency.
         predicted_ms: predicted latency of the pruned model.
     """
 
@@ -349,15 +349,28 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Lossless:
-    """What makes a model faster and leaves its answers as they are.
+    """Changes that make a model faster without changing its outputs.
 
     Args:
-        folded: (path of a layer, path of the batch norm behind it) that become one layer.
-        channels_last: whether convolutions keep their weights in the channels_last memory format.
+        folded: (path of a layer, path of the batch norm behind it) that are merged into one layer.
+        channels_last: true where convolutions store their weights in the channels_last memory format.
     """
 
     folded: tuple[tuple[str, str], ...] = ()
     channels_last: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that :meth:`from_dict` turns back into an equal record."""
+        return {"folded": [list(pair) for pair in self.folded], "channels_last": self.channels_last}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Lossless":
+        """The record that :meth:`to_dict` described; without keys there is no change."""
+        return cls(tuple(map(tuple, data.get("folded", ()))), bool(data.get("channels_last", False)))
+
+    def __or__(self, other: "Lossless") -> "Lossless":
+        """The changes of both, one after the other."""
+        return Lossless((*self.folded, *other.folded), self.channels_last or other.channels_last)
 
     def __str__(self) -> str:
         words = [f"{len(self.folded)} batch norms folded"] if self.folded else []
@@ -365,14 +378,14 @@ class Lossless:
 
 
 UNCHANGED = Lossless()
-"""Nothing is done."""
+"""No change."""
 
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """What artifacts of format 1 did with linear replacements: some became a part of the layer behind them.
+    """Linear replacements that artifacts of format 1 merged into the layer behind them.
 
-    No version since folds any (docs/decisions), so it is written down only where such an artifact is compressed again.
+    Later versions merge none (docs/decisions), so this is recorded only where such an artifact is compressed again.
 
     Args:
         replacements: paths of the units in whose place an identity stands, although a replacement was chosen.
@@ -384,12 +397,12 @@ class Folded:
 
 
 NOTHING_FOLDED = Folded()
-"""Every chosen replacement is there."""
+"""No replacement was merged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """A place in a model where a tensor is read: the first input or the output of a module.
+    """A tensor to read in a model: the first input or the output of a module.
 
     Of a tensor with an axis of tokens, ``token`` "last" reads the last one that is no padding, (B, S, ...) to (B, ...),
     and "each" those of which the model's answers count, (B, S, ...) to (M, ...).

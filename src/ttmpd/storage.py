@@ -69,7 +69,7 @@ def write_copy(source: Path, goal: Path) -> None:
 
 @contextmanager
 def disk_guarded(folder: Path) -> Iterator[None]:
-    """Say plainly that the disk is full, or that ``folder`` cannot be written.
+    """Turn errors of writing to ``folder`` into clear ones: the disk is full, or the folder cannot be written.
 
     Raises:
         TTMPDError: there is no room left.
@@ -84,8 +84,8 @@ def disk_guarded(folder: Path) -> Iterator[None]:
                 f"the disk must have room for {str(folder)!r}, but it is full; free some space, then run the same "
                 "command with --resume: finished stages are kept"
             ) from error
-        ours = str(getattr(error, "filename", "")).startswith(str(folder))  # not the user's data
-        if ours and number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
+        is_below = str(getattr(error, "filename", "")).startswith(str(folder))  # else it is the user's data
+        if is_below and number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
             raise InvalidValueError(
                 f"output must be a folder that can be written, but {str(folder)!r} is not "
                 f"({getattr(error, 'strerror', error)}); choose another"
@@ -103,7 +103,7 @@ def _read_json(path: Path) -> Any:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this run alone; a killed run lets go of it.
+    """Lock ``folder`` for this run; the lock of a killed run is released.
 
     Raises:
         InvalidValueError: another run is writing there.

@@ -159,7 +159,7 @@ def read_artifact(folder: str | Path) -> Artifact:
             int(data["settings"].get("batch_size", 64)),
             str(weights["sha256"]),
             _exits(data.get("early_exit")),
-            _lossless(data.get("lossless", {})),
+            Lossless.from_dict(data.get("lossless", {})),
             _kind(data),
             _folded(data),
         )
@@ -232,11 +232,6 @@ def _folded(data: Mapping[str, Any]) -> Folded | None:
     if data["format"] == 1:
         return None
     return Folded(*(tuple(map(str, data["folded"][name])) for name in ("replacements", "biases")))
-
-
-def _lossless(data: Mapping[str, Any]) -> Lossless:
-    pairs = tuple((str(layer), str(norm)) for layer, norm in data.get("folded", ()))
-    return Lossless(pairs, bool(data.get("channels_last", False)))
 
 
 def _exits(data: Any) -> tuple[Exits, float] | None:

@@ -165,10 +165,7 @@ def _described(result: Result) -> dict[str, Any]:
         "class_names": list(opened.class_names),
         "input_shape": facts.get("samples", {}).get("input_shape"),
         "plan": {"removals": [removal.to_dict() for removal in removals]} | numbers,
-        "lossless": {
-            "folded": [list(pair) for pair in (*opened.lossless.folded, *result.lossless.folded)],
-            "channels_last": opened.lossless.channels_last or result.lossless.channels_last,
-        },
+        "lossless": (opened.lossless | result.lossless).to_dict(),
         "folded": dataclasses.asdict(opened.folded),
         "methods": facts.get("methods", {}),
         "settings": facts.get("settings", {}),

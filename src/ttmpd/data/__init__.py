@@ -1,1 +1,1 @@
-"""What a user calls data, read into one compact form."""
+"""Read the user's data, images or text, into one compact form."""

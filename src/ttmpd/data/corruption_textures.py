@@ -1,4 +1,4 @@
-"""What the shifts are made of: fog and ice from random numbers, and pictures blurred, streaked, zoomed and bent."""
+"""Textures and filters of the corruptions: fog and ice from random numbers, blur, streaks, zoom and distortion."""
 
 from collections.abc import Sequence
 from functools import cache

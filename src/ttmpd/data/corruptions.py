@@ -1,4 +1,4 @@
-"""The 15 common corruptions of ImageNet-C and CIFAR-10-C, made here: the usual ways in which a place of use differs.
+"""The 15 common corruptions of ImageNet-C and CIFAR-10-C, computed from their definitions.
 
 Source: Hendrycks and Dietterich, ICLR 2019 (arXiv 1903.12261); the parameters are those of the authors' two scripts,
 the CIFAR-10-C ones for images whose shorter side is at most 64 pixels, the ImageNet-C ones for all others.
@@ -43,7 +43,7 @@ Rngs = Sequence[np.random.Generator]
 
 
 def corrupted(images: Pixels, name: str, severity: int = 3, seed: int = 0, *, first: int = 0) -> Pixels:
-    """The images under one corruption: same shape, still uint8; the input stays as it is.
+    """A corrupted copy of the images, of the same shape and type.
 
     The random numbers of an image depend on the name, the severity, the seed and the number of the image alone.
     Parameters are in pixels and are not scaled: at 65 to 223 pixels blurs and distortions are stronger for the
@@ -54,7 +54,7 @@ def corrupted(images: Pixels, name: str, severity: int = 3, seed: int = 0, *, fi
         name: one of ``CORRUPTIONS``.
         severity: 1 to 5.
         seed: draws what is random.
-        first: number of the first image, for those who bring a long set in parts.
+        first: number of the first image, for a long set that is corrupted in parts.
 
     Raises:
         InvalidValueError: an argument breaks its rule.
@@ -143,16 +143,18 @@ def _glass_blur(x: Floats, settings: tuple[float, int, int], rngs: Rngs) -> Floa
 
 
 def _near_pixels(rng: np.random.Generator, height: int, width: int, reach: int) -> NDArray[np.int64]:
-    """(H * W,) the pixel whose first value each pixel ends with when all are copied in turn, from the last one up."""
-    taken: NDArray[np.int64] = np.arange(height * width).reshape(height, width)
+    """(H * W,) index of the pixel whose initial value each pixel has after all were copied in turn, last to first."""
+    sources: NDArray[np.int64] = np.arange(height * width).reshape(height, width)
     inner = (slice(reach + 1, height - reach + 1), slice(reach + 1, width - reach + 1))
-    dy, dx = rng.integers(-reach, reach, (2, *taken[inner].shape))
-    taken[inner] += dy * width + dx
-    taken = taken.ravel()
-    last = np.maximum(taken, np.arange(taken.size))  # a later pixel has its new value by then: ask where that is from
+    dy, dx = rng.integers(-reach, reach, (2, *sources[inner].shape))
+    sources[inner] += dy * width + dx
+    sources = sources.ravel()
+    last = np.maximum(
+        sources, np.arange(sources.size)
+    )  # a later pixel has its new value by then: ask where that is from
     while not np.array_equal(last, last[last]):
         last = last[last]
-    return taken[last]
+    return sources[last]
 
 
 def _motion_blur(x: Floats, settings: tuple[int, float], rngs: Rngs) -> Floats:
@@ -261,7 +263,7 @@ def _pixels(x: Floats) -> Pixels:
 
 
 class _Kind(NamedTuple):
-    """How a corruption is applied, and its settings at severities 1 to 5 for small and for large images."""
+    """A corruption with its settings at severities 1 to 5, for small and for large images."""
 
     apply: Callable[[Floats, Any, Rngs], Floats]
     small: tuple[Any, ...]

@@ -32,12 +32,12 @@ FORMS = "a folder of images, a .npz or .npy file, a tensor, an array, a Dataset,
 
 
 def place_of(data: Any) -> str:
-    """Where data lies, for messages."""
+    """The location of data, for messages."""
     return repr(str(data)) if isinstance(data, str | Path) else f"the given {type(data).__name__}"
 
 
 def is_labelled(first: Any, second: Any) -> bool:
-    """Whether a pair is (inputs, labels) rather than two samples."""
+    """True where a pair is (inputs, labels) rather than two samples."""
     arrays = all(isinstance(value, Tensor | np.ndarray) for value in (first, second))
     return arrays and first.ndim > 1 and second.ndim <= 1 and len(first) == len(second)
 
@@ -73,11 +73,11 @@ def read_array(path: Path) -> Any:
         raise SamplesError(f"{path.name} must be a .npy file of numbers, but got {error}; save it again") from error
 
 
-def npz_member(path: Path, keys: Sequence[str], others: Sequence[str]) -> Any:
-    """The first of ``keys`` that the file has, or its only array that is not one of ``others``."""
+def npz_member(path: Path, keys: Sequence[str], ignored: Sequence[str]) -> Any:
+    """The first of ``keys`` that the file has, or its only array that is not one of ``ignored``."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            left = [key for key in file.files if key not in others]
+            left = [key for key in file.files if key not in ignored]
             key = next((key for key in keys if key in file.files), left[0] if len(left) == 1 else None)
             if key is None:
                 raise SamplesError(f"{path.name} must hold an array {keys[0]!r}, but holds {file.files}; rename one")

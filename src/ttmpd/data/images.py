@@ -1,4 +1,4 @@
-"""Anything a user calls data, one sample at a time: each is a row with a value, or the reason why there is none."""
+"""Images and arrays, one sample at a time: each is a row with a value, or the reason why there is none."""
 
 import io
 import os
@@ -186,7 +186,7 @@ def _tensor(value: Any) -> Tensor:
 
 
 def _samples_of(item: Any, batched: bool | None) -> Iterable[Any]:
-    """The samples in one item of a stream; without a DataLoader's word for it, the shape tells a batch from a sample.
+    """The samples in one item of a stream; unless a DataLoader says so, the shape tells a batch from a sample.
 
     A sample is an image (H, W), (H, W, C) or (C, H, W), or a vector; everything else is a batch.
     """

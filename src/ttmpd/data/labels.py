@@ -51,7 +51,7 @@ class Labels:
 
 
 def open_labels(labels: str | Path | None, data: Any, class_names: Sequence[str] = ()) -> Labels:
-    """The labels of ``data``, to be asked by sample.
+    """The labels of ``data``, looked up by sample.
 
     Args:
         labels: a .npz with ``y``, one label per row of ``data``; or a .csv with the columns ``file`` and ``label``,
@@ -76,10 +76,10 @@ def open_labels(labels: str | Path | None, data: Any, class_names: Sequence[str]
     if place is not None and path.is_dir() and path.resolve() == place.resolve():
         return Labels(_folder_labels(place, class_names), str(path))
     if not path.is_file() or not (path.suffix.lower() == ".npz" or _is_table(path)):
-        found = "another kind of file" if path.exists() else "no such file"
+        problem = "another kind of file" if path.exists() else "no such file"
         raise SamplesError(
             f"labels must be a .csv, .tsv, .jsonl or .npz file, or the data folder with a sub-folder per class, "
-            f"but got {found}: {str(path)!r}; check the path"
+            f"but got {problem}: {str(path)!r}; check the path"
         )
     if place is not None and _is_table(path) and kind_of(place):
         rows = _table_labels(path, place)
@@ -99,9 +99,9 @@ def _folder_labels(folder: Path, class_names: Sequence[str]) -> dict[str, int]:
     files = image_files(folder) or text_files(folder)
     loose = [name for name in files if "/" not in name]
     if loose or not files:
-        found = f"{len(loose)} files lie beside them, e.g. {loose[0]}" if loose else "there are no files"
+        problem = f"{len(loose)} files lie beside them, e.g. {loose[0]}" if loose else "there are no files"
         raise SamplesError(
-            f"{str(folder)!r} must hold one sub-folder for each class, but {found}; pass a .csv "
+            f"{str(folder)!r} must hold one sub-folder for each class, but {problem}; pass a .csv "
             "with the columns 'file' and 'label' instead"
         )
     folders = {name: name.partition("/")[0] for name in files}
@@ -155,17 +155,17 @@ def _table_labels(path: Path, place: Path) -> dict[str, int] | None:
         raise SamplesError(
             f"{path.name} must have as many rows as the data, but got {len(table.rows)} labels for {n_rows} rows"
         )
-    found = {}
+    labels = {}
     for number, row in enumerate(table.rows):
         text = "" if isinstance(row, str) else str(row.get("label", "")).strip()
         if text.isascii() and text.isdecimal():
-            found[str(number)] = int(text)
+            labels[str(number)] = int(text)
         elif text:
             raise SamplesError(
                 f"{path.name} must hold a class index (0, 1, ...) in every row, but row {number + 1} has the label "
                 f"{text!r:.100}; write class names as numbers in the order of the model's outputs"
             )
-    return found
+    return labels
 
 
 def _npz_labels(path: Path, data: Any) -> dict[str, int]:
@@ -204,29 +204,29 @@ def _csv_labels(path: Path, place: Path | None) -> dict[str, int]:
                 raise SamplesError(
                     f"{path.name} must have the columns 'file' and 'label', but has {names}; rename them"
                 )
-            given = _csv_rows(path.name, reader)
+            by_name = _csv_rows(path.name, reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise SamplesError(f"{path.name} must be a .csv file in UTF-8, but got {error}; save it again") from error
     if place is None or not place.is_dir():
-        return given
+        return by_name
     files = image_files(place) or text_files(place)
     base = Counter(PurePosixPath(name).name for name in files)
-    given_base = Counter(PurePosixPath(name).name for name in given)
-    by_base = {PurePosixPath(name).name: label for name, label in given.items()}
-    found = {}
+    labelled_base = Counter(PurePosixPath(name).name for name in by_name)
+    by_base = {PurePosixPath(name).name: label for name, label in by_name.items()}
+    labels = {}
     for name in files:
         end = PurePosixPath(name).name
-        if name in given:
-            found[name] = given[name]
-        elif base[end] == 1 and given_base[end] == 1:
-            found[name] = by_base[end]
-    if not found:
+        if name in by_name:
+            labels[name] = by_name[name]
+        elif base[end] == 1 and labelled_base[end] == 1:
+            labels[name] = by_base[end]
+    if not labels:
         raise SamplesError(f"{path.name} must name files below {str(place)!r}, but names none; check the column 'file'")
-    return found
+    return labels
 
 
 def _csv_rows(source: str, rows: Iterable[Mapping[str, str | None]]) -> dict[str, int]:
-    given: dict[str, int] = {}
+    labels: dict[str, int] = {}
     for number, row in enumerate(rows, start=2):
         name, text = (row["file"] or "").strip().replace("\\", "/"), (row["label"] or "").strip()
         name = name.removeprefix("./")
@@ -235,6 +235,6 @@ def _csv_rows(source: str, rows: Iterable[Mapping[str, str | None]]) -> dict[str
                 f"{source} must hold a file and a class index (0, 1, ...) in every row, but line {number} has file "
                 f"{name!r} and label {text!r}; write class names as numbers in the order of the model's outputs"
             )
-        if given.setdefault(name, int(text)) != int(text):
+        if labels.setdefault(name, int(text)) != int(text):
             raise SamplesError(f"{source} must give one label to a file, but gives {name!r} two (line {number})")
-    return given
+    return labels

@@ -41,7 +41,7 @@ def open_samples(
             .gz, a folder of .txt files (a sample each), or strings, or token ids, in any of the other forms.
         preprocessing: the model's own; None keeps pixel arrays in their size and scales them to 0..1.
         num_samples: how many to choose at random, without replacement, in random order; None takes all in their order.
-        enough: fewer than this many are warned of; None takes ``num_samples``.
+        enough: a warning is logged where there are fewer; None takes ``num_samples``.
         seed: makes the choice repeatable.
 
     Raises:
@@ -72,8 +72,8 @@ def open_samples(
     n_expected = num_samples if enough is None else enough
     if n_expected is not None and len(samples) < n_expected:
         _log.warning("%d usable samples, fewer than the %d asked for", len(samples), n_expected)
-    for what, n in samples.notes:
-        _log.warning("%d of %d samples: %s", n, len(samples), what)
+    for note, n in samples.notes:
+        _log.warning("%d of %d samples: %s", n, len(samples), note)
     return samples
 
 
@@ -196,11 +196,10 @@ def _pack(rows: Sequence[Row], preprocessing: Preparation | None, data: Any, lik
 
 
 def by_length(samples: Samples, run: int) -> Samples:
-    """Texts of like length side by side, ``run`` of them at a time: passes over them hold hardly any padding.
+    """Texts reordered so that each run of ``run`` holds texts of similar length: batches then have hardly any padding.
 
-    Runs do not come by length: any few that follow one another hold short and long texts, as the whole set does, and
-    the first one texts of medium length. A rest that fills no run, of the longest texts, stands at the end. What is no
-    text stays as it is.
+    Runs are not sorted by length: consecutive ones hold short and long texts, as the whole set does, and the first one
+    texts of medium length. The longest texts that fill no run come last. Samples that are no text keep their order.
     """
     mask = samples.token_mask(samples.inputs)
     if mask is None:

@@ -1,4 +1,4 @@
-"""How a model wants its inputs: images resized, cropped and normalized, in timm's words, or text by its tokenizer."""
+"""Preprocessing of a model's inputs: images resized, cropped and normalized, in timm's words, or text tokenized."""
 
 import math
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """How a model wants its images: resize, crop, normalize. The names are timm's.
+    """Preprocessing of images: resize, crop, normalize. The names are timm's.
 
     Args:
-        input_size: (channels, height, width) of what the model is given.
+        input_size: (channels, height, width) of the model's input.
         mean: per-channel mean of pixels scaled to 0..1.
         std: per-channel divisor.
         interpolation: one of ``INTERPOLATIONS``.
@@ -138,7 +138,7 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 Preparation = Preprocessing | Tokenization
-"""How a model wants its inputs, images or text."""
+"""Preprocessing of a model's inputs, images or text."""
 
 
 def preparation_from(data: Mapping[str, Any]) -> Preparation:

@@ -38,15 +38,15 @@ class Indexed:
 
 
 class Reader(Protocol):
-    """Turns samples into rows as one kind of model wants them: images and values, or text."""
+    """Turns samples into rows for one kind of model: images and values, or text."""
 
     @property
     def forms(self) -> str:
-        """What may be opened, for messages."""
+        """The forms of data that can be opened, for messages."""
 
     @property
     def rows_at_once(self) -> int:
-        """How many samples of a stream are read together."""
+        """Number of samples of a stream that are read together."""
 
     def open_path(self, path: Path) -> Indexed:
         """The rows of a file or folder."""
@@ -85,7 +85,7 @@ def content_id(content: bytes, shape: Sequence[int] = ()) -> str:
 def load_item(data: Any, i: int, seed: int) -> Any:
     """Item ``i`` of a Dataset, or a row that says why it cannot be read."""
     outer = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed + i)  # random transforms repeat; the caller's state is as found
+    torch.default_generator.manual_seed(seed + i)  # random transforms repeat; the caller's state is restored
     try:
         return data[i]
     except (OSError, ValueError, SyntaxError) as error:
@@ -95,7 +95,7 @@ def load_item(data: Any, i: int, seed: int) -> Any:
 
 
 def isolated(data: Iterable[Any], seed: int) -> Iterator[Any]:
-    """Iterate with torch's random state set by ``seed``; the caller's state is as found between the items."""
+    """Iterate with torch's random state set by ``seed``; the caller's state is restored between the items."""
     inner = torch.Generator().manual_seed(seed).get_state()
     iterator: Iterator[Any] | None = None
     while True:

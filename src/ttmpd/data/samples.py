@@ -1,4 +1,4 @@
-"""Unlabelled inputs of a model: kept compactly, prepared batch by batch."""
+"""Unlabelled inputs of a model, stored compactly and prepared batch by batch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from ttmpd.errors import InvalidValueError
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Unlabelled inputs of a model, kept compactly and prepared batch by batch.
+    """Unlabelled inputs of a model, stored compactly and prepared batch by batch.
 
     Args:
         inputs: (N, C, H, W) uint8 pixels, or (N, ...) values of any floating type that go to the model as they are, or
@@ -22,8 +22,8 @@ class Samples:
         std: per-channel divisor; empty for floating inputs.
         skipped: (name, reason) of what could not be used.
         names: where each sample came from (file name or row), for reports; empty when unknown.
-        padding: token id that stands behind the end of a text; None for everything that is no text.
-        notes: (what, how many) of what was done to samples that are used all the same.
+        padding: token id that fills a text behind its end; None for samples that are no text.
+        notes: (note, number of samples) about samples that are used although something was changed.
     """
 
     inputs: Tensor
@@ -52,16 +52,16 @@ class Samples:
 
     @property
     def is_image(self) -> bool:
-        """Whether a sample has the shape (C, H, W) with 1, 3 or 4 channels."""
+        """True where a sample has the shape (C, H, W) with 1, 3 or 4 channels."""
         return self.inputs.dim() == 4 and self.inputs.shape[1] in (1, 3, 4)
 
     @property
     def is_text(self) -> bool:
-        """Whether a sample is a row of token ids."""
+        """True where a sample is a row of token ids."""
         return self.padding is not None
 
     def batch(self, index: slice | Tensor, device: torch.device | str = "cpu") -> Tensor:
-        """The chosen samples as the model wants them on ``device``: (B, ...) float32, or (B, S) int64 token ids."""
+        """The chosen samples as inputs of the model, on ``device``: (B, ...) float32, or (B, S) int64 token ids."""
         chosen = self.inputs[index].to(device)
         if chosen.dtype != torch.uint8:
             return chosen.float() if chosen.is_floating_point() else chosen

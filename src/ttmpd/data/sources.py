@@ -24,9 +24,9 @@ class Source:
     """One kind of data.
 
     Args:
-        recognises: says from the data alone whether they are of this kind; the first kind that does is taken.
-        opens: gives the rows of (data, reader, seed): of known length where there is one, else a stream. The reader
-            turns samples into rows as the model wants them.
+        recognises: true for data of this kind; the first kind that recognises the data is taken.
+        opens: returns the rows of (data, reader, seed): indexed where their number is known, else a stream. The reader
+            turns samples into rows for the model.
     """
 
     recognises: Callable[[Any], bool]
@@ -34,10 +34,10 @@ class Source:
 
 
 def open_rows(data: Any, preparation: Preparation | None, seed: int) -> Indexed | Iterator[Row]:
-    """The rows of ``data``, prepared for a model: of known length where there is one, else a stream.
+    """The rows of ``data``, prepared for a model: indexed where their number is known, else a stream.
 
     Raises:
-        SamplesError: this is no kind of data.
+        SamplesError: no source recognises the data.
     """
     reader: Reader = TextReader(preparation) if isinstance(preparation, Tokenization) else ImageReader(preparation)
     for source in SOURCES:

@@ -31,7 +31,7 @@ class Table:
     Args:
         source: name of the file, for messages.
         columns: their names.
-        rows: a mapping each, or the reason why there is none.
+        rows: a mapping for each row, or the reason why it has none.
     """
 
     source: str
@@ -60,7 +60,7 @@ class Table:
 
 
 def kind_of(path: Path) -> str:
-    """One of ``SUFFIXES``, whether the file is packed or not; "" for any other file."""
+    """The suffix of a text file, one of ``SUFFIXES``, without .gz; "" for any other file."""
     ends = [suffix.lower() for suffix in path.suffixes]
     last = ends[-2] if len(ends) > 1 and ends[-1] == ".gz" else ends[-1] if ends else ""
     return last if last in SUFFIXES else ""
@@ -72,7 +72,7 @@ def text_files(folder: Path) -> tuple[str, ...]:
 
 
 def read_text(path: Path) -> str:
-    """What a file holds, unpacked; bytes that are no UTF-8 become the character U+FFFD.
+    """The text of a file, unpacked; bytes that are no UTF-8 become the character U+FFFD.
 
     Raises:
         SamplesError: it cannot be read.

@@ -1,4 +1,4 @@
-"""Anything a user calls text, one sample at a time: each is a row of token ids, or the reason why there is none."""
+"""Text, one sample at a time: each is a row of token ids, or the reason why there is none."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ UNDECODABLE = "held bytes that are no UTF-8"
 
 
 def cut_note(tokenization: Tokenization) -> str:
-    """What is said of texts that the model sees the beginning of."""
+    """The note on texts of which the model reads only the beginning."""
     return f"longer than {tokenization.max_length} tokens, of which the first were read"
 
 
@@ -146,7 +146,7 @@ def _from_text(name: str, text: str, ids: Tensor, cut: bool, tokenization: Token
         return Row(name, reason="holds no tokens")
     notes = [cut_note(tokenization)] if cut else []
     notes += [UNDECODABLE] if "\ufffd" in text else []
-    # The id is that of the text: other tokenizers and lengths know the sample again.
+    # The id is that of the text, so it does not depend on tokenizer and length.
     return Row(name, ids, content_id(text.encode("utf-8", "surrogatepass")), notes=tuple(notes))
 
 

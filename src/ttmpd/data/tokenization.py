@@ -1,4 +1,4 @@
-"""Text as token ids: the tokenizer of a model, padding, and the mask that makes a model look past the padding.
+"""Text as token ids: the tokenizer of a model, padding, and the mask by which a model ignores the padding.
 
 A batch of text is one tensor of ids, padded on the right. A model that wants a mask beside it gets it from a hook: it
 stays the module that its library made, and the rest of this package hands on one tensor, as for images. The hook also
@@ -34,19 +34,19 @@ Task = Literal["sequence", "token", "next"]
 
 
 TASKS: tuple[Task, ...] = ("sequence", "token", "next")
-"""What a model answers: a class for the text, a class for each token, or what each token is followed by."""
+"""What a model predicts: a class for the text, a class for each token, or the token that follows each one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenization:
-    """How a model wants its text: which tokenizer, how many tokens, what fills up the rest.
+    """Tokenizer, maximal length and padding of a model's text.
 
     Args:
         tokenizer: id or directory of the Hugging Face tokenizer; "" for a model without one, which takes token ids.
-        padding: token id that stands behind the end of a sample.
+        padding: token id that fills a sample behind its end.
         max_length: tokens of a sample that are read; what comes after is cut off.
         limit: the most tokens that the model can read.
-        task: what the model answers, one of ``TASKS``.
+        task: what the model predicts, one of ``TASKS``.
     """
 
     tokenizer: str
@@ -107,14 +107,14 @@ class Tokenization:
         return [(torch.tensor(ids, dtype=torch.int64), i in cut) for i, ids in enumerate(token_ids)]
 
     def text_of(self, ids: Tensor) -> str:
-        """What the model reads of a sample, as text again; markers and padding are left out."""
+        """The tokens that the model reads of a sample, as text; markers and padding are left out."""
         if not self.tokenizer:
             return " ".join(str(token) for token in ids[ids != self.padding].tolist())
         return str(load_tokenizer(self.tokenizer).decode(ids[ids != self.padding].tolist(), skip_special_tokens=True))
 
 
 def predicts_per_token(preparation: object) -> bool:
-    """Whether a model that wants its inputs like this answers each token of a text."""
+    """True for the preprocessing of a model that predicts a label per token."""
     return isinstance(preparation, Tokenization) and preparation.task != "sequence"
 
 
@@ -149,7 +149,7 @@ def load_tokenizer(place: str) -> Any:
 
 @contextlib.contextmanager
 def hide_progress_bars() -> Iterator[None]:
-    """While active, transformers shows no progress of its own unless somebody watches a terminal."""
+    """Hide the progress bars of transformers while the block runs, unless standard error is a terminal."""
     from transformers.utils import logging
 
     hidden = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
@@ -163,14 +163,14 @@ def hide_progress_bars() -> Iterator[None]:
 
 
 def has_tokenizer(place: str) -> bool:
-    """Whether a directory holds anything of a tokenizer; of what is no directory it is assumed."""
+    """True where a directory holds files of a tokenizer; also for an id that is no directory."""
     folder = Path(place).expanduser()
     names = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "special_tokens", "tekken")
     return not folder.is_dir() or any(path.name.startswith(names) for path in folder.iterdir())
 
 
 def token_mask(batch: Tensor, padding: int | None) -> Tensor | None:
-    """(B, S) which tokens are no padding; None for what is no text.
+    """(B, S) mask of the tokens that are no padding; None for inputs that are no text.
 
     Args:
         batch: (B, S) token ids.

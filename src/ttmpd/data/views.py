@@ -1,4 +1,4 @@
-"""Augmented views of prepared image batches: random for baselines, fixed by seed for one-time targets."""
+"""Augmented views of prepared image batches: random for baselines, fixed by seed for one-time labels."""
 
 import torch
 from torch import Tensor
@@ -35,11 +35,11 @@ def random_view(batch: Tensor, generator: torch.Generator, scale: tuple[float, f
 def fixed_view(
     batch: Tensor, index: Tensor, view: int, seed: int, n_samples: int, smallest_crop: float = 1.0
 ) -> Tensor:
-    """View number ``view`` of the samples at ``index``: the same pixels whenever it is asked for.
+    """View number ``view`` of the samples at ``index``; equal arguments give equal pixels.
 
     View 0 is the sample itself. The others are mirrored by chance and shifted by up to an eighth of the side (whole
     pixels, mirrored at the border), which keeps small images sharp. Where crops may be smaller than the image, every
-    odd view is a random resized crop instead, which shows more that is new.
+    odd view is a random resized crop instead, which varies more.
 
     Args:
         batch: (B, C, H, W) the prepared samples; anything else is returned as it is.

@@ -1,4 +1,4 @@
-"""Train the heads of exits on features that were read once: convex problems of a few thousand weights."""
+"""Train the classifiers of exits on features that were read once: convex problems of a few thousand weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from torch.nn import functional as F
 from ttmpd.progress import track
 
 FOLDS = 8
-"""Parts of the samples; each part is answered by heads that were trained on the others.
+"""Number of folds; the samples of each are predicted by heads that were trained on the others.
 
-With few parts these heads have seen so much less than the final ones that they are surer than these will be.
+With few folds these heads are trained on so much less data that they are more overconfident than the final ones.
 """
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What the heads are trained on.
+    """Features and logits that the heads are trained on.
 
     Args:
         read: for each exit (n_views, N, n_blocks, width) float32.
@@ -37,8 +37,8 @@ class TrainedHead:
         weight: (n_classes, n_blocks * width), standardisation and mixing included.
         bias: (n_classes,).
         mix: (n_blocks,) of unit length: how much of each block is read.
-        decay: that was chosen.
-        out_of_fold: (N, n_classes) answers to each sample by a head that was not trained on it.
+        decay: the weight decay that was chosen.
+        out_of_fold: (N, n_classes) logits of each sample by a head that was not trained on it.
     """
 
     weight: Tensor
@@ -127,7 +127,7 @@ def _train(read: Tensor, targets: Tensor, folds: list[Tensor], decays: Sequence[
 
 
 def _start(x: Tensor, targets: Tensor) -> _Weights:
-    """Nothing but the last block, and no opinion."""
+    """The last block alone, and weights of zero."""
     mix = torch.zeros(x.shape[2], device=x.device)
     mix[-1] = 1.0
     return _Weights(mix, x.new_zeros(x.shape[3], targets.shape[2]), x.new_zeros(targets.shape[2]))

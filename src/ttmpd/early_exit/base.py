@@ -13,14 +13,14 @@ from ttmpd.surgery.exits.model import EarlyExitModel, with_only
 
 @dataclass(frozen=True, eq=False)
 class Equipped:
-    """A model with trained exits and a threshold above 1, so that no sample leaves yet.
+    """A model with trained exits and a threshold above 1, so that no sample leaves early yet.
 
     Args:
         model: a new model, its threshold above 1; the one passed in stays as it was.
-        exit_logits: (n_exits, N, n_classes) calibrated answers of every exit to the samples, each by exits that were
-            not trained on that sample: what confidence will be on new ones.
-        logits: (N, n_classes) the model's own answers.
-        classes: (N,) what the exits were calibrated to: the model's answers, or the labels.
+        exit_logits: (n_exits, N, n_classes) calibrated logits of every exit, each by exits that were not trained on
+            that sample, so that their confidence is that on new samples.
+        logits: (N, n_classes) logits of the model itself.
+        classes: (N,) classes the exits were calibrated to: the model's predictions, or the labels.
         facts: numbers for the report, a row per exit.
         note: one line for the user.
     """
@@ -33,7 +33,7 @@ class Equipped:
     note: str = ""
 
     def only(self, numbers: Sequence[int], saved_shares: Sequence[float] = ()) -> "Equipped":
-        """A copy with some of the exits alone; for ``saved_shares`` see :class:`ttmpd.surgery.exits.spec.Exits`."""
+        """A copy that has only some of the exits; for ``saved_shares`` see :class:`ttmpd.surgery.exits.spec.Exits`."""
         facts = tuple(self.facts[number] for number in numbers) if self.facts else ()
         fewer = f"; {len(numbers)} of them are worth their time" if len(numbers) < len(self.exit_logits) else ""
         model, logits = with_only(self.model, numbers, saved_shares), self.exit_logits[list(numbers)]
@@ -41,12 +41,12 @@ class Equipped:
 
 
 class EarlyExit(Method, abc.ABC):
-    """Puts exits on a frozen model, through which confident samples leave early."""
+    """Adds exits to a frozen model, through which confident samples leave early."""
 
     prune: bool = True
-    """Take exits off again that cost more time than they are worth at the latency that is asked for."""
+    """Remove exits that cost more time than they save at the target latency."""
     by_time: bool = True
-    """Allow more doubt where leaving saves more time; else all exits have the same threshold."""
+    """Lower the threshold of exits that save more time; else all exits have the same threshold."""
 
     @abc.abstractmethod
     def equip(
@@ -57,10 +57,10 @@ class EarlyExit(Method, abc.ABC):
         Args:
             model: on the device where it shall run; pruned or not.
             samples: from the place of use.
-            labels: (N,) classes of the samples; without them exits learn the model's own answers.
+            labels: (N,) classes of the samples; without them exits learn the model's own predictions.
             batch_size: samples per pass.
             seed: of everything random.
 
         Raises:
-            UnsupportedError: there is no place for an exit in this model.
+            UnsupportedError: no block of this model can carry an exit.
         """

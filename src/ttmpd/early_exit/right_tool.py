@@ -21,7 +21,7 @@ from ttmpd.surgery.exits.spec import NEVER
 
 
 class RightTool(EarlyExit):
-    """Linear classifiers behind blocks of the frozen model learn its own answers; each gets a temperature of its own.
+    """Linear classifiers behind blocks of the frozen model learn its own predictions; each gets its own temperature.
 
     Example:
         >>> from ttmpd.testing.tiny_models import tiny_model, tiny_samples
@@ -38,18 +38,18 @@ class RightTool(EarlyExit):
     )
     needs: ClassVar[tuple[str, ...]] = ("training",)
     n_exits: int = 5
-    """Exits, evenly over the depth; fewer where there are fewer blocks."""
+    """Number of exits, evenly over the depth; fewer where there are fewer blocks."""
     at: tuple[int, ...] = ()
-    """Instead of `n_exits`: behind which blocks, counted from 1."""
+    """Numbers of the blocks that carry an exit, counted from 1; empty for `n_exits` of them."""
     mix: bool = False
-    """Read a learned mix of unit length of all blocks up to the exit that are as wide, instead of the last one.
+    """Read a learned mix (of unit length) of all equally wide blocks up to the exit, instead of the last one.
 
-    All these blocks have to be read then; on a frozen model the last one holds most of what the mix does.
+    All these blocks have to be read then; on a frozen model the last one holds most of that information.
     """
     calibrate: bool = True
-    """Give each exit a temperature; without it confidences of different exits mean different things."""
+    """Give each exit a temperature; without it confidences of different exits cannot be compared."""
     views: int = 4
-    """Fixed views of each image that heads learn from, crops and shifts; other samples have one."""
+    """Fixed views of each image that heads learn from, crops and shifts; samples that are no images have one."""
     smallest_crop: float = 0.25
     """The smallest share of the area that a crop keeps."""
     decays: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01)
@@ -57,13 +57,11 @@ class RightTool(EarlyExit):
     steps: int = 60
     """Steps of L-BFGS for one fit."""
     label_weight: float = 0.5
-    """Share of the labels, where there are some, in what the heads learn; the rest are the model's own answers."""
+    """Weight of the labels, where there are some, in what the heads learn; the rest are the model's own predictions."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "at", _numbers(self.at))
-        check_fields(
-            self, n_exits=1, views=1, smallest_crop=(0.01, 1.0), steps=1, label_weight=(0.0, 1.0)
-        )  # fmt: skip
+        check_fields(self, n_exits=1, views=1, smallest_crop=(0.01, 1.0), steps=1, label_weight=(0.0, 1.0))
         for decay in self.decays:
             check_range("right_tool.decays", decay, 0.0)
         if not self.decays:
@@ -83,9 +81,7 @@ class RightTool(EarlyExit):
             n_classes = predict(model, first_samples).shape[-1]
         if labels is not None:
             _check_labels(labels, len(samples), n_classes)
-        spec = exits_at(
-            places, self._chosen(places), n_classes, mix=self.mix, fixed=fixed, padding=samples.padding
-        )  # fmt: skip
+        spec = exits_at(places, self._chosen(places), n_classes, mix=self.mix, fixed=fixed, padding=samples.padding)
         equipped = EarlyExitModel(clone(model).eval(), proven(clone(model), spec, first_samples), NEVER).requires_grad_(
             False
         )
@@ -125,7 +121,7 @@ class RightTool(EarlyExit):
         return fit_temperature(head.out_of_fold, classes) if self.calibrate and len(classes) > 1 else 1.0
 
     def _read(self, model: EarlyExitModel, samples: Samples, batch_size: int, seed: int) -> Features:
-        """What every exit reads of every view of the samples, and the model's own answers to it."""
+        """The features that every exit reads, and the model's own logits, of every view of the samples."""
         n_views = self.views if samples.inputs.dim() == 4 else 1
         device = next(model.parameters()).device
         starts = range(0, len(samples), batch_size)
@@ -149,7 +145,7 @@ class RightTool(EarlyExit):
 
 
 def _numbers(values: tuple[int | str, ...]) -> tuple[int, ...]:
-    """Numbers of blocks; the command line gives text."""
+    """Numbers of blocks as integers: the command line gives text."""
     try:
         numbers = tuple(int(value) for value in values)
     except ValueError:

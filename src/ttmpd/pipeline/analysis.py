@@ -128,7 +128,7 @@ def analyze(
         found=found,
         timings=tuple(UnitLatency(**row) for row in timed["units"]),
         original_ms=timed["original_ms"],
-        lossless=Lossless(tuple(map(tuple, timed["folded"])), timed["channels_last"]),
+        lossless=Lossless.from_dict(timed),
         lossless_ms=timed["lossless_ms"],
         runtime_ratio=timed["runtime_ratio"],
         adapt_note=told["note"],
@@ -207,8 +207,7 @@ def _time(source: nn.Module, found: UnitSearch, batch: Tensor, settings: Setting
     return {
         "original_ms": original_ms,
         "lossless_ms": original_ms / rounds.ratio("original", "lossless").median_ms,
-        "folded": how.folded,
-        "channels_last": how.channels_last,
+        **how.to_dict(),
         "runtime_ratio": ratio,
         "units": [dataclasses.asdict(timing.times(ratio)) for timing in units],
     }

@@ -1,1 +1,1 @@
-"""What runs a model when its latency is measured: one file each."""
+"""Runtimes that run a model when its latency is measured: one file each."""

@@ -4,8 +4,8 @@
         check(MyScorer())
 
 A check raises :class:`AssertionError` that says what was broken. The checks of a verb lie in the file of its name,
-those of every verb in ``methods``. :func:`methods_found` lists the methods by their files and
-:func:`expected_failures` the checks that a method is known not to pass, with the reason.
+those of every verb in ``methods``. :func:`all_methods` lists the methods by their files, and
+:func:`expected_failures` the checks that a method does not pass, with the reason.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,10 @@ EXPECTED_FAILURES: dict[tuple[str, str], dict[str, str]] = {
     ("score", "kcm"): {"check_score_of_nothing": "ranks how well neurons represent others, not how much they add"},
     ("distill", "mimic"): {"check_never_worse": "the baseline has no guard: it is kept as its authors run it"},
 }
-"""(verb, name) -> check name -> why the method does not pass it."""
+"""(verb, name) -> name of a check -> the reason why the method does not pass it."""
 
 
-def methods_found() -> tuple[tuple[str, str], ...]:
+def all_methods() -> tuple[tuple[str, str], ...]:
     """(verb, name) of every method that has a file."""
     return tuple((verb, name) for verb in VERBS for name in names(verb))
 
@@ -36,5 +36,5 @@ def checks_for(verb: str) -> tuple[Check, ...]:
 
 
 def expected_failures(verb: str, name: str) -> dict[str, str]:
-    """Check name -> why this method does not pass it."""
+    """Name of a check -> the reason why this method does not pass it."""
     return dict(EXPECTED_FAILURES.get((verb, name), {}))

@@ -25,7 +25,7 @@ def check_adapt_repeats(adapter: Adapter) -> None:
 
 
 def check_adapt_edges(adapter: Adapter) -> None:
-    """A single sample gives finite answers; a model without batch statistics answers like before, or has adapted."""
+    """Few samples give finite predictions; a model without batch statistics is handed on, or trained."""
     batch = tiny_samples(4).batch(slice(None))
     for n in (1, 2, 3, 9):
         adapted = adapter.adapt(tiny_model(), tiny_samples(n), batch_size=2).model

@@ -1,4 +1,4 @@
-"""What checks of several verbs use."""
+"""Functions that the checks of several verbs share."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -15,23 +15,23 @@ T = TypeVar("T")
 
 def quick(method: M) -> M:
     """The method with as few training steps as a check needs."""
-    few = {"steps": 3, "batch_size": 6, "train_batch_size": 6}
-    return method.with_settings(**{key: value for key, value in few.items() if hasattr(method, key)})
+    settings = {"steps": 3, "batch_size": 6, "train_batch_size": 6}
+    return method.with_settings(**{key: value for key, value in settings.items() if hasattr(method, key)})
 
 
 def twice(run: Callable[[], T]) -> tuple[T, T]:
-    """The answers of two runs that start from different random states."""
-    answers = []
+    """The results of two runs that start from different random states."""
+    results = []
     for seed in (1, 2):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             random.seed(seed)
-            answers.append(run())
-    return answers[0], answers[1]
+            results.append(run())
+    return results[0], results[1]
 
 
 def equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
-    """Whether two sets of tensors have the same names and values."""
+    """True where two sets of tensors have the same names and values."""
     return first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
 
 

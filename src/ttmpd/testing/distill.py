@@ -27,24 +27,24 @@ def _distilled(
     distiller: Distiller, teacher: nn.Module, student: nn.Module, n: int = 12, n_held: int = 6, **settings: Any
 ) -> tuple[Samples, TeacherOutputs, FitContext]:
     """Run both phases; ``student`` is trained in place."""
-    few = quick(distiller).with_settings(**settings)
+    method = quick(distiller).with_settings(**settings)
     samples, held_out = tiny_samples(n), tiny_samples(n_held, seed=2)
     with tempfile.TemporaryDirectory() as folder:
         context = FitContext(folder=Path(folder), batch_size=8, amp="off")
-        targets = few.prepare(teacher, samples, held_out, context)
-        few.fit(student, samples, held_out, targets, context)
+        targets = method.prepare(teacher, samples, held_out, context)
+        method.fit(student, samples, held_out, targets, context)
     return held_out, targets, context
 
 
 def check_distill_untouched(distiller: Distiller) -> None:
-    """Teacher, samples and random state stay; of the student only values change."""
+    """Teacher, samples and random state are left alone; of the student only values change."""
     teacher, samples = tiny_model(dropout=0.5), tiny_samples()
     student = _student(teacher)
     flags = [p.requires_grad for p in student.parameters()]
-    few = quick(distiller)
+    method = quick(distiller)
     with tempfile.TemporaryDirectory() as folder, assert_untouched(teacher, samples):
         context = FitContext(folder=Path(folder), batch_size=8, amp="off")
-        few.fit(student, samples, samples, few.prepare(teacher, samples, samples, context), context)
+        method.fit(student, samples, samples, method.prepare(teacher, samples, samples, context), context)
     require(flags == [p.requires_grad for p in student.parameters()], "requires_grad of the student must come back")
     require(not student.training, "the student must come back in eval mode")
 
@@ -62,9 +62,9 @@ def check_distill_repeats(distiller: Distiller) -> None:
 
 
 def check_teacher_asked_once(distiller: Distiller) -> None:
-    """When ``one_time``, no sample meets the teacher after ``prepare``; otherwise some do."""
+    """Where ``one_time``, the teacher is not run after ``prepare``; otherwise it is."""
     teacher, samples, held_out = tiny_model(), tiny_samples(), tiny_samples(4, seed=2)
-    student, few, calls = _student(teacher), quick(distiller), 0
+    student, method, calls = _student(teacher), quick(distiller), 0
 
     def count(*_: Any) -> None:
         nonlocal calls
@@ -72,9 +72,9 @@ def check_teacher_asked_once(distiller: Distiller) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         context = FitContext(folder=Path(folder), batch_size=8, amp="off")
-        targets = few.prepare(teacher, samples, held_out, context)
+        targets = method.prepare(teacher, samples, held_out, context)
         handle = teacher.stem.register_forward_pre_hook(count)
-        few.fit(student, samples, held_out, targets, context)
+        method.fit(student, samples, held_out, targets, context)
         handle.remove()
     once = type(distiller).one_time
     require((calls == 0) == once, f"one_time is {once}, but fit called the teacher {calls} times")
@@ -96,7 +96,7 @@ def check_head_unchanged(distiller: Distiller) -> None:
 
 
 def check_never_worse(distiller: Distiller) -> None:
-    """A ruinous learning rate leaves the student no worse on the held-out samples than it came."""
+    """Even a learning rate that ruins it leaves the student no worse on the held-out samples than before."""
     teacher = tiny_model()
     student = clone(teacher)
     next(student.parameters()).data.mul_(1.02)  # nearly as good as the teacher: there is much to lose
@@ -110,7 +110,7 @@ def check_never_worse(distiller: Distiller) -> None:
 
 
 def check_distill_edges(distiller: Distiller) -> None:
-    """A single sample and nothing held out; no steps leave the student as it came."""
+    """A single sample with nothing held out works; no steps change nothing."""
     teacher = tiny_model()
     _distilled(distiller, teacher, _student(teacher), n=1, n_held=0)
     student = _student(teacher)

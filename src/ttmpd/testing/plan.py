@@ -40,7 +40,7 @@ def check_plan_meets(planner: Planner) -> None:
 
 
 def check_plan_unreachable(planner: Planner) -> None:
-    """What cannot be reached is said, with what can."""
+    """A budget out of reach is refused, with the most that can be saved."""
     options = tiny_options()
     best = sum(max(o.saved_ms for o in options if o.unit_id == unit) for unit in {o.unit_id for o in options})
     for offer, most in ((options, best), ((), 0.0)):

@@ -15,13 +15,13 @@ def _case() -> tuple[nn.Module, Tensor]:
 
 
 def check_same_outputs(runtime: Runtime) -> None:
-    """A prepared call answers what the module answers, on the batch it was prepared with and on another one."""
+    """A prepared call returns what the module returns, on the batch it was prepared with and on another one."""
     model, batch = _case()
     with evaluating(model):
         run = runtime.prepare(model, batch)
         for inputs in (batch, batch.flip(0)):
             pairs = zip(output_tensors(run(inputs)), output_tensors(model(inputs)), strict=True)
-            alike = all(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4) for ours, theirs in pairs)
+            alike = all(torch.allclose(output, expected, rtol=1e-3, atol=1e-4) for output, expected in pairs)
             require(alike, "a runtime must answer as the module does")
 
 
@@ -48,7 +48,7 @@ def check_models_apart(runtime: Runtime) -> None:
 
 
 def check_version_stated(runtime: Runtime) -> None:
-    """The version is text that is not empty: without it milliseconds cannot be compared."""
+    """The version is a text that is not empty: without it milliseconds cannot be compared."""
     require(isinstance(runtime.version, str) and bool(runtime.version), "a runtime must state its version")
 
 

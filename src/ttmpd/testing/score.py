@@ -59,17 +59,17 @@ def check_score_complete(scorer: Scorer) -> None:
     """One finite score per unit and action that is declared, or per width; the kept members belong to the unit."""
     for _, units, samples in (cases := list(_cases(scorer))):
         del samples
-        wanted = [
+        expected = [
             (unit.id, action, 0)
             for unit in units
             if not isinstance(unit, WidthUnit)
             for action in type(scorer).actions
             if action in depth_kind(unit).actions
         ]
-        wanted += [(unit.id, "narrow", n) for unit in units if isinstance(unit, WidthUnit) for n in unit.widths]
+        expected += [(unit.id, "narrow", n) for unit in units if isinstance(unit, WidthUnit) for n in unit.widths]
         scores = _scores(scorer, next(case for case in cases if case[1] is units))
-        found = [(score.unit_id, score.action, len(score.kept)) for score in scores]
-        require(sorted(found) == sorted(wanted), f"scores must be one per unit and action or width, but got {found}")
+        rows = [(score.unit_id, score.action, len(score.kept)) for score in scores]
+        require(sorted(rows) == sorted(expected), f"scores must be one per unit and action or width, but got {rows}")
         require(all(math.isfinite(score.harm) for score in scores), "scores must be finite")
         members = {unit.id: unit.n_members if isinstance(unit, WidthUnit) else 0 for unit in units}
         for score in scores:
@@ -87,7 +87,7 @@ def check_score_edges(scorer: Scorer) -> None:
 
 
 def check_score_of_nothing(scorer: Scorer) -> None:
-    """What adds nothing hurts least: a unit whose branch is all zeros, under every action, and heads and neurons."""
+    """Units whose weights are zero have the lowest harm, under every action; of members those that add nothing."""
     if "depth" in scorer.scopes:
         for number in range(3):
             _check_block_of_nothing(scorer, number)
@@ -109,7 +109,7 @@ def _check_block_of_nothing(scorer: Scorer, number: int) -> None:
 
 
 def _check_members_of_nothing(scorer: Scorer, kind: str) -> None:
-    """The first half of the members of the first unit says nothing: all others stay before any of them does."""
+    """The first half of the members of a unit adds nothing, so none of them stays while another member goes."""
     model, samples = example_of_kind(kind)
     unit = find_units(model, samples.batch(slice(0, 2)), [kind]).units[0]
     if not isinstance(unit, WidthUnit) or not scorer.can_judge(model, unit):
@@ -120,8 +120,8 @@ def _check_members_of_nothing(scorer: Scorer, kind: str) -> None:
         layer.weight[:, : layer.weight.shape[1] // 2] = 0
     silent = set(range(unit.n_members // 2))
     for score in _scores(scorer, (model, (unit,), samples)):
-        kept, others = silent & set(score.kept), set(range(unit.n_members)) - silent - set(score.kept)
-        require(not (kept and others), f"members that add nothing must go first, but {sorted(others)} went before")
+        silent_kept, removed = silent & set(score.kept), set(range(unit.n_members)) - silent - set(score.kept)
+        require(not (silent_kept and removed), f"members that add nothing must go first, but got {sorted(removed)}")
 
 
 CHECKS = (

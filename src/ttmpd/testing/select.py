@@ -11,7 +11,7 @@ from ttmpd.testing.tiny_models import assert_untouched, require, tiny_model, tin
 
 
 def check_select_positions(selector: Selector) -> None:
-    """As many positions as asked for, different ones, ascending, in the pool; with labels and without."""
+    """``n`` different positions in the pool, ascending, with labels and without."""
     model, pool = tiny_model(), tiny_samples()
     for n, labels in ((1, None), (len(pool) - 1, None), (5, torch.arange(len(pool)) % 4)):
         chosen = selector.select(model, pool, n, labels=labels, batch_size=5)
@@ -35,7 +35,7 @@ def check_select_untouched(selector: Selector) -> None:
 
 
 def check_select_edges(selector: Selector) -> None:
-    """A pool that holds no more is chosen whole; a single sample too; no sample breaks it, whatever its values."""
+    """A pool of no more than ``n`` samples is chosen whole; samples with NaN are chosen last."""
     model = tiny_model()
     for n in (1, 2, 3):
         whole = selector.select(model, tiny_samples(n), 3)

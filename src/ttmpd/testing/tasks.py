@@ -26,7 +26,7 @@ def _example(task: Task) -> tuple[Task, Tensor]:
 
 
 def check_itself_is_best(task: Task) -> None:
-    """Against itself a model has an agreement of one, no gradient, and a smaller loss than when it is perturbed."""
+    """A model agrees with itself: agreement 1, no gradient, and a smaller loss than that of a perturbed model."""
     task, outputs = _example(task)
     student = outputs.clone().requires_grad_()
     task.loss(student, outputs).backward()  # type: ignore[no-untyped-call]
@@ -58,8 +58,8 @@ def check_adaptation_is_refused_or_measured(task: Task) -> None:
         return
     assert task.uncertainty(outputs).shape == (len(outputs),)
     assert bool(torch.isfinite(task.information(outputs)))
-    sure = task.uncertainty(outputs * 20).mean()
-    assert sure < task.uncertainty(outputs).mean(), "surer predictions must have less entropy"
+    confident = task.uncertainty(outputs * 20).mean()
+    assert confident < task.uncertainty(outputs).mean(), "confident predictions must have less entropy"
 
 
 CHECKS = (check_itself_is_best, check_rows_are_counted, check_adaptation_is_refused_or_measured)

@@ -1,4 +1,4 @@
-"""A model of a few thousand weights, samples for it, and a look at what a call leaves behind: for checks and tests."""
+"""For checks and tests: a model of a few thousand weights, samples, and a check that a call leaves them untouched."""
 
 import contextlib
 import random
@@ -37,11 +37,11 @@ __all__ = [
     "tiny_tokens",
     "tiny_transformer",
     "tiny_units",
-]  # fmt: skip
+]
 
 
 def tiny_token_samples(n: int = 12, seed: int = 1) -> Samples:
-    """The same as samples."""
+    """Random token ids as samples, for :func:`tiny_transformer`."""
     return Samples(tiny_tokens(n, seed), tuple(f"{seed}-{i}" for i in range(n)))
 
 
@@ -58,7 +58,7 @@ def example_of_kind(kind: str, n: int = 12) -> tuple[nn.Module, Samples]:
 
 
 def tiny_units(model: nn.Module) -> tuple[Unit, ...]:
-    """The units of the model that go as a whole."""
+    """The depth units of the model: those that are removed as a whole."""
     return find_units(model, tiny_samples(2).batch(slice(None)), kinds_of("depth")).units
 
 

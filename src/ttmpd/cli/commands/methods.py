@@ -58,5 +58,5 @@ def _show_parameters(row: Mapping[str, str], parameters: Sequence[Parameter]) ->
         return
     table = display.new_table("--set", "type", "default", "what", title=f"Settings of {escape(key)}")
     for item in parameters:
-        table.add_row(*map(escape, (f"{row['verb']}.{item.name}", item.type, item.default, item.what)))
+        table.add_row(*map(escape, (f"{row['verb']}.{item.name}", item.type, item.default, item.description)))
     console.print(table)
