@@ -398,16 +398,3 @@ class Folded:
 
 NOTHING_FOLDED = Folded()
 """No replacement was merged."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tap:
-    """A tensor to read in a model: the first input or the output of a module.
-
-    Of a tensor with an axis of tokens, ``token`` "last" reads the last one that is no padding, (B, S, ...) to (B, ...),
-    and "each" those of which the model's answers count, (B, S, ...) to (M, ...).
-    """
-
-    path: str
-    side: Literal["input", "output"]
-    token: Literal["all", "last", "each"] = "all"

@@ -24,9 +24,9 @@ from ttmpd.models.modules import clone
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predict
-from ttmpd.models.taps import find_feature_tap, find_output_layer, read_taps, tapped
+from ttmpd.models.taps import Tap, find_feature_tap, find_output_layer, read_taps, tapped
 from ttmpd.models.tokens import PaddingMask, mask_of, mask_padding, random_ids
-from ttmpd.records import Removal, Tap
+from ttmpd.records import Removal
 from ttmpd.repair.linear import ReplacementFit
 from ttmpd.repair.positions import sample_positions
 from ttmpd.repair.sequential import repaired

@@ -15,7 +15,7 @@ from ttmpd.distill.one_time import MIN_BATCH, OneTime
 from ttmpd.errors import InvalidValueError
 from ttmpd.models.modules import clone
 from ttmpd.models.run import predictions_of
-from ttmpd.records import Tap
+from ttmpd.models.taps import Tap
 from ttmpd.surgery.units.block import Block
 from ttmpd.tasks.classification import Classification
 from ttmpd.testing.tiny_models import tiny_model, tiny_samples, tiny_units

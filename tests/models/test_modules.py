@@ -20,8 +20,7 @@ from ttmpd.models.modules import (
     to_plain_format,
 )
 from ttmpd.models.run import evaluating, first_tensor, predict
-from ttmpd.models.taps import find_feature_tap, find_output_layer, read_taps, tapped
-from ttmpd.records import Tap
+from ttmpd.models.taps import Tap, find_feature_tap, find_output_layer, read_taps, tapped
 from ttmpd.testing.tiny_models import assert_untouched
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

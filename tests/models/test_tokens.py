@@ -22,7 +22,7 @@ from ttmpd.errors import ModelError, UnsupportedError
 from ttmpd.models.modules import clone
 from ttmpd.models.open import open_model
 from ttmpd.models.run import predict, predictions_of
-from ttmpd.models.taps import find_feature_tap, tapped
+from ttmpd.models.taps import Tap, find_feature_tap, tapped
 from ttmpd.models.tokens import (
     PaddingMask,
     mask_of,
@@ -33,7 +33,6 @@ from ttmpd.models.tokens import (
 )
 from ttmpd.pipeline.compress import compress
 from ttmpd.pipeline.evaluate import evaluate
-from ttmpd.records import Tap
 from ttmpd.score.ttmpd import TTMPD
 from ttmpd.select.random import Random
 from ttmpd.students.run import run_student

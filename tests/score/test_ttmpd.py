@@ -8,9 +8,9 @@ from torch import nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
-from ttmpd.models.taps import read_taps
+from ttmpd.models.taps import Tap, read_taps
 from ttmpd.quality.damage import feature_damage, replacement_damage
-from ttmpd.records import Removal, Tap
+from ttmpd.records import Removal
 from ttmpd.repair.positions import PositionSample, _energy, _pattern, choose_positions, squared_gradients
 from ttmpd.score.ttmpd import TTMPD, fit_stand_ins
 from ttmpd.surgery.cut import cut

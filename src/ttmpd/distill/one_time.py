@@ -16,10 +16,9 @@ from ttmpd.method import check_fields
 from ttmpd.models.batch_size import samples_that_fit
 from ttmpd.models.modules import has_batch_norm, to_fast_format, to_plain_format
 from ttmpd.models.run import evaluating, predict, predictions_of
-from ttmpd.models.taps import find_feature_tap, tapped
+from ttmpd.models.taps import Tap, find_feature_tap, tapped
 from ttmpd.models.tokens import prediction_offsets
 from ttmpd.progress import track
-from ttmpd.records import Tap
 from ttmpd.training.freeze import freeze
 from ttmpd.training.held_out import held_out_check, mix_with_start
 from ttmpd.training.loop import Check, Loop, Schedule, TrainingResult, autocast, batch_order, choose_amp, train

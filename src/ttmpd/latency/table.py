@@ -18,9 +18,9 @@ from ttmpd.latency.timing import Timing, Timings, forward_call, interleaved, tim
 from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import common_path, module_at
 from ttmpd.models.run import evaluating, first_tensor
-from ttmpd.models.taps import read_taps
+from ttmpd.models.taps import Tap, read_taps
 from ttmpd.models.trace import trace
-from ttmpd.records import UNCHANGED, Action, DepthUnit, Lossless, Tap, Unit, WidthUnit
+from ttmpd.records import UNCHANGED, Action, DepthUnit, Lossless, Unit, WidthUnit
 from ttmpd.runtimes.base import Runtime
 from ttmpd.runtimes.eager import Eager
 from ttmpd.surgery.cut import has_replacement, replacement

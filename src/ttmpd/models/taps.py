@@ -2,7 +2,8 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,19 @@ from torch import Tensor, nn
 from ttmpd.models.modules import hooks, module_at
 from ttmpd.models.run import StopForwardError, evaluating, first_tensor, predict
 from ttmpd.models.tokens import predicted_token_mask
-from ttmpd.records import Tap
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """A tensor to read in a model: the first input or the output of a module.
+
+    Of a tensor with an axis of tokens, ``token`` "last" reads the last one that is no padding, (B, S, ...) to (B, ...),
+    and "each" those whose predictions count, (B, S, ...) to (M, ...).
+    """
+
+    path: str
+    side: Literal["input", "output"]
+    token: Literal["all", "last", "each"] = "all"
 
 
 @contextlib.contextmanager

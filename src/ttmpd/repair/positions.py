@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ttmpd.data.samples import Samples
 from ttmpd.data.tokenization import trim_padding
 from ttmpd.models.run import evaluating, predict
-from ttmpd.models.taps import find_feature_tap, tapped
-from ttmpd.records import Location, Tap
+from ttmpd.models.taps import Tap, find_feature_tap, tapped
+from ttmpd.records import Location
 
 MAX_POSITIONS = 64
 """Pixels or tokens per sample that enter a fit; neighbors say nearly the same, and 64 x 100 samples are plenty."""

@@ -10,9 +10,9 @@ from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_fields
 from ttmpd.models.modules import module_at
 from ttmpd.models.run import evaluating
-from ttmpd.models.taps import read_taps
+from ttmpd.models.taps import Tap, read_taps
 from ttmpd.progress import track
-from ttmpd.records import Action, RefitScope, Scope, Score, Tap, Unit, WidthUnit
+from ttmpd.records import Action, RefitScope, Scope, Score, Unit, WidthUnit
 from ttmpd.score.base import Scorer, ScoringInputs, narrowed
 from ttmpd.surgery.layers import is_layer, matrix_of
 

@@ -12,10 +12,10 @@ from ttmpd.errors import UnsupportedError
 from ttmpd.method import check_fields
 from ttmpd.models.modules import module_at, replace_module
 from ttmpd.models.run import evaluating
-from ttmpd.models.taps import find_feature_tap, read_taps
+from ttmpd.models.taps import Tap, find_feature_tap, read_taps
 from ttmpd.models.trace import trace
 from ttmpd.progress import track
-from ttmpd.records import DepthUnit, RefitScope, Removal, Score, Tap, Unit
+from ttmpd.records import DepthUnit, RefitScope, Removal, Score, Unit
 from ttmpd.score.base import Scorer, ScoringInputs
 from ttmpd.surgery.cut import build
 from ttmpd.training.loop import Loop, Schedule, batch_order, train

@@ -13,10 +13,10 @@ from ttmpd.data.samples import Samples
 from ttmpd.method import check_fields
 from ttmpd.models.modules import has_batch_norm, module_at
 from ttmpd.models.run import evaluating
-from ttmpd.models.taps import read_taps
+from ttmpd.models.taps import Tap, read_taps
 from ttmpd.progress import track
 from ttmpd.quality.damage import Replacement, feature_damage, replacement_damage, student_damage
-from ttmpd.records import Action, DepthUnit, Removal, Scope, Score, Tap, Unit, WidthUnit
+from ttmpd.records import Action, DepthUnit, Removal, Scope, Score, Unit, WidthUnit
 from ttmpd.repair.least_squares import NormalEquations
 from ttmpd.repair.linear import ReplacementFit
 from ttmpd.repair.obs import MemberChoice, narrowed_output, select_members

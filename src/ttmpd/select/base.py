@@ -12,10 +12,9 @@ from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.method import Method, check_range
 from ttmpd.models.run import evaluating, predict
-from ttmpd.models.taps import find_feature_tap, tapped
+from ttmpd.models.taps import Tap, find_feature_tap, tapped
 from ttmpd.models.tokens import predicted_token_mask
 from ttmpd.progress import track
-from ttmpd.records import Tap
 from ttmpd.tasks.base import OneOf, Task
 from ttmpd.training.task import task_of
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ttmpd.records import Tap
+from ttmpd.models.taps import Tap
 from ttmpd.storage import write_json
 
 WIDE = 4096

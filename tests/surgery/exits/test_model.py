@@ -12,8 +12,7 @@ from ttmpd.data.samples import Samples
 from ttmpd.early_exit.right_tool import RightTool
 from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.models.modules import clone
-from ttmpd.models.taps import read_taps
-from ttmpd.records import Tap
+from ttmpd.models.taps import Tap, read_taps
 from ttmpd.surgery.exits.model import EarlyExitModel, with_only
 from ttmpd.surgery.exits.places import exits_at, find_places, proven, spread
 from ttmpd.surgery.exits.pooling import pooled
