@@ -1,6 +1,8 @@
 """``ttmpd serve``: a running service with HTTP in front."""
 
 import ipaddress
+import os
+import socket
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -8,7 +10,7 @@ import typer
 
 from ttmpd.cli.commands import _options as option
 from ttmpd.cli.commands._reporting import reporting, show_machine
-from ttmpd.errors import MissingPackageError
+from ttmpd.errors import InvalidValueError, MissingPackageError
 from ttmpd.pipeline import defaults
 
 PLACE = 80
@@ -69,6 +71,7 @@ def command(
         from ttmpd.serving.service import OnlineService
 
         default_limits, serve = _server()
+        _check_free(address.host, address.port)
         opened = model.open()
         opened.module.to(choose_device(run.device))
         settings: dict[str, Any] = {} if steps is None else {"distill": OneTime(steps=steps, seconds=0.0)}
@@ -88,6 +91,19 @@ def _server() -> tuple[Any, Any]:
         step = 'pip install "ttmpd[serve]"'
         raise MissingPackageError(f"the packages of a server must be installed, but {error}; {step}") from error
     return default_limits, serve
+
+
+def _check_free(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened on, before a model is opened."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        reason = os.strerror(error.errno) if (error.errno or 0) > 0 else str(error)
+        raise InvalidValueError(
+            f"the server must listen on a free address, but {host} port {port} cannot be used ({reason}); choose another "
+            "--port or --host"
+        ) from error
 
 
 def _greet(host: str, port: int) -> None:
