@@ -101,7 +101,7 @@ def _check_free(host: str, port: int) -> None:
     except OSError as error:
         reason = os.strerror(error.errno) if (error.errno or 0) > 0 else str(error)
         raise InvalidValueError(
-            f"the server must listen on a free address, but {host} port {port} cannot be used ({reason}); choose another "
+            f"the address of a server must be free, but {host} port {port} cannot be used ({reason}); choose another "
             "--port or --host"
         ) from error
 
