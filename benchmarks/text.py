@@ -34,10 +34,10 @@ from ttmpd.latency.timing import time_models
 from ttmpd.models.macs import count_macs
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
-from ttmpd.pipeline.analysis import latency_batch
-from ttmpd.pipeline.calibration import open_pool, split
+from ttmpd.pipeline.calibration import open_calibration
 from ttmpd.pipeline.compress import compress
 from ttmpd.pipeline.evaluate import evaluate
+from ttmpd.pipeline.preparation import latency_batch
 from ttmpd.pipeline.settings import settings_of
 from ttmpd.plan.knapsack import Knapsack
 from ttmpd.score.kcm import KCM
@@ -83,7 +83,7 @@ def opened() -> OpenedModel:
 def timed_batch(seed: int) -> torch.Tensor:
     """The very batch on which `compress` times: other sentences are longer or shorter, and lengths move ratios."""
     settings = settings_of({"num_samples": N, "batch_size": BATCH, "seed": seed})
-    samples = split(open_pool(sentences(), opened(), settings), settings).fit
+    samples = open_calibration(sentences(), opened(), settings).fit
     return latency_batch(opened().module, samples, settings)
 
 

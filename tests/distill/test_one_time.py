@@ -13,6 +13,7 @@ from ttmpd.data.views import fixed_view
 from ttmpd.distill.base import FitContext
 from ttmpd.distill.one_time import MIN_BATCH, OneTime
 from ttmpd.errors import InvalidValueError
+from ttmpd.models.batch_size import ActivationMemory
 from ttmpd.models.modules import clone
 from ttmpd.models.run import predictions_of
 from ttmpd.models.taps import Tap
@@ -94,12 +95,19 @@ def test_further_views_keep_within_the_disk(tmp_path, case, monkeypatch):
     assert len(OneTime(steps=4, views=2, batch_size=12).prepare(teacher, samples, held_out, context).logits) == 2
 
 
-def test_the_batch_shrinks_where_activations_take_much_memory(monkeypatch, case):
+def test_the_batch_shrinks_where_activations_take_much_memory(monkeypatch, tmp_path, case):
     teacher, _, samples, _ = case
-    method = OneTime(batch_size=64)
-    assert method._step_size(teacher, samples) == 64
+    method, context = OneTime(batch_size=64), work_in(tmp_path)
+    assert method._step_size(teacher, samples, context) == 64
     monkeypatch.setattr("ttmpd.models.batch_size.activation_limit", lambda _device: 1)
-    assert method._step_size(teacher, samples) == 2 * MIN_BATCH  # it has batch statistics
+    assert method._step_size(teacher, samples, context) == 2 * MIN_BATCH  # it has batch statistics
+
+
+def test_memory_that_was_measured_is_not_measured_again(monkeypatch, tmp_path, case):
+    teacher, _, samples, _ = case
+    monkeypatch.setattr("ttmpd.distill.one_time.measure_activations", lambda *_: pytest.fail("measured again"))
+    context = work_in(tmp_path, memory=ActivationMemory(1.0, limit=20 * samples.inputs[0].numel()))
+    assert OneTime(batch_size=64)._step_size(teacher, samples, context) == 20
 
 
 def test_targets_are_the_teachers_answers_for_the_views(tmp_path, case):

@@ -25,10 +25,12 @@ from ttmpd.errors import (
 )
 from ttmpd.latency.table import UnitLatency
 from ttmpd.latency.timing import Timings
+from ttmpd.models import batch_size
+from ttmpd.models.batch_size import stored_bytes
 from ttmpd.models.macs import count_macs
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predictions_of
-from ttmpd.pipeline import analysis, calibration, planning
+from ttmpd.pipeline import analysis, calibration, planning, run
 from ttmpd.pipeline import compress as pipeline
 from ttmpd.pipeline.compress import compress, compress_many
 from ttmpd.pipeline.settings import Settings, Target, settings_of
@@ -291,7 +293,7 @@ def test_a_selector_that_looks_at_nothing_reads_no_more_than_it_needs(model, sam
     true = calibration.open_samples
 
     def open_samples(*arguments, **more):
-        asked.append(more["n_samples"])
+        asked.append(more["num_samples"])
         return true(*arguments, **more)
 
     monkeypatch.setattr(calibration, "open_samples", open_samples)
@@ -352,11 +354,38 @@ class Watching(Distiller):
 
 
 def test_the_teacher_sees_every_view_once_and_never_again(model, samples):
-    few = samples.subset(range(36))
+    samples = samples.subset(range(36))
     Watching.counts = {"prepare": 0, "fit": 0, "probe": 0}
     settings = QUICK | {"distill": Watching(), "holdout": 0.25, "batch_size": 9}
-    compress(model, few, speedup=2.0, **settings)
-    assert Watching.counts == {"prepare": 27 * 3 + 9, "fit": 0, "probe": 8}
+    compress(model, samples, speedup=2.0, **settings)
+    # Its predictions on the held-out samples are those that the students were compared with before.
+    assert Watching.counts == {"prepare": 27 * 3, "fit": 0, "probe": 6}
+
+
+def test_memory_is_measured_once_in_a_run(model, samples, monkeypatch):
+    probed = []
+    monkeypatch.setattr(batch_size, "stored_bytes", lambda loss: probed.append(1) or stored_bytes(loss))
+    settings = QUICK | {"select": EL2N(), "pool": 40, "num_samples": 30}
+    compress_many(model, samples, targets=[Target(speedup=1.5), Target(speedup=2.0)], **settings)
+    assert len(probed) == 1
+
+
+def test_the_teacher_predicts_the_held_out_samples_once(model, samples, monkeypatch):
+    teachers, rows, honest = [], [], pipeline.rescored_path
+
+    def path_of(made, *more):
+        teachers.append(made.teacher)
+        return honest(made, *more)
+
+    def watched(net, part, *more):
+        rows.extend([len(part)] if net is teachers[0] else [])
+        return predictions_of(net, part, *more)
+
+    monkeypatch.setattr(pipeline, "rescored_path", path_of)
+    monkeypatch.setattr(pipeline, "predictions_of", watched)
+    monkeypatch.setattr("ttmpd.distill.base.predictions_of", watched)
+    compress_many(model, samples, targets=[Target(speedup=1.5), Target(speedup=2.0)], **QUICK)
+    assert rows == [10]
 
 
 # --- many targets
@@ -436,12 +465,12 @@ def test_a_run_that_moved_to_another_machine_is_timed_anew(model, samples, tmp_p
     with pytest.raises(KeyboardInterrupt):
         compress(model, samples, speedup=2.0, output=tmp_path / "out", **QUICK)
     monkeypatch.undo()
-    timed, here = [], pipeline.machine("cpu")
+    timed, here = [], run.machine("cpu")
     measure = analysis.time_units
     monkeypatch.setattr(analysis, "time_units", lambda *a, **k: timed.append(1) or measure(*a, **k))
     monkeypatch.setattr(TTMPD, "score", lambda *_a, **_k: pytest.fail("computed again"))
-    monkeypatch.setattr(pipeline, "machine", lambda _device: here | {"device": "another"})
-    monkeypatch.setattr(pipeline, "walk", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(run, "machine", lambda _device: here | {"device": "another"})
+    monkeypatch.setattr(pipeline, "rescored_path", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         compress(model, samples, speedup=2.0, output=tmp_path / "out", resume=True, **QUICK)
     assert timed == [1]
@@ -544,7 +573,9 @@ def test_a_share_of_the_macs_that_is_missed_says_so(model, samples, monkeypatch)
     counted = planning.count_units
     monkeypatch.setattr(planning, "MAX_PLANS", 1)
     monkeypatch.setattr(
-        planning, "count_units", lambda units: tuple(UnitLatency(t.unit, 4 * t.ms, t.stand_ins) for t in counted(units))
+        planning,
+        "count_units",
+        lambda units: tuple(UnitLatency(t.unit, 4 * t.ms, t.replacements) for t in counted(units)),
     )
     result = compress(model, samples, macs=0.5, **QUICK)
     assert not result.met
@@ -588,7 +619,7 @@ def test_units_that_save_less_than_they_promise_are_made_up_for(model, samples, 
     monkeypatch.setattr(
         analysis,
         "time_units",
-        lambda *a, **k: tuple(UnitLatency(t.unit, 1.4 * t.ms, t.stand_ins) for t in honest(*a, **k)),
+        lambda *a, **k: tuple(UnitLatency(t.unit, 1.4 * t.ms, t.replacements) for t in honest(*a, **k)),
     )
     result = compress(model, samples, speedup=2.0, **(QUICK | {"actions": ("drop",)}))
     attempts = result.facts["attempts"]

@@ -25,11 +25,11 @@ from ttmpd.models.macs import count_macs
 from ttmpd.models.open import open_model
 from ttmpd.models.run import predict, predictions_of
 from ttmpd.models.tokens import mask_of
-from ttmpd.pipeline.analysis import latency_batch
 from ttmpd.pipeline.bench import bench
 from ttmpd.pipeline.compress import compress
 from ttmpd.pipeline.evaluate import evaluate
 from ttmpd.pipeline.inspect import inspect
+from ttmpd.pipeline.preparation import latency_batch
 from ttmpd.pipeline.settings import Settings
 from ttmpd.records import Plan, Removal
 from ttmpd.repair.sequential import repaired
@@ -294,19 +294,18 @@ def test_the_commands_take_text(
 
 def test_a_length_is_part_of_what_a_run_is(text_folder: Folder, table: Path, tmp_path: Path) -> None:
     """Stages of a run with another length are not taken over."""
-    from ttmpd.pipeline.compress import prepared
+    from ttmpd.pipeline.run import analyzed
 
     settings = Settings(num_samples=20, batch_size=8, actions=("drop",))
     opened = open_model(f"hf:{text_folder('bert')}")
-    seen = []
+    names = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ttmpd.pipeline.compress.analyze", lambda *_: None)
-        patch.setattr("ttmpd.pipeline.compress.Stages", lambda _folder, run, *_: seen.append(run))
-        patch.setattr("ttmpd.pipeline.compress.selected", lambda _o, pool, *_: pool)
+        patch.setattr("ttmpd.pipeline.run.analyze", lambda *_: None)
+        patch.setattr("ttmpd.pipeline.run.Stages", lambda _folder, run, *_: names.append(run))
         for length in (8, 8, 12):
-            with prepared(opened.reading(length), table, settings, tmp_path / str(len(seen))):
+            with analyzed(opened.reading(length), table, settings, tmp_path / str(len(names))):
                 pass
-    assert seen[0] == seen[1] != seen[2]
+    assert names[0] == names[1] != names[2]
 
 
 def test_a_wrong_length_for_a_model_of_images() -> None:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.method import Method
+from ttmpd.models.batch_size import ActivationMemory
+from ttmpd.models.run import predictions_of
 from ttmpd.training.loop import TrainingResult
 from ttmpd.training.teacher_outputs import TeacherOutputs
 
@@ -28,6 +30,8 @@ class FitContext:
             ``prepare``, whose outputs serve several students, that of the student that agrees least.
         sample_ms: milliseconds that the student takes for one sample here, without gradients; 0 when unknown.
         first: path of the first removed unit: what runs before it is still the teacher; "" when unknown.
+        memory: what the teacher's activations take in a training step; None when it was not measured.
+        held_out: (M, ...) the teacher's predictions on the held-out samples; None when they were not made yet.
     """
 
     folder: Path
@@ -38,6 +42,12 @@ class FitContext:
     agreement: float = 1.0
     sample_ms: float = 0.0
     first: str = ""
+    memory: ActivationMemory | None = None
+    held_out: Tensor | None = None
+
+    def held_out_predictions(self, teacher: nn.Module, held_out: Samples) -> Tensor:
+        """The teacher's predictions on the held-out samples: those that were made before, or new ones."""
+        return predictions_of(teacher, held_out, self.batch_size) if self.held_out is None else self.held_out
 
 
 class Distiller(Method, abc.ABC):

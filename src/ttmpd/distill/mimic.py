@@ -12,7 +12,7 @@ from ttmpd.distill.base import Distiller, FitContext
 from ttmpd.errors import UnsupportedError
 from ttmpd.method import check_fields
 from ttmpd.models.modules import to_fast_format, to_plain_format
-from ttmpd.models.run import evaluating, predictions_of
+from ttmpd.models.run import evaluating
 from ttmpd.models.taps import find_feature_tap, read_taps
 from ttmpd.training.freeze import freeze_head
 from ttmpd.training.loop import Loop, Schedule, TrainingResult, batch_order, train
@@ -46,7 +46,7 @@ class Mimic(Distiller):
         tap = find_feature_tap(teacher, batch)
         if tap is None:
             raise UnsupportedError("mimic needs a model with one linear head behind its features; use one_time")
-        logits = predictions_of(teacher, held_out, context.batch_size)
+        logits = context.held_out_predictions(teacher, held_out)
         return TeacherOutputs(
             tap=tap, features=None, logits=torch.empty(0), feature_variance=1.0, held_out=logits, teacher=teacher
         )

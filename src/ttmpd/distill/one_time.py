@@ -13,9 +13,9 @@ from ttmpd.data.samples import Samples
 from ttmpd.data.views import fixed_view
 from ttmpd.distill.base import Distiller, FitContext
 from ttmpd.method import check_fields
-from ttmpd.models.batch_size import samples_that_fit
+from ttmpd.models.batch_size import measure_activations
 from ttmpd.models.modules import has_batch_norm, to_fast_format, to_plain_format
-from ttmpd.models.run import evaluating, predict, predictions_of
+from ttmpd.models.run import evaluating, predict
 from ttmpd.models.taps import Tap, find_feature_tap, tapped
 from ttmpd.models.tokens import prediction_offsets
 from ttmpd.progress import track
@@ -112,7 +112,7 @@ class OneTime(Distiller):
         student, fewer where the steps are too few to use them all) and one per held-out sample.
         """
         device = next(teacher.parameters()).device
-        size = self._step_size(teacher, samples)
+        size = self._step_size(teacher, samples, context)
         example = samples.batch(slice(0, 2), device)
         tap = find_feature_tap(teacher, example)
         more = self._times(context.agreement, len(samples), _n_values(teacher, example, tap))
@@ -129,7 +129,7 @@ class OneTime(Distiller):
                     store.write(view, int(places[start]), *_outputs(teacher, batch, tap))
         features, logits = store.finish()
         first = features[0] if features is not None else logits[0]
-        held_out_logits = predictions_of(teacher, held_out, context.batch_size)
+        held_out_logits = context.held_out_predictions(teacher, held_out)
         return TeacherOutputs(
             tap=tap,
             features=features,
@@ -147,7 +147,7 @@ class OneTime(Distiller):
         train_norms(student, self.train_norm)
         frozen = freeze(student, context.first, samples.batch(slice(0, 2), device))
         n_views, n, places = len(targets.logits), len(samples), prediction_offsets(student, samples.inputs)
-        size = self._step_size(student, samples)
+        size = self._step_size(student, samples, context)
 
         def loss_with(step: int, amp: bool) -> Tensor:
             index = batch_order(n * n_views, size, step, context.seed)
@@ -207,12 +207,12 @@ class OneTime(Distiller):
         batch = samples.trimmed(index, device)
         return fixed_view(batch, index, view, seed, len(samples), self.smallest_crop)
 
-    def _step_size(self, model: nn.Module, samples: Samples) -> int:
+    def _step_size(self, model: nn.Module, samples: Samples, context: FitContext) -> int:
         """Samples per step, by the memory that their activations take."""
-        device = next(model.parameters()).device
-        example = samples.batch(slice(0, 2), device)
+        pair = samples.batch(slice(0, 2), next(model.parameters()).device)
         least = 2 * MIN_BATCH if has_batch_norm(model) else MIN_BATCH
-        return min(self.batch_size, max(least, samples_that_fit(model, example, self.batch_size)))
+        memory = context.memory or measure_activations(model, pair)
+        return min(self.batch_size, max(least, memory.samples(pair[0].numel(), at_most=self.batch_size)))
 
     def _loss(self, student: nn.Module, batch: Tensor, targets: TeacherOutputs, view: Tensor, place: Tensor) -> Tensor:
         device = batch.device

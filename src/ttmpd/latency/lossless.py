@@ -16,7 +16,7 @@ from ttmpd.surgery.lossless import applied, foldable
 
 GAIN = 1.02
 """How many times as fast a model must become for a change to be made."""
-MOST = 16
+MAX_COMPARED = 16
 """Samples on which the choices are compared; the best of them is timed on the whole batch. Several models in turn leave
 freed memory in pieces, the more the larger the batch."""
 
@@ -38,7 +38,7 @@ def find_lossless(model: nn.Module, batch: Tensor, *, runtime: Runtime = Eager()
     if prefers_channels_last(model):
         choices += [dataclasses.replace(choice, channels_last=True) for choice in choices]
     changed = [choice for choice in choices[1:] if _same(model, applied(model, choice), batch[:2])]
-    best = _fastest(model, changed, batch[:MOST], runtime)
+    best = _fastest(model, changed, batch[:MAX_COMPARED], runtime)
     if best == UNCHANGED:
         return unchanged(model, batch, runtime=runtime)
     models = {"original": model, "lossless": applied(model, best)}
@@ -68,11 +68,11 @@ def _without_changes(timings: Timings) -> tuple[Lossless, Timings]:
 
 
 def _same(model: nn.Module, other: nn.Module, batch: Tensor) -> bool:
-    """Whether both answer alike; not where the other does not run, as with code that views its tensors."""
+    """True when both predict the same; false where the other does not run, as with code that views its tensors."""
     with evaluating(model), evaluating(other):
-        wanted = predict(model, batch)
+        expected = predict(model, batch)
         try:
-            found = predict(other, batch)
+            outputs = predict(other, batch)
         except RuntimeError:
             return False
-    return bool(torch.allclose(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())))
+    return bool(torch.allclose(outputs, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())))

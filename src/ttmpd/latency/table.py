@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.latency.device import synchronize
-from ttmpd.latency.timing import Timing, Timings, forward_call, interleaved, time_models
+from ttmpd.latency.timing import Timings, forward_call, interleaved, time_models
 from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import common_path, module_at
 from ttmpd.models.run import evaluating, first_tensor
@@ -35,35 +35,35 @@ LARGE = 64 * 2**20
 """Bytes of a map beyond which the units around it are timed by themselves."""
 
 
-_Given = tuple[tuple[object, ...], dict[str, object]]
+_Arguments = tuple[tuple[object, ...], dict[str, object]]
 """The arguments of a call."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnitLatency:
-    """Milliseconds per batch of a unit, of each of its stand-ins (action -> ms) and of each width (members -> ms)."""
+    """Milliseconds per batch of a unit, of its replacements (action -> ms) and of its widths (members -> ms)."""
 
     unit: str
     ms: float
-    stand_ins: Mapping[str, float]
+    replacements: Mapping[str, float]
     widths: Mapping[str, float] = field(default_factory=dict)
 
     def times(self, factor: float) -> "UnitLatency":
         """All of these milliseconds multiplied by a factor."""
         replacements, widths = (
-            {name: ms * factor for name, ms in values.items()} for values in (self.stand_ins, self.widths)
+            {name: ms * factor for name, ms in values.items()} for values in (self.replacements, self.widths)
         )
         return UnitLatency(self.unit, self.ms * factor, replacements, widths)
 
     def offers(self, action: Action, n_kept: int = 0) -> bool:
-        """Whether the action can be taken."""
+        """True when the action was timed."""
         if action == "narrow":
             return str(n_kept) in self.widths
-        return (action == "drop" and not self.widths) or action in self.stand_ins
+        return (action == "drop" and not self.widths) or action in self.replacements
 
     def saved_ms(self, action: Action, n_kept: int = 0) -> float:
         """Milliseconds per batch that the action saves; negative where a replacement is slower than the unit."""
-        left = self.widths[str(n_kept)] if action == "narrow" else self.stand_ins.get(action, 0.0)
+        left = self.widths[str(n_kept)] if action == "narrow" else self.replacements.get(action, 0.0)
         return self.ms - left
 
 
@@ -72,11 +72,11 @@ def time_units(
     units: Sequence[Unit],
     batch: Tensor,
     *,
-    how: Lossless = UNCHANGED,
+    lossless: Lossless = UNCHANGED,
     rounds: int = 7,
     min_seconds: float = 1.0,
 ) -> tuple[UnitLatency, ...]:
-    """Time every unit, its stand-ins and its widths on the input it really gets, in eager PyTorch.
+    """Time every unit, its replacements and its widths on the input it really gets, in eager PyTorch.
 
     Units alike in class, shape, weights and operations are timed as one: they differ by noise alone. Members are timed
     with everything in the smallest module that holds them and what reads them; where that is most of the network, which
@@ -88,7 +88,7 @@ def time_units(
         model: on the device, as it was given.
         units: what to time.
         batch: a batch of the size that latency is promised for.
-        how: what else is done to the model, and therefore to everything that is timed.
+        lossless: changes that are made to the model, and therefore to everything that is timed.
         rounds: interleaved rounds over all units.
         min_seconds: see :func:`ttmpd.latency.timing.interleaved`.
     """
@@ -97,14 +97,14 @@ def time_units(
     representatives = {_signature(unit): unit for unit in reversed(units)}
     numbered = dict(enumerate(representatives.values()))
     median: dict[str, float] = {}
-    ready = applied(model, how)
-    with evaluating(model), evaluating(ready):
+    deployed = applied(model, lossless)
+    with evaluating(model), evaluating(deployed):
         far = _far_apart(model, numbered.values(), batch)
         groups = _groups(model, numbered, far, batch)
         for group in groups:
-            runs = _runs(_Timed(model, ready, how), group, far, batch)
-            found = interleaved(runs, rounds=rounds, warmup=2, min_seconds=min_seconds / len(groups))
-            median |= {name: statistics.median(values) for name, values in found.ms.items()}
+            runs = _runs(_Timed(model, deployed, lossless), group, far, batch)
+            timings = interleaved(runs, rounds=rounds, warmup=2, min_seconds=min_seconds / len(groups))
+            median |= {name: statistics.median(values) for name, values in timings.ms.items()}
     numbers = {signature: number for number, signature in enumerate(representatives)}
     return _bounded(units, [_timing(unit, numbers[_signature(unit)], median) for unit in units])
 
@@ -123,7 +123,8 @@ def runtime_ratio(model: nn.Module, batch: Tensor, runtime: Runtime) -> float:
     if isinstance(runtime, Eager):
         return 1.0
     with evaluating(model):
-        calls = {name: forward_call(model, batch, runtime=one) for name, one in (("run", runtime), ("eager", Eager()))}
+        runtimes = {"run": runtime, "eager": Eager()}
+        calls = {name: forward_call(model, batch, runtime=each) for name, each in runtimes.items()}
         return interleaved(calls, rounds=7, min_seconds=1.0, max_seconds=5.0).ratio("run", "eager").median_ms
 
 
@@ -144,12 +145,12 @@ def _groups(model: nn.Module, units: Mapping[int, Unit], far: Set[str], batch: T
     Large maps of many sizes, allocated in changing order, leave freed memory in pieces that add up to gigabytes.
     """
     largest = _largest_maps(model, batch)
-    found: dict[str, dict[int, Unit]] = {}
+    groups: dict[str, dict[int, Unit]] = {}
     for number, unit in units.items():
         place = timed_path(unit)
         key = unit.id if unit.id in far else place if largest.get(place, 0) > LARGE else ""
-        found.setdefault(key, {})[number] = unit
-    return list(found.values())
+        groups.setdefault(key, {})[number] = unit
+    return list(groups.values())
 
 
 def _largest_maps(model: nn.Module, batch: Tensor) -> dict[str, int]:
@@ -169,23 +170,23 @@ class _Timed:
     """What is timed: the model as it was given, for what is cut from it, and as it will be used, for what stays."""
 
     model: nn.Module
-    ready: nn.Module
-    how: Lossless
+    deployed: nn.Module
+    lossless: Lossless
 
 
 def _runs(timed: _Timed, units: Mapping[int, Unit], far: Set[str], batch: Tensor) -> dict[str, Callable[[], object]]:
     """What is timed: number of the unit and name of what runs in its place -> the call."""
     near = {path for unit in units.values() if unit.id not in far for path in _timed_paths(unit)}
-    given = _recorded_calls(timed.ready, near, batch) if near else {}
+    arguments = _recorded_calls(timed.deployed, near, batch) if near else {}
     return {
         f"{number} {name}": _synchronized(run, batch.device)
         for number, unit in units.items()
-        for name, run in (_layers(timed, unit, batch) if unit.id in far else _variants(timed, unit, given)).items()
+        for name, run in (_layers(timed, unit, batch) if unit.id in far else _variants(timed, unit, arguments)).items()
     }
 
 
 def count_units(units: Sequence[Unit]) -> tuple[UnitLatency, ...]:
-    """The same with millions of multiply-accumulates per sample in the place of milliseconds."""
+    """A latency table with millions of multiply-accumulates per sample in the place of milliseconds."""
     return tuple(_counted(unit) for unit in units)
 
 
@@ -212,15 +213,15 @@ def _far_apart(model: nn.Module, units: Iterable[Unit], batch: Tensor) -> frozen
 def _layers(timed: _Timed, unit: Unit, batch: Tensor) -> dict[str, Callable[[], object]]:
     """What is timed of a unit far apart, at every width: the layers that make and read its members."""
     taps = {path: Tap(path, "input") for path in unit.paths}
-    given = read_taps(timed.ready, batch, taps)
-    runs = {"unit": _in_turn(timed.ready, given)}
+    inputs = read_taps(timed.deployed, batch, taps)
+    runs = {"unit": _in_turn(timed.deployed, inputs)}
     assert isinstance(unit, WidthUnit)
     for width in _timed_widths(unit):
         smaller = copy.deepcopy(timed.model)
         width_kind(unit).narrow(smaller, unit, range(width))
-        apply(smaller, timed.how)
-        few = read_taps(smaller, batch[:2], taps)  # how wide the inputs are now
-        cut_inputs = {path: _compact(x[:, *map(slice, few[path].shape[1:])], like=x) for path, x in given.items()}
+        apply(smaller, timed.lossless)
+        narrow = read_taps(smaller, batch[:2], taps)  # as wide as the inputs are now
+        cut_inputs = {path: _compact(x[:, *map(slice, narrow[path].shape[1:])], like=x) for path, x in inputs.items()}
         runs[str(width)] = _in_turn(smaller, cut_inputs)
     return runs
 
@@ -237,26 +238,28 @@ def _in_turn(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], obj
     return lambda: [call() for call in calls]
 
 
-def _variants(timed: _Timed, unit: Unit, given: Mapping[str, _Given]) -> dict[str, Callable[[], object]]:
+def _variants(timed: _Timed, unit: Unit, arguments: Mapping[str, _Arguments]) -> dict[str, Callable[[], object]]:
     """What is timed of a unit: itself as "unit", and what may come in its place under the action or the width."""
     # In-place activations at a block's start would change the recorded input: each call gets the same anyway.
-    calls = [functools.partial(module_at(timed.ready, path), *given[path][0], **given[path][1])
-             for path in _timed_paths(unit)]  # fmt: skip
+    paths = _timed_paths(unit)
+    calls = [
+        functools.partial(module_at(timed.deployed, path), *arguments[path][0], **arguments[path][1]) for path in paths
+    ]
     runs: dict[str, Callable[[], object]] = {"unit": lambda: [call() for call in calls]}
-    place = _timed_paths(unit)[-1]
-    args, kwargs = given[place]
+    place = paths[-1]
+    args, kwargs = arguments[place]
     if isinstance(unit, WidthUnit):
         kind = width_kind(unit)
         for width in _timed_widths(unit):
             smaller = _Held(copy.deepcopy(module_at(timed.model, place)))
             kind.narrow(smaller, _inside(unit), range(width))
-            apply(smaller, within(timed.how, place, "held"))
+            apply(smaller, within(timed.lossless, place, "held"))
             runs[str(width)] = functools.partial(smaller, *args, **kwargs)
         return runs
     if has_replacement(unit):
         x = first_tensor(args or kwargs)
         assert x is not None
-        linear = apply(replacement(unit).to(x.device).eval(), within(timed.how, place))
+        linear = apply(replacement(unit).to(x.device).eval(), within(timed.lossless, place))
         runs["linear"] = functools.partial(linear, x)
     return runs
 
@@ -339,9 +342,9 @@ def _signature(unit: Unit) -> tuple[object, ...]:
     )
 
 
-def _recorded_calls(model: nn.Module, paths: Set[str], batch: Tensor) -> dict[str, _Given]:
+def _recorded_calls(model: nn.Module, paths: Set[str], batch: Tensor) -> dict[str, _Arguments]:
     """Path -> the arguments that the model gives the module there for ``batch``."""
-    arguments: dict[str, _Given] = {}
+    arguments: dict[str, _Arguments] = {}
     for call in trace(model, batch, paths=paths, values=True).calls:
         arguments |= {name: (call.args, dict(call.kwargs)) for name in call.names}
     return arguments
@@ -391,8 +394,3 @@ def compare(
         precision=PRECISION,
         runtime=runtime,
     )
-
-
-def spread(timing: Timing) -> str:
-    """Median with quartiles, for people."""
-    return f"{timing.median_ms:.4g} ms ({timing.low_ms:.4g} to {timing.high_ms:.4g})"

@@ -8,13 +8,11 @@ from torch import nn
 
 from ttmpd.artifact.write import Result, check_output
 from ttmpd.errors import InvalidValueError
-from ttmpd.latency.device import choose_device
 from ttmpd.models.modules import to_fast_format, to_plain_format
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predictions_of
-from ttmpd.pipeline.analysis import source_of, step_size
-from ttmpd.pipeline.calibration import open_pool, split
+from ttmpd.pipeline.preparation import prepare
 from ttmpd.pipeline.report_data import collect_adapted
 from ttmpd.pipeline.settings import settings_of
 from ttmpd.records import Plan
@@ -42,8 +40,8 @@ def adapt_to(
     Example:
         >>> import torch
         >>> from ttmpd.testing.tiny_models import tiny_model
-        >>> found = adapt_to(tiny_model(), torch.rand(40, 3, 8, 8), batch_size=8)
-        >>> found.model.training
+        >>> result = adapt_to(tiny_model(), torch.rand(40, 3, 8, 8), batch_size=8)
+        >>> result.model.training
         False
     """
     for name in settings:
@@ -53,17 +51,16 @@ def adapt_to(
     if output is not None:
         check_output(Path(output))
     opened = model if isinstance(model, OpenedModel) else open_model(model)
-    calibration = split(open_pool(samples, opened, chosen), chosen)
-    source = to_fast_format(source_of(opened, calibration.fit, choose_device(chosen.device), chosen.task))
+    prepared = prepare(opened, samples, chosen)
+    source, calibration = to_fast_format(prepared.source), prepared.calibration
+    size = prepared.step_size(chosen.batch_size)
     start = time.perf_counter()
-    adapted = chosen.adapt.adapt(
-        source, calibration.fit, batch_size=step_size(source, calibration.fit, chosen), seed=chosen.seed
-    )
+    adapted = chosen.adapt.adapt(source, calibration.fit, batch_size=size, seed=chosen.seed)
     seconds = time.perf_counter() - start
     before, after = (predictions_of(net, calibration.held_out, chosen.batch_size) for net in (source, adapted.model))
     facts = collect_adapted(opened, source, adapted, calibration, chosen, (before, after), seconds)
     net = to_plain_format(adapted.model).cpu().eval()
-    found = Result(net, Plan((), 0.0, 0.0, 0.0, 0.0), facts, calibration.ids, opened, kind="adapted")
+    result = Result(net, Plan((), 0.0, 0.0, 0.0, 0.0), facts, calibration.ids, opened, kind="adapted")
     if output is not None:
-        found.save(output)
-    return found
+        result.save(output)
+    return result

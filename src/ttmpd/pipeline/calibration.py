@@ -33,22 +33,19 @@ class Calibration:
         return self.fit.ids + self.held_out.ids
 
 
-def open_pool(data: Any, opened: OpenedModel, settings: Settings) -> Samples:
-    """What the samples are selected from; where the selector does not look at them, just as many as are wanted."""
-    n = max(settings.pool, settings.num_samples) if settings.select.uses_teacher else settings.num_samples
-    return open_samples(data, opened.preprocessing, num_samples=n, enough=settings.num_samples, seed=settings.seed)
+def open_calibration(data: Any, opened: OpenedModel, settings: Settings) -> Calibration:
+    """Read samples, and hold some of them out by seed: these speak for all data, whatever is selected from the others.
 
-
-def split(samples: Samples, settings: Settings) -> Calibration:
-    """Hold some samples out, by seed: these speak for all data, whatever is selected from the others later.
+    Where the selector looks at samples, there are more of them to fit on than are wanted: it chooses.
 
     Raises:
-        SamplesError: fewer than 2 samples would be left to fit on.
+        SamplesError: fewer than 2 samples would be left to fit on, or none can be read.
     """
+    n = max(settings.pool, settings.num_samples) if settings.select.uses_teacher else settings.num_samples
+    samples = open_samples(data, opened.preprocessing, num_samples=n, enough=settings.num_samples, seed=settings.seed)
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     n = min(len(samples), settings.num_samples)
-    n_held = round(n * settings.holdout) if n > 1 else 0
-    n_held = min(n - 1, n_held)
-    if n - n_held < 2:
-        raise SamplesError(f"a run must have at least 2 samples to fit on, but got {n - n_held}; give more samples")
-    return Calibration(samples.subset(order[n_held:]), samples.subset(order[:n_held]))
+    n_held_out = min(n - 1, round(n * settings.holdout)) if n > 1 else 0
+    if n - n_held_out < 2:
+        raise SamplesError(f"a run must have at least 2 samples to fit on, but got {n - n_held_out}; give more samples")
+    return Calibration(samples.subset(order[n_held_out:]), samples.subset(order[:n_held_out]))

@@ -4,12 +4,8 @@ select -> adapt -> find units -> time and score them -> plan -> cut and repair -
 """
 
 import dataclasses
-import shutil
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from importlib.metadata import version as installed_version
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +13,20 @@ from torch import Tensor, nn
 
 from ttmpd.artifact.write import Result, check_output
 from ttmpd.distill.base import FitContext
-from ttmpd.latency.device import choose_device, machine
 from ttmpd.latency.table import compare
 from ttmpd.latency.timing import Timings
 from ttmpd.models.modules import to_plain_format
-from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predictions_of
-from ttmpd.pipeline.analysis import Analysis, analyze, selected
-from ttmpd.pipeline.calibration import Calibration, open_pool, split
-from ttmpd.pipeline.candidates import Waypoint, walk
-from ttmpd.pipeline.planning import TOLERANCE, Attempt, Planned, make_plan, needed_ms
+from ttmpd.pipeline.analysis import Analysis, scores_of
+from ttmpd.pipeline.candidates import PartialPlan, rescored_path
+from ttmpd.pipeline.planning import TOLERANCE, Attempt, MeasuredPlan, make_plan, needed_ms
 from ttmpd.pipeline.report_data import collect
+from ttmpd.pipeline.run import Run, analyzed
 from ttmpd.pipeline.settings import Settings, Target, settings_of
-from ttmpd.pipeline.stages import Stages
-from ttmpd.records import UNCHANGED, Plan, Removal
+from ttmpd.records import UNCHANGED, Plan, Removal, Unit
 from ttmpd.repair.sequential import repaired
-from ttmpd.storage import disk_guarded, fingerprint, locked, weights_fingerprint
+from ttmpd.storage import fingerprint, locked
 from ttmpd.surgery.cut import replay
 from ttmpd.surgery.lossless import applied, apply, present
 from ttmpd.training.loop import TrainingResult
@@ -108,7 +101,7 @@ def compress_many(
     command: str = "",
     **settings: Any,
 ) -> list[Result]:
-    """The same for several targets: adaptation, timing, scores and the teacher's answers are made once.
+    """Faster models for several targets: adaptation, timing, scores and the teacher's predictions are made once.
 
     Args:
         model: as in :func:`compress`.
@@ -122,7 +115,8 @@ def compress_many(
     Example:
         >>> import torch
         >>> from ttmpd.distill.one_time import OneTime
-        >>> from ttmpd.pipeline.settings import Target
+        >>> from ttmpd.pipeline.run import Run, analyzed
+    from ttmpd.pipeline.settings import Target
         >>> from ttmpd.testing.tiny_models import tiny_model
         >>> quick = {"score": "magnitude", "adapt": "none", "distill": OneTime(steps=2, views=1), "batch_size": 8}
         >>> targets = [Target(macs=0.9), Target(macs=0.8)]
@@ -136,76 +130,22 @@ def compress_many(
         if folder is not None:
             check_output(folder)
     results = []
-    with ExitStack() as locks, prepared(model, samples, chosen, folders[0], resume) as (analysis, stages):
+    with ExitStack() as locks, analyzed(model, samples, chosen, folders[0], resume) as (analysis, run):
         for folder in folders[1:]:  # the first is locked with its stages
             if folder is not None:
                 locks.enter_context(locked(folder))
         # All plans come before any training: a target out of reach ends the run at once.
-        waypoints = walk(analysis, max(needed_ms(analysis, target) for target in targets), stages)
-        plans = [_planned(analysis, waypoints, target, stages) for target in targets]
-        starts = _starts(
-            analysis, [_repaired(analysis, planned.plan, stages, _key(planned.target)) for planned in plans]
-        )
-        fastest = min(_student_ms(analysis, planned) for planned in plans)
-        work = _work(analysis, min(start.agreement for start in starts), fastest, stages)
-        for planned, start, folder in zip(plans, starts, folders, strict=True):
-            result = finish(analysis, planned, start, stages, work, command)
+        path = rescored_path(analysis, max(needed_ms(analysis, target) for target in targets), chosen, run.stages)
+        plans = [_planned(analysis, path, target, run) for target in targets]
+        teacher = predictions_of(analysis.teacher, analysis.calibration.held_out, analysis.pass_size)
+        starts = [_started(analysis, planned, teacher, run) for planned in plans]
+        context = _fit_context(analysis, starts, teacher, run)
+        for start, folder in zip(starts, folders, strict=True):
+            result = finish(analysis, start, context, run, command)
             if folder is not None:
                 result.save(folder)
             results.append(result)
     return results
-
-
-@contextmanager
-def prepared(
-    model: nn.Module | str | OpenedModel,
-    samples: Any,
-    chosen: Settings,
-    output: Path | None = None,
-    resume: bool = False,
-) -> Iterator[tuple[Analysis, Stages]]:
-    """What is made once for all targets, and the stages: kept in ``output`` until the block ends well."""
-    opened = model if isinstance(model, OpenedModel) else open_model(model)
-    deadline = time.monotonic() + chosen.time_budget
-    calibration = split(open_pool(samples, opened, chosen), chosen)
-    with _work_folder(output) as work:
-        run = fingerprint(
-            weights_fingerprint(opened.module),
-            calibration.fit.ids,
-            calibration.held_out.ids,
-            chosen.to_dict() | {"time_budget": None},
-            None if opened.preprocessing is None else opened.preprocessing.to_dict(),
-        )
-        stages = Stages(work, run, resume, circumstances(chosen))
-        n = min(len(calibration), chosen.num_samples) - len(calibration.held_out)
-        calibration = Calibration(selected(opened, calibration.fit, n, chosen, stages), calibration.held_out)
-        yield analyze(opened, calibration, chosen, stages, deadline), stages
-
-
-def circumstances(chosen: Settings) -> dict[str, str | int]:
-    """What milliseconds of this run depend on: the device that "auto" is, threads, versions, allocator, runtime."""
-    runtime = chosen.runtime
-    return {
-        "ttmpd": installed_version("ttmpd"),
-        **machine(choose_device(chosen.device)),
-        "runtime": f"{runtime.name} {runtime.version}",
-    }
-
-
-@contextmanager
-def _work_folder(output: Path | None) -> Iterator[Path]:
-    """Where stages are kept: inside the output folder, removed once the artifact is written; else temporary."""
-    if output is None:
-        temporary = tempfile.TemporaryDirectory(prefix="ttmpd-")
-        with temporary as folder, disk_guarded(Path(folder)):
-            yield Path(folder) / "work"
-        return
-    with locked(output), disk_guarded(output):
-        for left in output.glob(".writing-*"):  # of a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        work = output / ".work"
-        yield work
-        shutil.rmtree(work, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -213,54 +153,68 @@ class Start:
     """A repaired student before any training.
 
     Args:
+        planned: the plan that it follows.
         student: trained in place later.
-        logits: (N, n_classes) its answers on the held-out samples.
-        agreement: the share of these on which the teacher answers alike; 1 when none are held out.
+        predictions: (M, ...) on the held-out samples.
+        agreement: the share of these that are the same as the teacher's; 1 when no samples are held out.
     """
 
+    planned: MeasuredPlan
     student: nn.Module
-    logits: Tensor
+    predictions: Tensor
     agreement: float
 
 
-def finish(
-    analysis: Analysis, planned: Planned, start: Start, stages: Stages, work: FitContext, command: str
-) -> Result:
-    """Distill a repaired student and measure it; ``work`` is that of all students: the most lost, the fastest."""
+def finish(analysis: Analysis, start: Start, context: FitContext, run: Run, command: str) -> Result:
+    """Distill a repaired student and measure it.
+
+    Args:
+        analysis: of the model.
+        start: the student.
+        context: of the distillation of all students: the most damaged one, the fastest one.
+        run: what was asked for.
+        command: recorded in the report.
+    """
+    planned, held_out, stages = start.planned, analysis.calibration.held_out, run.stages
     key, plan = _key(planned.target), planned.plan
+    fit, teacher = NOTHING_TO_FIT, context.held_out
     if plan.removals:
-        fit, teacher_logits = _distill(analysis, start, planned, work, stages)
-    else:
-        fit, teacher_logits = (
-            NOTHING_TO_FIT,
-            predictions_of(analysis.teacher, analysis.calibration.held_out, analysis.pass_size),
-        )
-    how = present(start.student, analysis.lossless)
-    student = apply(to_plain_format(start.student), how)
-    final = predictions_of(student, analysis.calibration.held_out, analysis.pass_size)
+        fit, teacher = _distill(analysis, start, context, run)
+    assert teacher is not None
+    lossless = present(start.student, analysis.lossless)
+    student = apply(to_plain_format(start.student), lossless)
+    final = predictions_of(student, held_out, analysis.pass_size)
     with stages.timed("measure", key):
-        unpruned = (
-            applied(analysis.source, analysis.lossless) if analysis.lossless != UNCHANGED and plan.removals else None
-        )
-        rounds = compare(analysis.source, student, analysis.batch, unpruned=unpruned, runtime=analysis.settings.runtime)
-        if analysis.lossless != UNCHANGED and not plan.removals:  # then the student is all that it is
-            rounds = Timings({**rounds.ms, "lossless": rounds.ms["compressed"]})
+        timings = _measured(analysis, student, plan, run.settings)
     facts = collect(
         analysis,
         planned,
+        run.opened,
+        run.settings,
         student=student,
-        rounds=rounds,
+        scores=scores_of(analysis, run.settings, stages) if plan.removals else (),
+        rounds=timings,
         fit=fit,
-        logits=(teacher_logits, start.logits, final),
+        logits=(teacher, start.predictions, final),
         seconds=stages.seconds(key),
     )
     facts["command"] = command
     facts["restarted"] = stages.restarted
     facts["target"] |= _verdict(planned, facts)
-    return Result(student.cpu(), plan, facts, analysis.calibration.ids, analysis.opened, facts["target"]["met"], how)
+    return Result(student.cpu(), plan, facts, analysis.calibration.ids, run.opened, facts["target"]["met"], lossless)
 
 
-def _verdict(planned: Planned, facts: Mapping[str, Any]) -> dict[str, bool]:
+def _measured(analysis: Analysis, student: nn.Module, plan: Plan, settings: Settings) -> Timings:
+    """Milliseconds of the model and the student, and of the model with the lossless changes alone where there are."""
+    changed = analysis.lossless != UNCHANGED
+    unpruned = applied(analysis.source, analysis.lossless) if changed and plan.removals else None
+    timings = compare(analysis.source, student, analysis.batch, unpruned=unpruned, runtime=settings.runtime)
+    if changed and not plan.removals:  # then the student is all that it is
+        return Timings({**timings.ms, "lossless": timings.ms["compressed"]})
+    return timings
+
+
+def _verdict(planned: MeasuredPlan, facts: Mapping[str, Any]) -> dict[str, bool]:
     """Whether the target is met: MACs are counted, milliseconds are measured and have a spread."""
     if planned.target.macs is not None:
         left = facts["student"]["macs"] / facts["model"]["macs"]
@@ -272,10 +226,7 @@ def _verdict(planned: Planned, facts: Mapping[str, Any]) -> dict[str, bool]:
 
 def first_path(removals: Sequence[Removal]) -> str:
     """Where the student first differs from the teacher: what makes the members of a narrowed unit trains, too."""
-    if not removals:
-        return ""
-    unit = removals[0].unit
-    return unit.paths[0]
+    return removals[0].unit.paths[0] if removals else ""
 
 
 def _key(target: Target) -> str:
@@ -283,108 +234,106 @@ def _key(target: Target) -> str:
     return fingerprint(str(target))[:8]
 
 
-def _planned(analysis: Analysis, waypoints: Sequence[Waypoint], target: Target, stages: Stages) -> Planned:
+def _planned(analysis: Analysis, path: Sequence[PartialPlan], target: Target, run: Run) -> MeasuredPlan:
     def compute() -> dict[str, Any]:
-        made = make_plan(analysis, waypoints, target)
+        planned = make_plan(analysis, path, target, settings=run.settings, stages=run.stages)
+        plan = planned.plan
         return {
-            "removals": _plain(made.plan.removals),
-            "numbers": [made.plan.harm, made.plan.original_ms, made.plan.budget_ms, made.plan.predicted_ms],
-            "attempts": [[a.predicted_ms, a.measured_ms, a.error_ms, _plain(a.removals)] for a in made.attempts],
-            "front": made.front,
+            "removals": _plain(plan.removals),
+            "numbers": [plan.harm, plan.original_ms, plan.budget_ms, plan.predicted_ms],
+            "attempts": [[a.predicted_ms, a.measured_ms, a.error_ms, _plain(a.removals)] for a in planned.attempts],
+            "front": planned.pareto_front,
         }
 
-    stored = stages.json("plan", compute, _key(target))
-    plan = Plan(_removals(analysis, stored["removals"]), *stored["numbers"])
+    stored = run.stages.json("plan", compute, _key(target))
+    plan = Plan(_removals(analysis.units, stored["removals"]), *stored["numbers"])
     attempts = tuple(
-        Attempt(predicted, measured, error, _removals(analysis, rows))
+        Attempt(predicted, measured, error, _removals(analysis.units, rows))
         for predicted, measured, error, rows in stored["attempts"]
     )
-    return Planned(target, plan, attempts, tuple(stored["front"]))
+    return MeasuredPlan(target, plan, attempts, tuple(stored["front"]))
 
 
 def _plain(removals: Sequence[Removal]) -> list[Any]:
     return [[removal.unit.id, removal.action, list(removal.kept)] for removal in removals]
 
 
-def _removals(analysis: Analysis, rows: Sequence[Any]) -> tuple[Removal, ...]:
-    units = {unit.id: unit for unit in analysis.found.units}
-    return tuple(Removal(units[name], action, tuple(kept)) for name, action, kept in rows)
+def _removals(units: Sequence[Unit], rows: Sequence[Any]) -> tuple[Removal, ...]:
+    by_id = {unit.id: unit for unit in units}
+    return tuple(Removal(by_id[unit_id], action, tuple(kept)) for unit_id, action, kept in rows)
 
 
-def _repaired(analysis: Analysis, plan: Plan, stages: Stages, key: str) -> nn.Module:
-    made: nn.Module | None = None
+def _started(analysis: Analysis, planned: MeasuredPlan, teacher: Tensor, run: Run) -> Start:
+    """The repaired student of a plan, and how well it agrees with the teacher on the held-out samples."""
+    student = _repaired(analysis, planned, run)
+    predictions = predictions_of(student, analysis.calibration.held_out, analysis.pass_size)
+    agreement = task_of(analysis.teacher).agreement(predictions, teacher) if len(teacher) else 1.0
+    return Start(planned, student, predictions, agreement)
+
+
+def _repaired(analysis: Analysis, planned: MeasuredPlan, run: Run) -> nn.Module:
+    student: nn.Module | None = None
+    removals = planned.plan.removals
 
     def compute() -> tuple[dict[str, Tensor], Any]:
-        few = analysis.calibration.fit.first(MAX_REPAIR)
-        scope = analysis.settings.score.refit_scope
-        student = repaired(analysis.teacher, plan.removals, few, batch_size=analysis.pass_size, refit_scope=scope)
-        nonlocal made
-        made = student
+        nonlocal student
+        samples, scope = analysis.calibration.fit.first(MAX_REPAIR), run.settings.score.refit_scope
+        student = repaired(analysis.teacher, removals, samples, batch_size=analysis.pass_size, refit_scope=scope)
         return student.state_dict(), None
 
-    state, _ = stages.tensors("repair", compute, key)
-    return made if made is not None else replay(analysis.teacher, plan.removals, state)
+    state, _ = run.stages.tensors("repair", compute, _key(planned.target))
+    return student if student is not None else replay(analysis.teacher, removals, state)
 
 
-def _starts(analysis: Analysis, students: Sequence[nn.Module]) -> list[Start]:
-    answers = [predictions_of(student, analysis.calibration.held_out, analysis.pass_size) for student in students]
-    if not len(analysis.calibration.held_out):
-        return [Start(student, logits, 1.0) for student, logits in zip(students, answers, strict=True)]
-    wanted = predictions_of(analysis.teacher, analysis.calibration.held_out, analysis.pass_size)
-    task = task_of(analysis.teacher)
-    return [
-        Start(student, logits, task.agreement(logits, wanted))
-        for student, logits in zip(students, answers, strict=True)
-    ]
-
-
-def _student_ms(analysis: Analysis, planned: Planned) -> float:
+def _student_ms(analysis: Analysis, planned: MeasuredPlan) -> float:
     """Milliseconds of a batch in the student: as measured when it was planned, or as predicted."""
-    tried = {attempt.removals: attempt.measured_ms for attempt in planned.attempts}
-    found = tried.get(planned.plan.removals, planned.plan.predicted_ms)
-    return min(max(found, 0.05 * analysis.lossless_ms), analysis.lossless_ms)
+    measured = {attempt.removals: attempt.measured_ms for attempt in planned.attempts}
+    ms = measured.get(planned.plan.removals, planned.plan.predicted_ms)
+    return min(max(ms, 0.05 * analysis.lossless_ms), analysis.lossless_ms)
 
 
-def _work(analysis: Analysis, agreement: float, student_ms: float, stages: Stages) -> FitContext:
-    """Where and how long to distill."""
-    settings = analysis.settings
+def _fit_context(analysis: Analysis, starts: Sequence[Start], teacher: Tensor, run: Run) -> FitContext:
+    """Where and how long to distill: what serves the most damaged and the fastest student serves all of them."""
+    settings = run.settings
+    student_ms = min(_student_ms(analysis, start.planned) for start in starts)
     return FitContext(
-        folder=stages.folder / "targets",
+        folder=run.stages.folder / "targets",
         batch_size=analysis.pass_size,
         seed=settings.seed,
-        deadline=analysis.deadline,
+        deadline=run.deadline,
         amp=settings.amp,
-        agreement=agreement,
+        agreement=min(start.agreement for start in starts),
         sample_ms=student_ms / settings.batch_size,
+        memory=analysis.memory,
+        held_out=teacher,
     )
 
 
-def _distill(
-    analysis: Analysis, start: Start, planned: Planned, work: FitContext, stages: Stages
-) -> tuple[TrainingResult, Tensor]:
+def _distill(analysis: Analysis, start: Start, context: FitContext, run: Run) -> tuple[TrainingResult, Tensor]:
     """Prepare targets once for all students, then train this student; the teacher is out of reach of ``fit``."""
-    method, key = analysis.settings.distill, _key(planned.target)
-    targets = load_teacher_outputs(work.folder) if method.one_time else None
+    method, stages, calibration = run.settings.distill, run.stages, analysis.calibration
+    targets = load_teacher_outputs(context.folder) if method.one_time else None
     if targets is None:
         with stages.timed("prepare"):
-            targets = method.prepare(analysis.teacher, analysis.calibration.fit, analysis.calibration.held_out, work)
+            targets = method.prepare(analysis.teacher, calibration.fit, calibration.held_out, context)
         if method.one_time:
-            save_teacher_outputs(targets, work.folder)
+            save_teacher_outputs(targets, context.folder)
     else:
         stages.reused.append("prepare")
-    own = dataclasses.replace(
-        work,
+    key = _key(start.planned.target)
+    student_context = dataclasses.replace(
+        context,
         folder=stages.folder / f"distill-{key}",
         agreement=start.agreement,
-        first=first_path(planned.plan.removals),
-        sample_ms=_student_ms(analysis, planned) / analysis.settings.batch_size,
+        first=first_path(start.planned.plan.removals),
+        sample_ms=_student_ms(analysis, start.planned) / run.settings.batch_size,
     )
-    own.folder.mkdir(exist_ok=True)
+    student_context.folder.mkdir(exist_ok=True)
 
     def compute() -> tuple[dict[str, Tensor], Any]:
-        fit = method.fit(start.student, analysis.calibration.fit, analysis.calibration.held_out, targets, own)
+        fit = method.fit(start.student, calibration.fit, calibration.held_out, targets, student_context)
         return start.student.state_dict(), dataclasses.asdict(fit)
 
-    state, told = stages.tensors("distill", compute, key)
+    state, fit = stages.tensors("distill", compute, key)
     start.student.load_state_dict(state)
-    return TrainingResult(**told), targets.held_out
+    return TrainingResult(**fit), targets.held_out

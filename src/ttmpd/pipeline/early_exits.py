@@ -15,15 +15,13 @@ from ttmpd.data.samples import Samples
 from ttmpd.early_exit.base import EarlyExit, Equipped
 from ttmpd.early_exit.right_tool import RightTool
 from ttmpd.errors import InvalidValueError, UnsupportedError
-from ttmpd.latency.device import choose_device
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predictions_of
 from ttmpd.pipeline import defaults
-from ttmpd.pipeline.analysis import PASS_SIZE, pass_size, source_of
-from ttmpd.pipeline.calibration import Calibration, open_pool, split
 from ttmpd.pipeline.exit_choice import ThresholdChoice, choose, fitted, time_exits
 from ttmpd.pipeline.exit_threshold import ExitConfidences, exit_answers, exit_confidences
+from ttmpd.pipeline.preparation import PASS_SIZE, Prepared, prepare
 from ttmpd.pipeline.report_data import collect_exits
 from ttmpd.pipeline.settings import Settings, Target, settings_of
 from ttmpd.records import Plan
@@ -84,18 +82,14 @@ def add_early_exits(
     opened = model if isinstance(model, OpenedModel) else open_model(model)
     check_without_exits(opened.module)
     classes = _labels(labels, samples)
-    calibration = split(open_pool(samples, opened, chosen), chosen)
-    source = source_of(opened, calibration.fit, choose_device(chosen.device), chosen.task)
+    prepared = prepare(opened, samples, chosen)
+    source, calibration = prepared.source, prepared.calibration
     check_exits_fit(source)
     start = time.perf_counter()
     classes_of_fit = None if classes is None else classes.of(calibration.fit)
-    equipped, confidences, before = _equipped(source, calibration, method, classes_of_fit, chosen.seed)
-    trained, every = time.perf_counter(), _joined(calibration.fit, calibration.held_out)
-    timed = time_exits(source, equipped.model, every, chosen.batch_size)
-    budget_ms = target.budget_ms(timed.original_ms)
-    equipped, confidences, timed = fitted(method, equipped, confidences, timed, budget_ms)
-    choice = choose(source, equipped.model, every, confidences, timed, budget_ms)
-    equipped.model.threshold = choice.threshold
+    equipped, confidences, before = _equipped(prepared, method, classes_of_fit, chosen.seed)
+    trained = time.perf_counter()
+    equipped, confidences, choice = _timed(prepared, method, equipped, confidences, target, chosen.batch_size)
     plan = Plan((), 0.0, choice.original_ms, choice.budget_ms, choice.predicted_ms)
     found = {
         "method": method.to_dict(),
@@ -135,21 +129,39 @@ def check_exits_fit(model: nn.Module) -> None:
 
 
 def _equipped(
-    source: nn.Module, calibration: Calibration, tool: EarlyExit, classes: Tensor | None, seed: int
+    prepared: Prepared, method: EarlyExit, classes: Tensor | None, seed: int
 ) -> tuple[Equipped, ExitConfidences, Tensor]:
-    """The model with exits; how sure they are of all samples, the held-out ones behind; its own answers to these."""
-    size = pass_size(source, calibration.fit, PASS_SIZE)
-    equipped = tool.equip(source, calibration.fit, labels=classes, batch_size=size, seed=seed)
-    answers, own = exit_answers(equipped.model, calibration.held_out, size)
-    every = torch.cat([equipped.exit_logits.cpu(), answers], 1)
-    return equipped, exit_confidences(every, torch.cat([equipped.logits.cpu(), own])), own
+    """The model with exits, their confidences on all samples, the held-out ones last, and its logits on these."""
+    size, calibration = prepared.pass_size(PASS_SIZE), prepared.calibration
+    equipped = method.equip(prepared.source, calibration.fit, labels=classes, batch_size=size, seed=seed)
+    exit_logits, logits = exit_answers(equipped.model, calibration.held_out, size)
+    all_exit_logits = torch.cat([equipped.exit_logits.cpu(), exit_logits], 1)
+    return equipped, exit_confidences(all_exit_logits, torch.cat([equipped.logits.cpu(), logits])), logits
 
 
-def _settings(given: dict[str, Any]) -> Settings:
-    for name in given:
+def _timed(
+    prepared: Prepared,
+    method: EarlyExit,
+    equipped: Equipped,
+    confidences: ExitConfidences,
+    target: Target,
+    batch_size: int,
+) -> tuple[Equipped, ExitConfidences, ThresholdChoice]:
+    """Time the exits, keep those that are worth their time, and set the threshold that meets the target."""
+    samples = _joined(prepared.calibration.fit, prepared.calibration.held_out)
+    latencies = time_exits(prepared.source, equipped.model, samples, batch_size)
+    budget_ms = target.budget_ms(latencies.original_ms)
+    equipped, confidences, latencies = fitted(method, equipped, confidences, latencies, budget_ms)
+    choice = choose(prepared.source, equipped.model, samples, confidences, latencies, budget_ms)
+    equipped.model.threshold = choice.threshold
+    return equipped, confidences, choice
+
+
+def _settings(arguments: dict[str, Any]) -> Settings:
+    for name in arguments:
         if name not in _USED:
             raise InvalidValueError(f"a setting of exits must be one of {', '.join(_USED)}, but got {name!r}")
-    return settings_of(_DEFAULTS | given)
+    return settings_of(_DEFAULTS | arguments)
 
 
 def _labels(labels: str | Path | Sequence[int] | None, data: Any) -> Labels | None:
@@ -159,13 +171,13 @@ def _labels(labels: str | Path | Sequence[int] | None, data: Any) -> Labels | No
 
 
 def _joined(first: Samples, second: Samples) -> Samples:
-    """One record of both."""
+    """The samples of both, the second ones last."""
     inputs, names = torch.cat([first.inputs, second.inputs]), first.names + second.names
     return dataclasses.replace(first, inputs=inputs, ids=first.ids + second.ids, names=names)
 
 
 def _exits(equipped: Equipped, choice: ThresholdChoice, confidences: ExitConfidences) -> dict[str, Any]:
-    """What the report tells of exits: a row for each, and the end."""
+    """The exits as plain data for the report: a row for each, and the end of the model."""
     facts, places = choice.facts(confidences), equipped.model.spec.exits
     thresholds = equipped.model.spec.thresholds(choice.threshold)
     rows = [

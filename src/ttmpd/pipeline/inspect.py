@@ -12,19 +12,20 @@ from ttmpd.latency.timing import Timing, time_models
 from ttmpd.method import check_range, method_of
 from ttmpd.models.example import example_batch
 from ttmpd.models.macs import count_macs
-from ttmpd.models.modules import clone, count_parameters
+from ttmpd.models.modules import count_parameters
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
 from ttmpd.pipeline.analysis import Analysis
-from ttmpd.pipeline.candidates import walk
-from ttmpd.pipeline.compress import prepared
-from ttmpd.pipeline.planning import Planned, make_plan, needed_ms
+from ttmpd.pipeline.candidates import rescored_path
+from ttmpd.pipeline.planning import MeasuredPlan, make_plan, needed_ms
+from ttmpd.pipeline.preparation import working_copy
+from ttmpd.pipeline.run import analyzed
 from ttmpd.pipeline.settings import DEFAULT_UNITS, Target, check_kinds, settings_of
 from ttmpd.records import Unit
 from ttmpd.surgery.exits.model import check_without_exits
 from ttmpd.surgery.find import find_units, holders_of
 from ttmpd.tasks.base import Task
-from ttmpd.training.task import assign_task
+from ttmpd.training.task import task_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Inspection:
             row = {"id": unit.id} | dataclasses.asdict(unit) | {"macs_share": unit.macs / max(1, self.macs)}
             if self.whole is not None:
                 row["ms"] = ms[unit.id].ms
-                row |= {f"{action}_ms": stand_in for action, stand_in in ms[unit.id].stand_ins.items()}
+                row |= {f"{action}_ms": value for action, value in ms[unit.id].replacements.items()}
                 row["ms_share"] = ms[unit.id].ms / self.whole.median_ms
             units.append(row)
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -108,37 +109,35 @@ def inspect(
 
     Example:
         >>> from ttmpd.demo.digits import demo_model
-        >>> found = inspect(demo_model(), timed=False)
-        >>> len(found.units), found.units[0].id
+        >>> inspection = inspect(demo_model(), timed=False)
+        >>> len(inspection.units), inspection.units[0].id
         (25, 'stage1.0')
     """
     check_range("batch_size", batch_size, 1)
     check_kinds(units)
     opened = model if isinstance(model, OpenedModel) else open_model(model)
-    where = choose_device(device)
     check_without_exits(opened.module)
-    net = clone(opened.module).to(where).eval()
+    where = choose_device(device)
     batch = example_batch(opened, samples, batch_size).to(where)
-    few = batch[:2]
-    chosen = cast(Task, method_of("task", task)) if isinstance(task, str) else task
-    what = assign_task(net, few, chosen, opened.preprocessing)
-    found = find_units(net, few, units)
-    known = Inspection(
+    pair = batch[:2]
+    net = working_copy(opened, pair, cast(Task, method_of("task", task)) if isinstance(task, str) else task)
+    search = find_units(net, pair, units)
+    inspection = Inspection(
         type(net).__name__,
         count_parameters(net),
-        count_macs(net, few)[""],
+        count_macs(net, pair)[""],
         tuple(batch.shape[1:]),
-        found.units,
-        tuple((path, str(refusal)) for path, refusal in found.not_removable.items()),
+        search.units,
+        tuple((path, str(refusal)) for path, refusal in search.not_removable.items()),
         batch_size,
         machine(where),
-        task=what.name,
+        task=task_of(net).name,
     )
     if not timed:
-        return known
+        return inspection
     whole = time_models({"whole": net}, batch, rounds=5, min_seconds=0.5).timing("whole")
-    timings = time_units(net, found.units, batch, rounds=3, min_seconds=0.5)
-    return dataclasses.replace(known, whole=whole, timings=timings)
+    latencies = time_units(net, search.units, batch, rounds=3, min_seconds=0.5)
+    return dataclasses.replace(inspection, whole=whole, timings=latencies)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -146,13 +145,13 @@ class Preview:
     """What ``compress`` would do.
 
     Args:
-        analysis: timings, scores and the adapted teacher.
+        analysis: the units with their latencies, and the adapted teacher.
         plans: the plan for each target with the planner's rounds; the last one measured the cut model.
         seconds: per stage.
     """
 
     analysis: Analysis
-    plans: tuple[Planned, ...]
+    plans: tuple[MeasuredPlan, ...]
     seconds: dict[str, float]
 
 
@@ -179,7 +178,8 @@ def preview(
         >>> len(plans)
         1
     """
-    with prepared(model, samples, settings_of(settings)) as (analysis, stages):
-        waypoints = walk(analysis, max(needed_ms(analysis, target) for target in targets), stages)
-        plans = tuple(make_plan(analysis, waypoints, target) for target in targets)
-        return Preview(analysis, plans, stages.seconds())
+    chosen = settings_of(settings)
+    with analyzed(model, samples, chosen) as (analysis, run):
+        path = rescored_path(analysis, max(needed_ms(analysis, target) for target in targets), chosen, run.stages)
+        plans = tuple(make_plan(analysis, path, target, settings=chosen, stages=run.stages) for target in targets)
+        return Preview(analysis, plans, run.stages.seconds())

@@ -9,10 +9,19 @@ from torch import Tensor
 from ttmpd.errors import BudgetUnreachableError
 from ttmpd.latency.table import compare, count_units
 from ttmpd.models.macs import count_macs
-from ttmpd.pipeline.analysis import Analysis
-from ttmpd.pipeline.candidates import WAYS, Judge, Waypoint, choose, judge, total_harm
-from ttmpd.pipeline.settings import Target
-from ttmpd.records import Option, Plan, Removal, Unit
+from ttmpd.pipeline.analysis import Analysis, scores_of
+from ttmpd.pipeline.candidates import (
+    VARIANTS,
+    Judge,
+    PartialPlan,
+    best_plan,
+    nothing_removed,
+    plan_judge,
+    total_harm,
+)
+from ttmpd.pipeline.settings import Settings, Target
+from ttmpd.pipeline.stages import Stages
+from ttmpd.records import Option, Plan, Removal, Score, Unit
 from ttmpd.surgery.cut import skeleton
 from ttmpd.surgery.find import find_units
 
@@ -25,15 +34,15 @@ MARGIN = 0.01
 SLACK = 0.03
 """How much slower than asked the first plan may be predicted: where units are few and large there may be none between
 one that just misses and one that is far too fast, and the cut model is measured anyway."""
-BEST_WAYS = (len(WAYS), 2, 1)
-"""How many of the ways that were best are tried in the first round, in the second, and in those after."""
+VARIANTS_PER_ROUND = (len(VARIANTS), 2, 1)
+"""How many of the variants that were best are tried in the first round, in the second, and in those after."""
 TOLERANCE = 0.005
 """By how much a plan may miss in its measurement: what two measurements of one model differ by."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Attempt:
-    """One round of the planner: what was predicted, what the cut model measured, and how sure that is."""
+    """One round of the planner: what was predicted, what the cut model measured, and the standard error of that."""
 
     predicted_ms: float
     measured_ms: float
@@ -42,20 +51,20 @@ class Attempt:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Planned:
+class MeasuredPlan:
     """A plan with how it came about.
 
     Args:
         target: what was asked for.
         plan: what is removed.
         attempts: the planner's rounds; none for a share of the MACs, which is counted.
-        front: predicted harm over predicted latency for other targets.
+        pareto_front: predicted harm over predicted latency for other targets.
     """
 
     target: Target
     plan: Plan
     attempts: tuple[Attempt, ...]
-    front: tuple[dict[str, float], ...] = ()
+    pareto_front: tuple[dict[str, float], ...] = ()
 
 
 def needed_ms(analysis: Analysis, target: Target) -> float:
@@ -69,47 +78,46 @@ def needed_ms(analysis: Analysis, target: Target) -> float:
     return max(analysis.lossless_ms - budget * (1 + SLACK), (analysis.lossless_ms - budget) / 2)
 
 
-def make_plan(analysis: Analysis, waypoints: Sequence[Waypoint], target: Target) -> Planned:
+def make_plan(
+    analysis: Analysis, path: Sequence[PartialPlan], target: Target, *, settings: Settings, stages: Stages
+) -> MeasuredPlan:
     """Choose removals, cut, measure the cut model, and correct what was asked of the planner until it fits.
+
+    Args:
+        analysis: of the model.
+        path: see :func:`ttmpd.pipeline.candidates.rescored_path`; empty where nothing has to go.
+        target: to reach.
+        settings: of the run.
+        stages: where scores are kept.
 
     Raises:
         BudgetUnreachableError: even removing every unit is predicted to be too slow.
     """
     if target.macs is not None:
-        return _plan_by_macs(analysis, target, target.macs)
-    ask = _Ask(target.budget_ms(analysis.original_ms), needed_ms(analysis, target))
-    tried: dict[Attempt, tuple[Option, ...]] = {}
-    harm_of, ways = judge(analysis), WAYS
-    if ask.needed_ms <= 0:
-        attempt = _try(analysis, ())
-        tried[attempt] = ()
-        missing = attempt.measured_ms - ask.budget_ms
-        ask.needed_ms = 0.0 if attempt.measured_ms <= ask.limit_ms else max(MARGIN * ask.budget_ms, missing)
-    if ask.needed_ms > 0 and not waypoints:
-        waypoints = (Waypoint((), analysis.options),)
-    while ask.needed_ms > 0 and len(tried) < MAX_PLANS:
+        return _plan_by_macs(analysis, target, target.macs, scores_of(analysis, settings, stages), settings)
+    search = _Bisection(target.budget_ms(analysis.original_ms), needed_ms(analysis, target))
+    harm_of = plan_judge(analysis, settings)
+    attempts: dict[Attempt, tuple[Option, ...]] = {}
+    if search.needed_ms <= 0:
+        unpruned = _measured(analysis, (), settings)
+        attempts[unpruned] = ()
+        search.begin(unpruned)
+    if search.needed_ms > 0:
+        path = path or (nothing_removed(analysis, settings, stages),)
         try:
-            few = ways[: BEST_WAYS[min(len(tried), len(BEST_WAYS) - 1)]]
-            chosen, ways = choose(analysis, waypoints, ask.needed_ms, harm_of, few)
+            _search(search, attempts, analysis, path, settings=settings, harm_of=harm_of)
         except BudgetUnreachableError as error:
-            if tried:
-                break
             best_ms = analysis.lossless_ms - error.best_ms
             raise BudgetUnreachableError(_unreachable(analysis, target, best_ms), best_ms) from None
-        if any(attempt.removals == analysis.removals(chosen) for attempt in tried):
-            break  # what is asked differs, the plan does not
-        attempt = _try(analysis, chosen)
-        tried[attempt] = chosen
-        if not ask.learn(attempt, analysis.lossless_ms - attempt.predicted_ms):
-            break
-    best, harm = _best(tried, ask.limit_ms, harm_of)
-    plan = Plan(best.removals, harm, analysis.original_ms, ask.budget_ms, best.predicted_ms)
-    return Planned(target, plan, tuple(tried), front(analysis, waypoints) if plan.removals else ())
+    best, harm = _best(attempts, search.limit_ms, harm_of)
+    plan = Plan(best.removals, harm, analysis.original_ms, search.budget_ms, best.predicted_ms)
+    front = pareto_front(analysis, path, settings) if plan.removals else ()
+    return MeasuredPlan(target, plan, tuple(attempts), front)
 
 
 @dataclasses.dataclass(slots=True)
-class _Ask:
-    """What is asked of the planner, between what was too little and what was enough.
+class _Bisection:
+    """How much the next plan is to save, between what was too little and what was enough.
 
     Args:
         budget_ms: of the student.
@@ -126,11 +134,16 @@ class _Ask:
         """Milliseconds with which the budget is met."""
         return self.budget_ms * (1 + TOLERANCE)
 
-    def learn(self, attempt: Attempt, promised_ms: float) -> bool:
+    def begin(self, unpruned: Attempt) -> None:
+        """Start from the model with nothing removed: where it meets the budget, no plan is needed."""
+        missing = unpruned.measured_ms - self.budget_ms
+        self.needed_ms = 0.0 if unpruned.measured_ms <= self.limit_ms else max(MARGIN * self.budget_ms, missing)
+
+    def update(self, attempt: Attempt, promised_ms: float) -> bool:
         """Units save less or more than they promise: ask for what was missing, or give back what was too much.
 
         Returns:
-            Whether there is reason to go on.
+            True when another plan is worth trying.
         """
         if attempt.measured_ms > self.limit_ms:
             self.too_little = max(self.too_little, self.needed_ms, promised_ms)
@@ -146,29 +159,66 @@ class _Ask:
         return True
 
 
-def _best(tried: Mapping[Attempt, Sequence[Option]], limit_ms: float, harm_of: Judge | None) -> tuple[Attempt, float]:
+def _search(
+    search: _Bisection,
+    attempts: dict[Attempt, tuple[Option, ...]],
+    analysis: Analysis,
+    path: Sequence[PartialPlan],
+    *,
+    settings: Settings,
+    harm_of: Judge | None,
+) -> None:
+    """Measure plans until one fits, and note them in ``attempts``.
+
+    Raises:
+        BudgetUnreachableError: no plan saves enough, and none was measured before; ``best_ms`` is what all would save.
+    """
+    variants = VARIANTS
+    while len(attempts) < MAX_PLANS:
+        promising = variants[: VARIANTS_PER_ROUND[min(len(attempts), len(VARIANTS_PER_ROUND) - 1)]]
+        try:
+            chosen, variants = best_plan(
+                path, search.needed_ms, units=analysis.units, settings=settings, harm_of=harm_of, variants=promising
+            )
+        except BudgetUnreachableError:
+            if attempts:
+                return
+            raise
+        if any(attempt.removals == analysis.removals(chosen) for attempt in attempts):
+            return  # what is asked differs, the plan does not
+        attempt = _measured(analysis, chosen, settings)
+        attempts[attempt] = chosen
+        if not search.update(attempt, analysis.lossless_ms - attempt.predicted_ms) or search.needed_ms <= 0:
+            return
+
+
+def _best(
+    attempts: Mapping[Attempt, Sequence[Option]], limit_ms: float, harm_of: Judge | None
+) -> tuple[Attempt, float]:
     """The least harmful plan that is fast enough, else the fastest, with its harm; no others are judged here."""
-    met = [attempt for attempt in tried if attempt.measured_ms <= limit_ms]
-    few = met or [min(tried, key=lambda attempt: attempt.measured_ms)]
-    harms = {attempt: (harm_of or total_harm)(tried[attempt]) if tried[attempt] else 0.0 for attempt in few}
+    met = [attempt for attempt in attempts if attempt.measured_ms <= limit_ms]
+    eligible = met or [min(attempts, key=lambda attempt: attempt.measured_ms)]
+    harms = {attempt: (harm_of or total_harm)(attempts[attempt]) if attempts[attempt] else 0.0 for attempt in eligible}
     best = min(harms, key=harms.__getitem__)
     return best, harms[best]
 
 
-def _plan_by_macs(analysis: Analysis, target: Target, share: float) -> Planned:
+def _plan_by_macs(
+    analysis: Analysis, target: Target, share: float, scores: Sequence[Score], settings: Settings
+) -> MeasuredPlan:
     """The least harmful removals that leave ``share`` of the multiply-accumulates, which are counted, not measured.
 
     Scores are taken as independent: this is how published budgets are met. No latency is to be reached, so none is
     measured here: the plan holds the predicted milliseconds, and there are no attempts.
     """
-    few = analysis.batch[:2]
-    total = count_macs(analysis.source, few)[""] / 1e6
-    counted = dataclasses.replace(analysis, timings=count_units(_units_on(analysis, few)), original_ms=total)
-    options = counted.options_of(analysis.scores)
+    pair = analysis.batch[:2]
+    total = count_macs(analysis.source, pair)[""] / 1e6
+    counted = dataclasses.replace(analysis, latencies=count_units(_units_on(analysis, pair)))
+    options = counted.options(scores, settings.actions)
     needed, chosen = total * (1 - share), tuple[Option, ...]()
     for _ in range(MAX_PLANS):
         try:
-            chosen = analysis.settings.plan.choose(options, needed, seed=analysis.settings.seed)
+            chosen = settings.plan.choose(options, needed, seed=settings.seed)
         except BudgetUnreachableError as error:
             best = 1 - error.best_ms / total
             raise BudgetUnreachableError(
@@ -176,44 +226,50 @@ def _plan_by_macs(analysis: Analysis, target: Target, share: float) -> Planned:
                 f"{best:.3g} remain; ask for more",
                 best,
             ) from None
-        left = count_macs(skeleton(analysis.source, analysis.removals(chosen)), few)[""] / 1e6
+        left = count_macs(skeleton(analysis.source, analysis.removals(chosen)), pair)[""] / 1e6
         if left <= share * total * (1 + TOLERANCE):
             break
         needed += left - share * total
-    predicted = analysis.lossless_ms - sum(option.saved_ms for option in _in_ms(analysis, chosen))
+    timed = _same_removals(analysis.options(scores, settings.actions), chosen)
+    predicted = analysis.lossless_ms - sum(option.saved_ms for option in timed)
     plan = Plan(analysis.removals(chosen), total_harm(chosen), analysis.original_ms, predicted, predicted)
-    return Planned(target, plan, ())
+    return MeasuredPlan(target, plan, ())
 
 
-def _units_on(analysis: Analysis, few: Tensor) -> list[Unit]:
-    """The units with their operations on these samples: texts may be shorter than those they were found on."""
+def _units_on(analysis: Analysis, batch: Tensor) -> list[Unit]:
+    """The units with their operations on a batch: its texts may be shorter than those they were found on."""
     if not analysis.calibration.fit.is_text:
-        return list(analysis.found.units)
-    kinds = list(dict.fromkeys(unit.kind for unit in analysis.found.units))
-    here = {unit.id: unit for unit in find_units(analysis.source, few, kinds).units}
-    return [here.get(unit.id, unit) for unit in analysis.found.units]
+        return list(analysis.units)
+    kinds = list(dict.fromkeys(unit.kind for unit in analysis.units))
+    by_id = {unit.id: unit for unit in find_units(analysis.source, batch, kinds).units}
+    return [by_id.get(unit.id, unit) for unit in analysis.units]
 
 
-def _in_ms(analysis: Analysis, chosen: Sequence[Option]) -> list[Option]:
-    """The chosen options as they are in milliseconds."""
-    wanted = {(option.unit_id, option.action, option.kept) for option in chosen}
-    return [option for option in analysis.options if (option.unit_id, option.action, option.kept) in wanted]
+def _same_removals(options: Sequence[Option], chosen: Sequence[Option]) -> list[Option]:
+    """Those of the options that remove what the chosen ones do, whatever they are said to save."""
+    removed = {(option.unit_id, option.action, option.kept) for option in chosen}
+    return [option for option in options if (option.unit_id, option.action, option.kept) in removed]
 
 
 def _unreachable(analysis: Analysis, target: Target, best_ms: float) -> str:
     return (
-        f"the target must be reachable by removing units, but {target} is not: with all {len(analysis.found.units)} "
+        f"the target must be reachable by removing units, but {target} is not: with all {len(analysis.units)} "
         f"units removed {best_ms:.3g} of {analysis.original_ms:.3g} ms remain; ask for --speedup "
         f"{max(1.01, math.floor(analysis.original_ms / max(best_ms, 1e-9) * 95) / 100):.4g} or less"
     )
 
 
-def _try(analysis: Analysis, chosen: Sequence[Option]) -> Attempt:
+def _measured(analysis: Analysis, chosen: Sequence[Option], settings: Settings) -> Attempt:
+    """Cut the model by the chosen options and time it."""
     removals = analysis.removals(chosen)
-    cut = skeleton(analysis.source, removals, analysis.lossless)
-    runtime = analysis.settings.runtime
     timings = compare(
-        analysis.source, cut, analysis.batch, runtime=runtime, rounds=15, min_seconds=3.0, max_seconds=6.0
+        analysis.source,
+        skeleton(analysis.source, removals, analysis.lossless),
+        analysis.batch,
+        runtime=settings.runtime,
+        rounds=15,
+        min_seconds=3.0,
+        max_seconds=6.0,
     )
     ratio = timings.ratio("original", "compressed")
     predicted = analysis.lossless_ms - sum(option.saved_ms for option in chosen)
@@ -221,20 +277,20 @@ def _try(analysis: Analysis, chosen: Sequence[Option]) -> Attempt:
     return Attempt(predicted, measured, measured * ratio.error_ms / ratio.median_ms, removals)
 
 
-def front(analysis: Analysis, waypoints: Sequence[Waypoint]) -> tuple[dict[str, float], ...]:
+def pareto_front(analysis: Analysis, path: Sequence[PartialPlan], settings: Settings) -> tuple[dict[str, float], ...]:
     """Predicted harm over predicted latency: scores once, many targets."""
     rows = []
     for share in FRONT:
+        needed = analysis.lossless_ms - analysis.original_ms * share
         try:
-            needed = analysis.lossless_ms - analysis.original_ms * share
-            chosen = choose(analysis, waypoints, needed)[0] if needed > 0 else ()
+            chosen = best_plan(path, needed, units=analysis.units, settings=settings)[0] if needed > 0 else ()
         except BudgetUnreachableError:
             break
         rows.append(
             {
                 "target": share,
-                "predicted_ms": analysis.lossless_ms - sum(o.saved_ms for o in chosen),
-                "harm": sum(max(0.0, o.harm) for o in chosen),
+                "predicted_ms": analysis.lossless_ms - sum(option.saved_ms for option in chosen),
+                "harm": total_harm(chosen),
                 "n_removed": len(chosen),
             }
         )

@@ -19,9 +19,10 @@ from ttmpd.latency.timing import Timings
 from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import count_parameters
 from ttmpd.models.opened import OpenedModel
-from ttmpd.pipeline.analysis import Analysis, latency_batch
+from ttmpd.pipeline.analysis import Analysis
 from ttmpd.pipeline.calibration import Calibration
-from ttmpd.pipeline.planning import Planned
+from ttmpd.pipeline.planning import MeasuredPlan
+from ttmpd.pipeline.preparation import latency_batch
 from ttmpd.pipeline.settings import Settings
 from ttmpd.quality.proportion import proportion
 from ttmpd.records import ACTIONS, Action, Plan, Score, WidthUnit
@@ -48,9 +49,12 @@ MOVED_SINCE = (
 
 def collect(
     analysis: Analysis,
-    planned: Planned,
+    planned: MeasuredPlan,
+    opened: OpenedModel,
+    settings: Settings,
     *,
     student: nn.Module,
+    scores: Sequence[Score],
     rounds: Timings,
     fit: TrainingResult,
     logits: tuple[Tensor, Tensor, Tensor],
@@ -61,7 +65,10 @@ def collect(
     Args:
         analysis: what was known before the target.
         planned: what was removed, and how that was decided.
+        opened: where the model came from.
+        settings: of the run.
         student: the compressed model.
+        scores: of all units; none where nothing was removed.
         rounds: interleaved milliseconds of "original" and "compressed".
         fit: what distillation did.
         logits: on the held-out samples: teacher, student before and after distillation.
@@ -70,19 +77,19 @@ def collect(
     plan = planned.plan
     budget_ms = None if planned.target.macs is not None else plan.budget_ms
     (teacher, start, final), task = logits, task_of(analysis.source)
-    return _known(analysis.opened, analysis.source, student, analysis.calibration, analysis.settings) | {
+    return _known(opened, analysis.source, student, analysis.calibration, settings) | {
         "adapt": {"note": analysis.adapt_note, "facts": analysis.adapt_facts},
-        "units": _units(analysis, plan),
-        "refused": [[path, str(refusal)] for path, refusal in analysis.found.not_removable.items()],
+        "units": _units(analysis, plan, scores),
+        "refused": [[path, str(refusal)] for path, refusal in analysis.not_removable.items()],
         "target": {"asked": str(planned.target), "budget_ms": budget_ms, "harm": plan.harm},
         "attempts": [{"predicted_ms": a.predicted_ms, "measured_ms": a.measured_ms} for a in planned.attempts],
-        "front": [dict(row) for row in planned.front],
+        "front": [dict(row) for row in planned.pareto_front],
         "lossless": str(analysis.lossless),
         "latency": _latency(rounds, plan, [a.measured_ms for a in planned.attempts if a.removals == plan.removals]),
         "agreement": _agreement(teacher, final, task),
         "agreement_repaired": _agreement(teacher, start, task),
         "held_out": _held_out(analysis.calibration.held_out, teacher, final, task),
-        "parted": _parted(analysis.calibration.held_out, teacher, final, analysis.opened, task),
+        "parted": _parted(analysis.calibration.held_out, teacher, final, opened, task),
         "fit": dataclasses.asdict(fit),
         "seconds": dict(seconds),
     }
@@ -217,14 +224,13 @@ def _model(model: nn.Module, few: Tensor) -> dict[str, Any]:
     return {"parameters": count_parameters(model), "macs": count_macs(model, few)[""]}
 
 
-def _units(analysis: Analysis, plan: Plan) -> list[dict[str, Any]]:
-    timings = {timing.unit: timing for timing in analysis.timings}
-    known = analysis.scores if plan.removals else ()
+def _units(analysis: Analysis, plan: Plan, scores: Sequence[Score]) -> list[dict[str, Any]]:
+    timings = {timing.unit: timing for timing in analysis.latencies}
     harms: dict[tuple[str, Action], Score] = {
-        (score.unit_id, score.action): score for score in known if score.action != "narrow"
+        (score.unit_id, score.action): score for score in scores if score.action != "narrow"
     }
     widths: dict[str, list[list[float]]] = {}
-    for score in known:
+    for score in scores:
         if score.action == "narrow":
             widths.setdefault(score.unit_id, []).append([len(score.kept), score.harm])
     kept = {removal.unit.id: len(removal.kept) for removal in plan.removals}
@@ -233,8 +239,8 @@ def _units(analysis: Analysis, plan: Plan) -> list[dict[str, Any]]:
         for removal in plan.removals
     }
     rows = []
-    for unit in analysis.found.units:
-        scores = {action: harms[unit.id, action] for action in ACTIONS if (unit.id, action) in harms}
+    for unit in analysis.units:
+        by_action = {action: harms[unit.id, action] for action in ACTIONS if (unit.id, action) in harms}
         rows.append(
             {
                 "id": unit.id,
@@ -243,9 +249,9 @@ def _units(analysis: Analysis, plan: Plan) -> list[dict[str, Any]]:
                 "parameters": unit.n_params,
                 "macs": unit.macs,
                 "ms": timings[unit.id].ms,
-                **{f"{action}_ms": ms for action, ms in timings[unit.id].stand_ins.items()},
-                **{f"harm_{action}": score.harm for action, score in scores.items()},
-                "parts": dict(next(iter(scores.values())).parts) if scores else {},
+                **{f"{action}_ms": ms for action, ms in timings[unit.id].replacements.items()},
+                **{f"harm_{action}": score.harm for action, score in by_action.items()},
+                "parts": dict(next(iter(by_action.values())).parts) if by_action else {},
                 **(_members(unit, kept, widths, timings[unit.id]) if isinstance(unit, WidthUnit) else {}),
                 "action": plan.actions.get(unit.id, "keep"),
                 **({"saved_ms": saved[unit.id]} if unit.id in saved else {}),

@@ -1,4 +1,4 @@
-"""All kinds of units together: find them, and cut a model by a list of removals."""
+"""Cut a model by a list of removals, and build the student of a plan."""
 
 from collections.abc import Mapping, Sequence
 
@@ -61,7 +61,7 @@ def check_units(model: nn.Module, units: Sequence[Unit]) -> None:
     """
     for unit in units:
         module = module_at(model, unit.path)
-        found = sum(count_parameters(module_at(model, path)) for path in unit.paths)
+        n_params = sum(count_parameters(module_at(model, path)) for path in unit.paths)
         if isinstance(unit, WidthUnit):
             n_inputs = matrix_of(module).shape[1]
             if n_inputs < unit.n_members:
@@ -69,9 +69,9 @@ def check_units(model: nn.Module, units: Sequence[Unit]) -> None:
                     f"unit {unit.id} must have {unit.n_members} members, but the model's layer reads {n_inputs} "
                     "inputs; the plan belongs to another model"
                 )
-        elif found < unit.n_params:
+        elif n_params < unit.n_params:
             raise InvalidValueError(
-                f"unit {unit.id} must have at least {unit.n_params} parameters, but the model's has {found}; "
+                f"unit {unit.id} must have at least {unit.n_params} parameters, but the model's has {n_params}; "
                 "the plan belongs to another model"
             )
 
@@ -104,7 +104,7 @@ def replay(
     model: nn.Module,
     removals: Sequence[Removal],
     state: Mapping[str, Tensor],
-    how: Lossless = UNCHANGED,
+    lossless: Lossless = UNCHANGED,
     folded: Folded = NOTHING_FOLDED,
 ) -> nn.Module:
     """A copy of the stock model with the removals made and the weights in ``state`` loaded: how artifacts come back.
@@ -113,17 +113,17 @@ def replay(
         model: left untouched.
         removals: in the order in which they were made.
         state: weights of the student.
-        how: what else was done to it.
+        lossless: the changes that were made to the student.
         folded: what became of its replacements.
 
     Raises:
         RuntimeError: the weights do not fit (torch's own message names the keys).
     """
-    student = with_norms_gone(build(model, removals, folded), how)
+    student = with_norms_gone(build(model, removals, folded), lossless)
     student.load_state_dict(dict(state))
-    return to_fast_format(student) if how.channels_last else student
+    return to_fast_format(student) if lossless.channels_last else student
 
 
-def skeleton(model: nn.Module, removals: Sequence[Removal], how: Lossless = UNCHANGED) -> nn.Module:
-    """The student of a plan before any repair, with the lossless changes: as fast as it will be."""
-    return apply(build(model, removals), how)
+def skeleton(model: nn.Module, removals: Sequence[Removal], lossless: Lossless = UNCHANGED) -> nn.Module:
+    """The student of a plan before any repair, with the lossless changes: as fast as the trained student will be."""
+    return apply(build(model, removals), lossless)

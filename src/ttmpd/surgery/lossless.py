@@ -14,42 +14,42 @@ from ttmpd.records import Lossless
 from ttmpd.surgery.dataflow import layers_of
 
 
-def applied(model: nn.Module, how: Lossless) -> nn.Module:
-    """A copy of the model with the change made; what of it is not there any more is passed over."""
-    return apply(clone(model), how)
+def applied(model: nn.Module, lossless: Lossless) -> nn.Module:
+    """A copy of the model with the changes made; a pair that the model does not have any more is passed over."""
+    return apply(clone(model), lossless)
 
 
-def apply(model: nn.Module, how: Lossless) -> nn.Module:
-    """The same in place.
+def apply(model: nn.Module, lossless: Lossless) -> nn.Module:
+    """Make the changes in place.
 
     Args:
         model: in eval mode; a part of a model where the paths say so, see :func:`within`.
-        how: what to do.
+        lossless: the changes; a pair that the model does not have any more is passed over.
     """
     modules = dict(model.named_modules())
-    for layer, norm in how.folded:
+    for layer, norm in lossless.folded:
         if layer in modules and isinstance(modules.get(norm), nn.modules.batchnorm._BatchNorm):
             _fold(model, layer, norm)
-    return to_fast_format(model) if how.channels_last else model
+    return to_fast_format(model) if lossless.channels_last else model
 
 
-def present(model: nn.Module, how: Lossless) -> Lossless:
-    """The same without the pairs that the model does not have any more."""
+def present(model: nn.Module, lossless: Lossless) -> Lossless:
+    """Those of the changes that the model still has the layers for."""
     paths = {path for path, _ in model.named_modules()}
-    return dataclasses.replace(how, folded=tuple(pair for pair in how.folded if paths.issuperset(pair)))
+    return dataclasses.replace(lossless, folded=tuple(pair for pair in lossless.folded if paths.issuperset(pair)))
 
 
-def within(how: Lossless, path: str, name: str = "") -> Lossless:
-    """The same for the module at ``path`` alone, which is called ``name`` now."""
-    start, here = f"{path}." if path else "", f"{name}." if name else ""
-    pairs = ((a, b) for a, b in how.folded if a.startswith(start) and b.startswith(start))
-    folded = tuple((here + a.removeprefix(start), here + b.removeprefix(start)) for a, b in pairs)
-    return dataclasses.replace(how, folded=folded)
+def within(lossless: Lossless, path: str, name: str = "") -> Lossless:
+    """The changes that lie inside the module at ``path``, with paths below ``name``."""
+    start, prefix = f"{path}." if path else "", f"{name}." if name else ""
+    pairs = ((a, b) for a, b in lossless.folded if a.startswith(start) and b.startswith(start))
+    folded = tuple((prefix + a.removeprefix(start), prefix + b.removeprefix(start)) for a, b in pairs)
+    return dataclasses.replace(lossless, folded=folded)
 
 
-def with_norms_gone(model: nn.Module, how: Lossless) -> nn.Module:
+def with_norms_gone(model: nn.Module, lossless: Lossless) -> nn.Module:
     """The model as it is built, made ready in place for the weights of a folded one: layers with a bias, no norms."""
-    for layer, norm in how.folded:
+    for layer, norm in lossless.folded:
         target = module_at(model, layer)
         assert isinstance(target.weight, Tensor)
         if target.bias is None:
@@ -81,5 +81,5 @@ def _fold(model: nn.Module, path: str, norm_path: str) -> None:
 
 
 def _left(norm: nn.Module) -> nn.Module:
-    """What stays of a folded norm: nothing, or the activation that timm's norms hold."""
+    """What takes the place of a folded norm: an identity, or the activation that timm's norms hold."""
     return nn.Sequential(*norm.children()) if len(list(norm.children())) else nn.Identity()

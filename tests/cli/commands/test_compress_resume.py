@@ -40,9 +40,10 @@ def test_killed_in_distillation_then_resumed(data, tmp_path, monkeypatch, run, s
     assert {"adapt.safetensors", "timing.json", "score.json"} <= set(before)
     finished = []
 
-    def finish(analysis, plan, start, stages, *more):
-        result = true(analysis, plan, start, stages, *more)
-        finished.append(({name: time for name, time in times(work).items() if name in before}, len(stages.reused)))
+    def finish(analysis, start, context, asked, command):
+        result = true(analysis, start, context, asked, command)
+        unchanged = {name: time for name, time in times(work).items() if name in before}
+        finished.append((unchanged, len(asked.stages.reused)))
         return result
 
     true = pipeline.finish

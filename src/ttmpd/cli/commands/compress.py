@@ -216,13 +216,13 @@ def _show_preview(found: "Preview") -> None:
         tried = [attempt.measured_ms for attempt in planned.attempts]
         nearest = min(tried, key=lambda value: abs(value - plan.budget_ms), default=None)
         console.print(
-            f"{len(plan.removals)} of {len(analysis.found.units)} units; "
+            f"{len(plan.removals)} of {len(analysis.units)} units; "
             f"{format.milliseconds(plan.original_ms)} ms now, predicted {format.milliseconds(plan.predicted_ms)} ms"
             + ("" if nearest is None else f", measured on the cut model {format.milliseconds(nearest)} ms")
         )
     columns = ("share of latency", "predicted ms", "predicted harm", "units removed")
     table = display.new_table(*columns, title="What could be reached")
-    for row in found.plans[0].front:
+    for row in found.plans[0].pareto_front:
         table.add_row(
             f"{row['target']:g}x",
             format.milliseconds(row["predicted_ms"]),
