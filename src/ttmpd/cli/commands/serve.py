@@ -99,7 +99,8 @@ def _check_free(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
-        reason = os.strerror(error.errno) if (error.errno or 0) > 0 else str(error)
+        number = error.errno or 0
+        reason = os.strerror(number) if number > 0 else str(error)
         raise InvalidValueError(
             f"the address of a server must be free, but {host} port {port} cannot be used ({reason}); choose another "
             "--port or --host"
