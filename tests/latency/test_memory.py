@@ -61,13 +61,13 @@ def test_kept_memory_can_be_handed_back():
 
 def test_the_state_names_what_the_environment_sets(monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0:glibc.rtld.nns=1")
-    monkeypatch.setattr(memory, "_kept", True)
+    monkeypatch.setattr(memory, "_keeping", True)
     assert memory.freed_memory() == "kept, glibc.malloc.tcache_count=0"
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    monkeypatch.setattr(memory, "_kept", False)
+    monkeypatch.setattr(memory, "_keeping", False)
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: object())
     assert not memory.keep_freed_memory()
     assert memory.freed_memory() == "returned"

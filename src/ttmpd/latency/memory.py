@@ -15,7 +15,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 _TUNABLES = "GLIBC_TUNABLES"
 
-_kept = False
+_keeping = False
 
 
 def keep_freed_memory() -> bool:
@@ -25,29 +25,29 @@ def keep_freed_memory() -> bool:
     its own until it ends.
 
     Returns:
-        Whether it could be done; false where the C library is another one.
+        True when it is done; false where the C library is another one.
 
     Example:
         >>> keep_freed_memory() in (True, False)
         True
     """
-    global _kept
-    if _kept or sys.platform != "linux":
-        return _kept
+    global _keeping
+    if _keeping or sys.platform != "linux":
+        return _keeping
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    _kept = all(
+    _keeping = all(
         mallopt(ctypes.c_int(parameter), ctypes.c_int(value)) == 1
         for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 << 20))
     )
-    return _kept
+    return _keeping
 
 
 def release_freed_memory() -> None:
     """Hand freed memory back once, between pieces of work that need different sizes; where none is kept, do nothing."""
-    if _kept:
+    if _keeping:
         gc.collect()  # what only cycles hold is not free yet
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -58,6 +58,6 @@ def freed_memory() -> str:
     Returns:
         "kept" or "returned", followed by what ``GLIBC_TUNABLES`` says of malloc where it is set.
     """
-    state = "kept" if _kept else "returned"
+    state = "kept" if _keeping else "returned"
     tunables = [part for part in os.environ.get(_TUNABLES, "").split(":") if part.startswith("glibc.malloc.")]
     return ", ".join((state, *tunables))

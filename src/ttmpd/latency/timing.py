@@ -139,8 +139,8 @@ def _is_precise(ms: Mapping[str, Sequence[float]], precision: float) -> bool:
     if precision == math.inf:
         return True
     timings = Timings({name: tuple(values) for name, values in ms.items()})
-    first, *others = ms
-    ratios = [timings.ratio(first, other) for other in others]
+    first, *candidates = ms
+    ratios = [timings.ratio(first, name) for name in candidates]
     return all(ratio.error_ms <= precision * ratio.median_ms for ratio in ratios)
 
 

@@ -85,7 +85,7 @@ def mean_ms(depths: Tensor, ms: Sequence[float]) -> float:
 
 
 def rising(ms: Sequence[float]) -> tuple[float, ...]:
-    """The same milliseconds where leaving later never takes less: measurements of near exits may cross."""
+    """Make leaving later never take less: measurements of neighbouring exits may cross."""
     return tuple(itertools.accumulate(ms, max))
 
 
@@ -186,11 +186,11 @@ class _ExitSubset:
         budget_ms: float,
         by_time: bool,
     ) -> "_ExitSubset":
-        left = ms_of(numbers, ms, original_ms)
-        some = confidences.only(numbers)
-        some = some.weighed(saved_shares_of(left)) if by_time else some
-        threshold = choose_threshold(some, left, budget_ms)
-        return cls(numbers, some, threshold, some.agreement(some.depths(threshold)), ms, original_ms)
+        subset_ms = ms_of(numbers, ms, original_ms)
+        subset = confidences.only(numbers)
+        subset = subset.weighed(saved_shares_of(subset_ms)) if by_time else subset
+        threshold = choose_threshold(subset, subset_ms, budget_ms)
+        return cls(numbers, subset, threshold, subset.agreement(subset.depths(threshold)), ms, original_ms)
 
     def mean_ms(self, positions: Sequence[int]) -> float:
         """Mean milliseconds with the exits at these positions alone, each with the threshold that it has."""

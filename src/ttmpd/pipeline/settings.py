@@ -175,13 +175,13 @@ class Settings:
         return plain
 
 
-def settings_of(given: Mapping[str, Any]) -> Settings:
+def settings_of(arguments: Mapping[str, Any]) -> Settings:
     """Settings from keyword arguments, with a clear error for unknown ones; methods, and one kind of unit, by name."""
-    known = {item.name for item in dataclasses.fields(Settings)}
-    for name in given:
-        if name not in known:
-            raise InvalidValueError(f"a setting must be one of {', '.join(sorted(known))}, but got {name!r}")
-    found = named(given)
-    if isinstance(found.get("units"), str):
-        found["units"] = (found["units"],)
-    return Settings(**found)
+    fields = {item.name for item in dataclasses.fields(Settings)}
+    for name in arguments:
+        if name not in fields:
+            raise InvalidValueError(f"a setting must be one of {', '.join(sorted(fields))}, but got {name!r}")
+    values = named(arguments)
+    if isinstance(values.get("units"), str):
+        values["units"] = (values["units"],)
+    return Settings(**values)

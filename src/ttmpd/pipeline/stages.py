@@ -68,12 +68,12 @@ class Stages:
 
     def seconds(self, key: str = "") -> dict[str, float]:
         """Seconds of the stages that serve every target and of those of one target; ``name#1`` counts as ``name``."""
-        found: dict[str, float] = {}
+        seconds: dict[str, float] = {}
         for (name, of), value in self._seconds.items():
             if of in ("", key):
                 label = name.partition("#")[0]
-                found[label] = found.get(label, 0.0) + value
-        return found
+                seconds[label] = seconds.get(label, 0.0) + value
+        return seconds
 
     @contextmanager
     def timed(self, name: str, key: str = "") -> Iterator[None]:
