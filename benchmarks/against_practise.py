@@ -147,18 +147,19 @@ def reach(opened: Any, pixels: Any, targets: list[Target], **given: Any) -> list
 
 def row(result: Result, share: float, test: Any, truth: torch.Tensor, source: torch.Tensor) -> dict[str, Any]:
     answers = predictions_of(result.model, test, 256).argmax(-1)
-    facts = result.facts
+    report = result.report
+    assert report.latency is not None
     return {
         "target": share,
         "accuracy": round(100 * float((answers == truth).float().mean()), 2),
         "source_accuracy": round(100 * float((source == truth).float().mean()), 2),
         "agreement": round(100 * float((answers == source).float().mean()), 2),
-        "speedup": round(facts["latency"]["speedup"]["median"], 3),
-        "speedup_low": round(facts["latency"]["speedup"]["low"], 3),
-        "speedup_high": round(facts["latency"]["speedup"]["high"], 3),
+        "speedup": round(report.latency.speedup.median, 3),
+        "speedup_low": round(report.latency.speedup.low, 3),
+        "speedup_high": round(report.latency.speedup.high, 3),
         "removed": len(result.plan.removals),
         "n_test": len(truth),
-        "seconds": json.dumps({name: round(value, 2) for name, value in facts["seconds"].items()}),
+        "seconds": json.dumps({name: round(value, 2) for name, value in report.seconds.items()}),
     }
 
 

@@ -49,7 +49,7 @@ def run(name: str) -> dict[str, Any]:
     adaptor, mimic = [], []
     for _ in range(ROUNDS):
         result = compress(opened, pixels, speedup=SPEEDUP, lossless=False)
-        own.append(result.facts["seconds"])
+        own.append(result.report.seconds)
         fixed = seconds(lambda: Practise(steps=0).score(teacher, probes, samples))
         whole = seconds(lambda: Practise(steps=STEPS).score(teacher, probes, samples))
         adaptor.append((whole - fixed) / STEPS / len(probes))

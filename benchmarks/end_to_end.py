@@ -55,25 +55,26 @@ def run(
         "compress", "--model", source, "--data", str(DATA / data), "--num-samples", str(n), "--speedup", str(speedup),
         "--output", str(out), *options,
     )  # fmt: skip
-    facts = json.loads((out / "report.json").read_text())
-    latency = facts["latency"]
+    report = json.loads((out / "report.json").read_text())
+    latency = report["latency"]
+    lossless = (latency.get("lossless") or {}).get("speedup", latency.get("lossless_speedup", 1.0))  # before format 2
     row: dict[str, Any] = {
         "model": model,
         "options": " ".join(options),
         "n_samples": n,
         "asked_speedup": speedup,
-        "seed": facts["seed"],
+        "seed": report["seed"],
         "exit_code": code,
         "speedup": round(latency["speedup"]["median"], 3),
         "speedup_low": round(latency["speedup"]["low"], 3),
         "speedup_high": round(latency["speedup"]["high"], 3),
-        "lossless_speedup": round(latency.get("lossless_speedup", 1.0), 3),
-        "removed": sum(unit["action"] != "keep" for unit in facts["units"]),
+        "lossless_speedup": round(lossless, 3),
+        "removed": sum(unit["action"] != "keep" for unit in report["units"]),
         "predicted_ms": round(latency["predicted_ms"], 2),
         "measured_ms": round(latency["compressed"]["median_ms"], 2),
         "seconds_whole_process": round(seconds, 1),
-        "seconds_stages": round(sum(facts["seconds"].values()), 1),
-        "stages": json.dumps({name: round(value, 1) for name, value in facts["seconds"].items()}),
+        "seconds_stages": round(sum(report["seconds"].values()), 1),
+        "stages": json.dumps({name: round(value, 1) for name, value in report["seconds"].items()}),
         "peak_mib": round(peak),
     }
     if labels:

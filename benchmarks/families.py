@@ -142,12 +142,12 @@ def row(family: str) -> dict[str, Any]:
     kinds = collections.Counter(unit.kind for unit in found.units)
     result = compress(model, inputs, speedup=1.3, num_samples=64, batch_size=32, distill=OneTime(steps=40))
     done = collections.Counter(f"{r.unit.kind} {r.action}" for r in result.plan.removals)
-    speedup = result.facts["latency"]["speedup"]
+    speedup = result.report.latency.speedup
     with tempfile.TemporaryDirectory() as folder:
         result.save(Path(folder) / "out")
         return {
             "family": family, "blocks": kinds["block"], "heads": kinds["head"], "neurons": kinds["neuron"],
-            "refused": len(found.not_removable), "speedup": round(speedup["median"], 2), "met": result.met,
+            "refused": len(found.not_removable), "speedup": round(speedup.median, 2), "met": result.met,
             "done": ", ".join(f"{n} {what}" for what, n in sorted(done.items())),
             "masked_gap": masked_gap(model, inputs), "export_gap": export_gap(result.model, inputs),
             "fresh_gap": fresh_gap(family, result.model, inputs, Path(folder) / "out"),

@@ -93,14 +93,14 @@ def student(model: str, shift: str, severity: int, seed: int, name: str, setting
     opened = open_model(f"{DATA / 'zoo.py'}:{model}")
     few, test = images(shift, severity, seed)
     result = compress(opened, few, latency=TARGET, num_samples=N_FIT, seed=seed, **settings)
-    ratio = result.facts["latency"]["speedup"]
+    ratio = result.report.latency.speedup
     return (
         {"model": model, "shift": shift, "severity": severity, "seed": seed, "student": name, "target": TARGET}
         | quality(result.model, test, opened)
         | {
-            "speedup": round(ratio["median"], 3),
+            "speedup": round(ratio.median, 3),
             "removed": len(result.plan.removals),
-            "seconds": round(sum(result.facts["seconds"].values()), 1),
+            "seconds": round(sum(result.report.seconds.values()), 1),
         }
     )
 

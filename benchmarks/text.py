@@ -97,7 +97,7 @@ def students(part: str, seed: int, share: float, name: str, settings: dict[str, 
         opened(), sentences(), num_samples=N, batch_size=BATCH, seed=seed, output=folder, **target, **settings
     )
     seconds = time.perf_counter() - start
-    assert result.facts["samples"]["input_shape"] == list(batch.shape[1:])  # it timed what is timed here
+    assert result.report.samples.input_shape == tuple(batch.shape[1:])  # it timed what is timed here
     test = str(DATA / "sst2" / "test.tsv")
     found = evaluate(dataclasses.replace(opened(), module=result.model), test, test).model
     assert found.accuracy is not None
@@ -107,8 +107,8 @@ def students(part: str, seed: int, share: float, name: str, settings: dict[str, 
         "accuracy": round(100 * found.accuracy.share, 2), "seconds": round(seconds, 1),
     }  # fmt: skip
     row["asked"] = round(target["speedup"], 3) if part == "latency" else ""
-    stages = {f"{name}_seconds": round(spent, 1) for name, spent in result.facts["seconds"].items()}
-    row |= {"attempts": len(result.facts["attempts"])} | stages
+    stages = {f"{name}_seconds": round(spent, 1) for name, spent in result.report.seconds.items()}
+    row |= {"attempts": len(result.report.attempts)} | stages
     return row | timed(result.model, load(folder_of_kcm(seed, share)), batch)
 
 

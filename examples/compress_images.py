@@ -19,7 +19,7 @@ def main() -> None:
         fast = Path(folder) / "fast"
         result = ttmpd.compress("ttmpd.demo:demo_model", digits, macs=0.7, output=fast, **QUICK)
         print("target met:", result.met)
-        print("agreement with the adapted model:", result.facts["agreement"]["share"])
+        print("agreement with the adapted model:", result.report.agreement.share)
         net = ttmpd.load(fast)  # a plain nn.Module in eval mode
         print("predictions:", tuple(net(torch.rand(2, 1, 8, 8)).shape))
 

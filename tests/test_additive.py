@@ -147,8 +147,8 @@ def test_a_unit_kind_a_scorer_an_adapter_and_a_runtime_of_ones_own_make_a_studen
     net, batch = toy_net(), tiny_samples(4).batch(slice(None))
     result = compress(net, tiny_samples(16), macs=0.8, batch_size=8, output=toys / "out", **settings)
     assert {removal.unit.kind for removal in result.plan.removals} == {f"{MODULE}:Halves"}
-    assert result.facts["adapt"]["note"] == "shifted"
-    assert result.facts["runtime"] == {"name": f"{MODULE}:Counting", "version": "0.0-toy"}
+    assert result.report.adaptation.note == "shifted"
+    assert (result.report.runtime.name, result.report.runtime.version) == (f"{MODULE}:Counting", "0.0-toy")
     assert sys.modules[MODULE].CALLS
 
     same = ttmpd.load(toys / "out", net)

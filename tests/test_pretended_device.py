@@ -70,7 +70,7 @@ def test_what_joins_two_devices_fails():
 def test_every_kind_of_unit(kind: str, device: str) -> None:
     model, samples = example_of_kind(kind, 24)
     found = compressed(model, samples, device, units=kind)
-    assert any(unit["action"] != "keep" for unit in found.facts["units"])
+    assert any(unit.action != "keep" for unit in found.report.units)
     assert next(found.model.parameters()).device.type == "cpu"
 
 
@@ -85,18 +85,18 @@ def test_every_adapter(adapt: str, device: str) -> None:
 def test_every_scorer(score: str, device: str) -> None:
     kind = "neuron" if score == "kcm" else "block"
     given = Practise(steps=2, train_batch_size=8) if score == "practise" else score
-    assert compressed(*example_of_kind(kind, 24), device, score=given).facts["units"]
+    assert compressed(*example_of_kind(kind, 24), device, score=given).report.units
 
 
 @pytest.mark.parametrize("select", names("select"))
 def test_every_selector(select: str, device: str) -> None:
-    assert compressed(*example_of_kind("block", 24), device, select=select, pool=20).facts["units"]
+    assert compressed(*example_of_kind("block", 24), device, select=select, pool=20).report.units
 
 
 @pytest.mark.parametrize("distill", names("distill"))
 def test_every_distiller(distill: str, device: str) -> None:
     given = {} if distill == "one_time" else {"distill": method_class("distill", distill)().with_settings(steps=2)}
-    assert compressed(*example_of_kind("block", 24), device, **given).facts["fit"]["steps"]
+    assert compressed(*example_of_kind("block", 24), device, **given).report.training.steps
 
 
 @pytest.mark.parametrize("plan", names("plan"))
@@ -128,7 +128,7 @@ def test_text(device: str, text_folder: Callable[[str], Path], sentences: Callab
         opened = open_model(f"hf:{text_folder(name)}")
         found = ttmpd.compress(opened, sentences(24), macs=0.9, device=device,
                                **QUICK | {"distill": OneTime(steps=2, views=1, batch_size=8)})  # fmt: skip
-        assert any(unit["action"] != "keep" for unit in found.facts["units"])
+        assert any(unit.action != "keep" for unit in found.report.units)
 
 
 @pytest.mark.parametrize("attack", [None, Attack()])

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import ttmpd
+from reports import small_report
 from ttmpd.artifact.format_1 import upgraded
 from ttmpd.artifact.read import open_artifact, read_artifact
 from ttmpd.artifact.write import Result
@@ -34,7 +35,7 @@ def test_it_answers_as_it_did():
 
 def test_compressed_again_it_is_of_format_2_and_answers_the_same(tmp_path):
     opened = open_artifact(FOLDER)
-    result = Result(opened.module, Plan((), 0.0, 0.0, 0.0, 0.0), {}, (), opened)
+    result = Result(opened.module, Plan((), 0.0, 0.0, 0.0, 0.0), small_report(), (), opened)
     result.save(tmp_path / "again")
     assert read_artifact(tmp_path / "again").folded == opened.folded
     inputs = load_file(FOLDER / "outputs.safetensors")["inputs"]

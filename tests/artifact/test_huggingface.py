@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import ttmpd
+from reports import small_report
 from ttmpd.artifact.write import Result
 from ttmpd.data.open import open_samples
 from ttmpd.models.open import open_model
@@ -21,7 +22,7 @@ from ttmpd.surgery.find import find_units
 hf = pytest.importorskip("transformers")
 TEXTS = ["a good film", "a bad book and a long film", "bad"]
 Folder = Callable[[str], Path]
-FACTS: dict[str, Any] = {"samples": {"input_shape": [9]}}
+REPORT = small_report(input_shape=(9,))
 
 
 def opened_with(folder: Path, kinds: list[str]) -> tuple[OpenedModel, Any, list[Any]]:
@@ -33,7 +34,7 @@ def opened_with(folder: Path, kinds: list[str]) -> tuple[OpenedModel, Any, list[
 
 def saved(opened: OpenedModel, student: nn.Module, removals: list[Removal], folder: Path) -> Path:
     plan = Plan(tuple(removals), 0.0, 2.0, 1.0, 1.0)
-    return Result(student, plan, FACTS, (), opened).save(folder) / "transformers"
+    return Result(student, plan, REPORT, (), opened).save(folder) / "transformers"
 
 
 def answers_alike(folder: Path, auto: Any, student: nn.Module) -> Any:

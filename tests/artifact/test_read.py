@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ttmpd
+from reports import small_report
 from ttmpd.artifact import write as saving
 from ttmpd.artifact.read import load, open_any, open_artifact, read_artifact
-from ttmpd.artifact.write import FORMAT, Kind, Result
+from ttmpd.artifact.run_report import Kind
+from ttmpd.artifact.write import FORMAT, Result
 from ttmpd.data.preprocessing import Preprocessing
 from ttmpd.data.samples import Samples
 from ttmpd.demo.digits import DigitNet
@@ -39,7 +41,7 @@ from ttmpd.testing.tiny_models import tiny_model, tiny_samples
 
 DEMO = "ttmpd.demo:demo_model"
 TINY = "ttmpd.testing.tiny_models:tiny_model"
-FACTS: dict[str, Any] = {"ttmpd": "0.1.0", "samples": {"input_shape": [1, 8, 8]}, "settings": {"batch_size": 16}}
+REPORT = small_report(input_shape=(1, 8, 8), batch_size=16)
 
 
 def digits(n: int = 24) -> Samples:
@@ -60,7 +62,7 @@ def small(opened: OpenedModel, samples: Samples, *, folded: bool = False) -> tup
 
 def save(folder: Path, opened: OpenedModel, samples: Samples) -> tuple[Path, nn.Module]:
     student, plan = small(opened, samples)
-    Result(model=student, plan=plan, opened=opened, sample_ids=samples.ids, facts=FACTS).save(folder)
+    Result(model=student, plan=plan, opened=opened, sample_ids=samples.ids, report=REPORT).save(folder)
     return folder, student
 
 
@@ -200,7 +202,7 @@ def test_folded_stand_ins_come_back(tmp_path):
     opened = open_model(net.eval())
     samples = Samples(torch.randn(8, 3, 32, 32), tuple(map(str, range(8))))
     student, plan = small(opened, samples, folded=True)
-    Result(model=student, plan=plan, opened=opened, sample_ids=(), facts=FACTS).save(tmp_path / "o")
+    Result(model=student, plan=plan, opened=opened, sample_ids=(), report=REPORT).save(tmp_path / "o")
     assert torch.equal(answers(load(tmp_path / "o", model=net), samples), answers(student, samples))
 
 
@@ -430,13 +432,13 @@ def test_a_block_that_was_narrowed_first_and_dropped_later_is_one_removal(tmp_pa
     units = find_units(opened.module, samples.batch(slice(0, 2)), ["channel"]).units
     inside = [Removal(unit, "narrow", tuple(range(unit.widths[-1]))) for unit in units if "stage1" in unit.path]
     student = repaired(opened.module, inside, samples)
-    Result(student, Plan(tuple(inside), 0.1, 10.0, 8.0, 8.0), FACTS, samples.ids, opened).save(tmp_path / "once")
+    Result(student, Plan(tuple(inside), 0.1, 10.0, 8.0, 8.0), REPORT, samples.ids, opened).save(tmp_path / "once")
     again = open_artifact(tmp_path / "once")
     block = Block().find(again.module, samples.batch(slice(0, 2))).units[0]
     assert block.n_params < Block().find(opened.module, samples.batch(slice(0, 2))).units[0].n_params
     plan = Plan((Removal(block, "drop"),), 0.2, 8.0, 6.0, 6.0)
     twice = repaired(again.module, plan.removals, samples)
-    Result(twice, plan, FACTS, samples.ids, again).save(tmp_path / "twice")
+    Result(twice, plan, REPORT, samples.ids, again).save(tmp_path / "twice")
     kept = read_artifact(tmp_path / "twice").removals
     assert [r.unit.id for r in kept] == [*(r.unit.id for r in inside if block.path not in r.unit.path), block.id]
     assert len(kept) == len(inside)

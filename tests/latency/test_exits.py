@@ -131,7 +131,7 @@ def test_a_prediction_that_was_too_fast_is_corrected(counted, by_count, equipped
     choice = choose(counted, equipped, 2000.0)
     assert choice.attempts[0][1] > 2000 >= choice.attempts[-1][1]
     assert choice.met
-    assert choice.facts(exit_confidences(equipped.exit_logits, equipped.logits))["shares"] == pytest.approx(
+    assert choice.shares(len(equipped.exit_logits)) == pytest.approx(
         [float((choice.depths == k).float().mean()) for k in range(3)]
     )
 

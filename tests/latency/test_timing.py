@@ -126,9 +126,9 @@ def test_models_are_timed_in_eval_mode_without_gradients_and_left_as_found():
 
 
 def test_machine_says_what_the_milliseconds_belong_to():
-    facts = machine("cpu")
-    assert facts["type"] == "cpu"
-    assert facts["threads"] == torch.get_num_threads()
+    found = machine("cpu")
+    assert found.type == "cpu"
+    assert found.threads == torch.get_num_threads()
 
 
 # --- members

@@ -162,10 +162,10 @@ def test_from_text_to_an_artifact_and_back(
     settings: dict[str, Any] = {"num_samples": 30, "batch_size": 8, "actions": ("drop", "linear"), "units": ("block",)}
     method = OneTime(steps=4, batch_size=8)
     result = compress(model, path, speedup=1.1, output=tmp_path / "out", distill=method, **settings)
-    facts = result.facts
-    assert facts["each"] == "token"
-    assert facts["agreement"]["n"] > facts["samples"]["n_held_out"]
-    assert facts["parted"] == [] and facts["held_out"]["names"] == []
+    report = result.report
+    assert report.task.each == "token"
+    assert report.agreement.n > report.samples.n_held_out
+    assert report.disagreements == () and report.held_out.names == ()
     assert "held-out tokens" in (tmp_path / "out" / "report.html").read_text()
     loaded = ttmpd.load(tmp_path / "out")
     samples = open_samples(path, read_artifact(tmp_path / "out").preprocessing)

@@ -1,13 +1,12 @@
 """A model adapted alone: what it gives back, and what its artifact can be used for."""
 
-import json
-
 import pytest
 import torch
 
 from ttmpd import adapt_to, compress, load
 from ttmpd.adapt.none import NoAdaptation
 from ttmpd.adapt.tent import Tent
+from ttmpd.artifact.read_report import read_report
 from ttmpd.errors import InvalidValueError, SamplesError
 from ttmpd.testing.tiny_models import assert_untouched, tiny_model
 
@@ -21,9 +20,9 @@ def test_the_model_comes_back_adapted_and_the_given_one_untouched(shifted):
     net = tiny_model()
     with assert_untouched(net):
         found = adapt_to(net, shifted, batch_size=8)
-    assert found.facts["adapt"]["facts"]["weight"] > 0
+    assert found.report.adaptation.numbers["weight"] > 0
     assert not torch.equal(found.model.stem[1].running_mean, net.stem[1].running_mean)
-    assert (found.facts["samples"]["n_fit"], found.facts["samples"]["n_held_out"]) == (34, 6)
+    assert (found.report.samples.n_fit, found.report.samples.n_held_out) == (34, 6)
     assert len(set(found.sample_ids)) == 40
 
 
@@ -39,7 +38,7 @@ def test_held_out_samples_are_not_adapted_to(shifted):
     assert len(seen[0]) == 20
     assert found.sample_ids[:20] == seen[0].ids  # and the held-out ones, all different, behind them
     assert len(set(found.sample_ids)) == 40
-    assert found.facts["agreement"]["share"] == 1.0
+    assert found.report.agreement.share == 1.0
 
 
 def test_the_artifact_loads_and_can_be_compressed(shifted, tmp_path):
@@ -48,8 +47,8 @@ def test_the_artifact_loads_and_can_be_compressed(shifted, tmp_path):
     again = load(tmp_path / "adapted", model=net)
     with torch.no_grad():
         assert torch.equal(again(shifted), found.model(shifted))
-    facts = json.loads((tmp_path / "adapted" / "report.json").read_text())
-    assert facts["methods"].keys() == {"adapt"}
+    report = read_report(tmp_path / "adapted")
+    assert report.methods.keys() == {"adapt"}
     page = (tmp_path / "adapted" / "report.html").read_text()
     assert "adapted</h1>" in page
     assert "compressed</h1>" not in page

@@ -11,7 +11,9 @@ from ttmpd.adapt.base import Adapter
 from ttmpd.adapt.none import NoAdaptation
 from ttmpd.adapt.norm import Norm
 from ttmpd.adapt.tent import Tent
+from ttmpd.artifact.measurements import TargetReport
 from ttmpd.artifact.read import load
+from ttmpd.artifact.read_report import read_report
 from ttmpd.distill.base import Distiller
 from ttmpd.distill.mimic import Mimic
 from ttmpd.distill.one_time import OneTime
@@ -207,36 +209,39 @@ def test_the_same_seed_gives_the_same_model_and_what_was_passed_in_stays(model, 
 def test_a_model_that_its_owner_froze_has_the_same_student(model, samples):
     free = compress(model, samples, speedup=2.0, **QUICK)
     frozen = compress(model.requires_grad_(False), samples, speedup=2.0, **QUICK)
-    assert free.facts["fit"]["steps"] > 0
+    assert free.report.training.steps > 0
     assert frozen.plan == free.plan
     assert all(torch.equal(v, frozen.model.state_dict()[k]) for k, v in free.model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_facts_are_strict_json_and_agree_with_the_result(model, samples):
-    result = compress(model, samples, speedup=2.0, command="ttmpd compress", **QUICK)
-    facts = json.loads(json.dumps(result.facts, allow_nan=False))
-    assert facts["command"] == "ttmpd compress"
-    assert facts["target"]["met"] is True
-    assert facts["samples"]["n_fit"] == 30
-    assert facts["samples"]["n_held_out"] == 10
-    assert {row["id"]: row["action"] for row in facts["units"] if row["action"] != "keep"} == result.plan.actions
-    saved = {row["id"]: row["saved_ms"] for row in facts["units"] if "saved_ms" in row}
+def test_the_report_agrees_with_the_result_and_can_be_read_back(model, samples, tmp_path):
+    result = compress(model, samples, speedup=2.0, command="ttmpd compress", output=tmp_path / "out", **QUICK)
+    report = read_report(tmp_path / "out")
+    assert report == result.report
+    assert (report.kind, report.command) == ("compressed", "ttmpd compress")
+    assert report.target.met is True
+    assert report.samples.n_fit == 30
+    assert report.samples.n_held_out == 10
+    assert {unit.id: unit.action for unit in report.removed} == result.plan.actions
+    saved = {unit.id: unit.saved_ms for unit in report.units if unit.saved_ms is not None}
     assert saved.keys() == result.plan.actions.keys()
     assert sum(saved.values()) == pytest.approx(result.plan.original_ms - result.plan.predicted_ms)
-    assert facts["student"]["parameters"] == sum(p.numel() for p in result.model.parameters())
-    assert facts["model"]["parameters"] == sum(p.numel() for p in model.parameters())
-    assert facts["latency"]["speedup"]["median"] >= 2.0
-    assert facts["agreement"]["n"] == 10
-    assert len(facts["held_out"]["student"]) == 10
-    assert facts["fit"]["steps"] == 3
+    assert report.student.parameters == sum(p.numel() for p in result.model.parameters())
+    assert report.model.parameters == sum(p.numel() for p in model.parameters())
+    assert report.latency.speedup.median >= 2.0
+    assert report.agreement.n == 10
+    assert len(report.held_out.student) == 10
+    assert report.training.steps == 3
 
 
-def test_facts_without_held_out_samples_are_strict_json_too(model, samples):
-    result = compress(model, samples, speedup=2.0, **(QUICK | {"holdout": 0.0, "adapt": Norm(weights=(0.5,))}))
-    facts = json.loads(json.dumps(result.facts, allow_nan=False))
-    assert facts["agreement"] is None
-    assert facts["samples"]["n_held_out"] == 0
+def test_a_report_without_held_out_samples_can_be_read_back_too(model, samples, tmp_path):
+    settings = QUICK | {"holdout": 0.0, "adapt": Norm(weights=(0.5,))}
+    result = compress(model, samples, speedup=2.0, output=tmp_path / "out", **settings)
+    report = read_report(tmp_path / "out")
+    assert report.agreement is None
+    assert report.samples.n_held_out == 0
+    assert report.units == result.report.units
 
 
 def test_only_the_actions_that_are_allowed(model, samples):
@@ -251,7 +256,7 @@ def test_other_methods_of_each_verb(model, samples):
     chosen = {"score": Damage(), "plan": Greedy(), "adapt": NoAdaptation()}
     result = compress(model, samples, speedup=2.0, **(QUICK | chosen))
     assert result.met
-    assert {verb: data["name"] for verb, data in result.facts["methods"].items()} == {
+    assert {verb: method.name for verb, method in result.report.methods.items()} == {
         "select": "random", "adapt": "none", "score": "damage", "plan": "greedy", "distill": "one_time",
         "runtime": "eager",
     }  # fmt: skip
@@ -282,10 +287,10 @@ def test_the_chosen_samples_are_fitted_on_and_held_out_ones_are_drawn_at_random(
     assert set(fitted) <= odd & set(pool.ids)
     assert not set(held_out) & set(pool.ids)
     assert not set(held_out) <= odd
-    assert result.facts["samples"]["n_fit"] == 30
-    assert result.facts["methods"]["select"]["name"].endswith("test_compress:Marked")
-    assert result.facts["settings"]["pool"] == 150
-    assert result.facts["seconds"]["select"] > 0
+    assert result.report.samples.n_fit == 30
+    assert result.report.methods["select"].name.endswith("test_compress:Marked")
+    assert result.report.settings["pool"] == 150
+    assert result.report.seconds["select"] > 0
 
 
 def test_a_selector_that_looks_at_nothing_reads_no_more_than_it_needs(model, samples, monkeypatch, caplog):
@@ -298,13 +303,13 @@ def test_a_selector_that_looks_at_nothing_reads_no_more_than_it_needs(model, sam
 
     monkeypatch.setattr(calibration, "open_samples", open_samples)
     drawn = compress(model, samples, speedup=2.0, **(QUICK | {"select": Random()}))
-    assert "select" not in drawn.facts["seconds"]
+    assert "select" not in drawn.report.seconds
     chosen = compress(model, samples, speedup=2.0, **(QUICK | {"select": EL2N()}))  # no more are there: all of them
     assert asked == [40, 5000]
     assert not caplog.records  # a pool that is not full is nothing to warn of
     assert drawn.sample_ids == chosen.sample_ids
     assert drawn.plan.actions == chosen.plan.actions
-    assert "select" not in chosen.facts["seconds"]
+    assert "select" not in chosen.report.seconds
 
 
 def test_a_selection_is_not_made_again_after_a_kill(model, tmp_path, monkeypatch):
@@ -318,7 +323,7 @@ def test_a_selection_is_not_made_again_after_a_kill(model, tmp_path, monkeypatch
     monkeypatch.setattr(pipeline.Result, "save", lambda *_: None)
     again = compress(model, tiny_samples(100), speedup=2.0, output=tmp_path / "out", resume=True, **settings)
     assert again.sample_ids == whole.sample_ids
-    assert again.facts["seconds"]["select"] > 0
+    assert again.report.seconds["select"] > 0
 
 
 def test_too_few_samples_leave_no_folder(model, tmp_path):
@@ -541,15 +546,15 @@ def test_an_opened_model_keeps_its_names(model, samples):
     opened = OpenedModel(model, "package:factory", False, class_names=("a", "b", "c", "d"))
     result = compress(opened, samples, speedup=2.0, **QUICK)
     assert result.opened is opened
-    assert result.facts["class_names"] == ["a", "b", "c", "d"]
-    assert result.facts["model"]["id"] == "package:factory"
+    assert result.report.class_names == ("a", "b", "c", "d")
+    assert result.report.model.id == "package:factory"
 
 
 def test_a_time_budget_that_is_used_up_still_gives_a_result(model, samples):
     settings = QUICK | {"distill": OneTime(steps=500, views=1, batch_size=8), "time_budget": 0.0}
     result = compress(model, samples, speedup=2.0, **settings)
-    assert result.facts["fit"]["stopped"] == "time budget"
-    assert result.facts["fit"]["steps"] == 1
+    assert result.report.training.stopped == "time budget"
+    assert result.report.training.steps == 1
     assert result.met
 
 
@@ -560,12 +565,11 @@ def test_a_share_of_the_macs_is_counted(model, samples, share, tmp_path):
     left = count_macs(result.model, batch)[""] / count_macs(model, batch)[""]
     assert share - 0.2 < left <= share * (1 + planning.TOLERANCE)
     assert result.met
-    facts = result.facts
-    assert facts["target"] | {"harm": 0} == {
-        "asked": f"{share:g} of the MACs", "budget_ms": None, "harm": 0, "met": True, "within_spread": False,
-    }  # fmt: skip
-    assert facts["attempts"] == []  # no latency was asked for: none was measured on the way
-    assert facts["latency"]["predicted_ms"] == result.plan.predicted_ms < result.plan.original_ms
+    report = result.report
+    target = report.target
+    assert target == TargetReport(f"{share:g} of the MACs", True, False, budget_ms=None, harm=target.harm)
+    assert report.attempts == ()  # no latency was asked for: none was measured on the way
+    assert report.latency.predicted_ms == result.plan.predicted_ms < result.plan.original_ms
     assert f"The target, {share:g} of the MACs, is met" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -579,8 +583,8 @@ def test_a_share_of_the_macs_that_is_missed_says_so(model, samples, monkeypatch)
     )
     result = compress(model, samples, macs=0.5, **QUICK)
     assert not result.met
-    assert result.facts["target"]["met"] is False
-    assert result.facts["student"]["macs"] > 0.5 * result.facts["model"]["macs"]
+    assert result.report.target.met is False
+    assert result.report.student.macs > 0.5 * result.report.model.macs
 
 
 def test_a_share_of_the_macs_out_of_reach(model, samples):
@@ -622,9 +626,9 @@ def test_units_that_save_less_than_they_promise_are_made_up_for(model, samples, 
         lambda *a, **k: tuple(UnitLatency(t.unit, 1.4 * t.ms, t.replacements) for t in honest(*a, **k)),
     )
     result = compress(model, samples, speedup=2.0, **(QUICK | {"actions": ("drop",)}))
-    attempts = result.facts["attempts"]
-    assert attempts[0]["measured_ms"] > result.plan.budget_ms
-    assert attempts[-1]["measured_ms"] <= result.plan.budget_ms
+    attempts = result.report.attempts
+    assert attempts[0].measured_ms > result.plan.budget_ms
+    assert attempts[-1].measured_ms <= result.plan.budget_ms
     assert result.met
 
 
@@ -636,8 +640,8 @@ def test_a_plan_that_never_fits_is_the_fastest_and_says_so(model, samples, monke
     set_compare(monkeypatch, slow)
     result = compress(model, samples, speedup=2.0, **QUICK)
     assert not result.met
-    assert result.facts["target"]["met"] is False
-    assert result.facts["latency"]["speedup"]["median"] == pytest.approx(1 / 0.9)
+    assert result.report.target.met is False
+    assert result.report.latency.speedup.median == pytest.approx(1 / 0.9)
 
 
 # --- what is lossless
@@ -655,7 +659,7 @@ def test_where_lossless_is_enough_nothing_is_scored_or_removed(model, samples, f
     )
     assert not result.plan.removals
     assert result.met
-    assert result.facts["latency"]["speedup"]["median"] == result.facts["latency"]["lossless_speedup"] == 1.25
+    assert result.report.latency.speedup.median == result.report.latency.lossless.speedup == 1.25
     assert torch.allclose(predictions_of(result.model, samples, 16), predictions_of(model, samples, 16), atol=1e-4)
     assert json.loads((tmp_path / "o" / "plan.json").read_text())["lossless"]["folded"]
 
@@ -663,8 +667,8 @@ def test_where_lossless_is_enough_nothing_is_scored_or_removed(model, samples, f
 def test_what_lossless_leaves_is_removed_and_loads_again(model, samples, folding_pays, tmp_path):
     result = compress(model, samples, speedup=1.7, output=tmp_path / "o", **QUICK)
     assert result.plan.removals
-    assert result.facts["latency"]["speedup"]["median"] >= 1.7
-    assert result.facts["latency"]["lossless_speedup"] == 1.25
+    assert result.report.latency.speedup.median >= 1.7
+    assert result.report.latency.lossless.speedup == 1.25
     assert not any(isinstance(module, nn.BatchNorm2d) for module in result.model.modules())
     again = load(tmp_path / "o", model=model)
     assert torch.equal(predictions_of(again, samples, 16), predictions_of(result.model, samples, 16))
@@ -680,4 +684,4 @@ def test_a_target_that_the_measurement_of_lossless_misses_is_met_by_removal(mode
     monkeypatch.setattr(analysis, "find_lossless", hopeful)
     result = compress(model, samples, speedup=1.4, **QUICK)
     assert result.plan.removals
-    assert result.facts["latency"]["speedup"]["median"] >= 1.4
+    assert result.report.latency.speedup.median >= 1.4

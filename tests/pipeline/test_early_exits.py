@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ttmpd
+from reports import small_report
 from ttmpd import adapt_to, bench, compress, evaluate, inspect, load
 from ttmpd.adapt.none import NoAdaptation
 from ttmpd.artifact.read import open_artifact, read_artifact
@@ -63,7 +64,7 @@ def test_from_model_to_artifact_and_back(images, tmp_path):
         found = ttmpd.add_early_exits(net, images, speedup=1.5, method=QUICK, output=tmp_path / "out")
     assert found.met
     assert isinstance(found.model, EarlyExitModel) and not found.model.training
-    assert found.facts["target"]["budget_ms"] == pytest.approx(10 / 1.5)
+    assert found.report.target.budget_ms == pytest.approx(10 / 1.5)
     again = load(tmp_path / "out", model=net)
     assert isinstance(again, EarlyExitModel)
     assert again.threshold == found.model.threshold <= 1
@@ -74,32 +75,32 @@ def test_from_model_to_artifact_and_back(images, tmp_path):
     assert (len(artifact.removals), len(artifact.sample_ids), artifact.batch_size) == (0, 60, 1)
 
 
-def test_facts_add_up(images):
+def test_the_report_adds_up(images):
     found = ttmpd.add_early_exits(tiny_model(), images, latency="0.6x", method=QUICK, command="the command")
-    facts = found.facts
-    exits = facts["early_exit"]
-    shares = [row["share"] for row in exits["exits"]] + [exits["end"]["share"]]
+    report = found.report
+    exits = report.exits
+    shares = [exit.share for exit in exits.exits] + [exits.end_share]
     assert sum(shares) == pytest.approx(1)
     mean = sum(share * (3 + 4 * number) for number, share in enumerate(shares))
-    assert facts["latency"]["compressed"]["median_ms"] == pytest.approx(mean) == pytest.approx(exits["predicted_ms"])
-    assert mean <= facts["target"]["budget_ms"] == pytest.approx(6)
-    assert (facts["samples"]["n_fit"], facts["samples"]["n_held_out"], exits["n_samples"]) == (51, 9, 60)
-    assert facts["methods"] == {"early_exit": QUICK.to_dict()}
-    assert facts["student"]["parameters"] > facts["model"]["parameters"]
-    assert (facts["command"], exits["labelled"]) == ("the command", False)
-    json.dumps(facts, allow_nan=False)
+    assert report.latency.compressed.median_ms == pytest.approx(mean) == pytest.approx(exits.predicted_ms)
+    assert mean <= report.target.budget_ms == pytest.approx(6)
+    assert (report.samples.n_fit, report.samples.n_held_out, exits.n_samples) == (51, 9, 60)
+    assert report.methods["early_exit"].settings["steps"] == QUICK.steps and len(report.methods) == 1
+    assert report.student.parameters > report.model.parameters
+    assert (report.command, exits.labelled) == ("the command", False)
+    assert report.kind == "exits" and report.student.macs is None
 
 
 def test_later_exits_must_be_surer(images, tmp_path):
     found = ttmpd.add_early_exits(tiny_model(), images, speedup=1.5, method=QUICK, output=tmp_path)
     # Leaving at the second exit saves 4 of the 8 ms that leaving at the first does: half the doubt is allowed.
     assert found.model.spec.saved_shares == (1.0, 0.5)
-    first, second = (row["threshold"] for row in found.facts["early_exit"]["exits"])
+    first, second = (exit.threshold for exit in found.report.exits.exits)
     assert first == found.model.threshold < 1
     assert 1 - second == pytest.approx((1 - first) / 2)
     assert load(tmp_path, model=tiny_model()).spec == found.model.spec
     plain = ttmpd.add_early_exits(tiny_model(), images, speedup=1.5, method=PLAIN)
-    assert {row["threshold"] for row in plain.facts["early_exit"]["exits"]} == {plain.model.threshold}
+    assert {exit.threshold for exit in plain.report.exits.exits} == {plain.model.threshold}
 
 
 def test_exits_that_cost_more_than_they_bring_are_taken_off(images, tmp_path, monkeypatch):
@@ -113,11 +114,11 @@ def test_exits_that_cost_more_than_they_bring_are_taken_off(images, tmp_path, mo
     method, net = RightTool(steps=3, views=1), tiny_model()
     found = ttmpd.add_early_exits(net, images, latency="0.9x", method=method, output=tmp_path)
     assert [place.path for place in found.model.spec.exits] == ["blocks.1"]
-    exits = found.facts["early_exit"]
-    assert [row["path"] for row in exits["exits"]] == ["blocks.1"]
+    exits = found.report.exits
+    assert [exit.path for exit in exits.exits] == ["blocks.1"]
     # One of two exits is gone, and with it the 0.4 ms that an exit costs at most.
-    assert (exits["exits"][0]["ms"], exits["end"]["ms"]) == pytest.approx((6.6, 10.6))
-    assert "1 of them are worth their time" in exits["note"]
+    assert (exits.exits[0].ms, exits.end_ms) == pytest.approx((6.6, 10.6))
+    assert "1 of them are worth their time" in exits.note
     again = load(tmp_path, model=net)
     assert torch.equal(answers(again, images), answers(found.model, images))
 
@@ -136,7 +137,7 @@ def test_the_report_draws_exits(images, tmp_path):
 def test_labels_are_found_by_row_and_told(images, tmp_path):
     labels = [number % 4 for number in range(60)]
     found = ttmpd.add_early_exits(tiny_model(), images, speedup=1.2, method=QUICK, labels=labels, output=tmp_path)
-    assert found.facts["early_exit"]["labelled"]
+    assert found.report.exits.labelled
     assert "Labels were learned from" in (tmp_path / "README.md").read_text()
     assert "no labels" not in (tmp_path / "report.html").read_text().split("What other thresholds")[0]
     with pytest.raises(SamplesError, match="a label for every sample"):
@@ -148,7 +149,9 @@ def test_exits_on_top_of_a_pruned_student(images, tmp_path):
     units = tiny_units(net)
     removals = (Removal(units[1], "drop"), Removal(units[2], "linear"))
     student, plan = repaired(net, removals, samples), Plan(removals, 0.1, 10.0, 6.0, 6.0)
-    Result(model=student, plan=plan, opened=open_model(net), sample_ids=("old",), facts={}).save(tmp_path / "pruned")
+    Result(model=student, plan=plan, opened=open_model(net), sample_ids=("old",), report=small_report()).save(
+        tmp_path / "pruned"
+    )
     (tmp_path / "nets.py").write_text(
         "from ttmpd.testing.tiny_models import tiny_model\ndef net(): return tiny_model(n_blocks=5)"
     )
@@ -241,13 +244,13 @@ def test_a_missed_target_is_told(images, monkeypatch):
     monkeypatch.setattr(_choice, "_ATTEMPTS", 1)
     found = ttmpd.add_early_exits(tiny_model(), images, speedup=2.0, method=QUICK)
     assert not found.met
-    assert found.facts["target"]["met"] is False
+    assert found.report.target.met is False
 
 
 def test_without_held_out_samples_nothing_is_said_of_agreement(images):
     found = ttmpd.add_early_exits(tiny_model(), images, speedup=1.5, method=QUICK, holdout=0.0)
-    assert found.facts["agreement"] is None
-    assert found.facts["early_exit"]["n_samples"] == 60
+    assert found.report.agreement is None
+    assert found.report.exits.n_samples == 60
 
 
 @pytest.mark.parametrize(
@@ -277,7 +280,7 @@ def test_a_broken_artifact_is_told(images, tmp_path, change, message):
 
 def test_artifacts_without_exits_are_as_they_were(tmp_path):
     net = tiny_model()
-    Result(model=net, plan=Plan((), 0.0, 1.0, 1.0, 1.0), opened=open_model(net), sample_ids=(), facts={}
+    Result(model=net, plan=Plan((), 0.0, 1.0, 1.0, 1.0), opened=open_model(net), sample_ids=(), report=small_report()
     ).save(tmp_path)  # fmt: skip
     assert "early_exit" not in json.loads((tmp_path / "plan.json").read_text())
     assert read_artifact(tmp_path).exits is None

@@ -2,13 +2,13 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from reports import small_report
 from ttmpd.artifact.read import open_any
 from ttmpd.artifact.write import Result
 from ttmpd.data.open import open_samples
@@ -57,10 +57,10 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     units = Block().find(opened.module, used.batch(slice(0, 2))).units
     removals = tuple(Removal(unit, "drop") for unit in units[:6])
     student = repaired(opened.module, removals, used)
-    facts: dict[str, Any] = {"samples": {"input_shape": [1, 8, 8]}, "settings": {"batch_size": 4}}
+    report = small_report(input_shape=(1, 8, 8), batch_size=4)
     folder = tmp_path_factory.mktemp("artifact")
     plan = Plan(removals, 0.0, 2.0, 1.0, 1.0)
-    return Result(model=student, plan=plan, opened=opened, sample_ids=used.ids, facts=facts).save(folder)
+    return Result(model=student, plan=plan, opened=opened, sample_ids=used.ids, report=report).save(folder)
 
 
 def test_numbers_by_hand():
@@ -176,8 +176,8 @@ def test_bench(artifact, quick_timing):
 def test_bench_of_a_users_model_needs_its_source(tmp_path, quick_timing):
     net = tiny_model()
     folder = tmp_path / "out"
-    facts = {"samples": {"input_shape": [3, 8, 8]}, "settings": {"batch_size": 2}}
-    Result(model=net, plan=Plan((), 0, 1, 1, 1), opened=open_model(net), sample_ids=(), facts=facts
+    report = small_report(input_shape=(3, 8, 8), batch_size=2)
+    Result(model=net, plan=Plan((), 0, 1, 1, 1), opened=open_model(net), sample_ids=(), report=report
     ).save(folder)  # fmt: skip
     with pytest.raises(CheckpointError, match="a module that was passed in"):
         bench(folder)

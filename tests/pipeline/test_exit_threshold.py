@@ -67,11 +67,11 @@ def test_thresholds_agree_with_a_search_through_all_of_them():
 
 
 def test_the_curve_runs_from_the_first_exit_to_the_end():
-    rows = curve(SURE, MS)
-    assert (rows[0]["ms"], rows[0]["shares"]) == (2.0, [1.0, 0.0, 0.0])
-    assert (rows[-1]["ms"], rows[-1]["agreement"]) == (10.0, 1.0)
-    assert [row["ms"] for row in rows] == sorted(row["ms"] for row in rows)
-    assert all(sum(row["shares"]) == pytest.approx(1) for row in rows)
+    points = curve(SURE, MS)
+    assert (points[0].ms, points[0].shares) == (2.0, (1.0, 0.0, 0.0))
+    assert (points[-1].ms, points[-1].agreement) == (10.0, 1.0)
+    assert [point.ms for point in points] == sorted(point.ms for point in points)
+    assert all(sum(point.shares) == pytest.approx(1) for point in points)
 
 
 def test_milliseconds_never_fall():

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import ttmpd
+from reports import small_report
 from ttmpd.artifact.read import open_artifact, read_artifact
+from ttmpd.artifact.read_report import read_report
 from ttmpd.artifact.write import Result
 from ttmpd.cli.commands._reporting import TARGET_MISSED
 from ttmpd.data.open import by_length, open_samples
@@ -70,14 +72,14 @@ def _compressed(folder: Path, table: Path, output: Path) -> Result:
 @pytest.mark.parametrize("name", KINDS)
 def test_from_text_to_an_artifact_and_back(text_folder: Folder, table: Path, tmp_path: Path, name: str) -> None:
     result = _compressed(text_folder(name), table, tmp_path / "out")
-    facts = result.facts
+    report = result.report
     assert result.plan.removals
     assert type(result.model) is type(open_model(f"hf:{text_folder(name)}").module)
-    assert facts["samples"]["tokens"]["longest"] <= 16
-    assert facts["samples"]["input_shape"][0] <= facts["samples"]["tokens"]["longest"]
-    assert ("longer than 16 tokens, of which the first were read") in dict(facts["samples"]["notes"])
+    assert report.samples.tokens.longest <= 16
+    assert report.samples.input_shape[0] <= report.samples.tokens.longest
+    assert ("longer than 16 tokens, of which the first were read") in dict(report.samples.notes)
     assert len(result.sample_ids) == 40
-    json.dumps(facts)
+    assert read_report(tmp_path / "out").samples == report.samples
 
     opened = open_artifact(tmp_path / "out")
     assert opened.preprocessing == Tokenization(str(text_folder(name)), 0, 16, 39 if name == "roberta" else 40)
@@ -99,13 +101,14 @@ def test_operations_are_counted_on_what_is_timed(text_folder: Folder, sentences:
         "distill": OneTime(steps=1, batch_size=8),
     }
     found = compress(opened, texts, macs="0.8x", units="neuron", score="magnitude", **given)
-    batch = torch.randint(5, 20, (1, *found.facts["samples"]["input_shape"]))
+    batch = torch.randint(5, 20, (1, *found.report.samples.input_shape))
     left = count_macs(found.model, batch)[""] / count_macs(opened.module, batch)[""]
-    assert left == pytest.approx(found.facts["student"]["macs"] / found.facts["model"]["macs"], rel=1e-3)
-    narrowed = [row for row in found.facts["units"] if row["action"] == "narrow"]
+    assert left == pytest.approx(found.report.student.macs / found.report.model.macs, rel=1e-3)
+    narrowed = [unit for unit in found.report.units if unit.action == "narrow"]
     assert narrowed
-    for row in narrowed:
-        assert row["saved_ms"] == pytest.approx(row["ms"] - row["width_ms"][str(row["kept"])])
+    for unit in narrowed:
+        left_ms = next(width.ms for width in unit.widths if width.n_kept == unit.n_kept)
+        assert unit.saved_ms == pytest.approx(unit.ms - left_ms)
     assert found.met
 
 
@@ -123,10 +126,10 @@ def artifacts(text_folder: Folder, table: Path, tmp_path_factory: pytest.TempPat
         opened = open_model(f"hf:{text_folder(name)}").reading(16)
         samples = open_samples(table, opened.preprocessing, num_samples=10)
         removals = (Removal(Block().find(opened.module, samples.batch(slice(0, 2))).units[1], "linear"),)
-        facts: dict[str, Any] = {"samples": {"input_shape": [11]}, "settings": {"batch_size": 4}}
+        report = small_report(input_shape=(11,), batch_size=4)
         student = repaired(opened.module, removals, samples)
         plan, folder = Plan(removals, 0.0, 2.0, 1.0, 1.0), tmp_path_factory.mktemp("artifact") / name
-        Result(model=student, plan=plan, opened=opened, sample_ids=samples.ids, facts=facts).save(folder)
+        Result(model=student, plan=plan, opened=opened, sample_ids=samples.ids, report=report).save(folder)
         found[name] = folder
     return found
 
@@ -235,7 +238,7 @@ def test_adapting_a_text_model(text_folder: Folder, table: Path, tmp_path: Path)
     found = ttmpd.adapt_to(
         f"hf:{text_folder('distilbert')}", table, output=tmp_path / "out", adapt=ttmpd.Tent(), batch_size=8
     )
-    assert "trained without labels" in found.facts["adapt"]["note"]
+    assert "trained without labels" in found.report.adaptation.note
     assert evaluate(tmp_path / "out", ["a film", "a book"]).n_samples == 2
 
 

@@ -88,7 +88,7 @@ def test_units_are_scaled_by_the_ratio_of_both_runtimes(monkeypatch, quick_timin
 
 def test_a_run_names_its_runtime_and_plans_by_it(quick_timing):
     result = compress(tiny_model(), tiny_samples(12).inputs, speedup=1.01, runtime=Recording(), batch_size=4)
-    assert result.facts["runtime"] == {"name": Recording().name, "version": "7.1"}
+    assert (result.report.runtime.name, result.report.runtime.version) == (Recording().name, "7.1")
     assert len(PREPARED) >= 4  # original and lossless, a try, the last measurement
 
 

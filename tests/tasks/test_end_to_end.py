@@ -138,8 +138,8 @@ def compressed(net: nn.Module, **settings: Any) -> Result:
 def test_all_heads_are_held() -> None:
     net = settled(TwoHeads())
     result = compressed(net)
-    assert result.facts["task"]["name"] == "classification"
-    assert list(result.facts["task"]["parts"]) == ["0", "1"]
+    assert result.report.task.name == "classification"
+    assert list(result.report.task.settings["parts"]) == ["0", "1"]
     emptied = [r for r in result.plan.removals if r.unit.path.startswith("ink") and not r.kept]
     assert not emptied
     with torch.no_grad():
@@ -152,18 +152,18 @@ def test_all_heads_are_held() -> None:
 
 def test_of_a_dict_the_logits_are_predicted() -> None:
     result = compressed(settled(NamedOutputs()))
-    assert list(result.facts["task"]["parts"]) == ["logits"]
+    assert list(result.report.task.settings["parts"]) == ["logits"]
     with torch.no_grad():
         assert list(result.model(images())) == ["embedding", "logits"]
-    assert len(result.facts["held_out"]["teacher"]) == 4
+    assert len(result.report.held_out.teacher) == 4
 
 
 def test_regression_is_not_measured_by_classes() -> None:
     net = settled(Net(1))
     result = compressed(net)
-    assert result.facts["task"]["name"] == "regression"
-    assert "nothing done" in result.facts["adapt"]["note"]
-    assert result.facts["held_out"]["student"] == [] and result.facts["parted"] == []
+    assert result.report.task.name == "regression"
+    assert "nothing done" in result.report.adaptation.note
+    assert result.report.held_out.student == () and result.report.disagreements == ()
     with torch.no_grad():
         teacher, student = net(images()), result.model(images())
     assert not torch.allclose(teacher, student, atol=1e-3)
@@ -176,17 +176,17 @@ def test_regression_is_not_measured_by_classes() -> None:
 
 def test_labels_are_trained_and_compared_one_by_one() -> None:
     result = compressed(settled(Net(6)), task="multi_label")
-    assert result.facts["task"]["same"] == MultiLabel.same
-    share = result.facts["agreement"]["share"]
+    assert result.report.task.same == MultiLabel.same
+    share = result.report.agreement.share
     assert 0.0 < share <= 1.0
     adapted = adapt_to(settled(Net(6)), images(), task="multi_label", adapt=Tent(epochs=1), num_samples=24)
-    assert "epochs" in adapted.facts["adapt"]["facts"]
+    assert "epochs" in adapted.report.adaptation.numbers
 
 
 def test_an_embedding_is_held_as_a_vector() -> None:
     result = compressed(settled(Backbone()), task="embedding")
-    assert result.facts["task"]["name"] == "embedding"
-    assert result.facts["held_out"]["student"] == []
+    assert result.report.task.name == "embedding"
+    assert result.report.held_out.student == ()
 
 
 def test_dense_classes_are_named_by_hand() -> None:
@@ -195,8 +195,8 @@ def test_dense_classes_are_named_by_hand() -> None:
         with pytest.raises(ModelError, match="task=segmentation"):
             call(net)
     result = compressed(net, task=Segmentation(pixels=16))
-    assert result.facts["each"] == "pixel"
-    assert list(result.facts["task"]["grid"]) == [4, 4]
+    assert result.report.task.each == "pixel"
+    assert list(result.report.task.settings["grid"]) == [4, 4]
     assert inspect(net, images(), timed=False, task="segmentation").task == "segmentation"
 
 
@@ -211,7 +211,7 @@ def test_a_student_is_never_asked_in_its_own_train_mode(kind: type[Net]) -> None
     net = settled(kind())
     before = {name: value.clone() for name, value in net.state_dict().items() if name.startswith("auxiliary")}
     result = compressed(net)
-    assert result.facts["fit"]["steps"] == 2
+    assert result.report.training.steps == 2
     after = result.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
@@ -223,5 +223,5 @@ def test_another_structure_in_train_mode_is_refused_before_time_is_spent() -> No
 
 def test_a_task_by_hand_wins() -> None:
     result = compressed(settled(TwoHeads()), task=Classification(parts=("1",)))
-    assert list(result.facts["task"]["parts"]) == ["1"]
-    assert max(result.facts["held_out"]["teacher"]) < 3
+    assert list(result.report.task.settings["parts"]) == ["1"]
+    assert max(result.report.held_out.teacher) < 3

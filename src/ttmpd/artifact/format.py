@@ -1,17 +1,36 @@
-"""Print measurements: terminal, page and model card show the same figure for the same one."""
+"""Print measurements: terminal, page and model card show the same figure for the same one.
+
+Whatever is None, NaN or infinite is not known, and shown as a dash.
+"""
+
+import math
+
+from ttmpd.latency.device import Machine
 
 UNKNOWN = "–"
 
 
+def _is_known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
 def number(value: float | None) -> str:
     """Three figures."""
-    return UNKNOWN if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if value is None or not _is_known(value):
+        return UNKNOWN
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def milliseconds(value: float | None) -> str:
     """Three figures or more from one millisecond on, without the unit."""
-    digits = 0 if value is None else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
-    return UNKNOWN if value is None else f"{value:,.{digits}f}"
+    if value is None or not _is_known(value):
+        return UNKNOWN
+    return f"{value:,.{1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3}f}"
+
+
+def seconds(value: float | None) -> str:
+    """To a tenth of a second, without the unit."""
+    return UNKNOWN if value is None or not _is_known(value) else f"{value:,.1f}"
 
 
 def count(value: float | None) -> str:
@@ -21,9 +40,25 @@ def count(value: float | None) -> str:
     return next(fitting, number(value))
 
 
+def plural(n: int, noun: str) -> str:
+    """A number of things, in words.
+
+    Example:
+        >>> plural(1, "thread"), plural(1024, "batch"), plural(0, "sample")
+        ('1 thread', '1,024 batches', '0 samples')
+    """
+    ending = "" if n == 1 else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{n:,} {noun}{ending}"
+
+
 def percent(share: float | None) -> str:
     """A share, to a tenth of a percent."""
-    return UNKNOWN if share is None else f"{100 * share:.1f} %"
+    return UNKNOWN if share is None or not _is_known(share) else f"{100 * share:.1f} %"
+
+
+def probability(value: float | None) -> str:
+    """Four figures: what is close to 1 must not look like it."""
+    return UNKNOWN if value is None or not _is_known(value) else f"{value:.4g}"
 
 
 def interval(share: float | None, low: float | None, high: float | None) -> str:
@@ -37,11 +72,29 @@ def spread(median: float | None, low: float | None, high: float | None, unit: st
     return milliseconds(median) + unit + quartiles
 
 
-def times(ratio: float) -> str:
+def times(ratio: float | None) -> str:
     """How many times as fast, without quartiles."""
-    return f"{ratio:.2f}x"
+    return UNKNOWN if ratio is None or not _is_known(ratio) else f"{ratio:.2f}x"
 
 
 def speedup(median: float, low: float, high: float) -> str:
     """How many times as fast, with quartiles."""
     return f"{times(median)} ({times(low)} to {times(high)})"
+
+
+def change(before: float | None, after: float | None) -> str:
+    """By how many percent a value grew or fell."""
+    if not before or after is None:
+        return UNKNOWN
+    return "unchanged" if after == before else f"{100 * (after / before - 1):+.1f} %".replace("-", "−")
+
+
+def device(machine: Machine) -> str:
+    """The device by name, with the threads of a processor.
+
+    Example:
+        >>> device(Machine("AMD EPYC", "cpu", 1, "2.14", "kept"))
+        'AMD EPYC (cpu), 1 thread'
+    """
+    threads = f", {plural(machine.threads, 'thread')}" if machine.type == "cpu" else ""
+    return f"{machine.device} ({machine.type}){threads}"

@@ -1,4 +1,4 @@
-"""Read artifacts of format 1, which did not say everything: nothing else in the package looks at that format."""
+"""Read plans of format 1, which did not say everything; ``format_1_report`` reads its reports."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ttmpd.artifact import format_1
-from ttmpd.artifact.write import FORMAT, PLAN, UNFINISHED, WEIGHTS, Kind, sha256
+from ttmpd.artifact.run_report import Kind
+from ttmpd.artifact.write import FORMAT, PLAN, UNFINISHED, WEIGHTS, sha256
 from ttmpd.data.preprocessing import Preparation, preparation_from
 from ttmpd.data.tokenization import Tokenization
 from ttmpd.errors import CheckpointError, TTMPDError, UnknownMethodError

@@ -4,13 +4,14 @@ import dataclasses
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import nn
 
+from ttmpd.artifact.plain import to_plain
+from ttmpd.artifact.run_report import RunReport
 from ttmpd.errors import InvalidValueError
 from ttmpd.models.open import is_rebuildable
 from ttmpd.models.opened import OpenedModel
@@ -21,8 +22,6 @@ from ttmpd.surgery.exits.model import exits_data
 
 FORMAT = 2
 """Format 1 did not say its kind, nor what was folded into what, nor where it was measured."""
-Kind = Literal["compressed", "adapted", "exits", "student"]
-"""What a command made: `compress`, `adapt`, `early-exit`, `train-student`."""
 PLAN, WEIGHTS = "plan.json", "model.safetensors"
 STOCK = "transformers"
 """Folder with the same student as its own library writes models, where that can say what is left of it."""
@@ -38,22 +37,23 @@ class Result:
         model: a plain ``nn.Module`` in eval mode, on the CPU; with exits an :class:`ttmpd.EarlyExitModel`, whose
             ``threshold`` may be changed at any time.
         plan: what was removed, and the milliseconds.
-        facts: everything that was measured, as plain data: the report draws it.
+        report: everything that was measured; page, card and ``report.json`` are made of it.
         sample_ids: content hashes of the unlabelled samples that were used.
         opened: where the model came from.
-        met: whether what was measured meets the target; True where none was set.
         lossless: what was done to the model besides, in this run.
-        kind: what was made.
     """
 
     model: nn.Module
     plan: Plan
-    facts: dict[str, Any]
+    report: RunReport
     sample_ids: tuple[str, ...]
     opened: OpenedModel
-    met: bool = True
     lossless: Lossless = UNCHANGED
-    kind: Kind = "compressed"
+
+    @property
+    def met(self) -> bool:
+        """True when what was measured meets the target, or none was set."""
+        return self.report.target is None or self.report.target.met
 
     def save(self, folder: str | Path) -> Path:
         """Write the artifact: plan.json, model.safetensors, README.md, report.html, report.json.
@@ -67,24 +67,20 @@ class Result:
         Raises:
             TTMPDError: there is no room or no permission to write.
         """
-        return write_artifact(Path(folder), self, self._write_reports)
-
-    def _write_reports(self, folder: Path) -> None:
-        from ttmpd.artifact.report import write_report
-
-        write_report({**self.facts, "stock": _stock(self, folder / STOCK)}, folder)
+        return write_artifact(Path(folder), self)
 
     save_pretrained = save
 
 
-def write_artifact(folder: Path, result: Result, write_reports: Callable[[Path], None]) -> Path:
+def write_artifact(folder: Path, result: Result) -> Path:
     """Write an artifact of any kind, each file whole or not at all.
 
     Args:
         folder: made if missing.
         result: what was made.
-        write_reports: writes the files for people into the folder that it is handed.
     """
+    from ttmpd.artifact.report import write_report
+
     check_output(folder)
     with disk_guarded(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +89,8 @@ def write_artifact(folder: Path, result: Result, write_reports: Callable[[Path],
             # Tied tensors are written once each: loading copies them into one place again.
             state = {key: value.detach().cpu().contiguous().clone() for key, value in result.model.state_dict().items()}
             save_file(state, unfinished / WEIGHTS)
-            write_reports(unfinished)
+            hugging_face = _stock(result, unfinished / STOCK)
+            write_report(dataclasses.replace(result.report, hugging_face=hugging_face), unfinished)
             data = _described(result) | exits_data(result.model)
             data["weights"] = {"file": WEIGHTS, "sha256": sha256(unfinished / WEIGHTS)}
             write_json(unfinished / PLAN, data)
@@ -120,7 +117,7 @@ def _stock(result: Result, folder: Path) -> str:
     """Write the student as its own library does; the name of its class, "" where that cannot say what is left."""
     from ttmpd.artifact.huggingface import save_stock, stock_model
 
-    opened, shape = result.opened, result.facts.get("samples", {}).get("input_shape") or ()
+    opened, shape = result.opened, result.report.samples.input_shape
     fresh = stock_model(result.model, joined(opened.removed, result.plan.removals), opened.preprocessing, shape)
     if fresh is None:
         return ""
@@ -146,16 +143,16 @@ def check_output(folder: Path) -> None:
 
 
 def _described(result: Result) -> dict[str, Any]:
-    plan, opened, facts = result.plan, result.opened, result.facts
+    plan, opened, report = result.plan, result.opened, result.report
     numbers = {key: getattr(plan, key) for key in ("harm", "original_ms", "budget_ms", "predicted_ms")}
     removals = joined(opened.removed, plan.removals)
     return {
         "format": FORMAT,
-        "kind": result.kind,
-        "ttmpd": str(facts.get("ttmpd", "unknown")),
-        "task": facts.get("task"),
-        "runtime": facts.get("runtime"),
-        "machine": facts.get("machine"),
+        "kind": report.kind,
+        "ttmpd": report.version,
+        "task": {"name": report.task.name, **report.task.settings},
+        "runtime": to_plain(report.runtime),
+        "machine": to_plain(report.machine),
         "model": {
             "id": opened.id,
             "rebuildable": is_rebuildable(opened.id),
@@ -163,12 +160,12 @@ def _described(result: Result) -> dict[str, Any]:
         },
         "preprocessing": opened.preprocessing.to_dict() if opened.preprocessing else None,
         "class_names": list(opened.class_names),
-        "input_shape": facts.get("samples", {}).get("input_shape"),
+        "input_shape": list(report.samples.input_shape),
         "plan": {"removals": [removal.to_dict() for removal in removals]} | numbers,
         "lossless": (opened.lossless | result.lossless).to_dict(),
         "folded": dataclasses.asdict(opened.folded),
-        "methods": facts.get("methods", {}),
-        "settings": facts.get("settings", {}),
+        "methods": {verb: {"name": method.name, **method.settings} for verb, method in report.methods.items()},
+        "settings": dict(report.settings),
         "sample_ids": list(dict.fromkeys((*opened.used_ids, *result.sample_ids))),
     }
 

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,10 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from ttmpd.artifact import format
+from ttmpd.artifact.sentences import circumstances, runtime_sentence, task_sentence
 from ttmpd.progress import watched
 
 if TYPE_CHECKING:
+    from ttmpd.artifact.run_report import RunReport
+    from ttmpd.latency.device import Machine
     from ttmpd.latency.timing import Timing
+    from ttmpd.quality.proportion import Proportion
 
 SHOW_AFTER = 1.0
 """Seconds before a stage gets a bar."""
@@ -85,20 +89,14 @@ def progress_shown() -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------------------- words
 
 
-def spread(timing: "Timing | Mapping[str, Any]") -> str:
+def spread(timing: "Timing") -> str:
     """Median and quartiles in milliseconds."""
-    median, low, high = _values(timing, "median_ms", "low_ms", "high_ms")
-    return format.spread(median, low, high, unit=" ms")
+    return format.spread(timing.median_ms, timing.low_ms, timing.high_ms, unit=" ms")
 
 
-def interval(measured: Any) -> str:
-    """A share with its interval, from a record or plain data."""
-    return format.interval(*_values(measured, "share", "low", "high"))
-
-
-def _values(measured: Any, *names: str) -> Iterator[Any]:
-    get = measured.__getitem__ if isinstance(measured, Mapping) else lambda name: getattr(measured, name)
-    return map(get, names)
+def interval(share: "Proportion | None") -> str:
+    """A share with its interval; a dash where there is none."""
+    return format.UNKNOWN if share is None else format.interval(share.share, share.low, share.high)
 
 
 def new_table(*columns: str, right: Sequence[str] = (), title: str | None = None) -> Table:
@@ -109,14 +107,12 @@ def new_table(*columns: str, right: Sequence[str] = (), title: str | None = None
     return table
 
 
-def machine_line(machine: Mapping[str, Any]) -> str:
+def machine_line(machine: "Machine") -> str:
     """Device, threads and torch version."""
-    threads = machine["threads"]
-    plural = "thread" if threads == 1 else "threads"
-    return f"Device: {machine['device']} ({machine['type']}), {threads} {plural}, torch {machine['torch']}"
+    return f"Device: {format.device(machine)}, torch {machine.torch}"
 
 
-def show_machine(machine: Mapping[str, Any]) -> None:
+def show_machine(machine: "Machine") -> None:
     """What the milliseconds will belong to."""
     out().print(escape(machine_line(machine)))
 
@@ -124,51 +120,53 @@ def show_machine(machine: Mapping[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------------------ commands
 
 
-def show_skipped(console: Console, facts: Mapping[str, Any]) -> None:
+def show_skipped(console: Console, report: "RunReport") -> None:
     """The samples that could not be used, and why."""
-    skipped = facts["samples"]["skipped"]
+    skipped = report.samples.skipped
     for name, reason in skipped[:MAX_LISTED]:
-        console.print(f"Skipped sample {escape(str(name))}: {escape(str(reason))}")
+        console.print(f"Skipped sample {escape(name)}: {escape(reason)}")
     if len(skipped) > MAX_LISTED:
         console.print(f"... and {len(skipped) - MAX_LISTED} more; report.json has them all.")
 
 
-def show_latency(console: Console, facts: Mapping[str, Any]) -> None:
+def show_latency(console: Console, report: "RunReport") -> None:
     """Milliseconds before and after, and whether the target is met."""
-    latency, target, size = facts["latency"], facts["target"], facts["machine"]["batch_size"]
-    speedup = latency["speedup"]
-    table = new_table("", "ms per batch", title=f"Latency, batches of {size}")
-    table.add_row("original, measured", spread(latency["original"]))
-    if "lossless" in latency:
-        faster = format.times(latency["lossless_speedup"])
-        table.add_row(f"{escape(facts['lossless'])}: same answers", f"{spread(latency['lossless'])}, {faster}")
-    table.add_row("compressed, predicted", f"{format.milliseconds(latency['predicted_ms'])} ms")
-    table.add_row("compressed, measured", spread(latency["compressed"]))
-    table.add_row("speedup, measured", format.speedup(**speedup))
+    latency = report.latency
+    if latency is None:
+        return
+    table = new_table("", "ms per batch", title=f"Latency: {escape(circumstances(report))}")
+    table.add_row("original, measured", spread(latency.original))
+    if latency.lossless:
+        faster = f"{spread(latency.lossless.timing)}, {format.times(latency.lossless.speedup)}"
+        table.add_row(f"{escape(latency.lossless.changes)}: same predictions", faster)
+    table.add_row("compressed, predicted", f"{format.milliseconds(latency.predicted_ms)} ms")
+    table.add_row("compressed, measured", spread(latency.compressed))
+    speedup = latency.speedup
+    table.add_row("speedup, measured", format.speedup(speedup.median, speedup.low, speedup.high))
     console.print(table)
-    verdict = "[green]met[/green]" if target["met"] else "[red]missed[/red]"
-    note = " within the spread" if target["within_spread"] else ""
-    console.print(f"Target {escape(target['asked'])}: {verdict}{note}")
-    if latency.get("noise"):
-        console.print(f"[yellow]{escape(latency['noise'])}[/yellow]")
+    if runtime_sentence(report):
+        console.print(escape(runtime_sentence(report)))
+    if report.target is not None:
+        verdict = "[green]met[/green]" if report.target.met else "[red]missed[/red]"
+        note = " within the spread" if report.target.within_spread else ""
+        console.print(f"Target {escape(report.target.asked)}: {verdict}{note}")
+    if latency.caution:
+        console.print(f"[yellow]{escape(latency.caution)}[/yellow]")
 
 
-def show_agreement(console: Console, facts: Mapping[str, Any]) -> None:
-    """The share of held-out samples on which student and teacher predict the same."""
-    if facts["agreement"] is None:
+def show_agreement(console: Console, report: "RunReport") -> None:
+    """The share of held-out samples on which student and teacher predict the same, and what that means."""
+    console.print(escape(task_sentence(report)))
+    if report.agreement is None:
         console.print("Agreement with the teacher: not measured, no samples were held out.")
         return
-    n = facts["agreement"]["n"]
-    before = facts.get("agreement_repaired")
-    told = f"; before distillation {format.percent(before['share'])}" if before else ""
-    held = f"{n} held-out {facts.get('each', 'sample')}s"
-    console.print(f"Agreement: {interval(facts['agreement'])} on {held}{told} ({NOT_ACCURACY})")
-    task = facts.get("task")
-    if task is not None and task["name"] != "classification":
-        console.print(f"Task: {escape(task['name'])}; agreement means {escape(task['same'])}.")
+    before = report.agreement_before
+    earlier = f"; before distillation {format.percent(before.share)}" if before else ""
+    held_out = format.plural(report.agreement.n, f"held-out {report.task.each}")
+    console.print(f"Agreement: {interval(report.agreement)} on {held_out}{earlier} ({NOT_ACCURACY})")
 
 
-def show_seconds(seconds: Mapping[str, float]) -> None:
+def show_seconds(seconds: "Mapping[str, float]") -> None:
     """One line: seconds of each stage and their sum."""
-    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-    out().print(f"Seconds: {escape(parts)}; {sum(seconds.values()):.1f} in all")
+    stages = ", ".join(f"{name} {format.seconds(value)}" for name, value in seconds.items())
+    out().print(f"Seconds: {escape(stages)}; {format.seconds(sum(seconds.values()))} in all")

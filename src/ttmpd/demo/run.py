@@ -34,7 +34,8 @@ class DemoOutcome:
     @property
     def is_fast_enough(self) -> bool:
         """True when the student was measured `PROMISED` times as fast, by the median, as the manual says it is."""
-        return bool(self.result.facts["latency"]["speedup"]["median"] >= PROMISED)
+        latency = self.result.report.latency
+        return latency is not None and latency.speedup.median >= PROMISED
 
 
 def run_demo(folder: Path, *, speedup: float = SPEEDUP, seed: int = 0, command: str = "ttmpd demo") -> DemoOutcome:

@@ -1,9 +1,30 @@
 """Choose, synchronise and describe the device."""
 
+from dataclasses import dataclass
+
 import torch
 
 from ttmpd.errors import InvalidValueError
 from ttmpd.latency.memory import freed_memory
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What milliseconds belong to.
+
+    Args:
+        device: its name.
+        type: "cpu", "cuda" or "mps".
+        threads: of PyTorch on the processor.
+        torch: version.
+        freed_memory: what becomes of freed memory, see :func:`ttmpd.latency.memory.freed_memory`.
+    """
+
+    device: str
+    type: str
+    threads: int
+    torch: str
+    freed_memory: str
 
 
 def choose_device(device: str) -> torch.device:
@@ -26,20 +47,14 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def machine(device: torch.device | str) -> dict[str, str | int]:
-    """What the milliseconds belong to: device name, threads, torch version, what becomes of freed memory."""
+def machine(device: torch.device | str) -> Machine:
+    """What milliseconds that are measured on the device now belong to."""
     device = torch.device(device)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         name = _cpu_name() if device.type == "cpu" else device.type
-    return {
-        "device": name,
-        "type": device.type,
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-        "freed_memory": freed_memory(),
-    }
+    return Machine(name, device.type, torch.get_num_threads(), str(torch.__version__), freed_memory())
 
 
 def _cpu_name() -> str:

@@ -13,7 +13,7 @@ from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predictions_of
 from ttmpd.pipeline.preparation import prepare
-from ttmpd.pipeline.report_data import collect_adapted
+from ttmpd.pipeline.report_data import RunInputs, adapted_report
 from ttmpd.pipeline.settings import settings_of
 from ttmpd.records import Plan
 
@@ -58,9 +58,9 @@ def adapt_to(
     adapted = chosen.adapt.adapt(source, calibration.fit, batch_size=size, seed=chosen.seed)
     seconds = time.perf_counter() - start
     before, after = (predictions_of(net, calibration.held_out, chosen.batch_size) for net in (source, adapted.model))
-    facts = collect_adapted(opened, source, adapted, calibration, chosen, (before, after), seconds)
+    report = adapted_report(RunInputs(opened, source, calibration, chosen), adapted, (before, after), seconds)
     net = to_plain_format(adapted.model).cpu().eval()
-    result = Result(net, Plan((), 0.0, 0.0, 0.0, 0.0), facts, calibration.ids, opened, kind="adapted")
+    result = Result(net, Plan((), 0.0, 0.0, 0.0, 0.0), report, calibration.ids, opened)
     if output is not None:
         result.save(output)
     return result

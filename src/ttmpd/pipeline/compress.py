@@ -4,7 +4,7 @@ select -> adapt -> find units -> time and score them -> plan -> cut and repair -
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predictions_of
 from ttmpd.pipeline.analysis import Analysis, scores_of
 from ttmpd.pipeline.candidates import PartialPlan, rescored_path
-from ttmpd.pipeline.planning import TOLERANCE, Attempt, MeasuredPlan, make_plan, needed_ms
-from ttmpd.pipeline.report_data import collect
+from ttmpd.pipeline.planning import Attempt, MeasuredPlan, make_plan, needed_ms
+from ttmpd.pipeline.report_data import RunInputs, compressed_report
 from ttmpd.pipeline.run import Run, analyzed
 from ttmpd.pipeline.settings import Settings, Target, settings_of
 from ttmpd.records import UNCHANGED, Plan, Removal, Unit
@@ -186,22 +186,19 @@ def finish(analysis: Analysis, start: Start, context: FitContext, run: Run, comm
     final = predictions_of(student, held_out, analysis.pass_size)
     with stages.timed("measure", key):
         timings = _measured(analysis, student, plan, run.settings)
-    facts = collect(
+    inputs = RunInputs(run.opened, analysis.source, analysis.calibration, run.settings)
+    report = compressed_report(
         analysis,
         planned,
-        run.opened,
-        run.settings,
-        student=student,
+        inputs,
         scores=scores_of(analysis, run.settings, stages) if plan.removals else (),
-        rounds=timings,
-        fit=fit,
+        student=student,
+        timings=timings,
+        training=fit,
         logits=(teacher, start.predictions, final),
-        seconds=stages.seconds(key),
     )
-    facts["command"] = command
-    facts["restarted"] = stages.restarted
-    facts["target"] |= _verdict(planned, facts)
-    return Result(student.cpu(), plan, facts, analysis.calibration.ids, run.opened, facts["target"]["met"], lossless)
+    report = dataclasses.replace(report, seconds=stages.seconds(key), command=command, restarted=stages.restarted)
+    return Result(student.cpu(), plan, report, analysis.calibration.ids, run.opened, lossless)
 
 
 def _measured(analysis: Analysis, student: nn.Module, plan: Plan, settings: Settings) -> Timings:
@@ -212,16 +209,6 @@ def _measured(analysis: Analysis, student: nn.Module, plan: Plan, settings: Sett
     if changed and not plan.removals:  # then the student is all that it is
         return Timings({**timings.ms, "lossless": timings.ms["compressed"]})
     return timings
-
-
-def _verdict(planned: MeasuredPlan, facts: Mapping[str, Any]) -> dict[str, bool]:
-    """Whether the target is met: MACs are counted, milliseconds are measured and have a spread."""
-    if planned.target.macs is not None:
-        left = facts["student"]["macs"] / facts["model"]["macs"]
-        return {"met": left <= planned.target.macs * (1 + TOLERANCE), "within_spread": False}
-    speedup, needed = facts["latency"]["speedup"], planned.plan.original_ms / planned.plan.budget_ms
-    met = speedup["high"] >= needed
-    return {"met": met, "within_spread": met and speedup["median"] < needed}
 
 
 def first_path(removals: Sequence[Removal]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttmpd.artifact.measurements import AttemptReport, ExitReport, ExitsReport, TargetReport
 from ttmpd.artifact.write import Result, check_output
 from ttmpd.data.labels import Labels, open_labels
 from ttmpd.data.samples import Samples
@@ -20,9 +21,9 @@ from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predictions_of
 from ttmpd.pipeline import defaults
 from ttmpd.pipeline.exit_choice import ThresholdChoice, choose, fitted, time_exits
-from ttmpd.pipeline.exit_threshold import ExitConfidences, exit_answers, exit_confidences
+from ttmpd.pipeline.exit_threshold import ExitConfidences, curve, exit_answers, exit_confidences
 from ttmpd.pipeline.preparation import PASS_SIZE, Prepared, prepare
-from ttmpd.pipeline.report_data import collect_exits
+from ttmpd.pipeline.report_data import RunInputs, exits_report, latency_report
 from ttmpd.pipeline.settings import Settings, Target, settings_of
 from ttmpd.records import Plan
 from ttmpd.surgery.exits.model import check_without_exits
@@ -91,28 +92,23 @@ def add_early_exits(
     trained = time.perf_counter()
     equipped, confidences, choice = _timed(prepared, method, equipped, confidences, target, chosen.batch_size)
     plan = Plan((), 0.0, choice.original_ms, choice.budget_ms, choice.predicted_ms)
-    found = {
-        "method": method.to_dict(),
-        "early_exit": _exits(equipped, choice, confidences) | {"labelled": classes is not None},
-        "attempts": [{"predicted_ms": predicted, "measured_ms": measured} for predicted, measured in choice.attempts],
-        "target": str(target),
-        "seconds": {"exits": trained - start, "measure": time.perf_counter() - trained},
-    }
     logits = (before, predictions_of(equipped.model, calibration.held_out, PASS_SIZE))
-    facts = collect_exits(
-        opened,
-        source,
+    report = exits_report(
+        RunInputs(opened, source, calibration, chosen),
         equipped.model,
-        calibration,
-        chosen,
-        found=found,
-        rounds=choice.timings,
-        plan=plan,
+        _exits(equipped, choice, confidences, classes is not None),
+        method=method,
         logits=logits,
     )
-    facts["target"] |= {"met": choice.met, "within_spread": choice.within_spread}
-    net = equipped.model.cpu().eval()
-    result = Result(net, plan, facts | {"command": command}, calibration.ids, opened, choice.met, kind="exits")
+    report = dataclasses.replace(
+        report,
+        target=TargetReport(str(target), choice.met, choice.within_spread, plan.budget_ms),
+        attempts=tuple(AttemptReport(predicted, measured) for predicted, measured in choice.attempts),
+        latency=latency_report(choice.timings, plan, chosen.batch_size),
+        seconds={"exits": trained - start, "measure": time.perf_counter() - trained},
+        command=command,
+    )
+    result = Result(equipped.model.cpu().eval(), plan, report, calibration.ids, opened)
     if output is not None:
         result.save(output)
     return result
@@ -176,15 +172,30 @@ def _joined(first: Samples, second: Samples) -> Samples:
     return dataclasses.replace(first, inputs=inputs, ids=first.ids + second.ids, names=names)
 
 
-def _exits(equipped: Equipped, choice: ThresholdChoice, confidences: ExitConfidences) -> dict[str, Any]:
-    """The exits as plain data for the report: a row for each, and the end of the model."""
-    facts, places = choice.facts(confidences), equipped.model.spec.exits
-    thresholds = equipped.model.spec.thresholds(choice.threshold)
-    rows = [
-        {"path": place.path, "reads": place.pool, "threshold": threshold, **row, "share": share, "ms": ms}
-        for place, threshold, row, share, ms in zip(
-            places, thresholds, equipped.facts, facts["shares"], facts["ms"], strict=False
+def _exits(equipped: Equipped, choice: ThresholdChoice, confidences: ExitConfidences, labelled: bool) -> ExitsReport:
+    """What the report tells of exits, and of the end."""
+    spec, shares = equipped.model.spec, choice.shares(confidences.n_exits)
+    numbers = equipped.facts or ({},) * len(spec.exits)
+    rows = zip(spec.exits, spec.thresholds(choice.threshold), shares, choice.ms, numbers, strict=False)
+    exits = tuple(
+        ExitReport(
+            exit.path,
+            threshold,
+            share,
+            ms,
+            *(row.get(name) for name in ("agreement", "temperature", "calibration_error_before", "calibration_error")),
         )
-    ]
-    end = {"share": facts["shares"][-1], "ms": facts["ms"][-1]}
-    return facts | {"note": equipped.note, "exits": rows, "end": end}
+        for exit, threshold, share, ms, row in rows
+    )
+    return ExitsReport(
+        note=equipped.note,
+        labelled=labelled,
+        threshold=choice.threshold,
+        agreement=confidences.agreement(choice.depths),
+        n_samples=len(choice.depths),
+        predicted_ms=choice.predicted_ms,
+        exits=exits,
+        end_share=shares[-1],
+        end_ms=choice.ms[-1],
+        curve=curve(confidences, choice.ms),
+    )

@@ -1,7 +1,6 @@
 """Which threshold, and what it brings: chosen by predicted milliseconds, measured, and corrected."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,7 +11,6 @@ from ttmpd.latency.timing import Timings
 from ttmpd.pipeline.exit_threshold import (
     ExitConfidences,
     choose_threshold,
-    curve,
     mean_ms,
     ms_of,
     prune_exits,
@@ -63,18 +61,9 @@ class ThresholdChoice:
         """True when only the upper quartile reaches it."""
         return self.met and speedup_of(self.timings)[1] < self.needed
 
-    def facts(self, confidences: ExitConfidences) -> dict[str, Any]:
-        """Plain data for the report."""
-        shares = [float((self.depths == number).double().mean()) for number in range(confidences.n_exits + 1)]
-        return {
-            "threshold": self.threshold,
-            "agreement": confidences.agreement(self.depths),
-            "n_samples": len(self.depths),
-            "predicted_ms": self.predicted_ms,
-            "ms": list(self.ms),
-            "shares": shares,
-            "curve": curve(confidences, self.ms),
-        }
+    def shares(self, n_exits: int) -> tuple[float, ...]:
+        """The share of the samples that leaves at each exit, and of those that go to the end."""
+        return tuple(float((self.depths == number).double().mean()) for number in range(n_exits + 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,11 @@ import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ttmpd.artifact.measurements import ThresholdPoint
 from ttmpd.data.samples import Samples
 from ttmpd.errors import BudgetUnreachableError
 from ttmpd.models.run import evaluating
@@ -205,20 +205,15 @@ def ms_of(numbers: Sequence[int], ms: Sequence[float], original_ms: float) -> tu
     return rising([ms[number] - each * (number - place) for place, number in enumerate((*numbers, len(ms) - 1))])
 
 
-def curve(confidences: ExitConfidences, ms: Sequence[float]) -> list[dict[str, Any]]:
-    """Rows for thresholds over the whole range: threshold, mean ms, agreement, share of the samples at every exit."""
+def curve(confidences: ExitConfidences, ms: Sequence[float]) -> tuple[ThresholdPoint, ...]:
+    """What thresholds over the whole range would bring."""
     values = torch.unique(confidences.confidence)
     places = torch.linspace(0, len(values) - 1, min(_POINTS, len(values))).round().long()
-    rows = []
+    points = []
     for threshold in dict.fromkeys([0.0, *values[places].tolist(), NEVER]):
         depths = confidences.depths(threshold)
         shares = torch.bincount(depths, minlength=confidences.n_exits + 1).double() / len(depths)
-        rows.append(
-            {
-                "threshold": threshold,
-                "ms": mean_ms(depths, ms),
-                "agreement": confidences.agreement(depths),
-                "shares": shares.tolist(),
-            }
+        points.append(
+            ThresholdPoint(threshold, mean_ms(depths, ms), confidences.agreement(depths), tuple(shares.tolist()))
         )
-    return rows
+    return tuple(points)

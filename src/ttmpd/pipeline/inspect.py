@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from ttmpd.latency.device import choose_device, machine
+from ttmpd.latency.device import Machine, choose_device, machine
 from ttmpd.latency.table import UnitLatency, time_units
 from ttmpd.latency.timing import Timing, time_models
 from ttmpd.method import check_range, method_of
@@ -53,7 +53,7 @@ class Inspection:
     units: tuple[Unit, ...]
     refused: tuple[tuple[str, str], ...]
     batch_size: int
-    machine: dict[str, str | int]
+    machine: Machine
     whole: Timing | None = None
     timings: tuple[UnitLatency, ...] = ()
     task: str = "classification"
@@ -77,6 +77,7 @@ class Inspection:
                 row["ms_share"] = ms[unit.id].ms / self.whole.median_ms
             units.append(row)
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain["machine"] = dataclasses.asdict(self.machine)
         plain["whole"] = None if self.whole is None else dataclasses.asdict(self.whole)
         del plain["timings"]
         return plain | {"units": units}

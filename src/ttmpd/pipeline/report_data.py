@@ -1,40 +1,62 @@
-"""Everything a run measured, as plain data: what ``report.json`` holds and the report draws."""
+"""What a run measured, put into a :class:`RunReport`: what ``Result.report`` and ``report.json`` hold."""
 
-import base64
 import dataclasses
 import datetime
-import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from ttmpd.adapt.base import Adapted
+from ttmpd.artifact.measurements import (
+    AttemptReport,
+    ExitsReport,
+    FrontPoint,
+    LatencyReport,
+    LosslessReport,
+    Speedup,
+    TargetReport,
+    Training,
+    TrainingCheck,
+    UnitReport,
+    WidthReport,
+)
+from ttmpd.artifact.plain import Plain, to_plain
+from ttmpd.artifact.run_report import (
+    Adaptation,
+    Kind,
+    MethodReport,
+    ModelReport,
+    RunReport,
+    RuntimeReport,
+    SamplesReport,
+    StudentReport,
+    TaskReport,
+    TokenLengths,
+)
 from ttmpd.data.samples import Samples
-from ttmpd.data.tokenization import Tokenization
 from ttmpd.latency.device import machine
 from ttmpd.latency.table import UnitLatency
 from ttmpd.latency.timing import Timings
+from ttmpd.method import Method
 from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import count_parameters
 from ttmpd.models.opened import OpenedModel
+from ttmpd.models.tokens import carried_task
 from ttmpd.pipeline.analysis import Analysis
 from ttmpd.pipeline.calibration import Calibration
-from ttmpd.pipeline.planning import MeasuredPlan
+from ttmpd.pipeline.planning import TOLERANCE, MeasuredPlan
 from ttmpd.pipeline.preparation import latency_batch
+from ttmpd.pipeline.report_predictions import Predictions, agreement_of, disagreements_of, held_out_of
 from ttmpd.pipeline.settings import Settings
-from ttmpd.quality.proportion import proportion
-from ttmpd.records import ACTIONS, Action, Plan, Score, WidthUnit
-from ttmpd.tasks.base import OneOf, Task
+from ttmpd.records import Lossless, Plan, Score, Unit, WidthUnit
 from ttmpd.training.loop import TrainingResult
 from ttmpd.training.task import task_of
 
-FORMAT = 1
-MAX_COUNTED = 20_000
-"""Classes whose answers are counted one by one; a larger vocabulary would fill the report with numbers."""
-MAX_PARTED = 12
-"""Samples shown on which student and teacher part."""
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 NOISY = 1.2
 """How many times as large the upper quartile of a speedup is as the lower one where something else is running."""
 NOISE = "The rounds differ much, as on a machine that is busy with other things; time it again with: ttmpd bench"
@@ -45,312 +67,319 @@ MOVED_SINCE = (
     "The speedup is not the one that the plan was chosen for, as on a machine that is busy with other things; "
     "time it again with: ttmpd bench"
 )
+SHORT_RUN = ("num_samples", "holdout", "batch_size", "device", "seed")
+"""The settings that runs without a plan look at."""
 
 
-def collect(
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class RunInputs:
+    """What a run began with.
+
+    Args:
+        opened: where the model came from.
+        source: the model on its device, as it was given.
+        calibration: what is learned from, and what teacher and student are compared on.
+        settings: of the run.
+    """
+
+    opened: OpenedModel
+    source: nn.Module
+    calibration: Calibration
+    settings: Settings
+
+    def predictions(self, teacher: Tensor, student: Tensor) -> Predictions:
+        """Outputs for the held-out samples."""
+        return Predictions(task_of(self.source), self.calibration.held_out, teacher, student)
+
+
+def compressed_report(
     analysis: Analysis,
     planned: MeasuredPlan,
-    opened: OpenedModel,
-    settings: Settings,
+    inputs: RunInputs,
     *,
-    student: nn.Module,
     scores: Sequence[Score],
-    rounds: Timings,
-    fit: TrainingResult,
+    student: nn.Module,
+    timings: Timings,
+    training: TrainingResult,
     logits: tuple[Tensor, Tensor, Tensor],
-    seconds: Mapping[str, float],
-) -> dict[str, Any]:
-    """The facts of one run.
+) -> RunReport:
+    """The report of a compression.
 
     Args:
         analysis: what was known before the target.
         planned: what was removed, and how that was decided.
-        opened: where the model came from.
-        settings: of the run.
-        student: the compressed model.
+        inputs: what the run began with.
         scores: of all units; none where nothing was removed.
-        rounds: interleaved milliseconds of "original" and "compressed".
-        fit: what distillation did.
+        student: the compressed model.
+        timings: interleaved milliseconds of "original" and "compressed".
+        training: what distillation did.
         logits: on the held-out samples: teacher, student before and after distillation.
-        seconds: per stage.
     """
-    plan = planned.plan
-    budget_ms = None if planned.target.macs is not None else plan.budget_ms
-    (teacher, start, final), task = logits, task_of(analysis.source)
-    return _known(opened, analysis.source, student, analysis.calibration, settings) | {
-        "adapt": {"note": analysis.adapt_note, "facts": analysis.adapt_facts},
-        "units": _units(analysis, plan, scores),
-        "refused": [[path, str(refusal)] for path, refusal in analysis.not_removable.items()],
-        "target": {"asked": str(planned.target), "budget_ms": budget_ms, "harm": plan.harm},
-        "attempts": [{"predicted_ms": a.predicted_ms, "measured_ms": a.measured_ms} for a in planned.attempts],
-        "front": [dict(row) for row in planned.pareto_front],
-        "lossless": str(analysis.lossless),
-        "latency": _latency(rounds, plan, [a.measured_ms for a in planned.attempts if a.removals == plan.removals]),
-        "agreement": _agreement(teacher, final, task),
-        "agreement_repaired": _agreement(teacher, start, task),
-        "held_out": _held_out(analysis.calibration.held_out, teacher, final, task),
-        "parted": _parted(analysis.calibration.held_out, teacher, final, opened, task),
-        "fit": dataclasses.asdict(fit),
-        "seconds": dict(seconds),
-    }
+    report, (teacher, start, final) = _described("compressed", inputs, student), logits
+    measured = [attempt.measured_ms for attempt in planned.attempts if attempt.removals == planned.plan.removals]
+    latency = latency_report(timings, planned.plan, inputs.settings.batch_size, measured, analysis.lossless)
+    return dataclasses.replace(
+        _compared(report, inputs, teacher, final),
+        runtime=dataclasses.replace(report.runtime, ratio=analysis.runtime_ratio),
+        adaptation=Adaptation(analysis.adapt_note, dict(analysis.adapt_facts)),
+        units=unit_reports(analysis, planned.plan, scores),
+        not_removable=tuple((path, str(reason)) for path, reason in analysis.not_removable.items()),
+        target=_target(planned, report, latency),
+        attempts=tuple(AttemptReport(attempt.predicted_ms, attempt.measured_ms) for attempt in planned.attempts),
+        front=tuple(
+            FrontPoint(row["target"], row["predicted_ms"], row["harm"], int(row["n_removed"]))
+            for row in planned.pareto_front
+        ),
+        latency=latency,
+        agreement_before=agreement_of(inputs.predictions(teacher, start)),
+        training=training_report(training),
+    )
 
 
-def collect_adapted(
-    opened: OpenedModel,
-    source: nn.Module,
-    adapted: Adapted,
-    calibration: Calibration,
-    settings: Settings,
-    logits: tuple[Tensor, Tensor],
-    seconds: float,
-) -> dict[str, Any]:
-    """The facts of an adaptation alone.
+def adapted_report(inputs: RunInputs, adapted: Adapted, logits: tuple[Tensor, Tensor], seconds: float) -> RunReport:
+    """The report of an adaptation alone.
 
     Args:
-        opened: where the model came from.
-        source: the model before.
+        inputs: what the run began with.
         adapted: the model after.
-        calibration: samples adapted to, and held-out samples.
-        settings: of the run.
         logits: on the held-out samples, before and after.
         seconds: that it took.
     """
-    known = _known(opened, source, adapted.model, calibration, settings)
-    used = ("num_samples", "holdout", "batch_size", "device", "seed")
-    return known | {
-        "settings": {name: known["settings"][name] for name in used},
-        "methods": {"adapt": known["methods"]["adapt"]},
-        "adapt": {"note": adapted.note, "facts": adapted.facts},
-        "agreement": _agreement(*logits, task_of(source)),
-        "held_out": _held_out(calibration.held_out, *logits, task_of(source)),
-        "parted": _parted(calibration.held_out, *logits, opened, task_of(source)),
-        "seconds": {"adapt": seconds},
-    }
+    report = _described("adapted", inputs, adapted.model)
+    return dataclasses.replace(
+        _compared(report, inputs, *logits),
+        settings={name: report.settings[name] for name in SHORT_RUN},
+        methods={"adapt": report.methods["adapt"]},
+        adaptation=Adaptation(adapted.note, dict(adapted.facts)),
+        seconds={"adapt": seconds},
+    )
 
 
-def collect_exits(
-    opened: OpenedModel,
-    source: nn.Module,
-    model: nn.Module,
-    calibration: Calibration,
-    settings: Settings,
-    *,
-    found: Mapping[str, Any],
-    rounds: Timings,
-    plan: Plan,
-    logits: tuple[Tensor, Tensor],
-) -> dict[str, Any]:
-    """The facts of exits that were put on a model.
+def exits_report(
+    inputs: RunInputs, model: nn.Module, exits: ExitsReport, *, method: Method, logits: tuple[Tensor, Tensor]
+) -> RunReport:
+    """The report of exits that were put on a model; latency, target and attempts are left open.
 
     Args:
-        opened: where the model came from.
-        source: the model without exits.
-        model: the same with exits.
-        calibration: samples that exits were trained on, and held-out samples.
-        settings: of the run.
-        found: what belongs to exits alone: "early_exit", "attempts", "target", "seconds", and the method as plain data.
-        rounds: mean milliseconds of "original" and "compressed", a value per pass through the samples.
-        plan: nothing removed; its milliseconds.
+        inputs: what the run began with.
+        model: with exits.
+        exits: where they stand and what they do.
+        method: that made them.
         logits: on the held-out samples, without and with exits.
     """
-    known = _known(opened, source, source, calibration, settings)
-    used = ("num_samples", "holdout", "batch_size", "device", "seed")
-    return known | {
-        "student": {"parameters": count_parameters(model)},  # how much is computed differs from sample to sample
-        "settings": {name: known["settings"][name] for name in used},
-        "methods": {"early_exit": found["method"]},
-        "early_exit": found["early_exit"],
-        "target": {"asked": found["target"], "budget_ms": plan.budget_ms},
-        "attempts": found["attempts"],
-        "latency": _latency(rounds, plan),
-        "agreement": _agreement(*logits, task_of(source)),
-        "held_out": _held_out(calibration.held_out, *logits, task_of(source)),
-        "parted": _parted(calibration.held_out, *logits, opened, task_of(source)),
-        "seconds": found["seconds"],
-    }
+    report = _described("exits", inputs, inputs.source)
+    return dataclasses.replace(
+        _compared(report, inputs, *logits),
+        student=StudentReport(count_parameters(model), None),  # how much is computed differs from sample to sample
+        settings={name: report.settings[name] for name in SHORT_RUN},
+        methods={"early_exit": method_report(method)},
+        exits=exits,
+    )
 
 
-def _known(
-    opened: OpenedModel, source: nn.Module, student: nn.Module, calibration: Calibration, settings: Settings
-) -> dict[str, Any]:
-    """Facts of every run: which model, which machine, which settings, which samples."""
-    plain, timed = settings.to_dict(), latency_batch(source, calibration.fit, settings)
+def _described(kind: Kind, inputs: RunInputs, student: nn.Module) -> RunReport:
+    """What every run says: which model, which machine, which settings, which samples."""
+    settings, timed = inputs.settings, latency_batch(inputs.source, inputs.calibration.fit, inputs.settings)
     batch = timed[:2]  # operations are counted on what is timed: of text, as long as there
-    return {
-        "format": FORMAT,
-        "ttmpd": _version(),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seed": settings.seed,
-        "model": _model(source, batch)
-        | {"id": opened.id, "class": type(source).__name__, "rebuildable": opened.rebuildable},
-        "student": _model(student, batch),
-        "machine": machine(batch.device) | {"batch_size": settings.batch_size},
-        "runtime": {"name": settings.runtime.name, "version": settings.runtime.version},
-        "settings": {k: v for k, v in plain.items() if not isinstance(v, dict)},
-        "methods": {k: v for k, v in plain.items() if isinstance(v, dict)},
-        "samples": {
-            "n_fit": len(calibration.fit),
-            "n_held_out": len(calibration.held_out),
-            "input_shape": list(timed.shape[1:]),
-            "skipped": [list(row) for row in calibration.fit.skipped],
-            "notes": [list(row) for row in calibration.fit.notes],
-            "tokens": _lengths(calibration.fit),
-        },
-        "class_names": list(opened.class_names),
-        "each": task_of(source).each,
-        "task": task_of(source).to_dict() | {"same": task_of(source).same},
-    }
+    return RunReport(
+        kind=kind,
+        version=installed_version(),
+        created=now(),
+        seed=settings.seed,
+        model=model_report(inputs.opened, inputs.source, batch),
+        student=student_report(student, batch),
+        task=task_report(inputs.source, settings.task is None and carried_task(inputs.opened.module) is None),
+        machine=machine(batch.device),
+        runtime=RuntimeReport(settings.runtime.name, settings.runtime.version),
+        settings=plain_settings(settings),
+        methods=method_reports(settings),
+        samples=samples_report(inputs.calibration.fit, len(inputs.calibration.held_out), timed.shape[1:]),
+        class_names=tuple(inputs.opened.class_names),
+    )
 
 
-def _lengths(samples: Samples) -> dict[str, float] | None:
-    """Tokens per sample, padding left out; None for what is no text."""
-    kept = samples.token_mask(samples.inputs)
-    if kept is None:
-        return None
-    lengths = kept.sum(1).double()
-    return {"mean": float(lengths.mean()), "median": float(lengths.median()), "longest": int(lengths.max())}
+def _compared(report: RunReport, inputs: RunInputs, teacher: Tensor, student: Tensor) -> RunReport:
+    """With how far teacher and student agree."""
+    predictions = inputs.predictions(teacher, student)
+    return dataclasses.replace(
+        report,
+        agreement=agreement_of(predictions),
+        held_out=held_out_of(predictions),
+        disagreements=disagreements_of(predictions, inputs.opened),
+    )
 
 
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
+def installed_version() -> str:
+    """Version of this package, "unknown" where it is not installed."""
     try:
         return version("ttmpd")
     except PackageNotFoundError:
         return "unknown"
 
 
-def _model(model: nn.Module, few: Tensor) -> dict[str, Any]:
-    return {"parameters": count_parameters(model), "macs": count_macs(model, few)[""]}
+def now() -> str:
+    """Date and time in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _units(analysis: Analysis, plan: Plan, scores: Sequence[Score]) -> list[dict[str, Any]]:
-    timings = {timing.unit: timing for timing in analysis.latencies}
-    harms: dict[tuple[str, Action], Score] = {
-        (score.unit_id, score.action): score for score in scores if score.action != "narrow"
-    }
-    widths: dict[str, list[list[float]]] = {}
-    for score in scores:
-        if score.action == "narrow":
-            widths.setdefault(score.unit_id, []).append([len(score.kept), score.harm])
-    kept = {removal.unit.id: len(removal.kept) for removal in plan.removals}
-    saved = {
-        removal.unit.id: timings[removal.unit.id].saved_ms(removal.action, len(removal.kept))
-        for removal in plan.removals
-    }
-    rows = []
-    for unit in analysis.units:
-        by_action = {action: harms[unit.id, action] for action in ACTIONS if (unit.id, action) in harms}
-        rows.append(
-            {
-                "id": unit.id,
-                "module": unit.module,
-                "shape": list(unit.shape),
-                "parameters": unit.n_params,
-                "macs": unit.macs,
-                "ms": timings[unit.id].ms,
-                **{f"{action}_ms": ms for action, ms in timings[unit.id].replacements.items()},
-                **{f"harm_{action}": score.harm for action, score in by_action.items()},
-                "parts": dict(next(iter(by_action.values())).parts) if by_action else {},
-                **(_members(unit, kept, widths, timings[unit.id]) if isinstance(unit, WidthUnit) else {}),
-                "action": plan.actions.get(unit.id, "keep"),
-                **({"saved_ms": saved[unit.id]} if unit.id in saved else {}),
-            }
-        )
-    return rows
+def model_report(opened: OpenedModel, module: nn.Module, batch: Tensor) -> ModelReport:
+    """The model as it was given; its operations are counted on the batch, per sample."""
+    size = student_report(module, batch)
+    return ModelReport(opened.id, type(module).__name__, opened.rebuildable, size.parameters, size.macs or 0)
 
 
-def _members(
-    unit: WidthUnit, kept: Mapping[str, int], widths: Mapping[str, list[list[float]]], timing: UnitLatency
-) -> dict[str, Any]:
-    """How many members there are and stay; (members, harm) of every width, and milliseconds by members."""
-    return {
-        "members": unit.n_members,
-        "kept": kept.get(unit.id, unit.n_members),
-        "width_harms": widths.get(unit.id, []),
-        "width_ms": dict(timing.widths),
-    }
+def student_report(module: nn.Module, batch: Tensor) -> StudentReport:
+    """How large a model is; its operations are counted on the batch, per sample."""
+    return StudentReport(count_parameters(module), count_macs(module, batch)[""])
 
 
-def _latency(rounds: Timings, plan: Plan, before_ms: Sequence[float] = ()) -> dict[str, Any]:
-    """Measured milliseconds; ``before_ms`` are those of the same plan when it was chosen."""
-    ratio = rounds.ratio("original", "compressed")
-    ms = plan.original_ms / ratio.median_ms
-    moved = any(abs(before / ms - 1) > MOVED for before in before_ms)
-    unpruned = {}
-    if "lossless" in rounds.ms:
-        faster = rounds.ratio("original", "lossless").median_ms
-        unpruned = {"lossless": dataclasses.asdict(rounds.timing("lossless")), "lossless_speedup": faster}
-    return unpruned | {
-        "original_ms": list(rounds.ms["original"]),
-        "compressed_ms": list(rounds.ms["compressed"]),
-        "original": dataclasses.asdict(rounds.timing("original")),
-        "compressed": dataclasses.asdict(rounds.timing("compressed")),
-        "speedup": {"median": ratio.median_ms, "low": ratio.low_ms, "high": ratio.high_ms},
-        "noise": NOISE if ratio.high_ms > NOISY * ratio.low_ms else MOVED_SINCE if moved else "",
-        "predicted_ms": plan.predicted_ms,
-    }
+def task_report(model: nn.Module, detected: bool) -> TaskReport:
+    """What a model predicts, and whether that was detected."""
+    task = task_of(model)
+    report = method_report(task)
+    return TaskReport(task.name, task.each, task.same, detected, report.settings)
 
 
-def _agreement(teacher: Tensor, student: Tensor, task: Task) -> dict[str, Any] | None:
-    if not len(teacher):
+def method_report(method: Method) -> MethodReport:
+    """A method with its hyper-parameters."""
+    settings = to_plain(method.to_dict())
+    return MethodReport(settings.pop("name"), settings)
+
+
+def method_reports(settings: "DataclassInstance") -> dict[str, MethodReport]:
+    """The methods of a run by their verbs; the task has a place of its own."""
+    values = {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings) if item.name != "task"}
+    return {name: method_report(value) for name, value in values.items() if isinstance(value, Method)}
+
+
+def plain_settings(settings: "DataclassInstance") -> dict[str, Plain]:
+    """The settings of a run that are no methods."""
+    values = {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings) if item.name != "task"}
+    return {name: to_plain(value) for name, value in values.items() if not isinstance(value, Method)}
+
+
+def samples_report(samples: Samples, n_held_out: int, shape: Sequence[int]) -> SamplesReport:
+    """The samples of a run; ``shape`` is that of one input."""
+    return SamplesReport(
+        n_fit=len(samples),
+        n_held_out=n_held_out,
+        input_shape=tuple(shape),
+        skipped=tuple((str(name), str(reason)) for name, reason in samples.skipped),
+        notes=tuple((str(what), int(n)) for what, n in samples.notes),
+        tokens=_token_lengths(samples),
+    )
+
+
+def _token_lengths(samples: Samples) -> TokenLengths | None:
+    """Tokens per sample, padding left out; None for what is no text."""
+    mask = samples.token_mask(samples.inputs)
+    if mask is None:
         return None
-    return dataclasses.asdict(proportion(round(task.agreement(student, teacher) * len(teacher)), len(teacher)))
+    lengths = mask.sum(1).double()
+    return TokenLengths(float(lengths.mean()), float(lengths.median()), int(lengths.max()))
 
 
-def _held_out(samples: Samples, teacher: Tensor, student: Tensor, task: Task) -> dict[str, Any]:
-    by_sample = len(teacher) == len(samples)
-    counted = isinstance(task, OneOf) and len(teacher) > 0 and (by_sample or teacher.shape[-1] <= MAX_COUNTED)
-    confidence = [task.confidence(outputs) if len(outputs) else None for outputs in (teacher, student)]
-    classes = [task.split(outputs)[0].argmax(-1).tolist() if counted else [] for outputs in (teacher, student)]
-    return {
-        "names": list(samples.names) if by_sample else [],
-        "teacher": classes[0],
-        "student": classes[1],
-        "teacher_confidence": [] if confidence[0] is None else confidence[0].tolist(),
-        "student_confidence": [] if confidence[1] is None else confidence[1].tolist(),
-    }
+def unit_reports(analysis: Analysis, plan: Plan, scores: Sequence[Score]) -> tuple[UnitReport, ...]:
+    """Every unit with what it costs, what its removal was predicted to do, and what became of it."""
+    latencies = {latency.unit: latency for latency in analysis.latencies}
+    scores_by_unit: dict[str, list[Score]] = {}
+    for score in scores:
+        scores_by_unit.setdefault(score.unit_id, []).append(score)
+    return tuple(
+        _unit_report(unit, latencies[unit.id], scores_by_unit.get(unit.id, []), plan) for unit in analysis.units
+    )
 
 
-def _parted(
-    samples: Samples, teacher: Tensor, student: Tensor, opened: OpenedModel, task: Task
-) -> list[dict[str, Any]]:
-    """The held-out samples to which student and teacher give different classes, the surest student first."""
-    if not len(samples) or not isinstance(task, OneOf) or task.each != "sample":
-        return []
-    theirs, ours = task.split(teacher)[0].softmax(-1).max(-1), task.split(student)[0].softmax(-1).max(-1)
-    parted = torch.nonzero(theirs.indices != ours.indices).flatten().tolist()
-    parted.sort(key=lambda i: -float(ours.values[i]))
-    return [
-        {
-            "name": samples.names[i] if samples.names else str(i),
-            "png": _png(samples, i),
-            "text": _text(samples, i, opened),
-            "teacher": int(theirs.indices[i]),
-            "student": int(ours.indices[i]),
-            "teacher_confidence": float(theirs.values[i]),
-            "student_confidence": float(ours.values[i]),
-        }
-        for i in parted[:MAX_PARTED]
-    ]
+def _unit_report(unit: Unit, latency: UnitLatency, scores: Sequence[Score], plan: Plan) -> UnitReport:
+    removal = next((removal for removal in plan.removals if removal.unit.id == unit.id), None)
+    is_width = isinstance(unit, WidthUnit)
+    whole = [score for score in scores if score.action != "narrow"]
+    n_kept = None
+    if isinstance(unit, WidthUnit):
+        n_kept = unit.n_members if removal is None else len(removal.kept)
+    return UnitReport(
+        id=unit.id,
+        module=unit.module,
+        shape=tuple(unit.shape),
+        parameters=unit.n_params,
+        macs=unit.macs,
+        ms=latency.ms,
+        replacement_ms=dict(latency.replacements),
+        harms={score.action: score.harm for score in whole},
+        parts=dict(whole[0].parts) if whole else {},
+        n_members=unit.n_members if isinstance(unit, WidthUnit) else None,
+        widths=_width_reports(latency, scores) if is_width else (),
+        action="keep" if removal is None else removal.action,
+        n_kept=n_kept,
+        saved_ms=None if removal is None else latency.saved_ms(removal.action, len(removal.kept)),
+    )
 
 
-def _text(samples: Samples, number: int, opened: OpenedModel) -> str:
-    """What the model read of a text; "" when it is none."""
-    if not (samples.is_text and isinstance(opened.preprocessing, Tokenization)):
-        return ""
-    return opened.preprocessing.text_of(samples.inputs[number])
+def _width_reports(latency: UnitLatency, scores: Sequence[Score]) -> tuple[WidthReport, ...]:
+    """Milliseconds and harm of every number of members that may stay, most first."""
+    harms = {len(score.kept): score.harm for score in scores if score.action == "narrow"}
+    ms = {int(width): value for width, value in latency.widths.items()}
+    return tuple(WidthReport(width, ms.get(width), harms.get(width)) for width in sorted({*harms, *ms}, reverse=True))
 
 
-def _png(samples: Samples, number: int) -> str:
-    """A small picture of a sample, base64; "" when it is no image."""
-    from torchvision.transforms.functional import to_pil_image
+def latency_report(
+    timings: Timings,
+    plan: Plan,
+    batch_size: int,
+    planned_ms: Sequence[float] = (),
+    lossless: Lossless | None = None,
+) -> LatencyReport:
+    """Measured milliseconds.
 
-    pixels = samples.inputs[number]
-    if not samples.is_image or pixels.dtype != torch.uint8:
-        return ""
-    image = to_pil_image(pixels)
-    image.thumbnail((112, 112))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    Args:
+        timings: of "original" and "compressed", and of "lossless" where that was timed.
+        plan: with the milliseconds that were predicted.
+        batch_size: samples per batch.
+        planned_ms: those of the same plan when it was chosen.
+        lossless: what was done besides.
+    """
+    ratio = timings.ratio("original", "compressed")
+    ms = plan.original_ms / ratio.median_ms
+    has_moved = any(abs(before / ms - 1) > MOVED for before in planned_ms)
+    return LatencyReport(
+        batch_size=batch_size,
+        original=timings.timing("original"),
+        compressed=timings.timing("compressed"),
+        speedup=Speedup(ratio.median_ms, ratio.low_ms, ratio.high_ms),
+        original_rounds=tuple(timings.ms["original"]),
+        compressed_rounds=tuple(timings.ms["compressed"]),
+        predicted_ms=plan.predicted_ms,
+        lossless=_lossless_report(timings, lossless),
+        caution=NOISE if ratio.high_ms > NOISY * ratio.low_ms else MOVED_SINCE if has_moved else "",
+    )
+
+
+def _lossless_report(timings: Timings, lossless: Lossless | None) -> LosslessReport | None:
+    if lossless is None or "lossless" not in timings.ms:
+        return None
+    speedup = timings.ratio("original", "lossless").median_ms
+    return LosslessReport(str(lossless), timings.timing("lossless"), speedup)
+
+
+def _target(planned: MeasuredPlan, report: RunReport, latency: LatencyReport) -> TargetReport:
+    """Whether the target is met: MACs are counted, milliseconds are measured and have a spread."""
+    asked, plan = str(planned.target), planned.plan
+    if planned.target.macs is not None:
+        share = (report.student.macs or 0) / report.model.macs
+        return TargetReport(asked, share <= planned.target.macs * (1 + TOLERANCE), False, None, plan.harm)
+    needed = plan.original_ms / plan.budget_ms
+    is_met = latency.speedup.high >= needed
+    return TargetReport(asked, is_met, is_met and latency.speedup.median < needed, plan.budget_ms, plan.harm)
+
+
+def training_report(result: TrainingResult) -> Training:
+    """What training did."""
+    return Training(
+        steps=result.steps,
+        stopped=result.stopped,
+        rolled_back=result.rolled_back,
+        best_step=result.best_step,
+        start_weight=result.start_weight,
+        losses=tuple(result.losses),
+        checks=tuple(TrainingCheck(*check) for check in result.checks),
+    )

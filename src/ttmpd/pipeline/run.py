@@ -68,7 +68,7 @@ def circumstances(chosen: Settings) -> dict[str, str | int]:
     runtime = chosen.runtime
     return {
         "ttmpd": installed_version("ttmpd"),
-        **machine(choose_device(chosen.device)),
+        **dataclasses.asdict(machine(choose_device(chosen.device))),
         "runtime": f"{runtime.name} {runtime.version}",
     }
 

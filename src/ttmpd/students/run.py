@@ -2,14 +2,15 @@
 
 import dataclasses
 import shutil
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ttmpd.artifact.write import Result, check_output, write_artifact
+from ttmpd.artifact.measurements import Lesson
+from ttmpd.artifact.run_report import Adaptation, RunReport, RuntimeReport
+from ttmpd.artifact.write import Result, check_output
 from ttmpd.data.labels import open_labels
 from ttmpd.data.open import open_samples
 from ttmpd.data.samples import Samples
@@ -18,15 +19,24 @@ from ttmpd.errors import SamplesError, UnsupportedError
 from ttmpd.latency.device import choose_device, machine
 from ttmpd.method import check_range
 from ttmpd.models.modules import clone
-from ttmpd.models.open import is_rebuildable
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predictions_of
+from ttmpd.pipeline.report_data import (
+    installed_version,
+    method_reports,
+    model_report,
+    now,
+    plain_settings,
+    samples_report,
+    student_report,
+    task_report,
+    training_report,
+)
 from ttmpd.quality.proportion import Proportion, proportion
 from ttmpd.records import Plan
-from ttmpd.storage import disk_guarded, locked, write_json
+from ttmpd.runtimes.eager import Eager
+from ttmpd.storage import disk_guarded, locked
 from ttmpd.students.train import WORK, StudentResult, train_student
-
-REPORT, CARD = "report.json", "README.md"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,15 +109,21 @@ def run_student(
             **settings,
         )  # fmt: skip
         accuracy = _accuracy(trained.model, samples.subset(held), truth[held])
-        taught = None if trained.teacher is None else _accuracy(trained.teacher, seen.subset(held), truth[held])
-        found = StudentRun(trained, len(rest), accuracy, taught, output)
-        names = [samples.names[rest[place]] for place in trained.selected]
-        facts = _facts(found, student, teacher, settings={"holdout": holdout, "device": str(where)})
-        result = _result(found, facts | {"command": command, "kept": names}, student, samples.subset(rest))
-        card = _card(found, result.facts, student.id)
-        write_artifact(output, result, lambda folder: _write_reports(folder, result, card))
+        teacher_accuracy = None
+        if trained.teacher is not None:
+            teacher_accuracy = _accuracy(trained.teacher, seen.subset(held), truth[held])
+        fit = samples.subset(rest)
+        lesson = _lesson(trained, fit, teacher, accuracy, teacher_accuracy)
+        report = dataclasses.replace(
+            _report(trained, student, fit, n_held, lesson),
+            settings={"holdout": holdout, "device": str(where), **plain_settings(trained.recipe)},
+            command=command,
+        )
+        ids = tuple(fit.ids[place] for place in trained.selected)
+        result = Result(trained.model.cpu(), Plan((), 0.0, 0.0, 0.0, 0.0), report, ids, student)
+        result.save(output)
         shutil.rmtree(output / WORK, ignore_errors=True)
-    return found
+    return StudentRun(trained, len(fit), accuracy, teacher_accuracy, output)
 
 
 def _opened(
@@ -134,66 +150,54 @@ def _opened(
 
 
 def _accuracy(model: nn.Module, samples: Samples, truth: Tensor) -> Proportion | None:
-    """Share of right answers with its Wilson interval; None without samples."""
+    """Share of right predictions with its Wilson interval; None without samples."""
     if not len(samples):
         return None
-    right = int((predictions_of(model, samples, 64).argmax(-1) == truth).sum())
-    return proportion(right, len(samples))
+    return proportion(int((predictions_of(model, samples, 64).argmax(-1) == truth).sum()), len(samples))
 
 
-def _facts(
-    found: StudentRun, student: OpenedModel, teacher: OpenedModel | None, settings: dict[str, Any]
-) -> dict[str, Any]:
-    """Everything about the run as plain data."""
-    trained = found.trained
-    return {
-        "student": student.id,
-        "teacher": None if teacher is None else teacher.id,
-        "adapt": trained.adapt_note,
-        "recipe": trained.recipe.to_dict() | {"alpha": trained.alpha},
-        "settings": settings,
-        "n_samples": found.n_samples,
-        "n_kept": len(trained.selected),
-        "n_views": trained.n_views,
-        "steps": trained.fit.steps,
-        "seconds": dict(trained.seconds),
-        "accuracy": None if found.accuracy is None else dataclasses.asdict(found.accuracy),
-        "teacher_accuracy": None if found.teacher is None else dataclasses.asdict(found.teacher),
-    }
+def _lesson(
+    trained: StudentResult,
+    samples: Samples,
+    teacher: OpenedModel | None,
+    accuracy: Proportion | None,
+    teacher_accuracy: Proportion | None,
+) -> Lesson:
+    """What the student was trained on, and how good both are."""
+    return Lesson(
+        teacher=teacher.id if teacher else "",
+        alpha=trained.alpha,
+        n_samples=len(samples),
+        sample_names=tuple(str(samples.names[place]) for place in trained.selected),
+        n_views=trained.n_views,
+        accuracy=accuracy,
+        teacher_accuracy=teacher_accuracy,
+    )
 
 
-def _result(found: StudentRun, facts: dict[str, Any], student: OpenedModel, samples: Samples) -> Result:
-    """The student as an artifact from which nothing was removed."""
-    shape = list(samples.inputs.shape[1:])
-    described = facts | {
-        "ttmpd": installed_version("ttmpd"),
-        "machine": machine(facts["settings"]["device"]),
-        "samples": {"input_shape": shape},
-    }
-    ids = tuple(samples.ids[place] for place in found.trained.selected)
-    return Result(found.trained.model.cpu(), Plan((), 0.0, 0.0, 0.0, 0.0), described, ids, student, kind="student")
-
-
-def _write_reports(folder: Path, result: Result, card: str) -> None:
-    (folder / CARD).write_text(card, encoding="utf-8")
-    write_json(folder / REPORT, result.facts)
-
-
-def _card(found: StudentRun, facts: dict[str, Any], model_id: str) -> str:
-    """What this is, how good it is, how to load it."""
-    trained, accuracy = found.trained, found.accuracy
-    source, own = ("", "") if is_rebuildable(model_id) else (f" --source {model_id}", ", model=net")
-    taught = f", with the answers of `{facts['teacher']}` at a weight of {trained.alpha:g}" if trained.alpha else ""
-    measured = "Nothing was held out: its accuracy is not known."
-    if accuracy is not None:
-        measured = (
-            f"Accuracy on {accuracy.n} held-out samples of the same data: {accuracy.share:.1%} "
-            f"(95 % interval {accuracy.low:.1%} to {accuracy.high:.1%})."
-        )
-    return (
-        f"# Student\n\n`{model_id}`, trained for {trained.fit.steps} steps on {len(trained.selected)} of "
-        f"{found.n_samples} labelled samples (chosen by `{trained.recipe.select.name}`){taught}.\n\n{measured}\n\n"
-        f"```\nttmpd evaluate --model FOLDER{source} --data DATA --labels LABELS\n```\n\n"
-        f"In Python: `ttmpd.load(folder{own})`.\n\n"
-        f"`{REPORT}` holds all settings, the seconds of each stage and the names of the samples that were kept.\n"
+def _report(
+    trained: StudentResult, student: OpenedModel, samples: Samples, n_held_out: int, lesson: Lesson
+) -> RunReport:
+    """What the training measured, all but the settings."""
+    device, methods = next(trained.model.parameters()).device, method_reports(trained.recipe)
+    batch = samples.trimmed(slice(0, 2), device)
+    eager = Eager()
+    return RunReport(
+        kind="student",
+        version=installed_version(),
+        created=now(),
+        seed=trained.recipe.seed,
+        model=model_report(student, trained.model, batch),
+        student=student_report(trained.model, batch),
+        task=task_report(trained.model, detected=True),
+        machine=machine(device),
+        runtime=RuntimeReport(eager.name, eager.version),
+        settings={},
+        methods=methods if lesson.teacher else {"select": methods["select"]},
+        samples=samples_report(samples, n_held_out, batch.shape[1:]),
+        class_names=tuple(student.class_names),
+        seconds=dict(trained.seconds),
+        adaptation=Adaptation(trained.adapt_note) if lesson.teacher else None,
+        training=training_report(trained.fit),
+        lesson=lesson,
     )

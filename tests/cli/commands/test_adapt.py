@@ -2,6 +2,7 @@
 
 import json
 
+from ttmpd.artifact.read_report import read_report
 from ttmpd.cli.commands import _reporting
 
 DEMO = "ttmpd.demo:demo_model"
@@ -15,9 +16,9 @@ def test_what_it_says_and_writes(data, tmp_path, run, said):
     for words in ("Adaptation: normalisation statistics mixed", "forward per sample", "on 12 held-out samples",
                   f"Artifact: {folder}"):  # fmt: skip
         assert words in said(found), words
-    facts = json.loads((folder / "report.json").read_text())
-    assert (facts["methods"]["adapt"]["name"], facts["methods"]["adapt"]["epochs"]) == ("tent", 1)
-    assert (facts["samples"]["n_fit"], facts["samples"]["n_held_out"]) == (48, 12)
+    report = read_report(folder)
+    assert (report.methods["adapt"].name, report.methods["adapt"].settings["epochs"]) == ("tent", 1)
+    assert (report.samples.n_fit, report.samples.n_held_out) == (48, 12)
     told = run("evaluate", "--model", folder, "--data", data, "--labels", data, "--json", tmp_path / "e.json")
     assert told.exit_code == 0, said(told)
     assert json.loads((tmp_path / "e.json").read_text())["n_left_out"] == 60

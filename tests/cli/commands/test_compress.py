@@ -92,7 +92,9 @@ def test_selected_samples(data, quick_timing, tmp_path, run, said, demo, quick):
     assert "select" in said(found).partition("Seconds: ")[2]
     assert len(read_artifact(tmp_path / "out").sample_ids) == 60
     told = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert told["methods"]["select"] == {"name": "puma", "norm": "l2", "max_iter": 50, "overshoot": 0.02, "classes": 10}
+    assert told["methods"]["select"] == {
+        "name": "puma", "settings": {"norm": "l2", "max_iter": 50, "overshoot": 0.02, "classes": 10},
+    }  # fmt: skip
     assert told["settings"]["pool"] == 100
     assert "puma" in (tmp_path / "out" / "report.html").read_text()
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ttmpd.artifact.read_report import read_report
 from ttmpd.cli.commands import _reporting
 from ttmpd.latency.timing import Timings
 from ttmpd.pipeline import exit_choice as _choice
@@ -41,9 +42,9 @@ def test_what_it_says_and_writes(arguments, data, tmp_path, monkeypatch, run, sa
     for words in ("exit behind", "stage1.1", "5 exits behind 13 blocks", "Threshold: 0.", "Target speedup 1.5: met",
                   "on 12 held-out samples", f"Artifact: {tmp_path / 'out'}"):  # fmt: skip
         assert words in said(found), words
-    facts = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert facts["methods"]["early_exit"]["steps"] == 5
-    assert facts["command"] == "ttmpd early-exit --model 'a net' --speedup 1.5"
+    report = read_report(tmp_path / "out")
+    assert report.methods["early_exit"].settings["steps"] == 5
+    assert report.command == "ttmpd early-exit --model 'a net' --speedup 1.5"
     told = run("evaluate", "--model", tmp_path / "out", "--data", data, "--labels", data, "--against", DEMO,
                "--json", tmp_path / "e.json")  # fmt: skip
     assert told.exit_code == 0, said(told)

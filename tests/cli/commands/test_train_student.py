@@ -9,6 +9,7 @@ import pytest
 from click.testing import Result
 
 from ttmpd.artifact.read import read_artifact
+from ttmpd.artifact.read_report import read_report
 from ttmpd.cli.commands import _reporting, train_student
 from ttmpd.storage import locked
 from ttmpd.students.recipe import Recipe
@@ -56,15 +57,16 @@ def test_what_it_says(made, said):
 def test_what_it_writes(made, place):
     folder, _ = made
     assert sorted(path.name for path in folder.iterdir() if path.name != ".lock") == [
-        "README.md", "model.safetensors", "plan.json", "report.json"]  # fmt: skip
-    report = json.loads((folder / "report.json").read_text())
-    assert report["student"] == f"{place}/nets.py:small"
-    assert (report["n_samples"], report["n_kept"], len(report["kept"])) == (120, 60, 60)
-    assert report["recipe"]["alpha"] == 0.75
-    assert report["recipe"]["select"] == {"name": "random"}
-    low, share, high = (report["accuracy"][key] for key in ("low", "share", "high"))
-    assert 0 <= low <= share <= high <= 1
-    assert "of 120 labelled samples" in (folder / "README.md").read_text()
+        "README.md", "model.safetensors", "plan.json", "report.html", "report.json"]  # fmt: skip
+    report = read_report(folder)
+    lesson = report.lesson
+    assert (report.kind, report.model.id, lesson.teacher) == ("student", f"{place}/nets.py:small", DEMO)
+    assert (lesson.n_samples, len(lesson.sample_names), lesson.alpha) == (120, 60, 0.75)
+    assert report.methods["select"].name == "random"
+    assert 0 <= lesson.accuracy.low <= lesson.accuracy.share <= lesson.accuracy.high <= 1
+    for name in ("README.md", "report.html"):
+        text = (folder / name).read_text()
+        assert "60 of 120 labelled samples" in text and "Accuracy" in text
 
 
 def test_the_weights_load_again(made, place, data, run, said):
@@ -91,9 +93,9 @@ def test_selectors_and_adapters_take_settings(arguments, place, run, said):
                 "--alpha", 1, "--balanced", "--num-samples", 40, "--output", place / "chosen")  # fmt: skip
     assert found.exit_code == 0, said(found)
     assert "Adaptation: normalisation statistics mixed" in said(found)
-    report = json.loads((place / "chosen" / "report.json").read_text())
-    assert report["recipe"]["select"]["max_iter"] == 1
-    assert report["n_samples"] == 34
+    report = read_report(place / "chosen")
+    assert report.methods["select"].settings["max_iter"] == 1
+    assert report.lesson.n_samples == 34
 
 
 def test_random_weights_are_drawn_by_seed(place, data, run, said):

@@ -11,6 +11,7 @@ from torch import nn
 
 import families
 from families import FAMILIES_OF_TEXT, example, family, text_model, vision_model
+from reports import small_report
 from ttmpd.artifact.write import Result
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
@@ -108,7 +109,7 @@ def test_artifacts_of_all_families_load_in_a_fresh_process(tmp_path):
         samples = Samples(example(model, name), ("a", "b"), padding=0 if name in FAMILIES_OF_TEXT else None)
         student = repaired(model, removals, samples)
         Result(model=student, plan=Plan(removals, 0.0, 2.0, 1.0, 1.0),
-            opened=OpenedModel(model, "", False), sample_ids=samples.ids, facts={},
+            opened=OpenedModel(model, "", False), sample_ids=samples.ids, report=small_report(),
         ).save(tmp_path / "made" / name)  # fmt: skip
         with torch.no_grad():
             wanted[name] = predict(student, samples.inputs)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from rich.markup import escape
 
+from ttmpd.artifact import format
 from ttmpd.cli import show as display
 from ttmpd.cli.commands import _options as option
 from ttmpd.cli.commands._parsing import choose_methods
@@ -40,19 +41,17 @@ def command(
         _show(adapt_to(opened, samples.data, output=output, **settings), output)
 
 
-def _show(found: "Result", folder: object) -> None:
+def _show(result: "Result", folder: object) -> None:
     """What was done to the model, how far its answers moved, and where the artifact lies."""
-    console, facts = display.out(), found.facts
-    console.print(f"Adaptation: {escape(facts['adapt']['note'])}")
+    console, report = display.out(), result.report
+    assert report.adaptation is not None
+    console.print(f"Adaptation: {escape(report.adaptation.note)}")
     table = display.new_table("", "value", title="Measured while adapting")
-    for name, value in facts["adapt"]["facts"].items():
-        table.add_row(escape(name.replace("_", " ")), f"{value:.4g}")
-    if facts["adapt"]["facts"]:
+    for name, value in report.adaptation.numbers.items():
+        table.add_row(escape(name.replace("_", " ")), format.probability(value))
+    if report.adaptation.numbers:
         console.print(table)
-    if facts["agreement"] is not None:
-        n = facts["agreement"]["n"]
-        alike = display.interval(facts["agreement"])
-        console.print(f"Agreement with the original: {alike} on {n} held-out samples (not accuracy)")
-    display.show_skipped(console, facts)
-    display.show_seconds(facts["seconds"])
+    display.show_agreement(console, report)
+    display.show_skipped(console, report)
+    display.show_seconds(report.seconds)
     console.print(f"Artifact: {escape(str(folder))} (evaluate it with labels, or compress it)", soft_wrap=True)

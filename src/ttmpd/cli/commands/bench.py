@@ -1,8 +1,8 @@
 """``ttmpd bench``: milliseconds of an artifact on this machine."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ from ttmpd.cli.commands._reporting import reporting
 from ttmpd.pipeline import defaults
 
 if TYPE_CHECKING:
+    from ttmpd.latency.device import Machine
     from ttmpd.pipeline.bench import BenchRow
 
 PLACE = 40
@@ -47,7 +48,7 @@ def command(
         _show(rows, machine(choose_device(device)))
 
 
-def _show(rows: "Sequence[BenchRow]", machine: Mapping[str, Any]) -> None:
+def _show(rows: "Sequence[BenchRow]", machine: "Machine") -> None:
     """One line per batch size."""
     display.show_machine(machine)
     table = display.new_table("batch", "original", "compressed", "speedup", right=("batch",))

@@ -167,36 +167,33 @@ def _compress(
 
 
 def _best(results: "list[Result]") -> str:
-    if results[0].facts["target"]["budget_ms"] is None:
-        return f"{results[0].facts['student']['macs'] / results[0].facts['model']['macs']:.3g} of the MACs are left"
-    best = min(result.facts["latency"]["compressed"]["median_ms"] for result in results)
-    return f"the fastest that was measured is {best:.4g} ms"
+    reports = [result.report for result in results]
+    latencies = [report.latency.compressed.median_ms for report in reports if report.latency]
+    target, (model, student) = reports[0].target, (reports[0].model, reports[0].student)
+    if target is not None and target.budget_ms is None:
+        return f"{format.percent((student.macs or 0) / model.macs)} of the MACs are left"
+    return f"the fastest that was measured is {format.milliseconds(min(latencies))} ms"
 
 
-def _show(result: "Result", folder: Any) -> None:
+def _show(result: "Result", folder: Path) -> None:
     """What one run did, what it measured, and where it lies."""
-    console, facts = display.out(), result.facts
-    console.print(f"Adaptation: {escape(facts['adapt']['note'])}")
-    removed = [unit for unit in facts["units"] if unit["action"] != "keep"]
+    console, report = display.out(), result.report
+    if report.adaptation is not None:
+        console.print(f"Adaptation: {escape(report.adaptation.note)}")
     table = display.new_table(
         "removed unit", "class", "action", "saves ms", "harm", right=("saves ms", "harm"), title="Plan"
     )
-    for unit in removed:
-        harm = unit.get(f"harm_{unit['action']}", dict(unit.get("width_harms", [])).get(unit.get("kept")))
-        table.add_row(
-            escape(unit["id"]),
-            escape(unit["module"]),
-            f"{unit['kept']} of {unit['members']} stay" if unit.get("members") else unit["action"],
-            format.milliseconds(unit["saved_ms"]),
-            "" if harm is None else f"{harm:.3g}",
-        )
-    if removed:
+    for unit in report.removed:
+        action = f"{unit.n_kept} of {unit.n_members} stay" if unit.n_members else unit.action
+        figures = format.milliseconds(unit.saved_ms), format.number(unit.harm)
+        table.add_row(escape(unit.id), escape(unit.module), action, *figures)
+    if report.removed:
         console.print(table)
-    console.print(f"{len(removed) or 'None'} of {len(facts['units'])} units removed or narrowed.")
-    display.show_latency(console, facts)
-    display.show_agreement(console, facts)
-    display.show_skipped(console, facts)
-    display.show_seconds(facts["seconds"])
+    console.print(f"{len(report.removed) or 'None'} of {len(report.units)} units removed or narrowed.")
+    display.show_latency(console, report)
+    display.show_agreement(console, report)
+    display.show_skipped(console, report)
+    display.show_seconds(report.seconds)
     console.print(f"Artifact: {escape(str(folder))} (report.html shows it)", soft_wrap=True)
 
 
@@ -226,7 +223,7 @@ def _show_preview(found: "Preview") -> None:
         table.add_row(
             f"{row['target']:g}x",
             format.milliseconds(row["predicted_ms"]),
-            f"{row['harm']:.3g}",
+            format.number(row["harm"]),
             f"{row['n_removed']:g}",
         )
     if table.row_count:

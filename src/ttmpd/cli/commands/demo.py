@@ -33,33 +33,32 @@ def command(output: option.Output = Path("artifacts/demo"), verbose: option.Verb
 
 def _show(found: "DemoOutcome") -> None:
     """The demo's table: original against compressed."""
-    console, facts = display.out(), found.result.facts
+    console, report = display.out(), found.result.report
     shifted, clean = found.shifted, found.clean
     assert shifted.against is not None
     assert clean.against is not None
-    display.show_machine(facts["machine"])
+    latency, agreement, adaptation = report.latency, report.agreement, report.adaptation
+    assert latency is not None and agreement is not None and adaptation is not None
+    display.show_machine(report.machine)
     console.print(
         f"Data: digits from another scanner ({escape(found.corruption)}); the original was trained on clean ones."
     )
-    console.print(f"Adaptation: {escape(facts['adapt']['note'])}")
+    console.print(f"Adaptation: {escape(adaptation.note)}")
     table = display.new_table("", "original", "compressed")
     name = f"accuracy, {shifted.n_samples} held-out shifted digits"
     table.add_row(name, display.interval(shifted.against.accuracy), display.interval(shifted.model.accuracy))
     name = f"accuracy, {clean.n_samples} held-out clean digits"
     table.add_row(name, display.interval(clean.against.accuracy), display.interval(clean.model.accuracy))
     table.add_row("agreement with the original", "", display.interval(shifted.agreement))
-    table.add_row("agreement with the adapted model", "", display.interval(facts["agreement"]))
-    latency, speedup = facts["latency"], facts["latency"]["speedup"]
-    size = facts["machine"]["batch_size"]
-    table.add_row(
-        f"latency per batch of {size}", display.spread(latency["original"]), display.spread(latency["compressed"])
-    )
-    faster = format.speedup(**speedup)
-    table.add_row("speedup", "", faster)
-    for title, key in (("parameters", "parameters"), ("multiply-accumulates (MACs)", "macs")):
-        table.add_row(title, format.count(facts["model"][key]), format.count(facts["student"][key]))
+    table.add_row("agreement with the adapted model", "", display.interval(agreement))
+    row = f"latency per batch of {latency.batch_size}"
+    table.add_row(row, display.spread(latency.original), display.spread(latency.compressed))
+    speedup = latency.speedup
+    table.add_row("speedup", "", format.speedup(speedup.median, speedup.low, speedup.high))
+    table.add_row("parameters", format.count(report.model.parameters), format.count(report.student.parameters))
+    table.add_row("multiply-accumulates (MACs)", format.count(report.model.macs), format.count(report.student.macs))
     console.print(table)
-    display.show_seconds(facts["seconds"])
+    display.show_seconds(report.seconds)
     console.print(f"Artifact: {escape(str(found.folder))} (open report.html there)", soft_wrap=True)
     console.print(
         "Next: `ttmpd inspect --model ID` for a model of yours, then `ttmpd compress --help`, which shows examples."

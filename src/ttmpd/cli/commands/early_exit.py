@@ -57,31 +57,39 @@ def command(
         result = add_early_exits(opened, samples.data, **settings, **more)
         _show(result, output)
         if not result.met:
-            best = result.facts["latency"]["compressed"]["median_ms"]
-            display.show_error("Target missed", f"the mean that was measured is {best:.4g} ms; the artifact is kept")
+            display.show_error("Target missed", f"{_measured(result)}; the artifact is kept")
             raise typer.Exit(TARGET_MISSED)
 
 
-def _show(found: "Result", folder: object) -> None:
-    """Where samples leave, how fast that is, how far the answers are the model's, and where the artifact lies."""
-    console, facts = display.out(), found.facts
-    exits = facts["early_exit"]
+def _measured(result: "Result") -> str:
+    latency = result.report.latency
+    return f"the mean that was measured is {format.milliseconds(latency.compressed.median_ms if latency else None)} ms"
+
+
+def _show(result: "Result", folder: object) -> None:
+    """Where samples leave, how fast that is, how far the predictions are the model's, and where the artifact lies."""
+    console, report = display.out(), result.report
+    exits = report.exits
+    assert exits is not None
     numbers = ("samples", "leaves from", "ms", "agreement", "temperature", "calibration error")
     table = display.new_table("exit behind", *numbers, right=numbers, title="Exits")
-    for row in exits["exits"]:
+    for exit in exits.exits:
+        errors = (exit.calibration_error_before, exit.calibration_error)
         table.add_row(
-            escape(row["path"]), format.percent(row["share"]), f"{row['threshold']:.4g}",
-            format.milliseconds(row["ms"]), format.percent(row["agreement"]),
-            f"{row['temperature']:.3g}", f"{row['calibration_error_before']:.3f} -> {row['calibration_error']:.3f}",
-        )  # fmt: skip
-    table.add_row(
-        "the end", format.percent(exits["end"]["share"]), "", format.milliseconds(exits["end"]["ms"]), "", "", ""
-    )
+            escape(exit.path),
+            format.percent(exit.share),
+            format.probability(exit.threshold),
+            format.milliseconds(exit.ms),
+            format.percent(exit.agreement),
+            format.number(exit.temperature),
+            " -> ".join(map(format.number, errors)),
+        )
+    table.add_row("the end", format.percent(exits.end_share), "", format.milliseconds(exits.end_ms), "", "", "")
     console.print(table)
-    when = f"{exits['threshold']:.4g}" if exits["threshold"] <= 1 else "above 1: none leaves early"
-    console.print(f"{escape(exits['note'][:1].upper() + exits['note'][1:])}. Threshold: {when}")
-    display.show_latency(console, facts)
-    display.show_agreement(console, facts)
-    display.show_skipped(console, facts)
-    display.show_seconds(facts["seconds"])
+    when = format.probability(exits.threshold) if exits.threshold <= 1 else "above 1: none leaves early"
+    console.print(f"{escape(exits.note[:1].upper() + exits.note[1:])}. Threshold: {when}")
+    display.show_latency(console, report)
+    display.show_agreement(console, report)
+    display.show_skipped(console, report)
+    display.show_seconds(report.seconds)
     console.print(f"Artifact: {escape(str(folder))} (report.html shows it)", soft_wrap=True)
