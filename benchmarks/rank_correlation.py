@@ -101,14 +101,13 @@ class Bench:
         answers = predictions_of(model, self.test, self.case.batch * 2).argmax(-1)
         return 100 * float((answers == self.truth).float().mean())
 
-    def stand_ins_alone(self, removals: list[Removal]) -> dict[str, float]:
-        """How far a plan whose stand-ins alone are fitted, to half of ``few``, is from the teacher on the others."""
+    def replacements_alone(self, removals: list[Removal]) -> float:
+        """Damage of a plan of which only the linear replacements are fitted, to half of ``few``, on the others."""
         half = len(self.few) // 2
-        student = repaired(
-            self.teacher, removals, self.few.first(half), refit_scope="removed_only", rows=TTMPD().plan_rows
-        )
-        others = self.few.subset(range(half, len(self.few)))
-        return student_damage(self.teacher, student, others, self.case.batch)
+        rows = TTMPD().plan_rows
+        student = repaired(self.teacher, removals, self.few.first(half), refit_scope="removed_only", rows=rows)
+        held_out = self.few.subset(range(half, len(self.few)))
+        return student_damage(self.teacher, student, held_out, self.case.batch)
 
 
 def plans(units: tuple[Unit, ...], sizes: tuple[int, int]) -> list[list[str]]:
@@ -124,9 +123,9 @@ def plans(units: tuple[Unit, ...], sizes: tuple[int, int]) -> list[list[str]]:
 def trained(bench: Bench, paths: list[str], action: str) -> dict[str, Any]:
     """One plan: predictions that need the whole plan, and the accuracy after distillation."""
     removals = [Removal(unit, action) for unit in bench.units if unit.path in paths]  # type: ignore[arg-type]
-    found = {f"removed_{key}": value for key, value in bench.stand_ins_alone(removals).items()}
-    job = ScoringInputs(bench.teacher, (), bench.fit, ACTIONS, bench.case.batch, SEED)
-    found["ttmpd"] = TTMPD().score_plan(job, removals)
+    found: dict[str, Any] = {"removed_feature": bench.replacements_alone(removals)}
+    inputs = ScoringInputs(bench.teacher, (), bench.fit, ACTIONS, bench.case.batch, SEED)
+    found["ttmpd"] = TTMPD().score_plan(inputs, removals)
     student = repaired(bench.teacher, removals, bench.fit, batch_size=bench.case.batch, rows=ROWS)
     found["untrained_accuracy"] = bench.accuracy(student)
     method = OneTime(
@@ -152,18 +151,12 @@ def predictions(case: Case, tables: dict[str, Any], rows: list[dict[str, Any]]) 
         "form: number of units": total(lambda *_: 1.0),
         "form: sum of damages": total(lambda p, _: ttmpd[p]["drop"]["parts"]["damage"]),
         "form: sum of repaired damages": total(lambda p, _: ttmpd[p]["drop"]["parts"]["repaired_damage"]),
-        "form: the same, features and predictions": total(
-            lambda p, _: (
-                ttmpd[p]["drop"]["parts"]["repaired_damage"] + ttmpd[p]["drop"]["parts"]["repaired_prediction_damage"]
-            )
-        ),
         "form: the same, square roots": total(lambda p, _: ttmpd[p]["drop"]["parts"]["repaired_damage"] ** 0.5),
     }
     for name in [name for name in tables if name != "ttmpd"]:
         label = f"practise, {case.practise_steps} steps a block" if name == "practise" else name
         found[label] = total(functools.partial(lambda t, p, _: t[p]["drop"]["harm"], tables[name]))
-    for name in ("feature", "prediction"):
-        found[f"form: whole plan, stand-ins alone fitted, {name}"] = [row[f"removed_{name}"] for row in rows]
+    found["form: whole plan, stand-ins alone fitted, feature"] = [row["removed_feature"] for row in rows]
     return found
 
 

@@ -32,7 +32,7 @@ TOYS = '''
     from ttmpd.models.modules import clone
     from ttmpd.records import Score
     from ttmpd.runtimes.base import Runtime
-    from ttmpd.score.base import Scorer, narrowed
+    from ttmpd.score.base import Scorer, scores_by_importance
     from ttmpd.surgery.units.base import WidthUnits
     from ttmpd.surgery.units.channel import Channel
     from ttmpd.tasks.base import Task, as_rows
@@ -69,7 +69,7 @@ TOYS = '''
 
         def scores(self, job):
             for unit in job.units:
-                yield from narrowed(unit, torch.full((unit.n_members,), self.weight))
+                yield from scores_by_importance(unit, torch.full((unit.n_members,), self.weight))
 
 
     class Shift(Adapter):

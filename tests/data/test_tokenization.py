@@ -26,11 +26,12 @@ from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predict
 from ttmpd.models.taps import Tap, find_feature_tap, find_output_layer, read_taps, tapped
 from ttmpd.models.tokens import PaddingMask, mask_of, mask_padding, random_ids
-from ttmpd.records import Removal
+from ttmpd.records import ACTIONS, Removal
 from ttmpd.repair.linear import ReplacementFit
 from ttmpd.repair.positions import sample_positions
 from ttmpd.repair.sequential import repaired
-from ttmpd.score.ttmpd import TTMPD, fit_stand_ins
+from ttmpd.score.base import ScoringInputs
+from ttmpd.score.ttmpd import TTMPD, fit_replacements
 from ttmpd.surgery.units.block import Block
 
 KINDS = ("bert", "roberta", "distilbert", "gpt2", "llama")
@@ -295,23 +296,25 @@ def test_sensitivities_do_not_depend_on_padding(text_folder: Folder, sentences: 
     found = []
     for one in (samples, _widened(samples)):
         units = Block().find(opened.module, one.batch(slice(0, 2))).units
-        entering = sample_positions(opened.module, units, one, 0.9, limit=5)
-        n_rows = [len(one) * len(entering.index(unit, one.inputs)) for unit in units]
-        weights = [entering.weights(unit, one.inputs, n) for unit, n in zip(units, n_rows, strict=True)]
-        found.append((units, entering, weights))
-    (units, entering, weights), (wide_units, wide, wide_weights) = found
+        sampled = sample_positions(opened.module, units, one, 0.9, limit=5)
+        n_rows = [len(one) * len(sampled.positions(unit, one.inputs)) for unit in units]
+        weights = [sampled.row_weights(unit, one.inputs, n) for unit, n in zip(units, n_rows, strict=True)]
+        found.append((units, sampled, weights))
+    (units, sampled, weights), (wide_units, wide, wide_weights) = found
     kept = samples.token_mask(samples.inputs)
     assert kept is not None
     width = samples.inputs.shape[1]
     for number, unit in enumerate(units):
-        torch.testing.assert_close(wide.pattern[unit.id][:width], entering.pattern[unit.id], rtol=1e-3, atol=1e-5)
-        assert not wide.pattern[unit.id][width:].any()
-        assert torch.equal(wide.chosen[unit.id], entering.chosen[unit.id])
-        assert entering.n_rows(unit) == wide.n_rows(wide_units[number]) == int((weights[number] > 0).sum())
+        torch.testing.assert_close(
+            wide.position_weights[unit.id][:width], sampled.position_weights[unit.id], rtol=1e-3, atol=1e-5
+        )
+        assert not wide.position_weights[unit.id][width:].any()
+        assert torch.equal(wide.chosen[unit.id], sampled.chosen[unit.id])
+        assert sampled.n_rows(unit) == wide.n_rows(wide_units[number]) == int((weights[number] > 0).sum())
         torch.testing.assert_close(wide_weights[number], weights[number], rtol=1e-3, atol=1e-5)
         # Over the tokens that are there the weights of a whole pass have mean one.
-        whole = dataclasses.replace(entering, chosen={unit.id: torch.arange(width)})
-        everywhere = whole.weights(unit, samples.inputs, len(samples) * width)
+        whole = dataclasses.replace(sampled, chosen={unit.id: torch.arange(width)})
+        everywhere = whole.row_weights(unit, samples.inputs, len(samples) * width)
         assert float(everywhere.sum() / kept.sum()) == pytest.approx(1.0, rel=1e-4)
         assert not everywhere.view(len(samples), width)[~kept].any()
 
@@ -323,7 +326,7 @@ def test_fits_do_not_depend_on_padding(text_folder: Folder, sentences: Sentences
     maps, answers = [], []
     for one in (samples, _widened(samples)):
         units = Block().find(opened.module, one.batch(slice(0, 2))).units
-        maps.append(fit_stand_ins(opened.module, units, one, 1e-3, 0.9, 8, 0))
+        maps.append(fit_replacements(ScoringInputs(opened.module, units, one, ACTIONS, 8, 0), one, 1e-3, 0.9))
         student = repaired(opened.module, [Removal(units[1], "linear"), Removal(units[2], "linear")], one, batch_size=8)
         with torch.no_grad():
             answers.append(predict(student, samples.batch(slice(None))))
@@ -361,7 +364,7 @@ def test_a_batch_without_any_of_the_chosen_tokens_takes_no_part(
         return torch.tensor([math.prod(site.shape[:-1]) - 1])  # a token that only the longest text has
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("ttmpd.repair.positions.positions", the_last)
+        patched.setattr("ttmpd.repair.positions.choose_positions", the_last)
         patched.setattr("ttmpd.repair.sequential.refit", lambda _s, site, given, _r: seen.append(len(given.x)) or None)
         repaired(opened.module, [Removal(units[1], "linear")], samples, batch_size=1)
     longest = int((samples.inputs[:, -1] != samples.padding).sum())
@@ -374,7 +377,8 @@ def test_a_fit_is_that_of_the_tokens_that_are_there(text_folder: Folder, sentenc
     samples = open_samples(sentences(30), opened.preprocessing)
     batch = samples.batch(slice(None))
     unit = Block().find(opened.module, batch[:2]).units[1]
-    found = fit_stand_ins(opened.module, [unit], samples, 1e-3, 0.0, 8, 0)[unit.id]
+    inputs = ScoringInputs(opened.module, [unit], samples, ACTIONS, 8, 0)
+    found = fit_replacements(inputs, samples, 1e-3, 0.0)[unit.id]
     with torch.no_grad():
         seen = read_taps(opened.module, batch, {"x": Tap(unit.path, "input"), "y": Tap(unit.path, "output")})
     there, everywhere = (ReplacementFit(unit.channels) for _ in range(2))

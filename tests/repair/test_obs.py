@@ -9,7 +9,7 @@ from ttmpd.models.run import predict
 from ttmpd.records import Removal
 from ttmpd.repair.least_squares import NormalEquations
 from ttmpd.repair.obs import select_members
-from ttmpd.repair.refit import FitRows, rescale_members, rescaled
+from ttmpd.repair.refit import FitRows, member_factors, rescale_members
 from ttmpd.repair.refit_points import RefitPoint
 from ttmpd.repair.sequential import repaired
 from ttmpd.surgery.cut import cut
@@ -63,11 +63,11 @@ def test_what_the_others_can_say_goes_first():
     h = torch.cat([first, first.sum(1, keepdim=True), 0 * first[:, :1], drawn(80, 1, seed=3)], 1)
     weight, bias = drawn(4, 5, seed=1), drawn(4, seed=2)
     found = select_members(sums_of(h, h @ weight.T + bias), weight, bias, 5, (3, 2), ridge=1e-9)
-    assert 3 not in found[0].kept
-    assert {0, 1, 2} - set(found[0].kept) != set()
+    assert 3 not in found[0].members
+    assert {0, 1, 2} - set(found[0].members) != set()
     assert found[0].error == pytest.approx(0, abs=1e-4)
     assert found[1].error > 0.01
-    assert set(found[1].kept) < set(found[0].kept)
+    assert set(found[1].members) < set(found[0].members)
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -77,7 +77,7 @@ def test_the_error_is_that_of_the_best_fit(size):
     h = h @ drawn(members * size, members * size, seed=3)  # members know of each other
     y = h @ weight.T + bias
     for choice in select_members(sums_of(h, y), weight, bias, members, (4, 2, 1), ridge=1e-9):
-        index = torch.tensor([m * size + i for m in choice.kept for i in range(size)])
+        index = torch.tensor([m * size + i for m in choice.members for i in range(size)])
         design = torch.cat([h[:, index], torch.ones(200, 1)], 1).double()
         best = torch.linalg.lstsq(design, y.double())[0]
         lost = float((y - design @ best).square().sum() / (y - y.mean(0)).square().sum())
@@ -89,7 +89,7 @@ def test_nothing_kept_loses_all_but_the_mean():
     h, weight, bias = drawn(200, 4), drawn(3, 4, seed=1), drawn(3, seed=2)
     y = h @ weight.T + bias
     found = select_members(sums_of(h, y), weight, bias, 4, (0,), ridge=1e-9)[0]
-    assert found.kept == ()
+    assert found.members == ()
     assert found.error == pytest.approx(1.0, abs=1e-3)
     assert torch.allclose(found.bias, y.mean(0), atol=1e-4)
 
@@ -97,18 +97,20 @@ def test_nothing_kept_loses_all_but_the_mean():
 def test_factors_are_those_of_damped_least_squares():
     h, weight = drawn(50, 4), drawn(6, 4, seed=1)
     wanted = h @ (weight * torch.tensor([0.5, 1.0, 2.0, 1.5])).T
-    found = rescaled(sums_of(h, wanted), weight, torch.zeros(6), size=1, damp=0.0)
+    found = member_factors(sums_of(h, wanted), weight, torch.zeros(6), size=1, damp=0.0)
     assert torch.allclose(found, torch.tensor([0.5, 1.0, 2.0, 1.5]), atol=1e-3)
     contributions = torch.stack([torch.outer(h[:, i], weight[:, i]).flatten() for i in range(4)], 1).double()
     stacked = torch.cat([contributions, torch.eye(4).double()])
     right = torch.cat([wanted.flatten().double() - contributions.sum(1), torch.zeros(4).double()])
     damped = 1 + torch.linalg.lstsq(stacked, right[:, None])[0][:, 0]
-    assert torch.allclose(rescaled(sums_of(h, wanted), weight, torch.zeros(6), size=1).double(), damped, atol=1e-4)
+    assert torch.allclose(
+        member_factors(sums_of(h, wanted), weight, torch.zeros(6), size=1).double(), damped, atol=1e-4
+    )
 
 
 def test_factors_out_of_range_are_not_trusted():
     h, weight = drawn(50, 2), drawn(6, 2, seed=1)
-    assert rescaled(sums_of(h, h @ (20 * weight).T), weight, torch.zeros(6), size=1, damp=0.0) is None
+    assert member_factors(sums_of(h, h @ (20 * weight).T), weight, torch.zeros(6), size=1, damp=0.0) is None
 
 
 def test_rescaling_never_increases_the_error_of_a_layer():
@@ -150,9 +152,9 @@ def test_factors_that_cannot_be_trusted_leave_the_layer_as_it_is():
     student = cut(model, [Removal(unit, "narrow", (0, 1))])
     layer = student.get_submodule(unit.path)
     before, h = layer.weight.detach().clone(), drawn(40, 2)
-    given = FitRows(h, h @ (50 * before).T + layer.bias.detach(), torch.zeros(1, 1), torch.ones(40))
-    site = RefitPoint(unit.path, unit.path, unit.shape, unit.layout, members=2)
-    assert not rescale_members(student, site, given)
+    fit_rows = FitRows(h, h @ (50 * before).T + layer.bias.detach(), torch.zeros(1, 1), torch.ones(40))
+    point = RefitPoint(unit.path, unit.path, unit.shape, unit.layout, n_members=2)
+    assert not rescale_members(student, point, fit_rows)
     assert torch.equal(layer.weight, before)
 
 

@@ -27,7 +27,7 @@ def site(net: nn.Module, norm: bool = False, activation: str = "", joined: bool 
         return RefitPoint(
             "0", "1" if norm else "0", (n, 1, 1), "channels_first", "1" if norm else "", joined, activation
         )
-    return RefitPoint("0", "0", (n,), "channels_last", joined=joined, activation=activation)
+    return RefitPoint("0", "0", (n,), "channels_last", adds_to_residual=joined, activation=activation)
 
 
 def rows(x, wanted, shortcut=NO_SHORTCUT) -> FitRows:

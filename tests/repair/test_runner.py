@@ -134,7 +134,7 @@ def test_a_number_that_may_be_the_length_of_a_text_comes_from_the_model():
         made.calls("a")
         given = [call[1]["mask"] for call in made.calls("b")]
     assert given == [5, 2]
-    assert masked(lambda mask: mask.shape[1])._before  # images are of one size
+    assert masked(lambda mask: mask.shape[1])._predecessors  # images are of one size
 
 
 def test_a_call_of_another_form_comes_from_the_model():
@@ -177,4 +177,4 @@ def test_a_part_that_writes_into_its_input_does_so_in_a_copy():
 
 
 def test_the_largest_input_is_known():
-    assert parts().most_values == 4
+    assert parts().max_input_values == 4

@@ -133,8 +133,8 @@ def test_no_rows_give_the_identity():
 
 def test_rows_are_the_same_in_either_layout():
     value, index = rand(2, 5, 3, 4), torch.tensor([0, 7, 11])
-    first = rows(value, unit_of((5, 3, 4), "channels_first"), index)
-    last = rows(value.permute(0, 2, 3, 1), unit_of((3, 4, 5)), index)
+    first = rows(value, "channels_first", index)
+    last = rows(value.permute(0, 2, 3, 1), "channels_last", index)
     assert torch.equal(first, last)
     assert torch.equal(first[1], value[0, :, 1, 3])
     assert first.shape == (6, 5)
@@ -166,12 +166,12 @@ def test_a_map_answers_like_the_stand_in_it_is_installed_as(shape, layout, x, ac
     model = nn.Module()
     model.body = nn.ModuleList([nn.Identity()])
     install(model, unit, fit)
-    wanted = rows(x, unit, torch.arange(x[0].numel() // 5)) @ fit.weight.T + fit.bias
+    wanted = rows(x, unit.layout, torch.arange(x[0].numel() // 5)) @ fit.weight.T + fit.bias
     wanted = {"": wanted, "relu": wanted.relu(), "relu6": wanted.clamp(0, 6)}[activation]
     with torch.no_grad():
         for answer in (model.body[0](x), fit(unit, x)):
             assert answer.shape == x.shape
-            assert torch.allclose(rows(answer, unit, torch.arange(x[0].numel() // 5)), wanted, atol=1e-4)
+            assert torch.allclose(rows(answer, unit.layout, torch.arange(x[0].numel() // 5)), wanted, atol=1e-4)
 
 
 # --- whole students

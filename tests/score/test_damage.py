@@ -11,7 +11,6 @@ def test_it_is_the_first_variable_of_ttmpd():
     wanted = {s.unit_id: s.parts["damage"] for s in TTMPD(tail_samples=20).score(model, units, samples)}
     for score in Damage(max_samples=20).score(model, units, samples):
         assert score.harm == pytest.approx(wanted[score.unit_id])
-        assert score.harm == pytest.approx(score.parts["feature"])
 
 
 def test_a_larger_branch_does_more_damage():

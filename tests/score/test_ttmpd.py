@@ -9,10 +9,11 @@ from torch import nn
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
 from ttmpd.models.taps import Tap, read_taps
-from ttmpd.quality.damage import feature_damage, replacement_damage
-from ttmpd.records import Removal
-from ttmpd.repair.positions import PositionSample, _energy, _pattern, choose_positions, squared_gradients
-from ttmpd.score.ttmpd import TTMPD, fit_stand_ins
+from ttmpd.quality.damage import replacement_damage
+from ttmpd.records import ACTIONS, Removal
+from ttmpd.repair.positions import PositionSample, _energy, _scaled, choose_positions, squared_gradients
+from ttmpd.score.base import ScoringInputs
+from ttmpd.score.ttmpd import TTMPD, fit_replacements
 from ttmpd.surgery.cut import cut
 from ttmpd.surgery.units.block import Block
 from ttmpd.surgery.units.channel import Channel
@@ -122,7 +123,7 @@ def test_narrowed_convolutions_of_networks_that_train_well_count_more_than_they_
 def test_a_stand_in_is_closer_to_its_unit_than_its_input_is():
     model, samples = tiny_model(), tiny_samples(40)
     units = tiny_units(model)
-    fits = fit_stand_ins(model, units, samples, 1e-3, 0.0, batch_size=16, seed=0)
+    fits = fit_replacements(ScoringInputs(model, units, samples, ACTIONS, 16, 0), samples, 1e-3, 0.0)
     for unit in units:
         taps = {side: Tap(unit.path, side) for side in ("input", "output")}
         with torch.no_grad():
@@ -132,7 +133,7 @@ def test_a_stand_in_is_closer_to_its_unit_than_its_input_is():
 
 
 def test_damage_by_hand():
-    """Dropping x + 2 b(tanh(a x)) moves the final features by that branch, and the answers with them."""
+    """Dropping x + 2 b(tanh(a x)) moves the final features by that branch."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 6), nn.Sequential(Res()), nn.Linear(6, 3)).eval()
     samples = samples_of(torch.randn(16, 5))
@@ -144,10 +145,7 @@ def test_damage_by_hand():
         x = model[0](samples.inputs)
         features = model[1](x)
         variance = features.var(0, unbiased=False).sum() * 16
-        p, q = model[2](features).log_softmax(-1), model[2](x).log_softmax(-1)
-    assert found["feature"] == pytest.approx(float((features - x).square().sum() / variance), rel=1e-4)
-    assert found["prediction"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
-    assert feature_damage(found) == pytest.approx(found["feature"])
+    assert found == pytest.approx(float((features - x).square().sum() / variance), rel=1e-4)
 
 
 def test_skipping_earlier_units_gives_what_the_whole_run_gives(monkeypatch):
@@ -199,9 +197,9 @@ def test_weights_blend_with_equal_ones_and_follow_the_rows(tokens):
     model, samples, units = tokens
     pattern = squared_gradients(model, units, samples.first(8))
     chosen, batch = {units[0].id: torch.tensor([0, 2])}, samples.batch(slice(0, 2))
-    weights = PositionSample(samples, pattern, chosen, 0.9).weights(units[0], batch, 4)
+    weights = PositionSample(samples, pattern, chosen, 0.9).row_weights(units[0], batch, 4)
     assert weights.tolist() == pytest.approx([0.1 + 0.9 * 4, 0.1, 0.1 + 0.9 * 4, 0.1])
-    assert PositionSample(samples, pattern, chosen, 0.0).weights(units[0], batch, 4).tolist() == [1.0] * 4
+    assert PositionSample(samples, pattern, chosen, 0.0).row_weights(units[0], batch, 4).tolist() == [1.0] * 4
 
 
 def test_weighting_improves_the_fit_where_it_counts(tokens):
@@ -210,7 +208,9 @@ def test_weighting_improves_the_fit_where_it_counts(tokens):
     shifted = samples_of(samples.inputs + torch.tensor([0.0, 4.0, -4.0, 8.0])[None, :, None])
     gaps = {}
     for sensitivity in (0.0, 1.0):
-        fit = fit_stand_ins(model, units, shifted, 0.0, sensitivity, batch_size=10, seed=0)[units[1].id]
+        fit = fit_replacements(ScoringInputs(model, units, shifted, ACTIONS, 10, 0), shifted, 0.0, sensitivity)[
+            units[1].id
+        ]
         with torch.no_grad():
             x = model.blocks[0](model.stem(shifted.inputs))[:, 0]
             gaps[sensitivity] = float((fit(units[1], x) - model.blocks[1](x)).square().mean())
@@ -221,7 +221,7 @@ def test_patterns_of_maps_count_positions():
     unit = tiny_units(tiny_model())[0]
     gradient = torch.zeros(2, 6, 8, 8)
     gradient[:, :, 3, 5] = 2.0
-    pattern = _pattern(_energy(gradient, unit))
+    pattern = _scaled(_energy(gradient, unit))
     assert pattern.shape == (64,)
     assert pattern.nonzero().flatten().tolist() == [3 * 8 + 5]
     assert float(pattern.mean()) == pytest.approx(1.0)

@@ -15,7 +15,7 @@ from ttmpd.adapt.base import Adapted
 from ttmpd.data.samples import Samples
 from ttmpd.method import check_fields
 from ttmpd.models.modules import clone, module_at
-from ttmpd.models.run import evaluating, predict, predictions_of
+from ttmpd.models.run import OTHER_KERNELS, evaluating, predict, predictions_of, same_outputs
 from ttmpd.models.taps import find_output_layer
 from ttmpd.quality.calibration import fit_temperature
 from ttmpd.records import Unit
@@ -141,5 +141,5 @@ def _divided(model: nn.Module, samples: Samples, temperature: float) -> nn.Modul
         for parameter in module_at(model, path).parameters():
             parameter.div_(temperature)
         # A weight that is shared, or a norm of weights, would make it something else.
-        same = torch.allclose(predict(model, batch) * temperature, before, rtol=1e-3, atol=1e-3)
+        same = same_outputs(predict(model, batch) * temperature, before, OTHER_KERNELS)
     return model if same else None

@@ -3,12 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ttmpd.latency.timing import Timings, time_models
 from ttmpd.models.modules import prefers_channels_last
-from ttmpd.models.run import evaluating, predict
+from ttmpd.models.run import OTHER_KERNELS, evaluating, predict, same_outputs
 from ttmpd.records import UNCHANGED, Lossless
 from ttmpd.runtimes.base import Runtime
 from ttmpd.runtimes.eager import Eager
@@ -75,4 +74,4 @@ def _same(model: nn.Module, other: nn.Module, batch: Tensor) -> bool:
             outputs = predict(other, batch)
         except RuntimeError:
             return False
-    return bool(torch.allclose(outputs, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())))
+    return same_outputs(outputs, expected, OTHER_KERNELS)

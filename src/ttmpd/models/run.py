@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -47,6 +48,51 @@ def output_tensors(value: Any) -> tuple[Tensor, ...]:
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return tuple(tensor for part in value for tensor in output_tensors(part))
     return ()
+
+
+MIN_SCALE = 1e-3
+"""Largest value of an output below which differences are rounding of larger intermediate values."""
+
+ROUNDING = 1e-4
+"""Tolerance for the same operations on the same weights in another order: single precision loses about 1e-7 of the
+scale per operation, and a few hundred of them follow each other in a deep network."""
+
+OTHER_KERNELS = 1e-3
+"""Tolerance for weights that were multiplied out (folded batch norms, temperatures) and for other kernels and memory
+formats: convolutions by another algorithm, or with TF32, keep three digits."""
+
+OTHER_BATCH_SIZE = 1e-2
+"""Tolerance for the same samples in a batch of another size: every layer may choose another kernel."""
+
+
+def same_outputs(first: Any, second: Any, tolerance: float = ROUNDING) -> bool:
+    """True if two outputs of a model agree in every tensor, whatever is nested where.
+
+    A tensor agrees if no value differs by more than ``tolerance`` times the largest value of the second; that is taken
+    as :data:`MIN_SCALE` at least, since intermediate values of order one are rounded, too. Integers must be equal.
+
+    Args:
+        first: an output: a tensor, or any nesting of tensors.
+        second: the output that it should be equal to.
+        tolerance: :data:`ROUNDING`, :data:`OTHER_KERNELS` or :data:`OTHER_BATCH_SIZE`, by what the runs
+            differ in.
+
+    Example:
+        >>> same_outputs((torch.ones(2), {"more": torch.ones(3)}), (torch.ones(2), {"more": torch.zeros(3)}))
+        False
+    """
+    pairs = itertools.zip_longest(output_tensors(first), output_tensors(second))
+    return all(a is not None and b is not None and _same(a, b, tolerance) for a, b in pairs)
+
+
+def _same(first: Tensor, second: Tensor, tolerance: float) -> bool:
+    if first.shape != second.shape:
+        return False
+    if not second.is_floating_point() or not second.numel():
+        return torch.equal(first, second)
+    finite = second.detach()[second.isfinite()]
+    scale = max(MIN_SCALE, float(finite.abs().max())) if len(finite) else MIN_SCALE
+    return torch.allclose(first, second, rtol=0, atol=tolerance * scale, equal_nan=True)
 
 
 def first_tensor(value: Any) -> Tensor | None:

@@ -1,9 +1,9 @@
 """Features at a path, the output layer, and where the final features are."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,64 +26,77 @@ class Tap:
     token: Literal["all", "last", "each"] = "all"
 
 
+K = TypeVar("K", bound=Hashable)
+
+
 @contextlib.contextmanager
-def tapped(model: nn.Module, taps: Mapping[str, Tap], stop: bool = False) -> Iterator[dict[str, Tensor]]:
-    """While active, every forward pass leaves the tensors at ``taps`` in the dictionary that is yielded.
+def tapped(model: nn.Module, taps: Mapping[K, Tap], stop: bool = False) -> Iterator[dict[K, Tensor]]:
+    """While active, every forward pass puts the tensors at ``taps`` into the dictionary that is yielded.
 
     Args:
         model: the model to read from.
-        taps: name -> place.
-        stop: raise :class:`StopForwardError` as soon as all taps have been read (see :func:`prefix`).
+        taps: by any key.
+        stop: raise :class:`StopForwardError` as soon as all taps have been read (see :func:`read_taps`).
     """
-    seen: dict[str, Tensor] = {}
-    place: list[Tensor | None] = [None]
-    handles = [_noting_places(model, place)] if any(tap.token != "all" for tap in taps.values()) else []
+    values: dict[K, Tensor] = {}
+    token_index: list[Tensor | None] = [None]
+    handles = [_noting_tokens(model, token_index)] if any(tap.token != "all" for tap in taps.values()) else []
 
-    def note(name: str, value: Any) -> None:
+    def note(key: K, value: Any) -> None:
         tensor = first_tensor(value)
         if tensor is not None:
-            seen[name] = tensor if taps[name].token == "all" else _at_tokens(tensor, place[0])
-        if stop and len(seen) == len(taps):
+            values[key] = tensor if taps[key].token == "all" else _at_tokens(tensor, token_index[0])
+        if stop and len(values) == len(taps):
             raise StopForwardError
 
-    for name, tap in taps.items():
+    for key, tap in taps.items():
         module = module_at(model, tap.path)
         if tap.side == "input":
             handles.append(
                 module.register_forward_pre_hook(
-                    lambda _m, args, kwargs, name=name: note(name, args or kwargs), with_kwargs=True
+                    lambda _m, args, kwargs, key=key: note(key, args or kwargs), with_kwargs=True
                 )
             )
         else:
-            handles.append(module.register_forward_hook(lambda _m, _a, out, name=name: note(name, out)))
+            handles.append(module.register_forward_hook(lambda _m, _a, out, key=key: note(key, out)))
     with hooks(handles):
-        yield seen
+        yield values
 
 
-def _noting_places(model: nn.Module, place: list[Tensor | None]) -> Any:
-    """A hook that notes, at every call, which tokens the answers are of: (B, S) those that count, or (B,) the last."""
+def _noting_tokens(model: nn.Module, token_index: list[Tensor | None]) -> Any:
+    """Handle of a hook that notes, at every call, which tokens are predicted: a (B, S) mask, or (B,) the last ones."""
 
     def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
         ids, mask = first_tensor(args or kwargs), kwargs.get("attention_mask")  # of the call, or of the model's hook
-        place[0] = None if ids is None else predicted_token_mask(model, ids)
-        if place[0] is None and mask is not None:
-            place[0] = mask.long().cumsum(1).argmax(1)
+        token_index[0] = None if ids is None else predicted_token_mask(model, ids)
+        if token_index[0] is None and mask is not None:
+            token_index[0] = mask.long().cumsum(1).argmax(1)
 
     return model.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def _at_tokens(value: Tensor, place: Tensor | None) -> Tensor:
-    """(B, ...) or (M, ...) of (B, S, ...): each sample at its place, or the tokens that count; else the last ones."""
-    if place is None:
+def _at_tokens(value: Tensor, token_index: Tensor | None) -> Tensor:
+    """(B, ...) or (M, ...) of (B, S, ...): the token at each sample's index, or those of the mask; else the last."""
+    if token_index is None:
         return value[:, -1]
-    return value[place] if place.dim() == 2 else value[torch.arange(len(value), device=value.device), place]
+    if token_index.dim() == 2:
+        return value[token_index]
+    return value[torch.arange(len(value), device=value.device), token_index]
 
 
-def read_taps(model: nn.Module, batch: Tensor, taps: Mapping[str, Tap]) -> dict[str, Tensor]:
-    """The tensors at ``taps`` for one batch; the rest of the network after the last tap is not run."""
-    with tapped(model, taps, stop=True) as seen, contextlib.suppress(StopForwardError):
+def read_taps(model: nn.Module, batch: Tensor, taps: Mapping[K, Tap]) -> dict[K, Tensor]:
+    """The tensors at ``taps`` for one batch; layers after the last tap are not run.
+
+    Args:
+        model: to read from.
+        batch: on its device.
+        taps: by any key.
+
+    Cost: one forward pass up to the last tap.
+    """
+    with tapped(model, taps, stop=True) as values, contextlib.suppress(StopForwardError):
         model(batch)
-    return seen
+    return values
 
 
 def find_output_layer(model: nn.Module, batch: Tensor) -> str | None:
@@ -95,25 +108,25 @@ def find_output_layer(model: nn.Module, batch: Tensor) -> str | None:
 def _head_tap(model: nn.Module, batch: Tensor) -> Tap | None:
     """The input of the layer that gives the logits; of the tokens whose answers count, where it answers each."""
     leaves = {name: m for name, m in model.named_modules() if name and not list(m.children()) and _is_matrix(m)}
-    answers: dict[str, Tensor] = {}
-    place: list[Tensor | None] = [None]
+    outputs: dict[str, Tensor] = {}
+    token_index: list[Tensor | None] = [None]
     handles = [
         m.register_forward_hook(
-            lambda _m, _a, out, name=name: answers.__setitem__(name, cast(Tensor, first_tensor(out)))
+            lambda _m, _a, out, name=name: outputs.__setitem__(name, cast(Tensor, first_tensor(out)))
         )
         for name, m in leaves.items()
     ]
-    with evaluating(model), hooks([*handles, _noting_places(model, place)]):
+    with evaluating(model), hooks([*handles, _noting_tokens(model, token_index)]):
         logits = predict(model, batch)
-    for name in reversed(answers):
-        found = answers[name]
-        if found is None:
+    for name in reversed(outputs):
+        output = outputs[name]
+        if output is None:
             continue
-        if logits.dim() == 2 and found.dim() == 3 and found.shape[:2] == batch.shape:
-            if torch.equal(_at_tokens(found, place[0]), logits):
-                each = place[0] is not None and place[0].dim() == 2  # else a decoder that classifies by its last token
-                return Tap(name, "input", "each" if each else "last")
-        elif found.numel() == logits.numel() and torch.equal(found.flatten(), logits.flatten()):
+        if logits.dim() == 2 and output.dim() == 3 and output.shape[:2] == batch.shape:
+            if torch.equal(_at_tokens(output, token_index[0]), logits):
+                per_token = token_index[0] is not None and token_index[0].dim() == 2
+                return Tap(name, "input", "each" if per_token else "last")  # the last: a decoder that classifies
+        elif output.numel() == logits.numel() and torch.equal(output.flatten(), logits.flatten()):
             return Tap(name, "input")
     return None
 

@@ -1,4 +1,4 @@
-"""Least squares from running sums: what every closed-form fit of this package is solved by."""
+"""Ridge least squares from running sums: the solver of every closed-form fit in this package."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-AT_ONCE = 4096
+CHUNK_ROWS = 4096
 """Rows whose products are summed in their own precision."""
 
 Solve = Callable[[], tuple[Tensor, Tensor | None]]
-"""Answers (weight, bias) for the outputs that are wanted when it is called; see :meth:`NormalEquations.solve`."""
+"""Returns (weight, bias) for the targets that are set when it is called; see :meth:`NormalEquations.solve`."""
 
 
 @dataclass
 class NormalEquations:
-    """Running sums of a weighted regression of ``y`` on ``[x 1]``, in float64.
+    """The normal equations of a weighted regression of ``y`` on ``[x 1]``, summed in float64.
 
     Memory is O(n_inputs^2) however many rows are added.
 
@@ -39,41 +39,42 @@ class NormalEquations:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
-        # MPS has no float64: there the small sums live on the CPU.
-        self.at = torch.device("cpu") if self.device.type == "mps" else self.device
-        self.gram = torch.zeros(self.n_inputs + 1, self.n_inputs + 1, dtype=torch.float64, device=self.at)
-        self.cross = torch.zeros(self.n_inputs + 1, self.n_outputs, dtype=torch.float64, device=self.at)
+        # MPS has no float64: there the sums, which are small, stay on the CPU.
+        self.sum_device = torch.device("cpu") if self.device.type == "mps" else self.device
+        self.gram = torch.zeros(self.n_inputs + 1, self.n_inputs + 1, dtype=torch.float64, device=self.sum_device)
+        self.cross = torch.zeros(self.n_inputs + 1, self.n_outputs, dtype=torch.float64, device=self.sum_device)
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
         """Add rows: ``x`` (rows, n_inputs), ``y`` (rows, n_outputs), ``weight`` (rows,); those of weight 0 are skipped.
 
-        Products of these rows, few at a time, are taken in the precision of ``x``: for wide layers single precision is
-        twice as fast and as good, since the sums over all of them are float64 anyway.
+        Products of ``CHUNK_ROWS`` rows at a time are taken in the precision of ``x``: for wide layers single precision
+        is twice as fast and as accurate, since the sums over all chunks are in float64.
         """
-        for left, given, wanted in self._parts(x, y, weight):
-            self.gram += left.T @ given
-            self.cross += left.T @ wanted
+        for weighted, design, targets in self._chunks(x, y, weight):
+            self.gram += weighted.T @ design
+            self.cross += weighted.T @ targets
 
-    def want(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
-        """Want other outputs of all the rows that were added: the same ``x`` and ``weight`` with another ``y``."""
+    def set_targets(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
+        """Replace the outputs of all rows that were added: pass the same ``x`` and ``weight`` with another ``y``."""
         self.cross.zero_()
-        for left, _, wanted in self._parts(x, y, weight):
-            self.cross += left.T @ wanted
+        for weighted, _, targets in self._chunks(x, y, weight):
+            self.cross += weighted.T @ targets
 
-    def _parts(self, x: Tensor, y: Tensor, weight: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(weighted [x 1], [x 1], y), few enough at a time for single precision."""
+    def _chunks(self, x: Tensor, y: Tensor, weight: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(weighted [x 1], [x 1], y), at most ``CHUNK_ROWS`` rows at a time."""
         if weight is not None:
             weight = weight.to(x.device)
-            there = weight > 0
-            x, y, weight = x[there], y[there.to(y.device)], weight[there]
+            counts = weight > 0
+            x, y, weight = x[counts], y[counts.to(y.device)], weight[counts]
         precision = torch.promote_types(x.dtype, torch.float32)
-        for start in range(0, len(x), AT_ONCE):
-            few = slice(start, start + AT_ONCE)
-            part = F.pad(x[few].to(self.at, precision), (0, 1), value=1.0)
-            yield (part if weight is None else part * weight[few].to(part)[:, None]), part, y[few].to(part)
+        for start in range(0, len(x), CHUNK_ROWS):
+            chunk = slice(start, start + CHUNK_ROWS)
+            design = F.pad(x[chunk].to(self.sum_device, precision), (0, 1), value=1.0)
+            weighted = design if weight is None else design * weight[chunk].to(design)[:, None]
+            yield weighted, design, y[chunk].to(design)
 
     def penalty(self, ridge: float) -> float:
-        """``ridge`` times the mean square of an input, over all rows; never quite nothing."""
+        """``ridge`` times the mean over inputs of their summed squares; never exactly zero."""
         return (ridge * float(self.gram.diagonal()[:-1].mean()) if self.n_inputs else 0.0) + 1e-12
 
     def solve(
@@ -82,39 +83,40 @@ class NormalEquations:
         """(weight, bias) that minimise the squared error plus ``penalty(ridge) x |weight - old|^2``.
 
         Args:
-            old: (n_outputs, n_inputs), what the ridge draws the weight to.
+            old: (n_outputs, n_inputs) weight that the ridge pulls the solution towards.
             old_bias: (n_outputs,).
-            ridge: see :meth:`penalty`; of several solutions without one, the nearest to ``old``.
-            free_bias: whether there is a bias; else it stays ``old_bias`` and None is answered.
+            ridge: relative strength, see :meth:`penalty`; with 0 the solution closest to ``old`` is taken.
+            free_bias: fit the bias, too; otherwise it is held at ``old_bias`` and None is returned for it.
 
         Returns:
-            float32 on the device of the rows.
+            float32 tensors on the device of the rows.
         """
         return self.solver(old, old_bias, free_bias)(ridge)()
 
     def solver(self, old: Tensor, old_bias: Tensor, free_bias: bool = True) -> Callable[[float], Solve]:
-        """:meth:`solve` for several ridges, and for each of them several sets of wanted outputs.
+        """:meth:`solve` for several ridges, and several targets for each: ``solver(old, old_bias)(ridge)()``.
 
-        What they share is worked up once: nothing may be added meanwhile.
+        What the solutions share is computed once, so no rows may be added in between; the matrix is factorised once per
+        ridge, and each call after :meth:`set_targets` is a back-substitution.
         """
-        start = torch.cat([old.double().T, old_bias.double()[None]]).to(self.at)
+        start = torch.cat([old.double().T, old_bias.double()[None]]).to(self.sum_device)
         n, base = self.n_inputs + free_bias, self.gram @ start
 
         def with_ridge(ridge: float) -> Solve:
-            invert = _inverted(self._penalized(ridge)[:n, :n], ridge > 0)
+            solve_system = _solver_of(self._penalized(ridge)[:n, :n], ridge > 0)
 
-            def solved() -> tuple[Tensor, Tensor | None]:
-                found = start.clone()
-                found[:n] += invert((self.cross - base)[:n])
-                weight, bias = found[:-1].T.to(self.device, torch.float32), found[-1].to(self.device, torch.float32)
-                return weight, bias if free_bias else None
+            def solve() -> tuple[Tensor, Tensor | None]:
+                solution = start.clone()
+                solution[:n] += solve_system((self.cross - base)[:n])
+                solution = solution.to(self.device, torch.float32)
+                return solution[:-1].T, solution[-1] if free_bias else None
 
-            return solved
+            return solve
 
         return with_ridge
 
     def inverse(self, ridge: float) -> Tensor:
-        """Inverse of the penalised moments of ``[x 1]``; with a larger ridge where rounding leaves them indefinite."""
+        """Inverse of the penalised Gram matrix of ``[x 1]``; the ridge grows where rounding leaves it indefinite."""
         ridge = max(ridge, 1e-15)
         while True:
             factor, failed = torch.linalg.cholesky_ex(self._penalized(ridge))
@@ -129,8 +131,8 @@ class NormalEquations:
         return system
 
 
-def _inverted(system: Tensor, definite: bool) -> Callable[[Tensor], Tensor]:
-    """What multiplies by the inverse of the system; of a singular one the pseudo-inverse: the shortest solutions."""
+def _solver_of(system: Tensor, definite: bool) -> Callable[[Tensor], Tensor]:
+    """A function that solves the system for a right-hand side; of a singular one, the solution of least norm."""
     factor, failed = torch.linalg.cholesky_ex(system)
     if definite and not int(failed):
         return lambda right: torch.cholesky_solve(right, factor)

@@ -1,7 +1,7 @@
-"""Stand-ins: what a removed unit did, as the best linear map of its input.
+"""The best linear replacement of a removed block.
 
-A stand-in answers ``phi(x + B [x 1])``: ridge least squares on the residual branch, so that an infinite ridge is the
-identity (the dropped block), with the block's own final activation ``phi`` applied afterwards. All sums are float64.
+A linear replacement computes ``phi(W x + b)``: ridge least squares on the block's output, where an infinite ridge gives
+the identity (the dropped block), with the block's own final activation ``phi`` applied afterwards. Sums are in float64.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from ttmpd.surgery.replacements import LinearMap
 
 @dataclass
 class ReplacementFit:
-    """A stand-in as a weighted least-squares fit of ``y`` by ``[x 1]``.
+    """A linear replacement, fitted by weighted least squares of a block's outputs on its inputs.
 
     Args:
         channels: of inputs and outputs.
@@ -26,14 +26,14 @@ class ReplacementFit:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
-        self.moments = NormalEquations(self.channels, self.channels, self.device)
+        self.equations = NormalEquations(self.channels, self.channels, self.device)
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
         """Add rows: ``x`` and ``y`` are (rows, channels), ``weight`` is (rows,)."""
-        self.moments.add(x.to(self.moments.at).double(), y, weight)
+        self.equations.add(x.to(self.equations.sum_device).double(), y, weight)
 
     def solve(self, ridge: float) -> LinearMap:
-        """The map that minimises the weighted squared error; the ridge draws it to handing on the input."""
-        weight, bias = self.moments.solve(torch.eye(self.channels), torch.zeros(self.channels), ridge)
+        """The map with the least weighted squared error; the larger the ridge, the closer it is to the identity."""
+        weight, bias = self.equations.solve(torch.eye(self.channels), torch.zeros(self.channels), ridge)
         assert bias is not None
         return LinearMap(weight, bias)

@@ -1,8 +1,8 @@
-"""Closed forms for members of a layer: which of them the others can stand in for, and how the others then answer.
+"""Optimal Brain Surgeon for the members of a layer: which of them to keep, and the weights that then fit best.
 
-The layer behind them computes ``y = W h + b``. Without some of the inputs ``h`` it is fitted again to the same ``y``:
-ridge least squares on what the kept inputs say. All sums are float64 and need one pass; what a choice of members costs
-after this repair follows from them without any further pass.
+The layer that reads the members computes ``y = W h + b``. Without some of its inputs ``h`` it is fitted to the same
+``y`` again, by ridge least squares on the members that stay. All sums are in float64 and need one pass; the error of
+every choice of members after this repair follows from them without another pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,94 +19,100 @@ from ttmpd.surgery.layers import columns
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MemberChoice:
-    """The members to keep for one width, and what is lost after the repair.
+    """The members that stay at one width, and the layer that reads them after its repair.
 
     Args:
-        kept: members, in rising order.
-        error: share of the layer's output energy that the kept members cannot say.
-        weight: (n_outputs, n_kept) the fitted layer, and its bias (n_outputs,).
+        members: those that stay, in rising order.
+        error: squared error of the repaired layer, as a share of the energy of its output.
+        weight: (n_outputs, n_inputs of the members) of the repaired layer.
+        bias: (n_outputs,) of the repaired layer.
     """
 
-    kept: tuple[int, ...]
+    members: tuple[int, ...]
     error: float
     weight: Tensor
     bias: Tensor
 
 
 def select_members(
-    moments: NormalEquations, matrix: Tensor, bias: Tensor, members: int, widths: Sequence[int], ridge: float
+    equations: NormalEquations, matrix: Tensor, bias: Tensor, n_members: int, widths: Sequence[int], ridge: float
 ) -> list[MemberChoice]:
-    """The members to keep for every width, from a layer's own inputs alone.
+    """The members to keep at every width, from the layer's inputs and outputs alone.
 
-    From width to width the members go that the others, fitted anew, can best stand in for: the saliency of member
-    ``i`` is ``w_i' (P_ii)^-1 w_i`` with ``P`` the inverse of the inputs' second moments and ``w`` the weights fitted so
-    far. Within one step they are taken as independent.
+    Going from one width to the next, the members of least saliency are removed: that of member ``i`` is
+    ``w_i' (P_ii)^-1 w_i``, where ``P`` is the inverse of the inputs' second moments and ``w`` the weights fitted so
+    far. Within one step the members are treated as independent.
 
     Args:
-        moments: of the layer's inputs with its own outputs.
+        equations: of the layer's outputs on its inputs.
         matrix: (n_outputs, n_inputs), the layer's weight.
         bias: (n_outputs,).
-        members: heads, neurons or channels, each as many inputs wide.
+        n_members: heads, neurons or channels; all have the same number of inputs.
         widths: numbers of members, falling.
-        ridge: relative to the mean diagonal.
+        ridge: relative to the mean diagonal of the second moments.
 
     Source: optimal brain surgeon (Hassibi and Stork, 1993) for the outputs of one layer, in steps.
-    Cost: one inverse of the moments and one update a width; no pass.
+    Cost: one inverse of the second moments, and one update of it per width; no forward pass.
     """
-    size = moments.n_inputs // members
-    old = torch.cat([matrix.double().T, bias.double()[None]]).to(moments.gram)  # (inputs + 1, outputs)
-    inverse = moments.inverse(ridge)
-    weight, alive = old.clone(), torch.arange(members)
-    rows = moments.gram[-1, -1].clamp_min(1e-12)
-    energy = float((old * (moments.gram @ old)).sum() - moments.cross[-1].square().sum() / rows)
-    lost, found = 0.0, []
+    size = equations.n_inputs // n_members
+    original = torch.cat([matrix.double().T, bias.double()[None]]).to(equations.gram)  # (inputs + 1, outputs)
+    n_rows = equations.gram[-1, -1].clamp_min(1e-12)
+    energy = float((original * (equations.gram @ original)).sum() - equations.cross[-1].square().sum() / n_rows)
+    inverse = equations.inverse(ridge)
+    weight, members = original.clone(), torch.arange(n_members)
+    lost, selected = 0.0, []
     for width in widths:
-        n_gone = len(alive) - width
-        saliency = _saliency(inverse, weight, size)
-        order = saliency.argsort()
-        going = _rows(order[:n_gone], size)
-        constant = torch.tensor([len(weight) - 1], device=order.device)
-        staying = torch.cat([_rows(order[n_gone:].sort().values, size), constant])
-        # Eliminate the inputs that go: weights and inverse of those that stay follow by block elimination.
-        corner = inverse[going][:, going]
-        step = torch.linalg.solve(corner, weight[going])
-        lost += float((weight[going] * step).sum())
-        weight = weight[staying] - inverse[staying][:, going] @ step
-        inverse = inverse[staying][:, staying] - inverse[staying][:, going] @ torch.linalg.solve(
-            corner, inverse[going][:, staying]
-        )
-        alive = alive[order[n_gone:].sort().values.cpu()]
-        error = max(0.0, lost / max(energy, 1e-12))
-        found.append(MemberChoice(tuple(alive.tolist()), error, weight[:-1].T.to(matrix), weight[-1].to(matrix)))
-    return found
+        order = _saliency(inverse, weight, size).argsort()
+        n_removed = len(members) - width
+        staying = order[n_removed:].sort().values
+        weight, inverse, error = _eliminated(weight, inverse, _inputs(order[:n_removed], size), _inputs(staying, size))
+        lost += error
+        members = members[staying.cpu()]
+        share = max(0.0, lost / max(energy, 1e-12))
+        selected.append(MemberChoice(tuple(members.tolist()), share, weight[:-1].T.to(matrix), weight[-1].to(matrix)))
+    return selected
 
 
-def _rows(members: Tensor, size: int) -> Tensor:
+def _inputs(members: Tensor, size: int) -> Tensor:
+    """Numbers of the inputs that belong to the members."""
     return (members[:, None] * size + torch.arange(size, device=members.device)).flatten()
 
 
 def _saliency(inverse: Tensor, weight: Tensor, size: int) -> Tensor:
-    """(members,) what the error grows by when one member goes and all others are fitted anew."""
+    """(members,) growth of the squared error when one member is removed and all others are fitted again."""
     n = len(weight) - 1
     if size == 1:
-        alone: Tensor = weight[:n].square().sum(1) / inverse.diagonal()[:n].clamp_min(1e-30)
-        return alone
+        single: Tensor = weight[:n].square().sum(1) / inverse.diagonal()[:n].clamp_min(1e-30)
+        return single
     blocks = torch.stack([inverse[i : i + size, i : i + size] for i in range(0, n, size)])
-    parts = weight[:n].view(n // size, size, -1)
-    together: Tensor = (parts * torch.linalg.solve(blocks, parts)).sum((1, 2))
-    return together
+    weights = weight[:n].view(n // size, size, -1)
+    grouped: Tensor = (weights * torch.linalg.solve(blocks, weights)).sum((1, 2))
+    return grouped
+
+
+def _eliminated(weight: Tensor, inverse: Tensor, removed: Tensor, staying: Tensor) -> tuple[Tensor, Tensor, float]:
+    """(weight, inverse, added squared error) for the inputs that stay, by block elimination of the others.
+
+    The last row of ``weight`` and of ``inverse`` is that of the bias, which stays.
+    """
+    staying = torch.cat([staying, torch.tensor([len(weight) - 1], device=staying.device)])
+    corner = inverse[removed][:, removed]
+    step = torch.linalg.solve(corner, weight[removed])
+    update = inverse[staying][:, removed] @ torch.linalg.solve(corner, inverse[removed][:, staying])
+    error = float((weight[removed] * step).sum())
+    return weight[staying] - inverse[staying][:, removed] @ step, inverse[staying][:, staying] - update, error
 
 
 def narrowed_output(model: nn.Module, unit: WidthUnit, choice: MemberChoice) -> Callable[[Tensor], Tensor]:
-    """What the layer at ``unit.path`` answers to all its inputs once only the kept members speak."""
-    index, layer = columns(model, unit, choice.kept), module_at(model, unit.path)
+    """A function of all inputs of the layer at ``unit.path`` that returns the repaired layer's output."""
+    index, layer = columns(model, unit, choice.members), module_at(model, unit.path)
     weight, bias = choice.weight, choice.bias
 
-    def answer(h: Tensor) -> Tensor:
+    def output(h: Tensor) -> Tensor:
         if isinstance(layer, nn.Conv2d):
             kernel = weight.reshape(len(weight), -1, *layer.kernel_size)
-            given = h[:, index.to(h.device)]
-            return nn.functional.conv2d(given, kernel, bias, layer.stride, layer.padding, layer.dilation)
+            inputs = h[:, index.to(h.device)]
+            return nn.functional.conv2d(inputs, kernel, bias, layer.stride, layer.padding, layer.dilation)
         return nn.functional.linear(h[..., index.to(h.device)], weight, bias)
 
-    return answer
+    return output

@@ -1,14 +1,14 @@
-"""Which layers of a student are fitted again after a removal, and what each of them is fitted to.
+"""Which layers of a student are fitted after a removal, and to which outputs of the teacher.
 
-A layer behind a removal is given other inputs than the teacher's. It is fitted to what the teacher answers there: to
-the output of the layer, or of the batch norm that alone reads it; where that is added to a shortcut, to the sum, so
-that the layer makes up for what the shortcut has lost.
+A layer after a removal has other inputs than the teacher's. It is fitted to the teacher's output at the same place: to
+that of the layer, or of the batch norm that alone reads it; where that is added to a shortcut, to the sum, so that the
+layer makes up for what the shortcut has lost.
 """
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,11 @@ from ttmpd.surgery.dataflow import ADDING, Layer, layers_of
 from ttmpd.surgery.layers import is_convolution, is_layer, matrix_of, set_matrix
 from ttmpd.surgery.replacements import replacement_at
 
-MOST_INPUTS = 2304
-"""Layers that read more values per output than this (256 channels under a 3x3 kernel) stay as they are: what a fit
-costs grows with the third power."""
-PER_HOST = 8
-"""How many sites a module may hold that is run by itself to fit them: each of them is one more run of it."""
+MAX_INPUTS = 2304
+"""Layers that read more values per output than this (256 channels under a 3x3 kernel) stay as they are: the cost of a
+fit grows with the third power."""
+POINTS_PER_CONTAINER = 8
+"""How many points the module may hold that is run by itself to fit them: each of them takes one more run of it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,16 +37,16 @@ class RefitPoint:
 
     Args:
         layer: its path.
-        path: of the module whose output is wanted, in the teacher and, but for stand-ins, in the student: the layer, or
-            the batch norm behind it.
-        shape: of the teacher's answer there for one sample; ``layout`` says which axis holds the channels.
+        path: of the module whose output is the target, in the teacher and, but for replacements, in the student: the
+            layer, or the batch norm behind it.
+        shape: of the teacher's output there for one sample; ``layout`` says which axis holds the channels.
         layout: see ``shape``.
         norm: path of the batch norm that alone reads the layer, "" when there is none.
-        joined: whether the answer is added to another tensor: then the sum is wanted.
-        activation: "relu" or "relu6" when that alone reads the answer, or the sum, else "".
-        host: a module that holds everything of the site and is run by itself to fit it; "" for the whole model.
-        kept: which of the teacher's outputs the layer still has, in order; () when it has all.
-        members: how many members the layer reads where its unit was narrowed, else 0.
+        adds_to_residual: the output is added to another tensor: then the sum is the target.
+        activation: "relu" or "relu6" when that alone reads the output, or the sum, else "".
+        container: a module that holds all of these and is run by itself to fit the layer; "" for the whole model.
+        kept_outputs: which of the teacher's outputs the layer still has, in order; () when it has all.
+        n_members: how many members the layer reads where its unit was narrowed, else 0.
     """
 
     layer: str
@@ -54,38 +54,38 @@ class RefitPoint:
     shape: tuple[int, ...]
     layout: Layout
     norm: str = ""
-    joined: bool = False
+    adds_to_residual: bool = False
     activation: str = ""
-    host: str = ""
-    kept: tuple[int, ...] = ()
-    members: int = 0
+    container: str = ""
+    kept_outputs: tuple[int, ...] = ()
+    n_members: int = 0
 
     @property
     def id(self) -> str:
-        """Name of the site, unique within a model."""
+        """Name of the point, unique within a model."""
         return self.layer
 
     @property
     def channels(self) -> int:
-        """Width of the teacher's answer."""
+        """Width of the teacher's output."""
         return self.shape[0] if self.layout == "channels_first" else self.shape[-1]
 
 
 def find_refit_points(
-    teacher: nn.Module, student: nn.Module, removals: Sequence[Removal], batch: Tensor, *, behind: bool = True
+    teacher: nn.Module, student: nn.Module, removals: Sequence[Removal], batch: Tensor, *, later_layers: bool = True
 ) -> list[RefitPoint]:
-    """What can be fitted, in the order in which the student runs it.
+    """The layers that can be fitted, in the order in which the student runs them.
 
     Args:
-        teacher: the model as found.
-        student: the same with the removals made and stand-ins in their places.
+        teacher: the original model.
+        student: a copy with the removals made and linear replacements in their places.
         removals: in the order of the network.
         batch: a few samples.
-        behind: all layers behind the first removal but the one that gives the logits; else the stand-ins and the layers
-            that read the members of narrowed units alone.
+        later_layers: all layers from the first removal on but the output layer; otherwise only the linear replacements
+            and the layers that read the members of narrowed units.
     """
-    stand_ins = {
-        _stand_in_path(student, removal): removal.unit
+    replaced = {
+        _replacement_path(student, removal): removal.unit
         for removal in removals
         if removal.action == "linear" and isinstance(removal.unit, DepthUnit)
     }
@@ -93,84 +93,89 @@ def find_refit_points(
         path: removal for removal in removals if isinstance(removal.unit, WidthUnit) for path in removal.unit.consumers
     }
     starts = {path for removal in removals for path in removal.unit.paths}
-    calls = trace(student, batch).order
-    first = next((i for i, path in enumerate(calls) if path in starts), len(calls))
-    known, head = layers_of(teacher, batch), find_output_layer(student, batch)
-    gone = {path for removal in removals if isinstance(removal.unit, DepthUnit) for path in removal.unit.paths}
-    wanted = {
+    order = trace(student, batch).order
+    first = next((i for i, path in enumerate(order) if path in starts), len(order))
+    layers, output_layer = layers_of(teacher, batch), find_output_layer(student, batch)
+    removed = {path for removal in removals if isinstance(removal.unit, DepthUnit) for path in removal.unit.paths}
+    fitted = {
         path
-        for path, layer in known.items()
-        if layer.plain and path not in gone and (path in readers or (behind and path != head))
+        for path, layer in layers.items()
+        if layer.plain and path not in removed and (path in readers or (later_layers and path != output_layer))
     }
-    sites = []
-    for path in calls[first:]:
-        if path in stand_ins:
-            unit = stand_ins[path]
-            sites.append(RefitPoint(path, unit.path, unit.shape, unit.layout, activation=unit.activation))
-        elif path in wanted and matrix_of(module_at(student, path)).shape[1] <= MOST_INPUTS:
-            sites.append(_site(student, known[path], len(readers[path].kept) if path in readers else 0))
-    sites = _with_kept(teacher, removals, sites)
-    return [dataclasses.replace(site, host=host) for site, host in zip(sites, _hosts(sites, known, calls), strict=True)]
+    points = []
+    for path in order[first:]:
+        if path in replaced:
+            unit = replaced[path]
+            points.append(RefitPoint(path, unit.path, unit.shape, unit.layout, activation=unit.activation))
+        elif path in fitted and matrix_of(module_at(student, path)).shape[1] <= MAX_INPUTS:
+            points.append(_point(student, layers[path], len(readers[path].kept) if path in readers else 0))
+    points = _with_kept_outputs(teacher, removals, points)
+    containers = _containers(points, layers, order)
+    return [dataclasses.replace(point, container=path) for point, path in zip(points, containers, strict=True)]
 
 
-def _site(student: nn.Module, layer: Layer, members: int) -> RefitPoint:
-    first = isinstance(module_at(student, layer.path), nn.Conv2d)
+def _point(student: nn.Module, layer: Layer, n_members: int) -> RefitPoint:
+    is_convolution = isinstance(module_at(student, layer.path), nn.Conv2d)
     return RefitPoint(
-        layer.path, layer.norm or layer.path, layer.shape, "channels_first" if first else "channels_last", layer.norm,
-        layer.joined, layer.activation, members=members,
-    )  # fmt: skip
+        layer.path,
+        layer.norm or layer.path,
+        layer.shape,
+        "channels_first" if is_convolution else "channels_last",
+        norm=layer.norm,
+        adds_to_residual=layer.adds_to_residual,
+        activation=layer.activation,
+        n_members=n_members,
+    )
 
 
-def _stand_in_path(student: nn.Module, removal: Removal) -> str:
-    """Path of the layer in a stand-in, which may have a wrapper around it and an activation behind it."""
-    own = replacement_at(student, removal.unit)
-    layer = own[0] if isinstance(own, nn.Sequential) else own
+def _replacement_path(student: nn.Module, removal: Removal) -> str:
+    """Path of the layer in a linear replacement, which may have a wrapper around it and an activation behind it."""
+    replacement = replacement_at(student, removal.unit)
+    layer = replacement[0] if isinstance(replacement, nn.Sequential) else replacement
     return next(str(path) for path, module in student.named_modules() if module is layer)
 
 
-def _with_kept(teacher: nn.Module, removals: Sequence[Removal], sites: Sequence[RefitPoint]) -> list[RefitPoint]:
-    """The sites with the outputs that their layers still have; those of which that cannot be told are left out.
+def _with_kept_outputs(
+    teacher: nn.Module, removals: Sequence[Removal], points: Sequence[RefitPoint]
+) -> list[RefitPoint]:
+    """The points with the outputs that their layers still have; layers without any output left are left out.
 
     Each row of a copy's matrices is filled with its number, and the copy is cut like the student.
     """
     narrowed = {path for removal in removals if isinstance(removal.unit, WidthUnit) for path in removal.unit.producers}
-    if not any(site.layer in narrowed for site in sites):
-        return list(sites)
-    numbered = clone(teacher)
-    full = {}
+    if not any(point.layer in narrowed for point in points):
+        return list(points)
+    numbered, n_outputs = clone(teacher), {}
     for path in narrowed:
         if is_layer(layer := module_at(numbered, path)) or is_convolution(layer):
             matrix = matrix_of(layer)
-            full[path] = len(matrix)
+            n_outputs[path] = len(matrix)
             set_matrix(layer, torch.arange(len(matrix)).to(matrix)[:, None].expand_as(matrix), None)
-    numbered = cut(numbered, removals)
-    found = []
-    for site in sites:
-        if site.layer in full and site.layer in dict(numbered.named_modules()):
-            matrix = matrix_of(module_at(numbered, site.layer))
+    modules = dict(cut(numbered, removals).named_modules())
+    updated = []
+    for point in points:
+        if point.layer in n_outputs and point.layer in modules:
+            matrix = matrix_of(modules[point.layer])
             if not matrix.numel():
                 continue
             rows = matrix[:, 0].long().tolist()
-            site = dataclasses.replace(site, kept=tuple(rows) if len(rows) < full[site.layer] else ())
-        found.append(site)
-    return found
+            point = dataclasses.replace(point, kept_outputs=tuple(rows) if len(rows) < n_outputs[point.layer] else ())
+        updated.append(point)
+    return updated
 
 
-def _hosts(sites: Sequence[RefitPoint], known: Mapping[str, Layer], calls: Sequence[str]) -> Iterator[str]:
-    """For each site the largest module around it that runs once and holds few sites; its sum is taken in it, too."""
-    for site in sites:
-        joins = known[site.layer].adder if site.joined else common_path(site.layer, site.path)
-        around, names = [], joins.split(".")
-        for n in range(len(names), 0, -1):
-            path = ".".join(names[:n])
-            if path and calls.count(path) == 1:
-                around.append(path)
-        small = [p for p in around if sum(_within(other.layer, p) for other in sites) <= PER_HOST]
+def _containers(points: Sequence[RefitPoint], layers: Mapping[str, Layer], order: Sequence[str]) -> Iterator[str]:
+    """For each point the largest module around it, and around its sum, that runs once and holds few points."""
+    for point in points:
+        inner = layers[point.layer].adder if point.adds_to_residual else common_path(point.layer, point.path)
+        names = inner.split(".")
+        around = [path for n in range(len(names), 0, -1) if (path := ".".join(names[:n])) and order.count(path) == 1]
+        small = [p for p in around if sum(_within(other.layer, p) for other in points) <= POINTS_PER_CONTAINER]
         yield small[-1] if small else around[0] if around else ""
 
 
-def _within(path: str, holder: str) -> bool:
-    return path == holder or path.startswith(f"{holder}.")
+def _within(path: str, container: str) -> bool:
+    return path == container or path.startswith(f"{container}.")
 
 
 class _Sums(TorchFunctionMode):
@@ -190,37 +195,44 @@ class _Sums(TorchFunctionMode):
         return out
 
 
+Role = Literal["input", "output", "sum"]
+"""A tensor at a point: what the layer reads, what it (or the batch norm behind it) returns, or the sum with the
+shortcut, for points that add to a residual."""
+
+
 @contextlib.contextmanager
 def watch_points(
-    model: nn.Module, sites: Sequence[RefitPoint], note: Callable[[RefitPoint, str, Tensor], None], inputs: bool = True
+    model: nn.Module,
+    points: Sequence[RefitPoint],
+    note: Callable[[RefitPoint, Role, Tensor], None],
+    inputs: bool = True,
 ) -> Iterator[None]:
-    """While active, every pass hands what is at the sites to ``note``, at once: it may be written into later.
+    """While active, every forward pass calls ``note(point, role, tensor)`` for the tensors at the points.
 
-    ``note(site, what, tensor)`` gets "input", what the layer reads; "own", the answer; and "sum", what came of adding
-    it, for those that are joined. An exception in it ends the pass.
+    The call comes at once, since the tensors may be written into later. An exception in it ends the pass.
 
     Args:
         model: teacher or student.
-        sites: in any order.
-        note: what is called.
-        inputs: whether inputs are wanted: the teacher does not have the layers of stand-ins.
+        points: in any order.
+        note: see above.
+        inputs: note inputs, too; the teacher does not have the layers of linear replacements.
     """
-    at = {site.path: site for site in sites}
-    sums = _Sums(lambda path, out: note(at[path], "sum", out))
+    by_path = {point.path: point for point in points}
+    sums = _Sums(lambda path, out: note(by_path[path], "sum", out))
 
-    def answered(site: RefitPoint, answer: Any) -> None:
-        output = first_tensor(answer)  # attention may answer with its weights, too
+    def note_output(point: RefitPoint, value: Any) -> None:
+        output = first_tensor(value)  # attention may return its weights, too
         assert output is not None
-        note(site, "own", output)
-        if site.joined:
-            sums.watched[id(output)] = (site.path, output)
+        note(point, "output", output)
+        if point.adds_to_residual:
+            sums.watched[id(output)] = (point.path, output)
 
     handles = []
-    for site in sites:
-        last = module_at(model, site.path)
-        handles.append(last.register_forward_hook(lambda _m, _a, out, s=site: answered(s, out)))
+    for point in points:
+        last = module_at(model, point.path)
+        handles.append(last.register_forward_hook(lambda _m, _a, out, p=point: note_output(p, out)))
         if inputs:
-            layer = module_at(model, site.layer)
-            handles.append(layer.register_forward_pre_hook(lambda _m, args, s=site: note(s, "input", args[0])))
+            layer = module_at(model, point.layer)
+            handles.append(layer.register_forward_pre_hook(lambda _m, args, p=point: note(p, "input", args[0])))
     with hooks(handles), sums:
         yield

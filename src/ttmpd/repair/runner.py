@@ -1,4 +1,4 @@
-"""Run the parts of a model one by one, each on what the model gives it, for as many samples as fit into memory."""
+"""Run modules of a model one by one, each on what the model gives it, for as many samples as fit in memory."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -16,24 +16,22 @@ from ttmpd.models.run import StopForwardError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments."""
-_Seen = tuple[Tensor, int]
-"""A tensor, and how often it had been written into."""
-_SAME = (bool, str, type(None))
+_CONSTANT_TYPES = (bool, str, type(None))
 """Types of arguments that are the same for every batch."""
 
 
 @dataclass(eq=False)
 class ModuleRunner:
-    """The modules at ``paths``, in the order in which the model runs them, with what they are given.
+    """The modules at ``paths``, in the order in which the model runs them, with the arguments that it passes to them.
 
-    A module that is given the very output of the one before it, and nothing else but what that one was given, too (a
-    mask, say), is not reached through the model again: the one before is run. So a model whose parts are changed in
-    this order, each after its calls were asked for, is run about once.
+    If a module's arguments are the output of the module before it and what that one was called with (a mask, say), they
+    are computed by running that module instead of the model up to there. So a model whose modules are changed in this
+    order, each after its calls were asked for, is run about once.
 
     Args:
         model: in eval mode; "" among the paths is the model itself.
         paths: of modules that run once.
-        samples: what the model is run on.
+        samples: inputs of the model.
         batch_size: samples per call.
         device: of the model.
     """
@@ -43,61 +41,65 @@ class ModuleRunner:
     samples: Samples
     batch_size: int
     device: torch.device
-    _at: str | None = None
+    _path: str | None = None
     _calls: list[Call] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._few = self.samples.batch(slice(0, 2), self.device)
-        # Texts differ in length: a number that a module is given may be the length of these few.
-        plain = (*_SAME, *(() if self.samples.is_text else (int, float)))
-        self._before = _following(self.model, self.paths, self._few, plain)
+        self._pair = self.samples.batch(slice(0, 2), self.device)
+        # Texts differ in length: a number among the arguments may be the length of these two.
+        constants = (*_CONSTANT_TYPES, *(() if self.samples.is_text else (int, float)))
+        self._predecessors = _predecessors(self.model, self.paths, self._pair, constants)
 
     @property
-    def most_values(self) -> int:
-        """How many values per sample the module is given that is given most."""
-        found = [tensor.numel() for path in set(self.paths) for tensor in tensors_in(self._reached(path, self._few))]
-        return max(found) // len(self._few)
+    def max_input_values(self) -> int:
+        """The most values per sample that any of the modules is called with."""
+        sizes = [tensor.numel() for path in set(self.paths) for tensor in tensors_in(self._call_at(path, self._pair))]
+        return max(sizes) // len(self._pair)
 
     def calls(self, path: str) -> list[Call]:
-        """What the module at ``path`` is given, batch by batch."""
-        if path != self._at:
-            known = self._before.get(path)
-            if known is not None and known.path == self._at:
-                like = self._reached(path, self._few)
-                self._calls = [
-                    # Of another form if, say, no mask is needed for texts of one length.
-                    _call(like, known.sources, self.run(known.path, call), call)
-                    if _form(call) == known.form
-                    else self._reached(path, batch)
-                    for call, batch in zip(self._calls, self._batches(), strict=True)
-                ]
+        """The arguments of the module at ``path``, batch by batch."""
+        if path != self._path:
+            predecessor = self._predecessors.get(path)
+            if predecessor is not None and predecessor.path == self._path:
+                self._calls = self._next_calls(path, predecessor)
             else:
                 self._calls = []  # free the memory first
-                self._calls = [self._reached(path, batch) for batch in self._batches()]
-            self._at = path
+                self._calls = [self._call_at(path, batch) for batch in self._batches()]
+            self._path = path
         return self._calls
 
     def run(self, path: str, call: Call) -> Any:
-        """The module's answer to a call, of whose tensors it gets copies: it may write into them."""
+        """The module's output for a call, on copies of its tensors: the module may write into them."""
         args, kwargs = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, call)
         return (module_at(self.model, path) if path else self.model)(*args, **kwargs)
+
+    def _next_calls(self, path: str, predecessor: "_Predecessor") -> list[Call]:
+        template = self._call_at(path, self._pair)
+        return [
+            # Of another form if, say, no mask is needed for texts of one length.
+            _filled(template, predecessor.sources, self.run(predecessor.path, call), call)
+            if _form(call) == predecessor.form
+            else self._call_at(path, batch)
+            for call, batch in zip(self._calls, self._batches(), strict=True)
+        ]
 
     def _batches(self) -> Iterator[Tensor]:
         return self.samples.batches(self.batch_size, self.device)
 
-    def _reached(self, path: str, batch: Tensor) -> Call:
+    def _call_at(self, path: str, batch: Tensor) -> Call:
+        """The arguments of the module at ``path`` for a batch, from a run of the model up to there."""
         if not path:
             return (batch,), {}
-        seen: list[Call] = []
+        calls: list[Call] = []
 
         def stop(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            seen.append((args, kwargs))
+            calls.append((args, kwargs))
             raise StopForwardError
 
         handle = module_at(self.model, path).register_forward_pre_hook(stop, with_kwargs=True)
         with hooks([handle]), contextlib.suppress(StopForwardError):
             self.model(batch)
-        return seen[0]
+        return calls[0]
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -105,14 +107,27 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Version:
+    """A tensor, and how often it had been written into when it was noted."""
+
+    tensor: Tensor
+    number: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Version":
+        return cls(tensor, tensor._version)
+
+
 @dataclass(frozen=True, eq=False)
-class _Before:
-    """What is run to know what a module is given.
+class _Predecessor:
+    """The module whose call and output determine the arguments of the next one.
 
     Args:
-        path: of the module before it.
-        form: of the call of that one.
-        sources: where the tensors come from: numbers among those of that call, None for its answer.
+        path: of the module.
+        form: of its call, see :func:`_form`.
+        sources: for each tensor among the next module's arguments its number among those of the call, None for the
+            output.
     """
 
     path: str
@@ -121,33 +136,35 @@ class _Before:
 
 
 def _form(call: Call) -> tuple[Any, ...]:
-    """Where in a call there are tensors, and of which types all else is."""
-    leaves, spec = tree_flatten(call)
-    return (spec, *map(type, leaves))
+    """The structure of a call, and the type of each of its values."""
+    leaves, structure = tree_flatten(call)
+    return (structure, *map(type, leaves))
 
 
-def _call(like: Call, sources: Sequence[int | None], answer: Tensor, before: Call) -> Call:
-    """A call of the same form whose tensors come from the one before."""
-    given = tensors_in(before)
-    tensors = iter([answer if number is None else given[number] for number in sources])
-    args, kwargs = tree_map(lambda value: next(tensors) if isinstance(value, Tensor) else value, like)
+def _filled(template: Call, sources: Sequence[int | None], output: Tensor, call: Call) -> Call:
+    """A call like ``template`` whose tensors come from the predecessor's call and output."""
+    arguments = tensors_in(call)
+    tensors = iter([output if number is None else arguments[number] for number in sources])
+    args, kwargs = tree_map(lambda value: next(tensors) if isinstance(value, Tensor) else value, template)
     return args, kwargs
 
 
-def _following(model: nn.Module, paths: Sequence[str], batch: Tensor, plain: tuple[type, ...]) -> dict[str, _Before]:
-    """Path -> the module before it, where that one alone says what it is given.
+def _predecessors(
+    model: nn.Module, paths: Sequence[str], batch: Tensor, constants: tuple[type, ...]
+) -> dict[str, _Predecessor]:
+    """Path -> the module before it, where that one alone determines the arguments.
 
-    What else a module is given must be of a ``plain`` type: the same for every batch. A cache remembers its own.
+    Other arguments must be of a type in ``constants``, the same for every batch; a cache, say, is not.
     """
-    calls: dict[str, tuple[Call, list[_Seen]]] = {}
-    made: dict[str, _Seen] = {}
+    calls: dict[str, tuple[Call, list[_Version]]] = {}
+    outputs: dict[str, _Version] = {}
 
     def before(path: str, call: Call) -> None:
-        calls[path] = call, [(tensor, tensor._version) for tensor in tensors_in(call)]
+        calls[path] = call, [_Version.of(tensor) for tensor in tensors_in(call)]
 
     def after(path: str, output: Any) -> None:
         if isinstance(output, Tensor):
-            made[path] = (output, output._version)
+            outputs[path] = _Version.of(output)
 
     handles = []
     for path in filter(None, paths):
@@ -156,20 +173,30 @@ def _following(model: nn.Module, paths: Sequence[str], batch: Tensor, plain: tup
         handles.append(module.register_forward_hook(lambda _m, _a, out, p=path: after(p, out)))
     with hooks(handles):
         model(batch)
-    found = {}
+    predecessors = {}
     for first, second in pairwise(paths):
-        if first in made and second in calls:
-            known = [*calls[first][1], made[first]]  # the answer last: a module may answer with what it was given
-            call, given = calls[second]
-            numbers = [_number(seen, known) for seen in given]
-            alike = all(isinstance(leaf, (Tensor, *plain)) for leaf in tree_leaves(call))
-            if alike and None not in numbers and numbers.count(len(known) - 1) == 1:
-                sources = tuple(None if number == len(known) - 1 else number for number in numbers)
-                found[second] = _Before(first, _form(calls[first][0]), sources)
-    return found
+        if first in outputs and second in calls:
+            call, arguments = calls[second]
+            sources = _sources(arguments, calls[first][1], outputs[first])
+            if sources is not None and all(isinstance(leaf, (Tensor, *constants)) for leaf in tree_leaves(call)):
+                predecessors[second] = _Predecessor(first, _form(calls[first][0]), sources)
+    return predecessors
 
 
-def _number(seen: _Seen, known: Sequence[_Seen]) -> int | None:
-    """The last of the known tensors that is this one, not written into since."""
-    places = [number for number, other in enumerate(known) if other[0] is seen[0] and other[1] == seen[1]]
-    return places[-1] if places else None
+def _sources(
+    arguments: Sequence[_Version], inputs: Sequence[_Version], output: _Version
+) -> tuple[int | None, ...] | None:
+    """Where each argument comes from: a number among ``inputs``, or None for ``output``, which must occur once.
+
+    None for all of them together if one is neither, or was written into since.
+    """
+    candidates = [*inputs, output]  # the output last: a module may return what it was called with
+    numbers = []
+    for argument in arguments:
+        same = [i for i, c in enumerate(candidates) if c.tensor is argument.tensor and c.number == argument.number]
+        if not same:
+            return None
+        numbers.append(same[-1])
+    if numbers.count(len(inputs)) != 1:
+        return None
+    return tuple(None if number == len(inputs) else number for number in numbers)

@@ -1,4 +1,4 @@
-"""Small weights hurt little: the oldest criterion."""
+"""Magnitude of weights: removing small weights hurts little."""
 
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
@@ -7,32 +7,32 @@ from torch import nn
 
 from ttmpd.models.modules import module_at
 from ttmpd.records import Scope, Score, WidthUnit
-from ttmpd.score.base import Scorer, ScoringInputs, narrowed
+from ttmpd.score.base import Scorer, ScoringInputs, scores_by_importance
 from ttmpd.surgery.layers import matrix_of
 
 
 class Magnitude(Scorer):
-    """Mean absolute weight of a unit, its vectors (norms, biases) left out."""
+    """Mean absolute weight of a unit, without its vectors (norms, biases)."""
 
     source: ClassVar[str] = "L1 norm of weights (Li et al., 2017, arXiv 1608.08710), averaged over a block"
 
     scopes: ClassVar[tuple[Scope, ...]] = ("depth", "width")
 
-    def scores(self, job: ScoringInputs) -> Iterable[Score]:
-        """The mean absolute value of all weights with two or more axes; of all weights where there are none.
+    def scores(self, inputs: ScoringInputs) -> Iterable[Score]:
+        """Mean absolute value of all weights with two or more axes, or of all weights where there are none.
 
-        A head or a neuron counts by the norm of the weights that read it, over the mean norm in its layer.
+        A member is scored by the norm of the weights that read it, over the mean norm in its layer.
         """
-        for unit in job.units:
-            module = module_at(job.teacher, unit.path)
+        for unit in inputs.units:
+            module = module_at(inputs.teacher, unit.path)
             if isinstance(unit, WidthUnit):
                 parts = (
                     matrix_of(module).detach().view(-1, unit.n_members, matrix_of(module).shape[1] // unit.n_members)
                 )
                 norms = parts.square().sum((0, 2)).sqrt()
-                yield from narrowed(unit, norms / norms.mean().clamp_min(1e-12))
+                yield from scores_by_importance(unit, norms / norms.mean().clamp_min(1e-12))
             else:
-                yield Score(unit.id, "drop", _mean_magnitude([module_at(job.teacher, path) for path in unit.paths]))
+                yield Score(unit.id, "drop", _mean_magnitude([module_at(inputs.teacher, path) for path in unit.paths]))
 
 
 def _mean_magnitude(modules: Sequence[nn.Module]) -> float:

@@ -1,4 +1,4 @@
-"""PRACTISE's recoverability: train small adaptors around the hole and see how far they get."""
+"""PRACTISE's recoverability: the error that is left after small adaptors around a removed block were trained."""
 
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
@@ -38,10 +38,10 @@ class Practise(Scorer):
         check_fields(self, steps=0, train_batch_size=1)
 
     def can_judge(self, model: nn.Module, unit: Unit) -> bool:
-        """Blocks that hold their shortcut: adaptors stand around them."""
+        """True for blocks that contain their shortcut: adaptors are put around them."""
         return super().can_judge(model, unit) and isinstance(unit, DepthUnit) and not unit.branch
 
-    def scores(self, job: ScoringInputs) -> Iterable[Score]:
+    def scores(self, inputs: ScoringInputs) -> Iterable[Score]:
         """One score per unit for "drop": the mean squared error that remains.
 
         Raises:
@@ -49,30 +49,30 @@ class Practise(Scorer):
 
         Cost: ``steps`` training steps per unit, with the teacher in the loop.
         """
-        few = job.samples.batch(slice(0, 2), job.device)
-        tap = find_feature_tap(job.teacher, few)
+        pair = inputs.samples.batch(slice(0, 2), inputs.device)
+        tap = find_feature_tap(inputs.teacher, pair)
         if tap is None or tap.side != "output":
             raise UnsupportedError(
                 "practise needs a feature map before pooling, which this model does not have; use ttmpd"
             )
-        blocks = _blocks(job.teacher, job.units, few)
-        for unit in track(job.units, "practise", len(job.units)):
-            yield Score(unit.id, "drop", self._recoverability(job, unit, blocks, tap))
+        blocks = _blocks(inputs.teacher, inputs.units, pair)
+        for unit in track(inputs.units, "practise", len(inputs.units)):
+            yield Score(unit.id, "drop", self._recoverability(inputs, unit, blocks, tap))
 
-    def _recoverability(self, job: ScoringInputs, unit: Unit, blocks: list["_Block"], tap: Tap) -> float:
-        teacher, samples, device = job.teacher, job.samples, job.device
+    def _recoverability(self, inputs: ScoringInputs, unit: Unit, blocks: list["_Block"], tap: Tap) -> float:
+        teacher, samples, device = inputs.teacher, inputs.samples, inputs.device
         pruned = build(teacher, [Removal(unit, "drop")])
         for parameter in pruned.parameters():
             parameter.requires_grad_(False)
         _insert_adaptors(pruned, unit, blocks)
-        generator = torch.Generator().manual_seed(job.seed)
+        generator = torch.Generator().manual_seed(inputs.seed)
 
         def loss_at(step: int) -> Tensor:
-            index = batch_order(len(samples), self.train_batch_size, step, job.seed)
+            index = batch_order(len(samples), self.train_batch_size, step, inputs.seed)
             view = random_view(samples.batch(index, device), generator)
             with torch.no_grad():
-                wanted = read_taps(teacher, view, {"f": tap})["f"]
-            return F.mse_loss(read_taps(pruned, view, {"f": tap})["f"], wanted)
+                target = read_taps(teacher, view, {"f": tap})["f"]
+            return F.mse_loss(read_taps(pruned, view, {"f": tap})["f"], target)
 
         with evaluating(teacher, gradients=True):
             # The adaptors are in eval mode like the rest: there is nothing in them that depends on it.
@@ -91,7 +91,7 @@ class Practise(Scorer):
 
 
 class _Block:
-    """One block of a stage: where adaptors may go."""
+    """One block of a stage, with the convolutions beside which adaptors may be put."""
 
     def __init__(self, path: str, shape: tuple[int, ...], convs: list[str], shortcut: str | None) -> None:
         self.path, self.shape, self.shortcut = path, shape, shortcut
@@ -124,7 +124,7 @@ def _blocks(teacher: nn.Module, units: Sequence[Unit], batch: Tensor) -> list[_B
 
 
 def _insert_adaptors(pruned: nn.Module, unit: Unit, blocks: list[_Block]) -> None:
-    """Put identity 1x1 convolutions around the hole.
+    """Put identity 1x1 convolutions around the removed block.
 
     After the last convolution of earlier blocks of the stage (and their shortcut's); before the first convolution of
     later ones, up to and including the first block of the next stage (and its shortcut's).

@@ -1,4 +1,4 @@
-"""No opinion: the control that every scorer has to beat."""
+"""Random harms: the control that every scorer has to beat."""
 
 from collections.abc import Iterable
 from random import Random as Generator
@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from ttmpd.records import Scope, Score, WidthUnit
-from ttmpd.score.base import Scorer, ScoringInputs, narrowed
+from ttmpd.score.base import Scorer, ScoringInputs, scores_by_importance
 
 
 class Random(Scorer):
@@ -17,11 +17,11 @@ class Random(Scorer):
 
     scopes: ClassVar[tuple[Scope, ...]] = ("depth", "width")
 
-    def scores(self, job: ScoringInputs) -> Iterable[Score]:
-        """A harm from 0 to 1 per unit, or per head or neuron, by seed."""
-        draw = Generator(job.seed)
-        for unit in job.units:
+    def scores(self, inputs: ScoringInputs) -> Iterable[Score]:
+        """A harm from 0 to 1 per unit, or per member, drawn by seed."""
+        draw = Generator(inputs.seed)
+        for unit in inputs.units:
             if isinstance(unit, WidthUnit):
-                yield from narrowed(unit, torch.tensor([draw.random() for _ in range(unit.n_members)]))
+                yield from scores_by_importance(unit, torch.tensor([draw.random() for _ in range(unit.n_members)]))
             else:
                 yield Score(unit.id, "drop", draw.random())

@@ -1,6 +1,6 @@
-"""What becomes of the answers of layers: which batch norm reads them, to what they are added, where they are clipped.
+"""How the output of each layer is used: which batch norm reads it, to what it is added, where it is clipped.
 
-Seen in one pass, by the identity of the tensors that go from function to function: no tracing, no names.
+Observed in one forward pass, by the identity of the tensors that go from function to function.
 """
 
 from collections.abc import Mapping
@@ -22,17 +22,18 @@ _CLIPPING = {"relu": "relu", "relu_": "relu", "relu6": "relu6", "hardtanh": "rel
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What becomes of a layer's answer.
+    """A layer, and how its output is used.
 
     Args:
         path: of the layer.
-        shape: of its answer to one sample.
-        plain: whether it answers what its weights make of all its inputs, so that new weights can be fitted.
-        norm: path of the batch norm that alone reads the answer, "" when there is none.
-        foldable: the same, also where the module does more behind it, as timm's norms with an activation.
-        joined: whether the answer, behind the norm if there is one, is added to something and read by nothing else.
+        shape: of its output for one sample.
+        plain: the output is the product of its weight and its inputs plus its bias, so that new weights can be fitted.
+        norm: path of the batch norm that alone reads the output, "" when there is none.
+        foldable: ``norm``, or the path of a module that applies a batch norm and then more, as timm's norms with an
+            activation.
+        adds_to_residual: the output, after the norm if there is one, is added to something and read by nothing else.
         adder: path of the module that adds.
-        activation: "relu" or "relu6" when that alone reads the answer, or the sum, else "".
+        activation: "relu" or "relu6" when that alone reads the output, or the sum, else "".
     """
 
     path: str
@@ -40,7 +41,7 @@ class Layer:
     plain: bool
     norm: str = ""
     foldable: str = ""
-    joined: bool = False
+    adds_to_residual: bool = False
     adder: str = ""
     activation: str = ""
 
@@ -69,28 +70,28 @@ class _Flow(TorchFunctionMode):
         return self.values[id(tensor)]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)]
-        values, versions = [self.value(t) for t in given], {id(t): t._version for t in given}
+        tensors = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)]
+        values, versions = [self.value(t) for t in tensors], {id(t): t._version for t in tensors}
         out = func(*args, **(kwargs or {}))
         if not isinstance(out, Tensor) or versions.get(id(out)) == out._version:
             return out  # a shape, or the same tensor as it was: dropout in eval mode
         if id(out) in versions:
             self.values[id(out)] = _Value()  # written in place
-        made = self.value(out)
+        result = self.value(out)
         for value in values:
-            value.uses.append((getattr(func, "__name__", ""), made, self.stack[-1]))
+            value.uses.append((getattr(func, "__name__", ""), result, self.stack[-1]))
         return out
 
 
 def layers_of(model: nn.Module, batch: Tensor) -> dict[str, Layer]:
-    """Path -> every convolution and matrix that ran once, with what becomes of its answer.
+    """Path -> every convolution and matrix that ran once, and how its output is used.
 
     Args:
         model: left untouched.
         batch: a few samples.
     """
     flow = _Flow()
-    answers: dict[str, tuple[_Value, tuple[int, ...]]] = {}
+    outputs: dict[str, tuple[_Value, tuple[int, ...]]] = {}
     plain: dict[str, list[bool]] = {}  # a value per call
 
     def after(path: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -98,8 +99,8 @@ def layers_of(model: nn.Module, batch: Tensor) -> dict[str, Layer]:
         layer = is_layer(module) or isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         if not isinstance(output, Tensor) or not (layer or is_norm(module)):
             return
-        with torch._C.DisableTorchFunction():  # what is looked at here is no use
-            answers[path] = (flow.value(output), tuple(output.shape[1:]))
+        with torch._C.DisableTorchFunction():  # noting the output is no use of it
+            outputs[path] = (flow.value(output), tuple(output.shape[1:]))
             if layer:
                 fits = is_layer(module) or is_convolution(module)
                 fits = fits and (kernel_area(module) == 1 or answers_plainly(module, args[0], output))
@@ -111,26 +112,27 @@ def layers_of(model: nn.Module, batch: Tensor) -> dict[str, Layer]:
         handles.append(module.register_forward_hook(lambda m, a, out, p=path: after(p, m, a, out)))
     with evaluating(model), hooks(handles), flow:
         predict(model, batch)
-    return {path: _layer(path, fits[0], answers) for path, fits in plain.items() if len(fits) == 1}
+    return {path: _layer(path, fits[0], outputs) for path, fits in plain.items() if len(fits) == 1}
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module is a batch norm with statistics and weights of its own."""
+    """True for a batch norm with statistics and weights of its own."""
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):
         return False
     return module.affine and module.running_mean is not None
 
 
-def _layer(path: str, plain: bool, answers: Mapping[str, tuple[_Value, tuple[int, ...]]]) -> Layer:
-    value, shape = answers[path]
+def _layer(path: str, plain: bool, outputs: Mapping[str, tuple[_Value, tuple[int, ...]]]) -> Layer:
+    value, shape = outputs[path]
     norm, foldable = "", ""
     if len(value.uses) == 1 and value.uses[0][0] == "batch_norm":
         _, normed, caller = value.uses[0]
-        foldable = caller if caller in answers else ""
-        norm = foldable if foldable and answers[foldable][0] is normed else ""
+        foldable = caller if caller in outputs else ""
+        norm = foldable if foldable and outputs[foldable][0] is normed else ""
         value = normed if norm else value
-    adder, joined = "", len(value.uses) == 1 and value.uses[0][0] in ADDING
-    if joined:
+    adder, adds_to_residual = "", len(value.uses) == 1 and value.uses[0][0] in ADDING
+    if adds_to_residual:
         _, value, adder = value.uses[0]
     clips = {_CLIPPING.get(name, "") for name, _, _ in value.uses}
-    return Layer(path, shape, plain, norm, foldable, joined, adder, clips.pop() if len(clips) == 1 else "")
+    activation = clips.pop() if len(clips) == 1 else ""
+    return Layer(path, shape, plain, norm, foldable, adds_to_residual, adder, activation)

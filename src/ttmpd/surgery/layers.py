@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.models.modules import module_at
+from ttmpd.models.run import OTHER_KERNELS, same_outputs
 from ttmpd.records import WidthUnit
 
 ROUND = 8
@@ -27,12 +28,12 @@ def is_convolution(module: nn.Module) -> bool:
 
 
 def answers_plainly(layer: nn.Module, x: Tensor, y: Tensor) -> bool:
-    """Whether ``y`` is what the weights of a convolution make of ``x``: not so where a subclass pads or scales."""
+    """True if ``y`` is the convolution of ``x`` with the layer's weights: not where a subclass pads or scales."""
     if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return False
     with torch.no_grad():
         plain = nn.functional.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation)
-    return plain.shape == y.shape and torch.allclose(plain, y, rtol=1e-3, atol=1e-4 * float(y.detach().abs().max()))
+    return same_outputs(plain, y, OTHER_KERNELS)
 
 
 def kernel_area(layer: nn.Module) -> int:

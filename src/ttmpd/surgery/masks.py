@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ttmpd.errors import first_line
 from ttmpd.models.modules import hooks, module_at, patched_forward
-from ttmpd.models.run import evaluating, first_tensor, output_tensors
+from ttmpd.models.run import evaluating, first_tensor, same_outputs
 from ttmpd.models.trace import first_argument
 from ttmpd.records import DepthUnit, Unit, WidthUnit
 from ttmpd.surgery.layers import inputs_of
@@ -140,24 +139,3 @@ def _difference(remove: Remove[U], model: nn.Module, kept: Mapping[U, Sequence[i
     with evaluating(model), masked(model, {unit: mask_of(unit, members) for unit, members in kept.items()}):
         whole = model(batch)
     return None if same_outputs(cut, whole) else Refusal(Reason.DEPENDENT)
-
-
-def same_outputs(first: Any, second: Any, tolerance: float = 1e-4) -> bool:
-    """Whether two outputs of a model are alike, tensor by tensor, within ``tolerance`` of the scale of each.
-
-    Example:
-        >>> same_outputs((torch.ones(2), {"more": torch.ones(3)}), (torch.ones(2), {"more": torch.zeros(3)}))
-        False
-    """
-    pairs = itertools.zip_longest(output_tensors(first), output_tensors(second))
-    return all(a is not None and b is not None and _same(a, b, tolerance) for a, b in pairs)
-
-
-def _same(first: Tensor, second: Tensor, tolerance: float) -> bool:
-    if first.shape != second.shape:
-        return False
-    if not second.is_floating_point() or not second.numel():
-        return torch.equal(first, second)
-    finite = second[second.isfinite()]
-    scale = max(1.0, float(finite.abs().max())) if len(finite) else 1.0
-    return torch.allclose(first, second, rtol=0, atol=tolerance * scale, equal_nan=True)
