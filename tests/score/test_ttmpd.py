@@ -1,7 +1,5 @@
 """The two variables: against cases that can be worked out, and with the shortcuts of the computation switched off."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
@@ -9,9 +7,8 @@ from torch import nn
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
 from ttmpd.models.taps import Tap, read_taps
-from ttmpd.quality.damage import replacement_damage
 from ttmpd.records import ACTIONS, Removal
-from ttmpd.repair.positions import PositionSample, _energy, _scaled, choose_positions, squared_gradients
+from ttmpd.repair.positions import squared_gradients
 from ttmpd.score.base import ScoringInputs
 from ttmpd.score.ttmpd import TTMPD, fit_replacements
 from ttmpd.surgery.cut import cut
@@ -132,74 +129,12 @@ def test_a_stand_in_is_closer_to_its_unit_than_its_input_is():
         assert float((fits[unit.id](unit, x) - y).square().mean().detach()) < float((x - y).square().mean())
 
 
-def test_damage_by_hand():
-    """Dropping x + 2 b(tanh(a x)) moves the final features by that branch."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 6), nn.Sequential(Res()), nn.Linear(6, 3)).eval()
-    samples = samples_of(torch.randn(16, 5))
-    units = Block().find(model, samples.batch(slice(0, 2))).units
-    found = replacement_damage(model, units, samples, lambda _u: {"drop": lambda x: x}, batch_size=5)[
-        units[0].id, "drop"
-    ]
-    with torch.no_grad():
-        x = model[0](samples.inputs)
-        features = model[1](x)
-        variance = features.var(0, unbiased=False).sum() * 16
-    assert found == pytest.approx(float((features - x).square().sum() / variance), rel=1e-4)
-
-
-def test_skipping_earlier_units_gives_what_the_whole_run_gives(monkeypatch):
-    model, samples = tiny_model(n_blocks=4), tiny_samples(9)
-    units = tiny_units(model)
-    ran = {unit.id: 0 for unit in units}
-    for unit in units:
-        model.get_submodule(unit.path).conv1.register_forward_hook(
-            lambda *_, name=unit.id: ran.__setitem__(name, ran[name] + 1)
-        )
-
-    def replacements(_unit):
-        return {"drop": lambda x: x, "half": lambda x: x / 2}
-
-    short = replacement_damage(model, units, samples, replacements, batch_size=4)
-    calls_short = dict(ran)
-    monkeypatch.setattr("ttmpd.quality.damage.skippable", lambda *_: frozenset())
-    whole = replacement_damage(model, units, samples, replacements, batch_size=4)
-    calls_whole = {name: ran[name] - calls_short[name] for name in ran}
-    for key, parts in whole.items():
-        assert short[key] == pytest.approx(parts, rel=1e-4, abs=1e-7)
-    # Of three batches with two replacements, the first block is run once per batch instead of 1 + 3 x 2 times.
-    assert calls_whole[units[0].id] - calls_short[units[0].id] > 3 * 2 * 2
-
-
 def test_the_share_of_samples_in_a_batch_does_not_matter():
     model, samples = tiny_model(), tiny_samples(11)
     units = tiny_units(model)
     first, second = (TTMPD(sensitivity=0.0).score(model, units, samples, batch_size=n) for n in (3, 11))
     for a, b in zip(first, second, strict=True):
         assert a.harm == pytest.approx(b.harm, rel=1e-3, abs=1e-6)
-
-
-def test_only_the_position_that_reaches_the_output_has_weight(tokens):
-    model, samples, units = tokens
-    pattern = squared_gradients(model, units, samples.first(8))
-    for unit in units:
-        assert pattern[unit.id].tolist() == pytest.approx([4.0, 0.0, 0.0, 0.0])
-
-
-def test_the_most_sensitive_position_is_always_drawn(tokens):
-    unit = dataclasses.replace(tokens[2][0], shape=(500, 8))
-    pattern = torch.ones(500)
-    pattern[321] = 2.0
-    assert all(321 in choose_positions(unit, pattern, seed=seed, limit=4).tolist() for seed in range(5))
-
-
-def test_weights_blend_with_equal_ones_and_follow_the_rows(tokens):
-    model, samples, units = tokens
-    pattern = squared_gradients(model, units, samples.first(8))
-    chosen, batch = {units[0].id: torch.tensor([0, 2])}, samples.batch(slice(0, 2))
-    weights = PositionSample(samples, pattern, chosen, 0.9).row_weights(units[0], batch, 4)
-    assert weights.tolist() == pytest.approx([0.1 + 0.9 * 4, 0.1, 0.1 + 0.9 * 4, 0.1])
-    assert PositionSample(samples, pattern, chosen, 0.0).row_weights(units[0], batch, 4).tolist() == [1.0] * 4
 
 
 def test_weighting_improves_the_fit_where_it_counts(tokens):
@@ -215,16 +150,6 @@ def test_weighting_improves_the_fit_where_it_counts(tokens):
             x = model.blocks[0](model.stem(shifted.inputs))[:, 0]
             gaps[sensitivity] = float((fit(units[1], x) - model.blocks[1](x)).square().mean())
     assert gaps[1.0] < 0.5 * gaps[0.0]
-
-
-def test_patterns_of_maps_count_positions():
-    unit = tiny_units(tiny_model())[0]
-    gradient = torch.zeros(2, 6, 8, 8)
-    gradient[:, :, 3, 5] = 2.0
-    pattern = _scaled(_energy(gradient, unit))
-    assert pattern.shape == (64,)
-    assert pattern.nonzero().flatten().tolist() == [3 * 8 + 5]
-    assert float(pattern.mean()) == pytest.approx(1.0)
 
 
 def test_inputs_that_are_no_numbers_to_differentiate_by():

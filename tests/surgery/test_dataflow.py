@@ -42,8 +42,14 @@ def test_norms_sums_and_clippings_are_seen():
     for in_place in (False, True):
         layers = found(Post(in_place))
         first, second = layers["block.conv1"], layers["block.conv2"]
-        assert (first.norm, first.joined, first.activation) == ("block.bn1", False, "relu")
-        assert (second.norm, second.joined, second.adder, second.activation) == ("block.bn2", True, "block", "relu")
+        assert (first.norm, first.adds_to_residual, first.activation) == ("block.bn1", False, "relu")
+        assert (second.norm, second.adds_to_residual, second.adder) == ("block.bn2", True, "block")
+        assert second.activation == "relu"
+            "block.bn2",
+            True,
+            "block",
+            "relu",
+        )
         assert (second.shape, second.plain) == ((4, 5, 5), True)
 
 
@@ -54,7 +60,7 @@ def test_a_sum_that_others_read_too_is_not_clipped_alone():
             return y + self.bn1(y)
 
     layers = found(Linear())
-    assert layers["block.conv2"].joined
+    assert layers["block.conv2"].adds_to_residual
     assert layers["block.conv2"].activation == ""
     assert layers["block.conv1"].activation == ""  # `clamp` is not known: its bounds are the caller's
 
@@ -66,7 +72,7 @@ def test_an_answer_that_two_read_is_neither_normed_nor_joined():
             return self.bn1(y) + y
 
     layer = found(Twice())["block.conv1"]
-    assert (layer.norm, layer.joined) == ("", False)
+    assert (layer.norm, layer.adds_to_residual) == ("", False)
 
 
 def test_relu6_and_dropout_are_looked_through():

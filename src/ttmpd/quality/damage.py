@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ttmpd.data.samples import Samples
 from ttmpd.models.modules import patched_forward
 from ttmpd.models.run import evaluating, predict, same_outputs
-from ttmpd.models.taps import find_feature_tap, read_taps, tapped
+from ttmpd.models.taps import Tap, find_feature_tap, read_taps, tapped
 from ttmpd.models.tokens import prediction_offsets
 from ttmpd.progress import track
 from ttmpd.records import DepthUnit, Unit

@@ -17,7 +17,6 @@ from ttmpd.models.open import open_model
 from ttmpd.models.run import evaluating
 from ttmpd.records import UNCHANGED, Plan, Removal
 from ttmpd.repair.sequential import repaired
-from ttmpd.repair.unfold import under_kernel
 from ttmpd.surgery.cut import cut
 from ttmpd.surgery.find import find_units, holders_of
 from ttmpd.surgery.masks import mask_of, masked
@@ -193,25 +192,6 @@ def test_two_pointwise_convolutions_are_neurons_and_no_channels():
     batch = torch.randn(2, 3, 4, 4)
     assert not Channel().find(net, batch).units
     assert len(Neuron().find(net, batch).units) == 1
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(5, 2, 3, padding=1),
-        nn.Conv2d(5, 2, 3, stride=2),
-        nn.Conv2d(5, 2, (3, 5), stride=(2, 1), padding=(0, 2)),
-        nn.Conv2d(5, 2, 3, padding=2, dilation=2),
-        nn.Conv2d(5, 2, 1, stride=2),
-    ],
-)
-def test_the_values_under_the_kernel(layer):
-    x = torch.randn(2, 5, 9, 11)
-    answer = layer(x)
-    index = torch.tensor([0, 3, answer[0, 0].numel() - 1])
-    under = under_kernel(x, index, layer)
-    found = torch.einsum("oi,bip->bop", layer.weight.flatten(1), under) + layer.bias[:, None]
-    assert torch.allclose(found, answer.flatten(2)[:, :, index], atol=1e-5)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
