@@ -45,11 +45,6 @@ def test_norms_sums_and_clippings_are_seen():
         assert (first.norm, first.adds_to_residual, first.activation) == ("block.bn1", False, "relu")
         assert (second.norm, second.adds_to_residual, second.adder) == ("block.bn2", True, "block")
         assert second.activation == "relu"
-            "block.bn2",
-            True,
-            "block",
-            "relu",
-        )
         assert (second.shape, second.plain) == ((4, 5, 5), True)
 
 
