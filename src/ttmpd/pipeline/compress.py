@@ -115,8 +115,7 @@ def compress_many(
     Example:
         >>> import torch
         >>> from ttmpd.distill.one_time import OneTime
-        >>> from ttmpd.pipeline.run import Run, analyzed
-    from ttmpd.pipeline.settings import Target
+        >>> from ttmpd.pipeline.settings import Target
         >>> from ttmpd.testing.tiny_models import tiny_model
         >>> quick = {"score": "magnitude", "adapt": "none", "distill": OneTime(steps=2, views=1), "batch_size": 8}
         >>> targets = [Target(macs=0.9), Target(macs=0.8)]
