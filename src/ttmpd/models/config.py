@@ -1,4 +1,4 @@
-"""What a model's own configuration says of its inputs."""
+"""The preprocessing and tokenization that a model's own configuration asks for."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,8 +24,8 @@ def preprocessing_of(module: nn.Module) -> Preparation | None:
         if isinstance(config, Mapping) and config.get("input_size"):
             return Preprocessing.from_dict(config)
         if isinstance(config, Mapping) and "tokenizer" in config:
-            known = {} if "padding" in config else tokenization_of(module, str(config["tokenizer"])).to_dict()
-            return Tokenization.from_dict(known | dict(config))
+            defaults = {} if "padding" in config else tokenization_of(module, str(config["tokenizer"])).to_dict()
+            return Tokenization.from_dict(defaults | dict(config))
     return None
 
 
@@ -39,10 +39,10 @@ def set_padding(config: Any, place: str) -> None:
         ModelError: neither says what may stand behind a text; or the tokenizer cannot be loaded.
     """
     tokenizer = load_tokenizer(place) if has_tokenizer(place) else None
-    known = [getattr(config, "pad_token_id", None), getattr(tokenizer, "pad_token_id", None)]
-    known += [getattr(tokenizer, "eos_token_id", None), getattr(config, "eos_token_id", None)]
+    candidates = [getattr(config, "pad_token_id", None), getattr(tokenizer, "pad_token_id", None)]
+    candidates += [getattr(tokenizer, "eos_token_id", None), getattr(config, "eos_token_id", None)]
     n_tokens = getattr(config, "vocab_size", _UNLIMITED)
-    padding = next((value for value in known if isinstance(value, int) and 0 <= value < n_tokens), None)
+    padding = next((value for value in candidates if isinstance(value, int) and 0 <= value < n_tokens), None)
     if padding is None:
         raise ModelError(
             f"the tokenizer of {place} must have a token for padding or for the end of a text, but has neither; set "
@@ -59,12 +59,12 @@ def tokenization_of(module: nn.Module, place: str, task: Task = "sequence") -> T
         place: of the tokenizer.
         task: what the model answers.
     """
-    config, known = getattr(module, "config", None), has_tokenizer(place)
+    config, is_loadable = getattr(module, "config", None), has_tokenizer(place)
     limits = [_UNLIMITED, getattr(config, "max_position_embeddings", None)]
-    limits += [load_tokenizer(place).model_max_length] if known else []
+    limits += [load_tokenizer(place).model_max_length] if is_loadable else []
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Embedding) and ("position_embeddings" in name or name.endswith(".wpe")):
             # RoBERTa and its like count positions from behind the padding's.
             limits.append(layer.num_embeddings - (0 if layer.padding_idx is None else layer.padding_idx + 1))
     limit, padding = min(int(value) for value in limits if value), int(getattr(config, "pad_token_id", None) or 0)
-    return Tokenization(place if known else "", padding, min(limit, MAX_LENGTH), limit, task)
+    return Tokenization(place if is_loadable else "", padding, min(limit, MAX_LENGTH), limit, task)

@@ -26,8 +26,8 @@ def example_batch(opened: OpenedModel, samples: Any = None, batch_size: int = 64
         InvalidValueError: nothing says how large an input is.
     """
     if samples is not None:
-        found = open_samples(samples, opened.preprocessing, num_samples=batch_size)
-        return found.trimmed(torch.arange(batch_size) % len(found))
+        opened_samples = open_samples(samples, opened.preprocessing, num_samples=batch_size)
+        return opened_samples.trimmed(torch.arange(batch_size) % len(opened_samples))
     if isinstance(opened.preprocessing, Tokenization):
         longest = opened.preprocessing.max_length
         return random_ids(opened.module, opened.preprocessing, (batch_size, *(shape or (longest,))))

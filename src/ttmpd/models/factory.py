@@ -34,8 +34,8 @@ def call_factory(model_id: str) -> nn.Module:
         holder = _import_file(Path(place)) if is_file else _import_module(place)
         made = getattr(holder, factory, None)
         if made is None:
-            known = [name for name, value in vars(holder).items() if callable(value) and not name.startswith("_")]
-            close = ", ".join(difflib.get_close_matches(factory, known, 3, 0.3) or known[:3])
+            callables = [name for name, value in vars(holder).items() if callable(value) and not name.startswith("_")]
+            close = ", ".join(difflib.get_close_matches(factory, callables, 3, 0.3) or callables[:3])
             raise ModelError(f"{place} must hold {factory!r}, but holds no such name; it has {close or 'no functions'}")
         if not isinstance(made, nn.Module):
             try:

@@ -1,4 +1,4 @@
-"""Look inside a model: paths, hooks that clean up, taps, the head, nested outputs."""
+"""Modules of a model by path: found, replaced, hooked and patched for a while, copied, counted."""
 
 import contextlib
 import copy
@@ -10,13 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.errors import InvalidValueError
-
-
-def with_first(value: Any, tensor: Tensor) -> Any:
-    """``value`` with its first tensor replaced: keeps the tuple that a block answers with."""
-    if isinstance(value, tuple) and type(value) is tuple:
-        return (tensor, *value[1:])
-    return tensor
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
@@ -62,23 +55,23 @@ def hooks(handles: Sequence[Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def patched_forward(model: nn.Module, stubs: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """While active, the modules at the given paths are not run: the stubs answer in the place of their ``forward``.
+def patched_forward(model: nn.Module, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """While active, the modules at the given paths run another function in place of their ``forward``.
 
-    Only ``forward`` is exchanged, on the instance; weights and hooks stay as they are.
+    Only ``forward`` is replaced, on the instance; weights and hooks stay as they are.
     """
     changed: list[tuple[nn.Module, Any]] = []
     try:
-        for path, stub in stubs.items():
+        for path, function in functions.items():
             module = module_at(model, path)
             changed.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = stub
+            module.__dict__["forward"] = function
         yield
     finally:
-        for module, own in reversed(changed):
+        for module, original in reversed(changed):
             module.__dict__.pop("forward")
-            if own is not None:
-                module.__dict__["forward"] = own
+            if original is not None:
+                module.__dict__["forward"] = original
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -87,7 +80,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def has_nan(tensor: Tensor) -> bool:
-    """Whether any value is NaN or infinite."""
+    """True if any value is NaN or infinite."""
     return not bool(torch.isfinite(tensor).all())
 
 

@@ -14,8 +14,8 @@ NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Scale and shift of every normalisation layer, shared ones once."""
     layers = [module for module in model.modules() if isinstance(module, NORMS)]
-    found = {id(p): p for layer in layers for p in layer.parameters(recurse=False)}
-    return list(found.values())
+    parameters = {id(p): p for layer in layers for p in layer.parameters(recurse=False)}
+    return list(parameters.values())
 
 
 @contextlib.contextmanager

@@ -129,7 +129,7 @@ def predict(model: nn.Module, batch: Tensor) -> Tensor:
 def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[nn.Module]:
     """Run ``model`` in eval mode; train flags, gradients and the random state are as found afterwards."""
     flags = [(module, module.training) for module in model.modules()]
-    wanted = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    gradients_before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     model.eval()
     for parameter in model.parameters():
         parameter.grad = None  # a backward pass would add to what was found
@@ -139,6 +139,6 @@ def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[nn.Module]
         finally:
             for module, training in flags:
                 module.training = training
-            for parameter, requires_grad, grad in wanted:
+            for parameter, requires_grad, grad in gradients_before:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = grad

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ttmpd.data.tokenization import Tokenization, load_tokenizer
 
 MAX_OUTPUT_VALUES = 1 << 20
-"""Values that the answers for one sample may have: of models that answer each token by one of a large vocabulary, only
-so many tokens count, evenly spread over the sample."""
+"""Values that the predictions for one sample may have: where each token is predicted from a large vocabulary, only so
+many tokens are used, evenly spaced over the sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class PaddingMask:
 
     Args:
         padding: the token id that is masked.
-        n_answers: the most tokens of a sample whose answers count; 0 for a model that answers a sample once.
+        n_answers: the most tokens of a sample whose predictions are used; 0 for one prediction per sample.
         caches: whether the model keeps keys and values for a next call: not in calls with ids alone, whose parts may be
             run again.
     """
@@ -31,22 +31,22 @@ class PaddingMask:
     caches: bool = False
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """What the model is called with instead; None where nothing changes."""
+        """The arguments with a mask; None where nothing changes."""
         names = inspect.signature(type(module).forward).parameters if len(args) > 1 else ()
-        given = dict(zip(list(names)[1:], args, strict=False)) | kwargs
+        arguments = dict(zip(list(names)[1:], args, strict=False)) | kwargs
         ids = args[0] if args else kwargs.get("input_ids")
-        if given.get("past_key_values") is not None or any(map(_is_cache, given.values())):
+        if arguments.get("past_key_values") is not None or any(map(_is_cache, arguments.values())):
             return None  # a decoder that generates: the ids are the last few of a text, and masks are its own affair
-        if given.get("attention_mask") is not None or not isinstance(ids, Tensor) or ids.is_floating_point():
+        if arguments.get("attention_mask") is not None or not isinstance(ids, Tensor) or ids.is_floating_point():
             return None
-        if "attention_mask" in given and "attention_mask" not in kwargs:
+        if "attention_mask" in arguments and "attention_mask" not in kwargs:
             return None  # None in its place among the arguments: there is no room for another
-        kept = {"use_cache": False} if self.caches and "use_cache" not in given else {}
-        return args, {**kwargs, **kept, "attention_mask": (ids != self.padding).long()}
+        options = {"use_cache": False} if self.caches and "use_cache" not in arguments else {}
+        return args, {**kwargs, **options, "attention_mask": (ids != self.padding).long()}
 
 
 def _is_cache(value: Any) -> bool:
-    """Whether a model is handed the keys and values of earlier tokens; what the argument is called differs."""
+    """True for a cache of the keys and values of earlier tokens, whatever the argument is called."""
     return hasattr(value, "get_seq_length")
 
 
@@ -67,7 +67,7 @@ def mask_padding(module: nn.Module, tokenization: Tokenization) -> nn.Module:
 
 
 def mask_of(module: nn.Module) -> PaddingMask | None:
-    """What :func:`mask_padding` left, or None."""
+    """The hook that :func:`mask_padding` registered, or None."""
     return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, PaddingMask)), None)
 
 
@@ -82,12 +82,12 @@ def carried_task(module: nn.Module) -> Any:
 
 
 def predicted_token_mask(module: nn.Module, batch: Tensor) -> Tensor | None:
-    """(B, S) which tokens of a batch a model's answers count of; None for a model that answers each sample once.
+    """(B, S) mask of the tokens whose predictions are used; None for a model with one prediction per sample.
 
-    Padding is never among them. Of samples with more tokens than may count, they are evenly spread.
+    Padding is never among them. Of samples with more tokens than may be used, evenly spaced ones are.
 
     Args:
-        module: of which the answers are.
+        module: the model.
         batch: (B, S) token ids, or anything else that the module takes.
     """
     if carried_task(module) is not None:
@@ -96,18 +96,26 @@ def predicted_token_mask(module: nn.Module, batch: Tensor) -> Tensor | None:
     mask = mask_of(module)
     if mask is None or not mask.n_answers or batch.dim() != 2 or batch.is_floating_point():
         return None
-    kept = batch != mask.padding
-    n_kept, rank = kept.sum(1, keepdim=True), kept.cumsum(1)
-    share = n_kept.clamp(max=mask.n_answers)
-    n_kept = n_kept.clamp_min(1)
-    return kept & (rank * share // n_kept > (rank - 1) * share // n_kept)
+    is_token = batch != mask.padding
+    return is_token & _evenly_spaced(is_token, mask.n_answers)
+
+
+def _evenly_spaced(is_token: Tensor, limit: int) -> Tensor:
+    """(B, S) mask of up to ``limit`` tokens of each sample, evenly spaced: Bresenham's line from (0, 0) to (n, k).
+
+    The token of rank r is taken where ``floor(r k / n)`` steps up: k of n in all.
+    """
+    n, rank = is_token.sum(1, keepdim=True), is_token.cumsum(1)
+    k = n.clamp(max=limit)
+    n = n.clamp_min(1)
+    return rank * k // n > (rank - 1) * k // n
 
 
 def prediction_offsets(module: nn.Module, inputs: Tensor) -> Tensor:
-    """(N + 1,) where the answers for each sample begin and the last one's end, when all are in one row.
+    """(N + 1,) offsets of each sample's predictions when those of all samples are concatenated.
 
     Args:
-        module: of which the answers are.
+        module: the model.
         inputs: (N, ...) all samples.
 
     Example:
@@ -123,10 +131,10 @@ def prediction_offsets(module: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def next_token_targets(module: nn.Module, batch: Tensor) -> Tensor:
-    """(M,) the token behind each one that counts, -1 behind the last of a sample: what a decoder should have answered.
+    """(M,) the token after each one whose prediction is used, -1 after the last of a sample: a decoder's targets.
 
     Args:
-        module: of which the answers are.
+        module: the model.
         batch: (B, S) token ids.
     """
     mask, counts = mask_of(module), predicted_token_mask(module, batch)

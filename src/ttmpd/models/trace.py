@@ -87,10 +87,10 @@ class Trace:
 
     def by_path(self) -> dict[str, list[ModuleCall]]:
         """Path -> the calls of the module there, in the order of its first call; by first names."""
-        found: dict[str, list[ModuleCall]] = {}
+        calls: dict[str, list[ModuleCall]] = {}
         for call in self.calls:
-            found.setdefault(call.path, []).append(call)
-        return found
+            calls.setdefault(call.path, []).append(call)
+        return calls
 
     def once(self) -> dict[str, ModuleCall]:
         """Path -> call of the modules that were called once."""

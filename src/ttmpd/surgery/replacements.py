@@ -1,4 +1,4 @@
-"""What stands in the place of a unit that goes as a whole: an identity, zeros or a linear map."""
+"""What replaces a unit that is removed as a whole: an identity, zeros or a linear map."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from ttmpd.records import DepthUnit, Form, Unit
 
 @dataclass(frozen=True, eq=False)
 class LinearMap:
-    """A fitted stand-in: ``y = weight * x + bias``, a map of the channels at every position.
+    """A fitted linear replacement: ``y = weight x + bias``, a map of the channels at every position.
 
     Args:
         weight: (channels, channels).
@@ -27,7 +27,7 @@ class LinearMap:
     bias: Tensor
 
     def __call__(self, unit: DepthUnit, x: Tensor) -> Tensor:
-        """The stand-in's answer for the unit's input, its activation included."""
+        """The output for the unit's input, its activation included."""
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         if unit.layout == "channels_last":
             y = F.linear(x, weight, bias)

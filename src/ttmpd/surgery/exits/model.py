@@ -64,10 +64,10 @@ class EarlyExitModel(nn.Module):
         self.key = object()  # deepcopy gives the copies of the hooks the key of the copy
         numbers = {place.path: number for number, place in enumerate(exits.exits)}
         shared = {path for place in exits.exits for path in place.reads[:-1]}
-        readers = {path: one for one in exits.exits for path in one.reads}
-        for path, one in readers.items():
-            gate = ExitHook(self.key, path, one.pool, one.layout, numbers.get(path), path in shared)
-            module_at(backbone, path).register_forward_hook(gate)
+        readers = {path: exit_ for exit_ in exits.exits for path in exit_.reads}
+        for path, exit_ in readers.items():
+            hook = ExitHook(self.key, path, exit_.pool, exit_.layout, numbers.get(path), path in shared)
+            module_at(backbone, path).register_forward_hook(hook)
         if exits.compact:
             for path in exits.followers:
                 module_at(backbone, path).register_forward_pre_hook(SubsetHook(self.key), with_kwargs=True)
@@ -132,13 +132,13 @@ def with_only(model: EarlyExitModel, numbers: Sequence[int], saved_shares: Seque
     """A copy with some of the exits alone, at the same threshold; ``saved_shares`` as in :class:`Exits`."""
     copy = cast(EarlyExitModel, clone(model))
     for module in copy.backbone.modules():
-        for hooked, others in (
+        for hooked, flags in (
             (module._forward_hooks, module._forward_hooks_with_kwargs),
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         ):
             for key in [key for key, hook in hooked.items() if isinstance(hook, ExitHook | SubsetHook)]:
                 del hooked[key]
-                others.pop(key, None)
+                flags.pop(key, None)
     exits = tuple(model.spec.exits[number] for number in numbers)
     spec = replace(model.spec, exits=exits, saved_shares=tuple(saved_shares))
     fewer = EarlyExitModel(copy.backbone, spec, model.threshold)

@@ -71,8 +71,11 @@ def find_places(model: nn.Module, batch: Tensor) -> tuple[tuple[ExitLocation, ..
     two, three = (_watched(model, paths, _repeated(batch, n)) for n in (2, 3))
     good = [
         path
-        for path, seen in two.items()  # in calling order
-        if seen.count == 1 and len(seen.shape) > 1 and seen.shape[0] == 2 and three[path].shape == (3, *seen.shape[1:])
+        for path, module in two.items()  # in calling order
+        if module.count == 1
+        and len(module.shape) > 1
+        and module.shape[0] == 2
+        and three[path].shape == (3, *module.shape[1:])
     ]
     outer = [path for path in good if not any(path.startswith(f"{other}.") for other in good)]
     if len(outer) < 2:
@@ -148,7 +151,7 @@ def exits_at(
     padding: int | None,
 ) -> Exits:
     """Exits behind the places numbered ``chosen``; with ``mix`` each reads all places up to it that are as wide."""
-    found = []
+    exits = []
     for number in chosen:
         place = places[number]
         pool = choose_pool(place.shape, place.layout, n_classes)
@@ -157,11 +160,11 @@ def exits_at(
             p.path for p in places[:number] if (p.layout, _read(p, n_classes)) == (place.layout, (pool, n_features))
         ]
         reads = (*(alike if mix else ()), place.path)
-        found.append(Exit(place.path, reads, pool, place.layout, len(reads) * n_features))
+        exits.append(Exit(place.path, reads, pool, place.layout, len(reads) * n_features))
     behind = places[min(chosen) + 1 :]
     followers = tuple(place.path for place in behind if place.n_arguments > 1)
     paths = tuple(place.path for place in places)
-    return Exits(tuple(found), paths, n_classes, followers, tuple(fixed), padding)
+    return Exits(tuple(exits), paths, n_classes, followers, tuple(fixed), padding)
 
 
 def _read(place: ExitLocation, n_classes: int) -> tuple[str, int]:
@@ -182,15 +185,15 @@ def proven(model: nn.Module, exits: Exits, batch: Tensor) -> Exits:
     whole = EarlyExitModel(model, exits, NEVER).eval()
     batch, end = _repeated(batch, 5), len(exits.exits)
     with evaluating(whole):
-        wanted = predict(model, batch)
+        predictions = predict(model, batch)
         for number in range(end):
             # Two sizes on the way: what was cut once must be cut again.
             leaving = torch.tensor([number, end, min(number + 1, end), end, end], device=batch.device)
             try:
-                found = whole.answer_at(batch, leaving)
+                early = whole.answer_at(batch, leaving)
             except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
                 return replace(exits, compact=False)
             stay = leaving == end
-            if not same_outputs(found.logits[stay], wanted[stay], OTHER_BATCH_SIZE):
+            if not same_outputs(early.logits[stay], predictions[stay], OTHER_BATCH_SIZE):
                 return replace(exits, compact=False)
     return exits

@@ -137,8 +137,8 @@ class Pass:
         self.features = {path: value[stay] for path, value in self.features.items()}
 
         def cut(name: str, value: Tensor) -> Tensor:
-            theirs = value.dim() and len(value) == len(rows) and name not in self.spec.fixed
-            return _picked(value, stay) if theirs else value
+            is_per_sample = value.dim() and len(value) == len(rows) and name not in self.spec.fixed
+            return _picked(value, stay) if is_per_sample else value
 
         return changed(output, cut, "output")
 
