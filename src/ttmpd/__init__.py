@@ -52,6 +52,7 @@ _MODULES = {
     "Removal": "records",
     "Result": "artifact.write",
     "RightTool": "early_exit.right_tool",
+    "RunReport": "artifact.run_report",
     "Samples": "data.samples",
     "SamplesError": "errors",
     "Score": "records",
@@ -79,6 +80,7 @@ _MODULES = {
     "open_model": "models.open",
     "open_samples": "data.open",
     "preview": "pipeline.inspect",
+    "read_report": "artifact.read_report",
     "train_student": "students.train",
 }
 """Public name -> its module in ``ttmpd``. Each is imported when it is first asked for.
@@ -93,6 +95,8 @@ if TYPE_CHECKING:
     from ttmpd.adapt.norm import Norm as Norm
     from ttmpd.adapt.tent import Tent as Tent
     from ttmpd.artifact.read import load as load
+    from ttmpd.artifact.read_report import read_report as read_report
+    from ttmpd.artifact.run_report import RunReport as RunReport
     from ttmpd.artifact.write import Result as Result
     from ttmpd.data.open import open_samples as open_samples
     from ttmpd.data.preprocessing import Preprocessing as Preprocessing

@@ -133,7 +133,8 @@ def test_a_student_in_the_report() -> None:
         "with the predictions of hf:org/big at a weight of 0.75", "90.0 % (80.0 % to 95.0 %)",
     ):  # fmt: skip
         assert words in text and words in card, words
-    assert "Agreement with the teacher" not in text and "ttmpd evaluate" in card
+    assert "Agreement" not in text.partition("Training")[0]
+    assert "ttmpd evaluate --model path/to/this/folder --source FILE.py:factory --data DATA" in card
 
 
 def test_an_empty_plan_says_that_nothing_was_removed() -> None:

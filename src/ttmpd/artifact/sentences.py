@@ -61,7 +61,7 @@ def task_sentence(report: RunReport) -> str:
     """What the model predicts, how that is known, and what agreement means."""
     task = report.task
     origin = "detected from the model" if task.detected else "as it was named"
-    same = f" Agreement means {task.same}." if task.same else ""
+    same = f" Agreement means {task.same}." if task.same and report.lesson is None else ""
     return f"Task: {task.name}, {origin}; it predicts for each {task.each}.{same}"
 
 
