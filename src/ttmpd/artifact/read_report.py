@@ -23,9 +23,13 @@ def read_report(place: str | Path) -> RunReport:
         CheckpointError: the file is missing, broken, foreign or newer; the message says which, and what to do.
 
     Example:
-        >>> report = read_report("fast/")  # doctest: +SKIP
-        >>> report.latency.speedup.median  # doctest: +SKIP
-        1.83
+        >>> import tempfile, torch, ttmpd
+        >>> from ttmpd.testing.tiny_models import tiny_model
+        >>> folder = tempfile.mkdtemp()
+        >>> result = ttmpd.adapt_to(tiny_model(), torch.rand(40, 3, 8, 8), batch_size=8, output=folder)
+        >>> report = read_report(folder)
+        >>> report.kind, report.samples.n_fit
+        ('adapted', 34)
     """
     path = Path(place).expanduser()
     path = path / REPORT if path.is_dir() else path
