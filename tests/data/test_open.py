@@ -1,63 +1,30 @@
 """Opening samples and labels: what is taken, what is skipped, and what is said about it."""
 
 import csv
-import itertools
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from image_samples import MEAN, RGB, STD, note_reads, random_pixels
 from ttmpd.data.files import image_files
 from ttmpd.data.labels import Labels, open_labels
-from ttmpd.data.open import by_length, open_samples, stream_samples
+from ttmpd.data.open import open_samples
 from ttmpd.data.preprocessing import Preprocessing
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError, SamplesError
 from ttmpd.models.open import open_model
 
 DATA = Path(os.environ.get("TTMPD_DATA", Path(__file__).resolve().parents[2] / "../shared/data"))
-MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.5, 0.5)
-RGB = Preprocessing((3, 16, 16), MEAN, STD)
 GRAY = Preprocessing((1, 16, 16), (0.5,), (0.5,))
-
-
-def _pixels(n: int = 6, size: int = 16, channels: int = 3, seed: int = 0) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).integers(0, 256, (n, size, size, channels), dtype=np.uint8)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Twelve images in three class folders, sorted by class: the value of a pixel is 20 times the image's number."""
-    for i in range(12):
-        path = tmp_path / "photos" / f"class{i // 4}" / f"{i:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 24), (i * 20,) * 3).save(path)
-    return tmp_path / "photos"
 
 
 def _numbers(samples: Samples) -> list[int]:
     return [int(value) // 20 for value in samples.inputs[:, 0, 0, 0]]
-
-
-def _note_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """A list that grows by every file whose bytes are read."""
-    seen: list[Path] = []
-    original = Path.read_bytes
-
-    def read(path: Path) -> bytes:
-        seen.append(path)
-        return original(path)
-
-    monkeypatch.setattr(Path, "read_bytes", read)
-    return seen
 
 
 # --- folders
@@ -84,7 +51,7 @@ def test_a_choice_is_shuffled_by_its_seed(folder: Path) -> None:
 
 
 def test_only_the_chosen_files_are_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = _note_reads(monkeypatch)
+    seen = note_reads(monkeypatch)
     assert len(open_samples(folder, RGB, num_samples=3)) == 3
     assert len(seen) == 3
 
@@ -99,7 +66,7 @@ def test_ids_are_those_of_the_content(folder: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_used_is_reported(folder: Path) -> None:
     good = folder / "class0" / "photo.JPG"
-    Image.fromarray(_pixels(1, 64)[0]).save(good, "JPEG")
+    Image.fromarray(random_pixels(1, 64)[0]).save(good, "JPEG")
     (folder / "truncated.jpg").write_bytes(good.read_bytes()[:-400])
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.jpeg").write_text("not an image")
@@ -183,7 +150,7 @@ def test_a_single_image_and_links_to_folders(folder: Path, tmp_path: Path) -> No
 
 
 def test_npz_npy_and_tensors_hold_the_same_samples(tmp_path: Path) -> None:
-    x = _pixels()
+    x = random_pixels()
     np.savez(tmp_path / "named.npz", x=x, y=np.arange(6))
     np.savez_compressed(tmp_path / "only.npz", whatever=x, y=np.arange(6))
     np.savez(tmp_path / "images.npz", other=np.zeros(3), images=x)
@@ -200,7 +167,7 @@ def test_npz_npy_and_tensors_hold_the_same_samples(tmp_path: Path) -> None:
 
 
 def test_a_chosen_array_is_a_choice_of_its_rows(tmp_path: Path) -> None:
-    np.save(tmp_path / "rows.npy", _pixels(50))
+    np.save(tmp_path / "rows.npy", random_pixels(50))
     everything = open_samples(tmp_path / "rows.npy", RGB)
     chosen = open_samples(tmp_path / "rows.npy", RGB, num_samples=20, seed=5)
     assert len(set(chosen.names)) == 20
@@ -210,17 +177,17 @@ def test_a_chosen_array_is_a_choice_of_its_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(4, 16, 16), (4, 16, 16, 1), (4, 1, 16, 16)])
 def test_gray_arrays_fit_both_kinds_of_model(shape: tuple[int, ...]) -> None:
-    x = _pixels(4, channels=1).reshape(shape)
+    x = random_pixels(4, channels=1).reshape(shape)
     assert open_samples(x, GRAY).inputs.shape == (4, 1, 16, 16)
     colored = open_samples(x, RGB).inputs
     assert colored.shape == (4, 3, 16, 16)
     assert torch.equal(colored[:, 0], colored[:, 2])
-    assert open_samples(_pixels(4), GRAY).inputs.shape == (4, 1, 16, 16)
+    assert open_samples(random_pixels(4), GRAY).inputs.shape == (4, 1, 16, 16)
 
 
 def test_arrays_of_another_size_are_resized_or_kept() -> None:
-    assert open_samples(_pixels(2, 40), RGB).inputs.shape == (2, 3, 16, 16)
-    kept = open_samples(_pixels(2, 40), None)
+    assert open_samples(random_pixels(2, 40), RGB).inputs.shape == (2, 3, 16, 16)
+    kept = open_samples(random_pixels(2, 40), None)
     assert kept.inputs.shape == (2, 3, 40, 40)
     assert kept.batch(slice(None)).min() >= 0
     assert kept.batch(slice(None)).max() == 1.0
@@ -272,135 +239,10 @@ def test_pickled_arrays_are_refused(tmp_path: Path) -> None:
             open_samples(tmp_path / name, RGB)
 
 
-# --- records, datasets, iterables
-
-
-def test_a_record_is_returned_or_chosen_from() -> None:
-    samples = open_samples(_pixels(), RGB)
-    assert open_samples(samples, RGB) is samples
-    chosen = open_samples(samples, RGB, num_samples=4, seed=1)
-    assert len(set(chosen.ids)) == 4
-    assert set(chosen.ids) < set(samples.ids)
-
-
-class _Photos(Dataset[Any]):
-    """PIL images with labels, one of them broken, with a random transform."""
-
-    def __init__(self) -> None:
-        self.asked: list[int] = []
-
-    def __len__(self) -> int:
-        return 10
-
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        self.asked.append(i)
-        if i == 4:
-            raise OSError("broken")
-        shade = int(torch.randint(0, 200, ())) if i == 5 else i
-        return Image.new("RGB", (30, 20), (shade,) * 3), i
-
-
-def test_a_dataset_of_images_is_asked_only_for_the_chosen() -> None:
-    data, state = _Photos(), torch.get_rng_state()
-    samples = open_samples(data, RGB, num_samples=3, seed=0)
-    assert len(data.asked) - len(samples.skipped) == 3
-    assert torch.equal(torch.get_rng_state(), state)
-    everything = open_samples(data, RGB)
-    assert everything.inputs.shape == (9, 3, 16, 16)
-    assert everything.skipped[0][0] == "4"
-    torch.rand(1)
-    assert open_samples(data, RGB).ids == everything.ids
-
-
-def _collate_to_dict(items: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    return {"labels": torch.stack([y for _, y in items]), "pixel_values": torch.stack([x for x, _ in items])}
-
-
-def test_loaders_and_datasets_leave_labels_and_random_state_alone() -> None:
-    x = torch.randn(10, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    data, state = TensorDataset(x, torch.arange(10)), torch.get_rng_state()
-    expected = open_samples(x, RGB).ids
-    assert open_samples(data, RGB).ids == expected
-    assert open_samples(DataLoader(data, batch_size=4), RGB).ids == expected
-    assert open_samples(DataLoader(data, batch_size=None), RGB).ids == expected
-    assert open_samples(DataLoader(data, 4, collate_fn=_collate_to_dict), RGB).ids == expected
-    shuffled = DataLoader(data, batch_size=4, shuffle=True)
-    first = open_samples(shuffled, RGB, num_samples=5, seed=1)
-    assert open_samples(shuffled, RGB, num_samples=5, seed=1).ids == first.ids
-    assert len(set(first.ids)) == 5
-    assert set(first.ids) < set(expected)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-class _Numbers(IterableDataset[Tensor]):
-    def __iter__(self) -> Iterator[Tensor]:
-        return (torch.full((4,), float(i)) for i in range(40))
-
-
-def test_a_stream_is_chosen_from_to_its_end() -> None:
-    values = [open_samples(_Numbers(), None, num_samples=4, seed=seed).inputs[:, 0].tolist() for seed in range(50)]
-    assert all(len(set(one)) == 4 for one in values)
-    assert {value for one in values for value in one} >= {0.0, 39.0}
-    mean = sum(itertools.chain.from_iterable(values)) / 200
-    assert 15 < mean < 24
-    assert open_samples(_Numbers(), None).inputs[:, 0].tolist() == list(range(40))
-
-
-def test_iterables_of_batches_samples_and_images() -> None:
-    x = torch.from_numpy(_pixels(6))
-    expected = open_samples(x, RGB)
-    for data in ([x[:4], x[4:]], [(x[:4], torch.arange(4)), (x[4:], torch.arange(2))], [{"image": one} for one in x]):
-        assert open_samples(data, RGB).ids == expected.ids
-    images = [Image.fromarray(one.numpy()) for one in x]
-    for given in (images, [(one, 0) for one in images], [images[:4], images[4:]], [(images, [0] * 6)]):
-        assert torch.equal(open_samples(given, RGB).inputs, expected.inputs)
-    assert torch.equal(open_samples(images, None).inputs, expected.inputs)
-    assert open_samples([torch.zeros(7), torch.ones(7)], None).inputs.shape == (2, 7)
-    assert open_samples([torch.zeros(5, 7), torch.ones(3, 7)], None).inputs.shape == (8, 7)
-
-
-def test_samples_of_other_shapes_are_skipped() -> None:
-    samples = open_samples([torch.zeros(7), torch.zeros(8), torch.ones(7), "text"], None)
-    assert samples.names == ("0", "2")
-    assert "(8,)" in samples.skipped[0][1]
-    assert "str" in samples.skipped[1][1]
-
-
 @pytest.mark.parametrize("num_samples", [0, -3])
 def test_a_number_of_samples_must_be_positive(num_samples: int) -> None:
     with pytest.raises(InvalidValueError, match="num_samples"):
-        open_samples(_pixels(), RGB, num_samples=num_samples)
-
-
-# --- streaming
-
-
-def test_streaming_gives_the_same_samples_in_the_same_order(folder: Path) -> None:
-    x = _pixels(12)
-    record = open_samples(x, RGB)
-    for data in (folder, x, record, DataLoader(TensorDataset(torch.from_numpy(x)), batch_size=3)):
-        chunks = list(stream_samples(data, RGB, chunk=5))
-        assert [len(one) for one in chunks] == [5, 5, 2]
-        assert sum((one.ids for one in chunks), ()) == open_samples(data, RGB).ids
-        assert sum((one.names for one in chunks), ()) == open_samples(data, RGB).names
-
-
-def test_streaming_decodes_one_chunk_at_a_time_and_reports(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("class0/00.png", "class0/01.png", "class0/02.png"):
-        (folder / name).write_bytes(b"bad")
-    seen = _note_reads(monkeypatch)
-    stream = stream_samples(folder, RGB, chunk=2)
-    assert [name for name, _ in next(stream).skipped] == ["class0/00.png", "class0/01.png", "class0/02.png"]
-    assert len(seen) == 4
-    assert sum(len(one) for one in stream) == 8
-
-
-def test_streaming_nothing_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "bad.png").write_bytes(b"bad")
-    with pytest.raises(SamplesError, match=r"bad\.png"):
-        list(stream_samples(tmp_path, RGB))
-    with pytest.raises(InvalidValueError, match="chunk"):
-        list(stream_samples(tmp_path, RGB, chunk=0))
+        open_samples(random_pixels(), RGB, num_samples=num_samples)
 
 
 # --- labels
@@ -413,7 +255,7 @@ def _csv(path: Path, rows: list[list[str]], head: tuple[str, ...] = ("label", "f
 
 
 def test_labels_follow_their_rows(tmp_path: Path) -> None:
-    np.savez(tmp_path / "data.npz", x=_pixels(), y=np.array([3, 1, 4, 1, 5, 9]))
+    np.savez(tmp_path / "data.npz", x=random_pixels(), y=np.array([3, 1, 4, 1, 5, 9]))
     samples = open_samples(tmp_path / "data.npz", RGB, num_samples=4, seed=2)
     expected = [[3, 1, 4, 1, 5, 9][int(name)] for name in samples.names]
     for labels in (None, tmp_path / "data.npz"):
@@ -423,7 +265,7 @@ def test_labels_follow_their_rows(tmp_path: Path) -> None:
     rows = _csv(tmp_path / "rows.csv", [[str(label), str(i)] for i, label in enumerate([3, 1, 4, 1, 5, 9])])
     assert open_labels(rows, tmp_path / "data.npz").of(samples).tolist() == expected
     np.savez(tmp_path / "column.npz", y=np.array([[3], [1], [4], [1], [5], [9]]))
-    assert open_labels(tmp_path / "column.npz", _pixels()).of(samples).tolist() == expected
+    assert open_labels(tmp_path / "column.npz", random_pixels()).of(samples).tolist() == expected
 
 
 def test_labels_follow_their_files(folder: Path, tmp_path: Path) -> None:
@@ -470,9 +312,9 @@ def test_labels_of_the_wrong_kind(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "latin.csv").write_bytes(b"file,label\n\xff,1\n")
     for labels, data, word in (
         ("y.npz", folder, "folder must be a .csv"),
-        ("y.npz", _pixels(6), "5 labels for 6 rows"),
-        ("float.npz", _pixels(6), "class index"),
-        ("no.npz", _pixels(6), "'y'"),
+        ("y.npz", random_pixels(6), "5 labels for 6 rows"),
+        ("float.npz", random_pixels(6), "class index"),
+        ("no.npz", random_pixels(6), "'y'"),
         ("labels.yaml", folder, "another kind of file"),
         ("labels.json", folder, "must belong to a file of text"),
         ("absent.csv", folder, "no such file"),
@@ -511,28 +353,3 @@ def test_real_rows_are_normalized_exactly() -> None:
     assert torch.equal(labels, torch.from_numpy(y)[rows])
     with torch.no_grad():
         assert (opened.module(expected).argmax(1) == labels).float().mean() > 0.85
-
-
-def texts(lengths: list[int]) -> Samples:
-    """Texts of these lengths, named by them; token 0 is padding."""
-    rows = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
-    for row, n in zip(rows, lengths, strict=True):
-        row[:n] = n
-    return Samples(rows, tuple(map(str, lengths)), padding=0)
-
-
-def test_texts_of_like_length_stand_side_by_side():
-    lengths = torch.randperm(34, generator=torch.Generator().manual_seed(0)).add(1).tolist()
-    sorted_ = by_length(texts(lengths), 4)
-    found = sorted_.inputs.count_nonzero(dim=1).tolist()
-    assert sorted(found) == list(range(1, 35)) and list(map(int, sorted_.ids)) == found
-    runs = [found[i : i + 4] for i in range(0, 34, 4)]
-    assert all(max(run) - min(run) == len(run) - 1 for run in runs)
-    assert [run[0] for run in runs] == [17, 9, 25, 5, 21, 13, 29, 1, 33]  # the middle, quarters, ...; the rest last
-    assert all(abs(sum(found[i : i + 12]) / 12 - 17.5) < 4 for i in (0, 12, 20))  # any three runs hold all lengths
-
-
-def test_only_texts_are_sorted():
-    samples = Samples(torch.arange(6.0)[:, None], tuple("abcdef"))
-    assert by_length(samples, 2) is samples
-    assert by_length(texts([3, 1, 2]), 8).ids == ("1", "2", "3")

@@ -9,26 +9,18 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
-from ttmpd.data.preprocessing import INTERPOLATIONS, Preprocessing
+from photos import HALF, photo
+from ttmpd.data.preprocessing import Preprocessing
 from ttmpd.errors import InvalidValueError, MissingPackageError, ModelError, UnsupportedError
 from ttmpd.models.config import preprocessing_of
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
 
 DATA = Path(os.environ.get("TTMPD_DATA", Path(__file__).resolve().parents[2] / "../shared/data"))
-HALF = (0.5, 0.5, 0.5)
-
-
-def _photo(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))
-    return small.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
 
 FACTORIES = """
@@ -63,76 +55,6 @@ def zoo(tmp_path: Path) -> Path:
     path = tmp_path / "my zoo.py"
     path.write_text(FACTORIES)
     return path
-
-
-# --- preprocessing
-
-
-def test_preprocessing_survives_a_round_trip() -> None:
-    given = Preprocessing((3, 24, 32), HALF, (0.2, 0.3, 0.4), "bicubic", 0.9, "squash")
-    assert Preprocessing.from_dict(given.to_dict()) == given
-    assert given.to_dict()["input_size"] == [3, 24, 32]
-
-
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"input_size": (3, 32)}, "numbers"),
-        ({"input_size": (3, 0, 32)}, "input_size"),
-        ({"mean": (0.5,)}, "mean"),
-        ({"std": (0.5, 0.0, 0.5)}, "std"),
-        ({"std": (0.5, float("nan"), 0.5)}, "std"),
-        ({"std": None}, "no std"),
-        ({"mean": ("a", "b", "c")}, "numbers"),
-        ({"interpolation": "cubic"}, "bicubic"),
-        ({"crop_pct": 1.5}, "crop_pct"),
-        ({"crop_mode": "fancy"}, "squash"),
-    ],
-)
-def test_preprocessing_checks_itself(change: dict[str, object], word: str) -> None:
-    with pytest.raises(InvalidValueError, match=word):
-        Preprocessing.from_dict({"input_size": (3, 32, 32), "mean": HALF, "std": HALF} | change)
-
-
-@pytest.mark.parametrize("size", [(40, 31), (31, 40), (300, 40), (33, 33), (9, 12)])
-@pytest.mark.parametrize("crop_pct", [1.0, 0.875, 0.95])
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_pixels_are_those_of_timm(size: tuple[int, int], crop_pct: float, interpolation: str) -> None:
-    timm_data = pytest.importorskip("timm.data")
-    for mode in ("center", "squash"):
-        ours = Preprocessing((3, 28, 28), HALF, HALF, interpolation, crop_pct, mode)
-        theirs = timm_data.create_transform(
-            (3, 28, 28), interpolation=interpolation, mean=HALF, std=HALF, crop_pct=crop_pct, crop_mode=mode
-        )
-        image = _photo(*size)
-        torch.testing.assert_close((ours.pixels(image).float() / 255 - 0.5) / 0.5, theirs(image), atol=1e-6, rtol=0)
-
-
-def test_pixels_of_an_oblong_input_cover_it() -> None:
-    ours = Preprocessing((3, 16, 48), HALF, HALF)
-    for size in ((20, 60), (60, 20), (48, 17), (49, 16)):
-        assert ours.pixels(_photo(*size)).shape == (3, 16, 48)
-
-
-def test_an_image_of_the_right_size_is_not_resized() -> None:
-    image = _photo(32, 32)
-    pixels = Preprocessing((3, 32, 32), HALF, HALF, "bicubic", 0.875).pixels(image)
-    assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(image))
-
-
-def test_other_image_modes_become_what_the_model_takes() -> None:
-    rgb, gray = Preprocessing((3, 8, 8), HALF, HALF), Preprocessing((1, 8, 8), (0.5,), (0.5,))
-    for mode in ("L", "LA", "RGBA", "P", "CMYK", "1"):
-        assert (
-            rgb.pixels(_photo(8, 8).convert("RGB").convert("L" if mode == "LA" else "RGB").convert(mode)).shape[0] == 3
-        )
-    assert gray.pixels(_photo(8, 8)).shape == (1, 8, 8)
-    deep = Image.fromarray(np.full((8, 8), 0x8000, dtype=np.uint16))
-    assert set(gray.pixels(deep).flatten().tolist()) == {128}
-    with pytest.raises(ValueError, match="floating"):
-        gray.pixels(Image.fromarray(np.zeros((8, 8), dtype=np.float32)))
-    with pytest.raises(UnsupportedError, match="takes 5"):
-        Preprocessing((5, 8, 8), (0.5,) * 5, (0.5,) * 5).pixels(_photo(8, 8))
 
 
 # --- modules and factories
@@ -237,7 +159,7 @@ def test_a_resize_that_timm_would_round_down_is_kept() -> None:
     models = pytest.importorskip("torchvision.models")
     transforms = models.get_model_weights("resnet50").DEFAULT.transforms()  # 232, then 224
     ours = Preprocessing((3, 224, 224), tuple(transforms.mean), tuple(transforms.std), "bilinear", 224 / 232)
-    image = _photo(301, 257)
+    image = photo(301, 257)
     expected = transforms(image)
     mean, std = (torch.tensor(value)[:, None, None] for value in (ours.mean, ours.std))
     torch.testing.assert_close((ours.pixels(image).float() / 255 - mean) / std, expected, atol=1e-6, rtol=0)
@@ -373,7 +295,7 @@ def test_image_processors_are_read_as_they_act(
     ours = open_model(f"hf:{tmp_path}", pretrained=False).preprocessing
     assert ours is not None
     assert (ours.crop_pct, ours.crop_mode) == (crop_pct, mode)
-    image = _photo(72, 48)  # no half pixels in the crop: there the libraries round differently
+    image = photo(72, 48)  # no half pixels in the crop: there the libraries round differently
     theirs = hf.AutoImageProcessor.from_pretrained(tmp_path)(images=image, return_tensors="pt")["pixel_values"][0]
     mean, std = (torch.tensor(value)[:, None, None] for value in (ours.mean, ours.std))
     mine = (ours.pixels(image).float() / 255 - mean) / std
@@ -412,10 +334,6 @@ def test_pickled_weights_are_refused_unopened(zoo: Path, tmp_path: Path, name: s
 def test_weights_that_are_not_there(zoo: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidValueError, match="existing file"):
         open_model(f"{zoo}:good", weights=tmp_path / "absent.safetensors")
-
-
-def test_every_interpolation_of_timm_is_known() -> None:
-    assert {"nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"} <= set(INTERPOLATIONS)
 
 
 def test_the_real_zoo_opens() -> None:
