@@ -122,12 +122,12 @@ def _temperature(model: nn.Module, samples: Samples, left_out: Sequence[Unit], b
 
     A part lacks one of the units. It uses the statistics of the batch: the stored ones fit the whole network alone.
     """
-    whole, found = predictions_of(model, samples, batch_size), []
+    whole, temperatures = predictions_of(model, samples, batch_size), []
     for unit in left_out:
         with skipped(model, (unit,)):
             part = answers_by(model, samples, batch_size, batch_statistics=True)
-        found.append(fit_temperature(whole, part.argmax(-1)))
-    return min(HOTTEST, max(1.0, statistics.median(found)))
+        temperatures.append(fit_temperature(whole, part.argmax(-1)))
+    return min(HOTTEST, max(1.0, statistics.median(temperatures)))
 
 
 def _divided(model: nn.Module, samples: Samples, temperature: float) -> nn.Module | None:
