@@ -62,7 +62,7 @@ def test_the_loss_by_hand():
     # At temperature 4 the logits are (0.5, 0) and (0, 1); the divergence counts 4^2 times.
     p, q = torch.tensor([0.0, 1.0]).softmax(0), torch.tensor([0.5, 0.0]).softmax(0)
     kl = (p * (p / q).log()).sum()
-    found = distillation_loss(logits, label, teacher, 0.25, 4.0)
+    found = distillation_loss(logits, label, teacher=teacher, alpha=0.25, temperature=4.0)
     assert float(found) == pytest.approx(float(0.75 * ce + 0.25 * 16 * kl), rel=1e-5)
 
 
@@ -71,16 +71,20 @@ def test_the_gradient_of_soft_labels_does_not_fade_with_the_temperature():
     teacher = torch.tensor([[1.0, -1.0, 0.0]])
     for temperature in (100.0, 1000.0):
         logits = torch.zeros(1, 3, requires_grad=True)
-        distillation_loss(logits, torch.tensor([0]), teacher, 1.0, temperature).backward()
+        distillation_loss(logits, torch.tensor([0]), teacher=teacher, alpha=1.0, temperature=temperature).backward()
         assert torch.allclose(logits.grad, -teacher / 3, atol=1e-2)
 
 
 def test_the_ends_of_alpha():
     logits, teacher, labels = torch.randn(5, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
-    assert torch.equal(distillation_loss(logits, labels, None, 0.0, 4.0), F.cross_entropy(logits, labels))
-    assert torch.equal(distillation_loss(logits, labels, teacher, 0.0, 4.0), F.cross_entropy(logits, labels))
+    assert torch.equal(
+        distillation_loss(logits, labels, teacher=None, alpha=0.0, temperature=4.0), F.cross_entropy(logits, labels)
+    )
+    assert torch.equal(
+        distillation_loss(logits, labels, teacher=teacher, alpha=0.0, temperature=4.0), F.cross_entropy(logits, labels)
+    )
     nowhere = torch.full((5,), 99)
-    assert bool(torch.isfinite(distillation_loss(logits, nowhere, teacher, 1.0, 4.0)))
+    assert bool(torch.isfinite(distillation_loss(logits, nowhere, teacher=teacher, alpha=1.0, temperature=4.0)))
 
 
 # --- training

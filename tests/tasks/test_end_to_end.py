@@ -225,3 +225,31 @@ def test_a_task_by_hand_wins() -> None:
     result = compressed(settled(TwoHeads()), task=Classification(parts=("1",)))
     assert list(result.report.task.settings["parts"]) == ["1"]
     assert max(result.report.held_out.teacher) < 3
+
+
+class Auxiliaries(Net):
+    """Scores, and a head that no task predicts unless it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ink = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.features(x)
+        return {"ink": self.ink(features), "logits": self.head(features)}
+
+
+def test_what_feeds_only_unpredicted_outputs_stays_and_is_said_to() -> None:
+    net = settled(Auxiliaries())
+    result = compressed(net, adapt="none")
+    assert "ink.2" in dict(result.report.not_removable)
+    assert "only outputs that the task does not predict" in dict(result.report.not_removable)["ink.2"]
+    shapes = [{name: value.shape for name, value in part.ink.state_dict().items()} for part in (net, result.model)]
+    assert shapes[0] == shapes[1], "nothing of the head that nobody predicts may go"
+    with torch.no_grad():
+        outputs, original = result.model(images()), net(images())
+    assert list(outputs) == ["ink", "logits"]
+    off, spread = (outputs["ink"] - original["ink"]).square().mean(), original["ink"].var(0).mean()
+    assert float(off) < float(spread), "repair must hold it, too"
+    told = inspect(net, images(), timed=False, task=Classification(parts=("ink", "logits")))
+    assert any(unit.path == "ink.2" for unit in told.units), "what is predicted by hand may be narrowed"

@@ -25,11 +25,12 @@ from ttmpd.method import loaded_class
 from ttmpd.models.config import preprocessing_of
 from ttmpd.models.open import is_rebuildable, open_model
 from ttmpd.models.opened import OpenedModel
-from ttmpd.models.tokens import mask_padding
+from ttmpd.models.tokens import carry_task, mask_padding
 from ttmpd.records import UNCHANGED, Folded, Lossless, Removal
 from ttmpd.surgery.cut import check_units, replay
 from ttmpd.surgery.exits.model import restore_exits
 from ttmpd.surgery.exits.spec import Exits
+from ttmpd.tasks.base import Task
 
 Source = nn.Module | str | Path | OpenedModel
 
@@ -59,6 +60,7 @@ class Artifact:
         lossless: what else was done to the model.
         kind: which command made it.
         folded: what became of its replacements; None in format 1, which does not say.
+        task: what the model predicts; None where the artifact does not say.
     """
 
     folder: Path
@@ -75,6 +77,7 @@ class Artifact:
     lossless: Lossless = UNCHANGED
     kind: Kind = "compressed"
     folded: Folded | None = None
+    task: Task | None = None
 
     @property
     def rebuildable(self) -> bool:
@@ -163,6 +166,7 @@ def read_artifact(folder: str | Path) -> Artifact:
             Lossless.from_dict(data.get("lossless", {})),
             _kind(data),
             _folded(data),
+            _task(data.get("task")),
         )
     except CheckpointError:
         raise
@@ -235,6 +239,14 @@ def _folded(data: Mapping[str, Any]) -> Folded | None:
     return Folded(*(tuple(map(str, data["folded"][name])) for name in ("replacements", "biases")))
 
 
+def _task(data: Any) -> Task | None:
+    """What the model predicts; what only the file names is never imported."""
+    if data is None:
+        return None
+    settings = {key: value for key, value in data.items() if key not in ("name", "same")}
+    return cast(Task, loaded_class("tasks", str(data["name"]))().with_settings(**settings))
+
+
 def _exits(data: Any) -> tuple[Exits, float] | None:
     return None if data is None else (Exits.from_dict(data), float(data["threshold"]))
 
@@ -287,7 +299,16 @@ def _restored(artifact: Artifact, stock: nn.Module) -> tuple[nn.Module, Folded]:
         model.pretrained_cfg = artifact.preprocessing.to_dict()  # type: ignore[assignment]
     if isinstance(artifact.preprocessing, Tokenization):
         mask_padding(model, artifact.preprocessing)
-    return model if artifact.exits is None else _with_exits(artifact, artifact.exits, model, state), folded
+    if artifact.exits is not None:
+        model = _with_exits(artifact, artifact.exits, model, state)
+    if artifact.task is not None:
+        carry_task(model, _of_one_tensor(artifact.task) if artifact.exits is not None else artifact.task)
+    return model, folded
+
+
+def _of_one_tensor(task: Task) -> Task:
+    """The task of a model with exits, which answers with one tensor, whatever the original answered with."""
+    return task.with_settings(parts=(), widths=())
 
 
 def _with_exits(

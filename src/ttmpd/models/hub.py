@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import importlib.util
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -81,8 +82,8 @@ def _from_timm(name: str, pretrained: bool) -> OpenedModel:
     return OpenedModel(module, model_id, True, Preprocessing.from_dict(config), tuple(labels))
 
 
-def _refuse(model_id: str, rule: str, known: list[str], name: str) -> None:
-    close = difflib.get_close_matches(name, known, 3)
+def _refuse(model_id: str, rule: str, names: list[str], name: str) -> None:
+    close = difflib.get_close_matches(name, names, 3)
     step = f"did you mean {', '.join(close)}?" if close else "look at its list of models"
     raise InvalidValueError(f"{model_id.partition(':')[0]}:NAME must {rule}, but got {model_id!r}; {step}")
 
@@ -94,21 +95,33 @@ def _from_torchvision(name: str, pretrained: bool) -> OpenedModel:
         _refuse(model_id, "name a model of torchvision", models.list_models(), name)
     published: Any = getattr(models.get_model_weights(name), "DEFAULT", None)
     transforms = published.transforms() if published else None
-    if transforms is not None and type(transforms).__name__ != "ImageClassification":
-        raise UnsupportedError(f"the model must be an image classifier, but {model_id} is for another task")
+    is_dense = type(transforms).__name__ == "SemanticSegmentation"
+    if transforms is not None and not is_dense and type(transforms).__name__ != "ImageClassification":
+        raise UnsupportedError(
+            f"the model must classify images or their pixels, but {model_id} is for another task; pass one that does, "
+            "or a module of your own"
+        )
+    options = _dense_options(models.get_model_builder(name), pretrained) if is_dense else {}
     with _building(model_id, pretrained), _tensors_only():
-        module: nn.Module = models.get_model(name, weights=published if pretrained else None)
+        module: nn.Module = models.get_model(name, weights=published if pretrained else None, **options)
     if transforms is None:
         return OpenedModel(module, model_id, True)
-    size = transforms.crop_size[0]
+    resized = transforms.resize_size[0]
+    size = resized if is_dense else transforms.crop_size[0]  # a batch needs pictures of one size: the middle is cut out
     preprocessing = Preprocessing(
         (len(transforms.mean), size, size),
         tuple(transforms.mean),
         tuple(transforms.std),
         transforms.interpolation.value,
-        size / transforms.resize_size[0],
+        size / resized,
     )
     return OpenedModel(module, model_id, True, preprocessing, tuple(published.meta.get("categories", ())))
+
+
+def _dense_options(builder: Callable[..., nn.Module], pretrained: bool) -> dict[str, Any]:
+    """With the auxiliary head of the published weights in any case, and nothing downloaded for random ones."""
+    auxiliary = {"aux_loss": True} if "aux_loss" in inspect.signature(builder).parameters else {}
+    return auxiliary if pretrained else auxiliary | {"weights_backbone": None}
 
 
 def _from_hf(name: str, pretrained: bool) -> OpenedModel:
@@ -125,10 +138,10 @@ def _from_hf(name: str, pretrained: bool) -> OpenedModel:
         if task:
             set_padding(config, name)
         if pretrained:
-            module, found = auto.from_pretrained(
+            module, info = auto.from_pretrained(
                 source, config=config, use_safetensors=True, output_loading_info=True, **options
             )
-            _refuse_keys(model_id, sorted(found["missing_keys"]), [])  # a random head would be distilled in silence
+            _refuse_keys(model_id, sorted(info["missing_keys"]), [])  # a random head would be distilled in silence
         else:
             module = auto.from_config(config, trust_remote_code=False)
     names = tuple(str(label) for _, label in sorted((config.id2label or {}).items()))
@@ -178,7 +191,7 @@ def _hf_preprocessing(hf: Any, source: str, channels: int, options: dict[str, An
     if black.shape != white.shape or not (settings.get("do_resize") or settings.get("do_center_crop")):
         return None
     std = [1 / (high - low) for low, high in zip(black.mean((1, 2)).tolist(), white.mean((1, 2)).tolist(), strict=True)]
-    mean = [-low * one for low, one in zip(black.mean((1, 2)).tolist(), std, strict=True)]
+    mean = [-low * scale for low, scale in zip(black.mean((1, 2)).tolist(), std, strict=True)]
     size, height = settings.get("size") or {}, black.shape[1]
     crop_pct = settings.get("crop_pct") if "shortest_edge" in size and height < 384 else None
     if settings.get("do_center_crop"):
@@ -211,11 +224,11 @@ _BUILDERS: dict[str, Callable[[str, bool], OpenedModel]] = {
 
 def _refuse_keys(source: str, missing: list[str], extra: list[str]) -> None:
     if missing or extra:
-        found = [
+        problems = [
             f"{len(keys)} {word} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
             for word, keys in (("missing", missing), ("unexpected", extra))
             if keys
         ]
         raise ModelError(
-            f"{source} must hold the weights of this model, but has {' and '.join(found)} keys; check the model's id"
+            f"{source} must hold the weights of this model, but has {' and '.join(problems)} keys; check the model's id"
         )

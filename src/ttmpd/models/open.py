@@ -42,24 +42,24 @@ def open_model(model: str | nn.Module, *, weights: Path | None = None, pretraine
     if weights is not None:
         _check_weights(Path(weights))
     if isinstance(model, nn.Module):
-        opened = _given(model)
+        opened = _from_module(model)
     else:
         scheme, _, name = model.partition(":")
         builder = _BUILDERS.get(scheme)
-        own = pretrained and weights is None
-        opened = builder(name, own) if builder is not None and name else _from_factory(model)
+        published = pretrained and weights is None
+        opened = builder(name, published) if builder is not None and name else _from_factory(model)
         opened.module.eval()
     if weights is not None:
         _load_weights(opened.module, Path(weights))
     return opened
 
 
-def _given(module: nn.Module, model_id: str = "") -> OpenedModel:
+def _from_module(module: nn.Module, model_id: str = "") -> OpenedModel:
     """A module of the user's own code; it is left as it is, so one that takes text gets its mask on a copy."""
-    found = preprocessing_of(module)
-    if isinstance(found, Tokenization) and mask_of(module) is None:
-        module = mask_padding(clone(module), found)
-    return OpenedModel(module, model_id, is_rebuildable(model_id), found)
+    preparation = preprocessing_of(module)
+    if isinstance(preparation, Tokenization) and mask_of(module) is None:
+        module = mask_padding(clone(module), preparation)
+    return OpenedModel(module, model_id, is_rebuildable(model_id), preparation)
 
 
 def is_rebuildable(model_id: str) -> bool:
@@ -71,7 +71,7 @@ def is_rebuildable(model_id: str) -> bool:
 def _from_factory(model_id: str) -> OpenedModel:
     if not is_factory(model_id):
         raise InvalidValueError(f"a model id must be one of {FORMS}, but got {model_id!r}{_hint(model_id)}")
-    return _given(call_factory(model_id), model_id)
+    return _from_module(call_factory(model_id), model_id)
 
 
 def _hint(name: str) -> str:
@@ -98,11 +98,13 @@ def _load_weights(module: nn.Module, path: Path) -> None:
         state = load_file(path)
     except Exception as error:
         raise ModelError(f"{path.name} must be a readable safetensors file, but got {cause(error)}") from error
-    own = module.state_dict()
-    present = {own[key].data_ptr() for key in state if key in own}  # tied tensors are stored once
-    missing = [key for key, value in own.items() if key not in state and value.data_ptr() not in present]
+    expected = module.state_dict()
+    present = {expected[key].data_ptr() for key in state if key in expected}  # tied tensors are stored once
+    missing = [key for key, value in expected.items() if key not in state and value.data_ptr() not in present]
     extra = [
-        f"{key} {tuple(state[key].shape)}" for key in state if key not in own or own[key].shape != state[key].shape
+        f"{key} {tuple(state[key].shape)}"
+        for key in state
+        if key not in expected or expected[key].shape != state[key].shape
     ]
     _refuse_keys(path.name, [key for key in missing if not key.endswith(".num_batches_tracked")], extra)
     module.load_state_dict(state, strict=False)

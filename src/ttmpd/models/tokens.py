@@ -130,20 +130,6 @@ def prediction_offsets(module: nn.Module, inputs: Tensor) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.long), ends])
 
 
-def next_token_targets(module: nn.Module, batch: Tensor) -> Tensor:
-    """(M,) the token after each one whose prediction is used, -1 after the last of a sample: a decoder's targets.
-
-    Args:
-        module: the model.
-        batch: (B, S) token ids.
-    """
-    mask, counts = mask_of(module), predicted_token_mask(module, batch)
-    assert mask is not None
-    assert counts is not None
-    behind = torch.cat([batch[:, 1:], torch.full_like(batch[:, :1], mask.padding)], 1)
-    return torch.where(behind == mask.padding, -1, behind)[counts]
-
-
 def random_ids(module: nn.Module, tokenization: Tokenization, shape: Sequence[int]) -> Tensor:
     """Ids of random tokens, none of them padding: to run and time a model that is given no text.
 

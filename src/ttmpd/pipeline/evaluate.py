@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from ttmpd.artifact.read import Source, open_any
 from ttmpd.data.labels import Labels, open_labels
@@ -21,12 +20,11 @@ from ttmpd.method import check_range, method_of
 from ttmpd.models.modules import clone, has_nan
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predictions_of
-from ttmpd.models.tokens import next_token_targets
+from ttmpd.models.tokens import carried_task
 from ttmpd.progress import tell
 from ttmpd.quality.calibration import N_BINS, calibration_sums, expected_calibration_error
 from ttmpd.quality.proportion import Proportion, proportion
 from ttmpd.tasks.base import Task
-from ttmpd.tasks.classification import Classification
 from ttmpd.training.task import assign_task
 
 
@@ -83,32 +81,32 @@ class _Sums:
     """Running counts of one model."""
 
     n: int = 0
-    right: int = 0
+    n_right: int = 0
     confidence: float = 0.0
-    sure: bool = True
+    has_confidence: bool = True
     loss: float = 0.0
     bins: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(3, N_BINS, dtype=torch.float64))
 
     def add(self, outputs: Tensor, labels: Tensor | None, task: Task) -> None:
-        confidence = task.confidence(outputs.double())
-        self.n, self.sure = self.n + len(outputs), confidence is not None
+        outputs = outputs.double()
+        confidence = task.confidence(outputs)
+        self.n, self.has_confidence = self.n + len(outputs), confidence is not None
         self.confidence += 0.0 if confidence is None else float(confidence.sum())
         if labels is None:
             return
-        logits = task.split(outputs)[0]
-        sure, answers = logits.double().softmax(-1).max(-1)
-        right = (answers == labels).double()
-        self.right += int(right.sum())
-        self.loss += float(cross_entropy(logits.double(), labels, reduction="sum"))
-        self.bins += calibration_sums(sure, right)
+        labelled, columns = task.first_part(outputs)
+        right, confidence = labelled.right(columns, labels), labelled.confidence(columns)
+        assert right is not None and confidence is not None  # of every task that has classes
+        self.n_right += int(right.sum())
+        self.loss += float(labelled.label_loss(columns, labels)) * len(labels)
+        self.bins += calibration_sums(confidence, right)
 
     def quality(self, labelled: bool) -> Quality:
-        confidence = self.confidence / self.n if self.sure else None
+        confidence = self.confidence / self.n if self.has_confidence else None
         if not labelled:
             return Quality(confidence)
-        return Quality(
-            confidence, proportion(self.right, self.n), expected_calibration_error(self.bins), self.loss / self.n
-        )
+        error = expected_calibration_error(self.bins)
+        return Quality(confidence, proportion(self.n_right, self.n), error, self.loss / self.n)
 
 
 def evaluate(
@@ -136,7 +134,7 @@ def evaluate(
         source: id of the original model, for artifacts of a model from your own code.
         batch_size: samples per forward pass.
         device: "auto", "cpu", "cuda", "mps".
-        task: what the models predict; None detects it.
+        task: what the models predict; None takes that of an artifact, else detects it.
 
     Raises:
         SamplesError: nothing is left to evaluate on, or a sample has no label or one that the model does not know.
@@ -150,102 +148,145 @@ def evaluate(
         (20, 1.0)
     """
     check_range("batch_size", batch_size, 1)
-    where = choose_device(device)
-    opened = _alike([open_any(place, source) for place in (model, against) if place is not None])
-    nets = [clone(one.module).to(where).eval() for one in opened]
-    reads = _task(opened, labels)
-    known = None if labels is None else _labels(labels, samples, _class_names(opened[0].module))
-    used = frozenset(name for one in opened for name in one.used_ids)
-    sums = [_Sums() for _ in opened]
-    alike, n_left_out, n_skipped, tasks = 0.0, 0, 0, list[Task]()
-    notes: Counter[str] = Counter()
-    for chunk in _chunks(samples, opened, chunk=max(batch_size, 512 if reads == "sequence" else 0)):
-        n_skipped += len(chunk[0].skipped)
-        notes.update(dict(chunk[0].notes))
-        kept = [i for i, name in enumerate(chunk[0].ids) if name not in used]
-        n_left_out += len(chunk[0]) - len(kept)
-        if not kept:
-            continue
-        parts = [part.subset(kept) for part in chunk]
-        if not sums[0].n:
-            tasks = [_assigned(net, part, one, task, where) for net, part, one in zip(nets, parts, opened, strict=True)]
-            _check_labels(tasks, labels)
-        answers = [_answers(net, part, batch_size) for net, part in zip(nets, parts, strict=True)]
-        right = None if known is None else _checked(known.of(parts[0]), answers, known.source)
-        if reads == "next":
-            answers, right = _next_tokens(nets[0], parts[0], answers)
-        for one, logits in zip(sums, answers, strict=True):
-            one.add(logits, right, tasks[0])
-        alike += float(tasks[0].alike(answers[0], answers[-1]).sum())
-        tell("evaluate", sums[0].n, 0)
-    n = sums[0].n
-    tell("evaluate", n, n)
-    if not n:
-        raise SamplesError(
-            f"evaluate must have samples that compression has not seen, but all {n_left_out} were used; give other data"
+    opened = _same_lengths([open_any(place, source) for place in (model, against) if place is not None])
+    kind = _text_kind(opened, labels)
+    run = _Evaluation(opened, choose_device(device), batch_size, task)
+    if labels is not None:
+        run.labels = _labels(labels, samples, _class_names(opened[0].module))
+    for chunk in _chunks(samples, opened, chunk=max(batch_size, 512 if kind == "sequence" else 0)):
+        run.add(chunk)
+        tell("evaluate", run.sums[0].n, 0)
+    tell("evaluate", run.sums[0].n, run.sums[0].n)
+    return run.result()
+
+
+class _Evaluation:
+    """An evaluation under way: one model or two, their tasks once there are samples, and what was counted."""
+
+    def __init__(
+        self, opened: Sequence[OpenedModel], device: torch.device, batch_size: int, task: Task | str | None
+    ) -> None:
+        self.opened, self.device, self.batch_size = opened, device, batch_size
+        self.models = [clone(each.module).to(device).eval() for each in opened]
+        self.task = cast(Task, method_of("task", task)) if isinstance(task, str) else task
+        self.used_ids = frozenset(name for each in opened for name in each.used_ids)
+        self.labels: Labels | None = None
+        self.tasks: list[Task] = []
+        self.sums = [_Sums() for _ in opened]
+        self.alike, self.n_left_out, self.n_skipped = 0.0, 0, 0
+        self.notes: Counter[str] = Counter()
+        self.has_targets = False
+
+    def add(self, chunk: Sequence[Samples]) -> None:
+        """Count the samples of a chunk, as each model wants them, that compression has not used."""
+        self.n_skipped += len(chunk[0].skipped)
+        self.notes.update(dict(chunk[0].notes))
+        unused = [position for position, name in enumerate(chunk[0].ids) if name not in self.used_ids]
+        self.n_left_out += len(chunk[0]) - len(unused)
+        if not unused:
+            return
+        parts = [samples.subset(unused) for samples in chunk]
+        if not self.tasks:
+            self._assign(parts)
+        outputs = [self._predictions(model, part) for model, part in zip(self.models, parts, strict=True)]
+        outputs, truth = self._labelled(parts[0], outputs)
+        for sums, rows in zip(self.sums, outputs, strict=True):
+            sums.add(rows, truth, self.tasks[0])
+        self.alike += float(self.tasks[0].alike(outputs[0], outputs[-1]).sum())
+
+    def _assign(self, parts: Sequence[Samples]) -> None:
+        """Find what the models predict; one that does not say so is read as the one that does."""
+        carried = next((task for task in map(carried_task, self.models) if task is not None), None)
+        for model, part, opened in zip(self.models, parts, self.opened, strict=True):
+            task = self.task or (carried if carried_task(model) is None else None)
+            batch = part.first(2).trimmed(slice(None), self.device)
+            self.tasks.append(assign_task(model, batch, task, opened.preprocessing))
+        _check_tasks(self.tasks, self.labels)
+
+    def _predictions(self, model: nn.Module, samples: Samples) -> Tensor:
+        outputs = predictions_of(model, samples, self.batch_size)
+        if has_nan(outputs):
+            raise ModelError(f"{type(model).__name__} must predict finite values for each sample, but got NaN or inf")
+        return outputs
+
+    def _labelled(self, samples: Samples, outputs: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+        """The predictions that count, and their labels: given ones, or those that the inputs hold."""
+        if self.labels is not None:
+            return outputs, _checked(self.labels.of(samples), self.tasks, self.labels.source)
+        targets = self.tasks[0].targets(samples.inputs)
+        if targets is None:
+            return outputs, None
+        self.has_targets = True
+        return [rows[targets >= 0] for rows in outputs], targets[targets >= 0]
+
+    def result(self) -> Evaluation:
+        """What was counted.
+
+        Raises:
+            SamplesError: nothing was.
+        """
+        n = self.sums[0].n
+        if not n:
+            raise SamplesError(
+                f"evaluate must have samples that compression has not seen, but all {self.n_left_out} were used; give "
+                "other data"
+            )
+        quality = [sums.quality(self.labels is not None or self.has_targets) for sums in self.sums]
+        against, agreement = (None, None) if len(quality) == 1 else (quality[1], proportion(round(self.alike), n))
+        task, notes = self.tasks[0], tuple(self.notes.items())
+        return Evaluation(
+            n, self.n_left_out, self.n_skipped, quality[0], against, agreement, notes, task.each, task.name
         )
-    quality = [one.quality(known is not None or reads == "next") for one in sums]
-    other, same = (None, None) if len(quality) == 1 else (quality[1], proportion(round(alike), n))
-    return Evaluation(
-        n, n_left_out, n_skipped, quality[0], other, same, tuple(notes.items()), tasks[0].each, tasks[0].name
-    )
 
 
-def _assigned(
-    net: nn.Module, samples: Samples, opened: OpenedModel, task: Task | str | None, where: torch.device
-) -> Task:
-    chosen = cast(Task, method_of("task", task)) if isinstance(task, str) else task
-    return assign_task(net, samples.first(2).trimmed(slice(None), where), chosen, opened.preprocessing)
-
-
-def _next_tokens(net: nn.Module, samples: Samples, answers: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """The predictions for tokens that another one follows, and those tokens."""
-    following = next_token_targets(net, samples.inputs)
-    return [logits[following >= 0] for logits in answers], following[following >= 0]
-
-
-def _check_labels(tasks: Sequence[Task], labels: object) -> None:
+def _check_tasks(tasks: Sequence[Task], labels: Labels | None) -> None:
     """Both models must predict the same; class indices are labels of classes alone."""
     first, last = tasks[0], tasks[-1]
     if type(first) is not type(last) or len(first.widths) != len(last.widths):
         raise UnsupportedError(
             f"two models must predict the same to be compared, but the tasks are {first.name} and {last.name}"
         )
-    if labels is not None and not isinstance(first, Classification):
+    if labels is not None and not first.class_labels:
         raise UnsupportedError(
             f"labels must be one class per sample, but the task is {first.name}; leave them out, and give the outputs "
             "and true values to its metrics()"
         )
 
 
-def _alike(opened: list[OpenedModel]) -> list[OpenedModel]:
+def _same_lengths(opened: list[OpenedModel]) -> list[OpenedModel]:
     """The models, all of which read as many tokens of a text as the first where they have its tokenizer."""
     first = opened[0].preprocessing
 
-    def shared(one: OpenedModel) -> OpenedModel:
-        how = one.preprocessing
-        if not (isinstance(first, Tokenization) and isinstance(how, Tokenization)):
-            return one
-        same = dataclasses.replace(how, max_length=first.max_length) if first.max_length <= how.limit else how
-        return dataclasses.replace(one, preprocessing=first) if same == first else one
+    def as_first(model: OpenedModel) -> OpenedModel:
+        tokenization = model.preprocessing
+        if not (isinstance(first, Tokenization) and isinstance(tokenization, Tokenization)):
+            return model
+        if first.max_length > tokenization.limit:
+            return model
+        same = dataclasses.replace(tokenization, max_length=first.max_length) == first
+        return dataclasses.replace(model, preprocessing=first) if same else model
 
-    return [shared(one) for one in opened]
+    return [as_first(model) for model in opened]
 
 
-def _task(opened: Sequence[OpenedModel], labels: object) -> str:
-    """What the models answer; those that answer each token must read the same tokens."""
-    hows = [one.preprocessing for one in opened]
-    tasks = [how.task if isinstance(how, Tokenization) else "sequence" for how in hows]
-    if tasks[0] != "sequence" and labels is not None:
+def _text_kind(opened: Sequence[OpenedModel], labels: object) -> str:
+    """What a row of predictions belongs to, "sequence", "token" or "next"; "sequence" for models without text.
+
+    Raises:
+        UnsupportedError: there are labels for tokens, or two models of tokens read other ones.
+    """
+    preparations = [model.preprocessing for model in opened]
+    kinds = [each.task if isinstance(each, Tokenization) else "sequence" for each in preparations]
+    if kinds[0] != "sequence" and labels is not None:
         raise UnsupportedError(
             f"labels must be one class per sample, but {type(opened[0].module).__name__} answers each token; "
             "leave them out"
         )
-    if set(tasks) != {"sequence"} and any(how != hows[0] for how in hows):
+    if set(kinds) != {"sequence"} and any(each != preparations[0] for each in preparations):
         raise UnsupportedError(
             "two models that answer each token must read the same tokens, but their tokenizers or lengths differ"
         )
-    return tasks[0]
+    return kinds[0]
 
 
 def _class_names(module: nn.Module) -> tuple[str, ...]:
@@ -261,8 +302,8 @@ def _labels(labels: str | Path | Sequence[int], data: Any, class_names: Sequence
     return Labels({str(i): int(value) for i, value in enumerate(labels)}, "labels")
 
 
-def _checked(labels: Tensor, answers: Sequence[Tensor], source: str) -> Tensor:
-    n_classes = min(logits.shape[-1] for logits in answers)
+def _checked(labels: Tensor, tasks: Sequence[Task], source: str) -> Tensor:
+    n_classes = min(task.widths[0] for task in tasks)
     if int(labels.max()) >= n_classes:
         raise SamplesError(
             f"{source} must hold class indices below {n_classes}, the number of the model's outputs, but holds "
@@ -271,22 +312,15 @@ def _checked(labels: Tensor, answers: Sequence[Tensor], source: str) -> Tensor:
     return labels
 
 
-def _answers(net: nn.Module, samples: Samples, batch_size: int) -> Tensor:
-    logits = predictions_of(net, samples, batch_size)
-    if has_nan(logits):
-        raise ModelError(f"{type(net).__name__} must predict finite values for each sample, but got NaN or infinity")
-    return logits
-
-
 def _chunks(data: Any, opened: Sequence[OpenedModel], chunk: int) -> Iterator[tuple[Samples, ...]]:
     """The same samples as each model wants them: read once when all want the same."""
-    wants = [one.preprocessing for one in opened]
-    first = next((one for one in wants if one is not None), None)
-    wants = [one or first for one in wants]
-    if all(one == wants[0] for one in wants):
-        yield from ((samples,) * len(wants) for samples in stream_samples(data, wants[0], chunk=chunk))
+    forms = [model.preprocessing for model in opened]
+    first = next((form for form in forms if form is not None), None)
+    forms = [form or first for form in forms]
+    if all(form == forms[0] for form in forms):
+        yield from ((samples,) * len(forms) for samples in stream_samples(data, forms[0], chunk=chunk))
         return
-    for together in zip(*(stream_samples(data, one, chunk=chunk) for one in wants), strict=True):
+    for together in zip(*(stream_samples(data, form, chunk=chunk) for form in forms), strict=True):
         if len({samples.ids for samples in together}) != 1:
             raise SamplesError(
                 "both models must be able to use the same samples, but one skips some that the other takes; "

@@ -71,8 +71,8 @@ def fit_temperature(logits: Tensor, classes: Tensor) -> float:
         raise InvalidValueError("a temperature must be fitted on samples, but got none; give more")
     z = logits.detach().cpu().double()
     spread = 1 / (len(z) + 2)
-    wanted = F.one_hot(classes.cpu(), z.shape[1]) * (1 - spread) + spread / z.shape[1]
-    goal = float((wanted * z).sum(1).mean())
+    targets = F.one_hot(classes.cpu(), z.shape[1]) * (1 - spread) + spread / z.shape[1]
+    goal = float((targets * z).sum(1).mean())
     low, high = _LOWEST, _HIGHEST
     for _ in range(50):
         middle = (low + high) / 2

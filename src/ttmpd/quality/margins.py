@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,10 @@ from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError, UnsupportedError
 from ttmpd.method import check_fields, check_range
 from ttmpd.models.run import evaluating, predict
+from ttmpd.models.tokens import carried_task
 from ttmpd.progress import track
+from ttmpd.tasks.base import Task, check_one_class
+from ttmpd.tasks.classification import Classification
 
 NORMS = ("l2", "linf")
 RULES = ("clip", "quantile")
@@ -83,7 +87,8 @@ def margins(
         batch_size: samples per pass.
 
     Raises:
-        UnsupportedError: the samples are text, or the answers cannot be differentiated by the inputs.
+        UnsupportedError: the samples are text, the model does not predict one class per sample, or its predictions
+            cannot be differentiated by the inputs.
 
     Source: DeepFool (Moosavi-Dezfooli et al., CVPR 2016, arXiv 1511.04599), algorithm 2 and its equation for the
     largest-value norm.
@@ -91,6 +96,7 @@ def margins(
     """
     if samples.is_text:
         raise UnsupportedError("margins must be those of inputs that can change a little, but text cannot")
+    check_one_class(cast(Task, carried_task(model) or Classification()), "a margin", "choose a method without margins")
     device = next(model.parameters()).device
     std = _std(samples).to(device)
     chunks = [torch.empty(0)]
@@ -225,8 +231,8 @@ def _answers(model: nn.Module, batch: Tensor) -> Tensor:
 
 def _rivals(logits: Tensor, target: Tensor, classes: int) -> Tensor:
     """(B, K) the likeliest classes beside each sample's own."""
-    others = torch.nan_to_num(logits).scatter(1, target[:, None], -math.inf)
-    return others.topk(min(classes, logits.shape[1]) - 1, dim=1).indices
+    rivals = torch.nan_to_num(logits).scatter(1, target[:, None], -math.inf)
+    return rivals.topk(min(classes, logits.shape[1]) - 1, dim=1).indices
 
 
 def _to_plane(gap: Tensor, slope: Tensor, norm: str) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from ttmpd.models.run import evaluating, predict
 from ttmpd.models.taps import Tap, find_feature_tap, tapped
 from ttmpd.models.tokens import predicted_token_mask
 from ttmpd.progress import track
-from ttmpd.tasks.base import OneOf, Task
+from ttmpd.tasks.base import check_one_class
 from ttmpd.training.task import task_of
 
 
@@ -62,7 +62,7 @@ class Selector(Method, abc.ABC):
                 "use random"
             )
         if self.uses_teacher:
-            _check_task(task_of(teacher))
+            check_one_class(task_of(teacher), "a selector", "use random")
         return tuple(sorted(self.choose(teacher, pool, n, labels, batch_size=batch_size, seed=seed)))
 
     @abc.abstractmethod
@@ -70,15 +70,6 @@ class Selector(Method, abc.ABC):
         self, teacher: nn.Module, pool: Samples, n: int, labels: Tensor | None, *, batch_size: int, seed: int
     ) -> Iterable[int]:
         """``n`` different positions in any order; ``n`` is less than the pool holds. Arguments as :meth:`select`."""
-
-
-def _check_task(task: Task) -> None:
-    """Raise :class:`UnsupportedError` unless there is one row of class scores per sample."""
-    if not (isinstance(task, OneOf) and task.each == "sample" and len(task.widths) < 2):
-        raise UnsupportedError(
-            "a selector must have one row of class scores per sample, but the task is "
-            f"{task.name}{' of several parts' if len(task.widths) > 1 else ''}; use random"
-        )
 
 
 def top_n(values: Tensor, n: int) -> list[int]:

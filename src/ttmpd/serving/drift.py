@@ -90,7 +90,7 @@ class Drift:
         self.task, reference = task, _finite(reference)
         self._fit(reference.flatten(0, -2), torch.Generator().manual_seed(seed))
         names = list(task.signals(reference.flatten(0, -2)))
-        self.names = (*names, *(f"{what} along {i}" for what in ("outputs", "spread") for i in range(N_DIRECTIONS)))
+        self.names = (*names, *(f"{kind} along {i}" for kind in ("outputs", "spread") for i in range(N_DIRECTIONS)))
         self._reference = self.signals(reference).T.contiguous().sort(-1).values
         self._window = torch.empty(0, len(self.names))
         self._size, self._n_new, self._n_in_a_row = window, 0, 0

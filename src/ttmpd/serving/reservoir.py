@@ -91,13 +91,13 @@ class Reservoir:
 
     def _draw(self, usable: Sequence[int]) -> list[tuple[int, int, int]]:
         """(row of the batch, place, number in the stream) of those that are taken in."""
-        taken = []
+        drawn = []
         for row in usable:
             self.n_seen += 1
             place = self.n_seen - 1 if self.n_seen <= self.capacity else self._rng.randrange(self.n_seen)
             if place < self.capacity:
-                taken.append((row, place, self.n_seen))
-        return taken
+                drawn.append((row, place, self.n_seen))
+        return drawn
 
     def _write(self, epoch: int, rows: Tensor, places: Sequence[int], numbers: Sequence[int]) -> None:
         with self._lock:

@@ -37,6 +37,8 @@ from ttmpd.records import Plan
 from ttmpd.runtimes.eager import Eager
 from ttmpd.storage import disk_guarded, locked
 from ttmpd.students.train import WORK, StudentResult, train_student
+from ttmpd.tasks.base import check_one_class
+from ttmpd.training.task import assign_task, task_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,7 +98,9 @@ def run_student(
     where, seed = choose_device(device), int(settings.get("seed", 0))
     net = clone(student.module).to(where)
     guide = None if teacher is None else clone(teacher.module).to(where).eval()
-    samples, seen = _opened(data, student, teacher, num_samples, seed)
+    samples, teacher_samples = _opened(data, student, teacher, num_samples, seed)
+    task = assign_task(net, samples.first(2).trimmed(slice(None), where), None, student.preprocessing)
+    check_one_class(task, "a file of labels", "call ttmpd.train_student in Python with labels of another shape")
     truth = open_labels(labels, data).of(samples)
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
     n_held = round(holdout * len(samples))
@@ -105,13 +109,13 @@ def run_student(
         if not resume:
             shutil.rmtree(output / WORK, ignore_errors=True)
         trained = train_student(
-            net, samples.subset(rest), truth[rest], teacher=guide, teacher_samples=seen.subset(rest), folder=output,
-            **settings,
+            net, samples.subset(rest), truth[rest], teacher=guide, teacher_samples=teacher_samples.subset(rest),
+            folder=output, **settings,
         )  # fmt: skip
         accuracy = _accuracy(trained.model, samples.subset(held), truth[held])
         teacher_accuracy = None
         if trained.teacher is not None:
-            teacher_accuracy = _accuracy(trained.teacher, seen.subset(held), truth[held])
+            teacher_accuracy = _accuracy(trained.teacher, teacher_samples.subset(held), truth[held])
         fit = samples.subset(rest)
         lesson = _lesson(trained, fit, teacher, accuracy, teacher_accuracy)
         report = dataclasses.replace(
@@ -135,25 +139,26 @@ def _opened(
             raise UnsupportedError(
                 f"a student must learn one class per sample, but {type(one.module).__name__} answers each token"
             )
-    theirs = student.preprocessing if teacher is None else teacher.preprocessing or student.preprocessing
-    ours = student.preprocessing or theirs
-    samples = open_samples(data, ours, num_samples=n, seed=seed)
-    if theirs == ours:
+    teacher_form = student.preprocessing if teacher is None else teacher.preprocessing or student.preprocessing
+    student_form = student.preprocessing or teacher_form
+    samples = open_samples(data, student_form, num_samples=n, seed=seed)
+    if teacher_form == student_form:
         return samples, samples
-    seen = open_samples(data, theirs, num_samples=n, seed=seed)
-    if seen.ids != samples.ids:
+    teacher_samples = open_samples(data, teacher_form, num_samples=n, seed=seed)
+    if teacher_samples.ids != samples.ids:
         raise SamplesError(
             "student and teacher must be able to use the same samples, but one skips some that the other takes; take "
             "images out that are too small for either"
         )
-    return samples, seen
+    return samples, teacher_samples
 
 
 def _accuracy(model: nn.Module, samples: Samples, truth: Tensor) -> Proportion | None:
     """Share of right predictions with its Wilson interval; None without samples."""
     if not len(samples):
         return None
-    return proportion(int((predictions_of(model, samples, 64).argmax(-1) == truth).sum()), len(samples))
+    right = task_of(model).right(predictions_of(model, samples, 64), truth)
+    return None if right is None else proportion(int(right.sum()), len(samples))
 
 
 def _lesson(

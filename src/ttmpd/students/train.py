@@ -6,14 +6,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ttmpd.data.samples import Samples
 from ttmpd.data.views import fixed_view
 from ttmpd.errors import InvalidValueError, ModelError
+from ttmpd.method import method_of
 from ttmpd.models.modules import clone, has_nan, to_fast_format, to_plain_format
 from ttmpd.models.run import predict, predictions_of
 from ttmpd.pipeline.stages import Stages
@@ -21,9 +21,12 @@ from ttmpd.storage import fingerprint, weights_fingerprint
 from ttmpd.students.adversarial import adversarial_loss, pixels_of
 from ttmpd.students.recipe import Recipe, recipe_of
 from ttmpd.students.training_set import DistillationSet, choose, prepare, steps_per_epoch
+from ttmpd.tasks.base import Task, check_one_class
+from ttmpd.tasks.classification import Classification
 from ttmpd.training.loop import Loop, TrainingResult, batch_order, train
-from ttmpd.training.losses import soft_label_loss
+from ttmpd.training.task import assign_task, check_structure, task_of, train_norms
 
+CLASSES = Classification()
 WORK = ".work"
 """Sub-folder in which finished stages are kept."""
 
@@ -63,6 +66,7 @@ def train_student(
     teacher: nn.Module | None = None,
     teacher_samples: Samples | None = None,
     folder: Path | None = None,
+    task: Task | str | None = None,
     **settings: Any,
 ) -> StudentResult:
     """A copy of ``student``, trained on a part of the labelled samples for a fixed number of steps.
@@ -75,18 +79,20 @@ def train_student(
     Args:
         student: usually with random weights; on the device where it shall be trained; left as it is.
         samples: all that may be trained on, as the student wants them.
-        labels: (N,) classes, in the order of the student's outputs.
+        labels: (N,) classes, in the order of the student's outputs; of a regression (N, n) numbers, of several labels
+            (N, n) zeros and ones.
         teacher: scores the samples for the selector, answers, and gives the margins of an attack's rule.
         teacher_samples: the same samples as the teacher wants them; ``samples`` when None.
         folder: finished stages and the state of the training are kept in its sub-folder ``.work``, and the same call
             goes on there after a kill. None keeps nothing.
+        task: what both models predict; None detects it.
         **settings: fields of :class:`ttmpd.students.recipe.Recipe`.
 
     Raises:
         InvalidValueError: a setting is unknown or out of its range, labels or classes do not fit, or there is no
             teacher for what needs one.
         ModelError: the training ran away.
-        UnsupportedError: the selector or the attack cannot treat a model.
+        UnsupportedError: the task has no labels, or the selector, the balance or the attack cannot treat it.
 
     Example:
         >>> import torch
@@ -104,15 +110,16 @@ def train_student(
     recipe = recipe_of(settings)
     alpha = recipe.weight(teacher)
     teacher_samples, labels = teacher_samples or samples, labels.cpu()
-    n_selected = _count(samples, teacher_samples, labels, recipe.fraction)
-    _check_classes(labels, [(student, samples), *([] if teacher is None else [(teacher, teacher_samples)])])
+    n_selected = _count(samples, teacher_samples, recipe.fraction)
     model, note = clone(student), ""
+    teacher = None if teacher is None else clone(teacher)
+    _assign(labels, task, recipe, [(model, samples), *([] if teacher is None else [(teacher, teacher_samples)])])
     with _stages(folder, _fingerprint(student, teacher, samples, labels, recipe)) as stages:
         if teacher is not None:
             with stages.timed("adapt"):
                 adapted = recipe.adapt.adapt(teacher, teacher_samples, batch_size=recipe.batch_size, seed=recipe.seed)
             teacher, note = adapted.model, adapted.note
-        scorer = student if teacher is None else teacher  # a blind selector asks neither
+        scorer = model if teacher is None else teacher  # a blind selector asks neither
         selected = stages.json("select", lambda: choose(scorer, teacher_samples, labels, n_selected, recipe))
         training_set = prepare(
             teacher,
@@ -128,32 +135,29 @@ def train_student(
 
 
 def distillation_loss(
-    logits: Tensor, labels: Tensor, teacher: Tensor | None, alpha: float, temperature: float
+    outputs: Tensor, labels: Tensor, *, teacher: Tensor | None, alpha: float, temperature: float, task: Task = CLASSES
 ) -> Tensor:
-    """(1 - alpha) CE(student, labels) + alpha temperature^2 KL(teacher || student), the mean over the batch.
+    """(1 - alpha) times the task's loss against labels + alpha times that against the teacher, means over the batch.
 
-    What has no weight is not computed: then neither wrong labels nor the teacher matter.
+    Of classes these are the cross entropy and temperature^2 KL(teacher || student). What has no weight is not
+    computed: then neither wrong labels nor the teacher matter.
 
     Args:
-        logits: (B, n_classes) of the student.
-        labels: (B,) classes.
-        teacher: (B, n_classes) logits of the teacher on the same views; None stands for an alpha of 0.
+        outputs: (B, values) of the student.
+        labels: (B, ...) as the task takes them.
+        teacher: (B, values) of the teacher for the same views; None stands for an alpha of 0.
         alpha: from 0 (labels alone) to 1 (teacher alone).
-        temperature: of both answers in the divergence.
+        temperature: of both predictions in the divergence.
+        task: what both predict.
     """
     if alpha == 0 or teacher is None:
-        return F.cross_entropy(logits, labels)
-    soft = soft_label_loss(logits, teacher, temperature)  # temperature^2 is in it
-    return soft if alpha == 1 else (1 - alpha) * F.cross_entropy(logits, labels) + alpha * soft
+        return task.label_loss(outputs, labels)
+    soft = task.loss(outputs, teacher, temperature)  # temperature^2 is in it
+    return soft if alpha == 1 else (1 - alpha) * task.label_loss(outputs, labels) + alpha * soft
 
 
-def _count(samples: Samples, teacher_samples: Samples, labels: Tensor, fraction: float) -> int:
-    """Check that samples and labels belong together; the number of samples that are selected."""
-    if labels.shape != (len(samples),) or labels.is_floating_point():
-        raise InvalidValueError(
-            f"labels must be one class index per sample, ({len(samples)},), but got {labels.dtype} of the shape "
-            f"{tuple(labels.shape)}"
-        )
+def _count(samples: Samples, teacher_samples: Samples, fraction: float) -> int:
+    """Check that both hold the same samples; the number of samples that are selected."""
     if teacher_samples.ids != samples.ids:
         raise InvalidValueError(
             "teacher_samples must be the samples in the same order, but their ids differ; open both from the same data"
@@ -166,26 +170,32 @@ def _count(samples: Samples, teacher_samples: Samples, labels: Tensor, fraction:
     return n_selected
 
 
-def _check_classes(labels: Tensor, models: list[tuple[nn.Module, Samples]]) -> None:
-    """Student, teacher and labels must speak of the same classes."""
-    outputs = [predictions_of(model, samples.first(2), 2).shape[-1] for model, samples in models]
-    if len(set(outputs)) > 1:
+def _assign(labels: Tensor, task: Task | str | None, recipe: Recipe, models: list[tuple[nn.Module, Samples]]) -> None:
+    """Let student and teacher carry what they predict; both must predict the same, and what the labels are of."""
+    chosen = cast(Task, method_of("task", task)) if isinstance(task, str) else task
+    tasks = []
+    for model, samples in models:
+        batch = samples.first(2).trimmed(slice(None), next(model.parameters()).device)
+        tasks.append(assign_task(model, batch, chosen))
+    first, last = tasks[0], tasks[-1]
+    if type(first) is not type(last) or first.widths != last.widths:
         raise InvalidValueError(
-            f"student and teacher must have the same classes, but have {outputs[0]} and {outputs[1]} outputs; choose a "
-            "student with as many outputs as the teacher"
+            f"student and teacher must have the same classes, but have {sum(first.widths)} and {sum(last.widths)} "
+            f"outputs ({first.name}, {last.name}); choose a student with as many outputs as the teacher"
         )
-    if int(labels.min()) < 0 or int(labels.max()) >= outputs[0]:
-        raise InvalidValueError(
-            f"labels must be class indices from 0 to {outputs[0] - 1}, since the student has {outputs[0]} outputs, but "
-            f"got {int(labels.min())} to {int(labels.max())}; number the classes in the order of the outputs"
-        )
+    first.check_labels(labels, len(models[0][1]))
+    if recipe.balanced:
+        check_one_class(first, "a balanced selection", "leave balanced off")
+    if recipe.attack is not None:
+        check_one_class(first, "an attack", "train without one")
 
 
 def _fingerprint(
     student: nn.Module, teacher: nn.Module | None, samples: Samples, labels: Tensor, recipe: Recipe
 ) -> str:
     models = [weights_fingerprint(model) for model in (student, teacher) if model is not None]
-    truth = hashlib.blake2b(labels.long().numpy().tobytes(), digest_size=12).hexdigest()
+    values = labels.double() if labels.is_floating_point() else labels.long()
+    truth = hashlib.blake2b(values.numpy().tobytes(), digest_size=12).hexdigest()
     return fingerprint(models, samples.ids, samples.mean, samples.std, truth, recipe.to_dict())
 
 
@@ -210,7 +220,9 @@ def _fit(student: nn.Module, training_set: DistillationSet, recipe: Recipe, stat
             fixed_view(training_set.samples.trimmed(index, device), index, view, recipe.seed, n), index, view
         )
 
-    to_fast_format(student).train()
+    to_fast_format(student)
+    check_structure(student, training_set.samples.first(2).trimmed(slice(None), device))
+    train_norms(student)
     fit = train(student, loss_at, recipe.schedule, Loop(state=state, stage="train"))
     to_plain_format(student).eval()
     if has_nan(predictions_of(student, training_set.samples.first(recipe.batch_size), recipe.batch_size)):
@@ -224,18 +236,21 @@ def _fit(student: nn.Module, training_set: DistillationSet, recipe: Recipe, stat
 def _loss(student: nn.Module, training_set: DistillationSet, recipe: Recipe) -> Callable[[Tensor, Tensor, int], Tensor]:
     """The loss of a batch, given the positions of its samples and the number of their view."""
     device = next(student.parameters()).device
-    pixels = pixels_of(training_set.samples, device)
+    pixels, task = pixels_of(training_set.samples, device), task_of(student)
 
     def loss_of(batch: Tensor, index: Tensor, view: int) -> Tensor:
         labels = training_set.labels[index].to(device)
         answers = None if training_set.answers is None else training_set.answers[view, index].to(device)
         if recipe.attack is None or training_set.radius is None:
-            return distillation_loss(predict(student, batch), labels, answers, training_set.alpha, recipe.temperature)
+            return distillation_loss(
+                predict(student, batch), labels, teacher=answers, alpha=training_set.alpha,
+                temperature=recipe.temperature, task=task,
+            )  # fmt: skip
         radius = training_set.radius[index]
         hard = adversarial_loss(student, batch, labels, radius=radius, attack=recipe.attack, pixels=pixels)
         if answers is None:
             return hard
-        soft = soft_label_loss(predict(student, batch), answers, recipe.temperature)
+        soft = task.loss(predict(student, batch), answers, recipe.temperature)
         return (1 - training_set.alpha) * hard + training_set.alpha * soft
 
     return loss_of

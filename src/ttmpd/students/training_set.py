@@ -16,6 +16,7 @@ from ttmpd.progress import track
 from ttmpd.quality.margins import DeepFoolConfig, margins, radii
 from ttmpd.students.adversarial import Attack
 from ttmpd.students.recipe import Recipe
+from ttmpd.training.task import task_of
 from ttmpd.training.teacher_outputs import (
     TeacherOutputs,
     TeacherOutputsWriter,
@@ -56,7 +57,8 @@ def choose(model: nn.Module, pool: Samples, labels: Tensor, n: int, recipe: Reci
         recipe: selector, balance, seed.
     """
 
-    def select(part: Samples, truth: Tensor, quota: int) -> tuple[int, ...]:
+    def select(part: Samples, truth: Tensor | None, quota: int) -> tuple[int, ...]:
+        truth = truth if task_of(model).class_labels else None
         return recipe.select.select(model, part, quota, labels=truth, batch_size=recipe.batch_size, seed=recipe.seed)
 
     if not recipe.balanced:

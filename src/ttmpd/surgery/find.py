@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from ttmpd.method import method_class, names
 from ttmpd.models.run import output_tensors
+from ttmpd.models.tokens import carried_task
 from ttmpd.models.trace import trace
 from ttmpd.records import DepthUnit, Scope, Unit, WidthUnit, touching
 from ttmpd.surgery.reasons import Reason, Refusal
 from ttmpd.surgery.units.base import DepthUnits, UnitFinder, UnitSearch, WidthUnits
+from ttmpd.tasks.base import Task, predicted_tensors
 
 ALL_OF_IT = 0.9
 """A part that holds so much of a larger unit's parameters is that unit over again."""
@@ -74,11 +76,19 @@ def _looked_at(model: nn.Module, units: Sequence[Unit], batch: Tensor) -> tuple[
             one, several = call.output, outputs[call.path]
             if one is not None and several is not None and several.shape[0] != len(batch) * one.shape[0]:
                 refusals[call.path] = Refusal(Reason.MIXED_SAMPLES, f"it has the shape {several.shape}")
-    predicted = _ancestors(tensor.grad_fn for tensor in output_tensors(whole.output))
+    leads_out = _ancestors(tensor.grad_fn for tensor in output_tensors(whole.output))
+    predicted = _ancestors(tensor.grad_fn for tensor in _predicted(model, whole.output))
     for path, output in outputs.items():
         if output is not None and output.node is not None and output.node not in predicted:
-            refusals.setdefault(path, Refusal(Reason.FEEDS_NOTHING))
+            reason = Reason.FEEDS_UNPREDICTED if output.node in leads_out else Reason.FEEDS_NOTHING
+            refusals.setdefault(path, Refusal(reason))
     return {path: whole.order.index(path) for path in paths}, refusals
+
+
+def _predicted(model: nn.Module, raw: Any) -> Sequence[Tensor]:
+    """The tensors of an output by which units are scored: those that the task predicts, all where none is carried."""
+    task = cast(Task | None, carried_task(model))
+    return output_tensors(raw) if task is None else predicted_tensors(raw, task.parts)
 
 
 def _ancestors(nodes: Iterable[Any]) -> set[Any]:

@@ -21,6 +21,7 @@ class Reason(enum.Enum):
     TOO_WIDE = "reads too many values for each of its own to choose among"
     MIXED_SAMPLES = "samples must come first in its output"
     FEEDS_NOTHING = "feeds nothing that the model predicts"
+    FEEDS_UNPREDICTED = "feeds only outputs that the task does not predict"
     OVERLAPS = "shares layers with another unit, and neither holds all of the other"
 
 

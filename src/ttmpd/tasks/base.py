@@ -14,8 +14,9 @@ from ttmpd.tasks._measures import class_record, entropy, mutual_information, pla
 from ttmpd.tasks._outputs import NAMED_OUTPUTS as NAMED_OUTPUTS
 from ttmpd.tasks._outputs import all_rows as all_rows
 from ttmpd.tasks._outputs import as_rows as as_rows
-from ttmpd.tasks._outputs import default_parts, next_step, predicted_tensors
+from ttmpd.tasks._outputs import default_parts, next_step
 from ttmpd.tasks._outputs import named_values as named_values
+from ttmpd.tasks._outputs import predicted_tensors as predicted_tensors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,6 +108,22 @@ class Task(Method, abc.ABC):
             UnsupportedError: the task has no labels that a model could be trained on.
         """
         raise UnsupportedError(f"a model must have labels to be trained on them, but the task {self.name} has none")
+
+    def check_labels(self, labels: Tensor, n_samples: int) -> None:
+        """Refuse labels on which a model of this task cannot be trained.
+
+        Args:
+            labels: one row per sample.
+            n_samples: number of samples that they are of.
+
+        Raises:
+            UnsupportedError: the task has no such labels.
+            InvalidValueError: they have another shape, or values that cannot be.
+        """
+        raise UnsupportedError(
+            f"a model must have labels to be trained on them, but the task {self.name} has none; compress a larger one "
+            "with ttmpd.compress, which needs no labels"
+        )
 
     def right(self, outputs: Tensor, labels: Tensor) -> Tensor | None:
         """(rows,) 1 where a prediction equals its label, else 0; None where predictions are only near or far."""
@@ -227,7 +244,7 @@ class OneOf(Task):
     def loss(self, student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
         """The soft-label loss, summed over the parts."""
         pairs = zip(self.split(student), self.split(teacher), strict=True)
-        return torch.stack([soft_label_loss(ours, theirs, temperature) for ours, theirs in pairs]).sum()
+        return torch.stack([soft_label_loss(logits, goal, temperature) for logits, goal in pairs]).sum()
 
     def held_out_loss(self, student: Tensor, teacher: Tensor) -> float:
         """The loss under the one temperature of the student that suits best: what it knows, however sure it is.
@@ -241,7 +258,7 @@ class OneOf(Task):
     def alike(self, student: Tensor, teacher: Tensor) -> Tensor:
         """1 where every part has the same class."""
         pairs = zip(self.split(student), self.split(teacher), strict=True)
-        return torch.stack([ours.argmax(-1) == theirs.argmax(-1) for ours, theirs in pairs]).all(0).float()
+        return torch.stack([logits.argmax(-1) == goal.argmax(-1) for logits, goal in pairs]).all(0).float()
 
     def confidence(self, outputs: Tensor) -> Tensor | None:
         """The probability of the likeliest class; of several parts the least."""

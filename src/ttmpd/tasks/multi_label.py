@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttmpd.errors import InvalidValueError
 from ttmpd.tasks._measures import binary_entropy, binary_information, plain_numbers
 from ttmpd.tasks.base import Clues, Task, as_rows
 
@@ -46,6 +47,15 @@ class MultiLabel(Task):
         right = ((outputs > 0) == (labels > 0.5)).double().mean()
         crossed = F.binary_cross_entropy_with_logits(outputs.double(), labels.double())
         return {"right_labels": float(right), "binary_cross_entropy": float(crossed)}
+
+    def check_labels(self, labels: Tensor, n_samples: int) -> None:
+        """A 0 or 1 per label and sample."""
+        n_labels = sum(self.widths)
+        if labels.shape != (n_samples, n_labels) or not bool(((labels == 0) | (labels == 1)).all()):
+            raise InvalidValueError(
+                f"labels must be {n_labels} zeros or ones per sample, ({n_samples}, {n_labels}), but got the shape "
+                f"{tuple(labels.shape)} with values from {float(labels.min()):g} to {float(labels.max()):g}"
+            )
 
     def label_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Mean binary cross entropy."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttmpd.errors import InvalidValueError
 from ttmpd.method import check_fields
 from ttmpd.tasks._measures import r_squared
 from ttmpd.tasks._outputs import as_rows, predicted_tensors
@@ -54,6 +55,15 @@ class Regression(Task):
     def confidence(self, outputs: Tensor) -> Tensor | None:
         """None: a number does not say how sure it is."""
         return None
+
+    def check_labels(self, labels: Tensor, n_samples: int) -> None:
+        """As many numbers per sample as the model predicts, all of them finite."""
+        n_numbers = sum(self.widths)
+        if len(labels) != n_samples or labels.numel() != n_samples * n_numbers or not bool(labels.isfinite().all()):
+            raise InvalidValueError(
+                f"labels must be {n_numbers} finite numbers per sample, ({n_samples}, {n_numbers}), but got the shape "
+                f"{tuple(labels.shape)}{'' if bool(labels.isfinite().all()) else ' with NaN or infinity'}"
+            )
 
     def label_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Mean squared error."""

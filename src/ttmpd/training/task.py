@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.data.tokenization import Tokenization
-from ttmpd.errors import ModelError, cause
+from ttmpd.errors import InvalidValueError, ModelError, cause
 from ttmpd.models.modules import clone, has_nan
 from ttmpd.models.run import evaluating
 from ttmpd.models.tokens import carried_task, carry_task
@@ -56,8 +56,10 @@ def adopt_task(model: nn.Module, raw: Any, batch: Tensor, task: Task | None = No
 
     Raises:
         ModelError: no task fits the output.
+        InvalidValueError: ``task`` is another one than that which the model carries.
     """
     by_hand = task or cast(Task | None, carried_task(model))
+    check_agrees(task, cast(Task | None, carried_task(model)))
     text, padding = "", 0
     if isinstance(preparation, Tokenization):
         text, padding = preparation.task, preparation.padding
@@ -70,6 +72,25 @@ def adopt_task(model: nn.Module, raw: Any, batch: Tensor, task: Task | None = No
         )
     carry_task(model, chosen)
     return chosen
+
+
+def check_agrees(task: Task | None, carried: Task | None) -> None:
+    """Refuse to read a model that says what it predicts, such as that of an artifact, as something else.
+
+    Args:
+        task: by hand; None agrees with every model.
+        carried: by the model; None agrees with every task.
+
+    Raises:
+        InvalidValueError: these are different tasks, or of different parts.
+    """
+    if task is None or carried is None:
+        return
+    if type(task) is not type(carried) or (task.parts and carried.parts and task.parts != carried.parts):
+        names = [f"{each.name}{' of ' + ', '.join(each.parts) if any(each.parts) else ''}" for each in (carried, task)]
+        raise InvalidValueError(
+            f"task must be that with which the model was made, {names[0]}, but got {names[1]}; leave it out"
+        )
 
 
 def check_structure(model: nn.Module, batch: Tensor) -> None:

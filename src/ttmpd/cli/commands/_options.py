@@ -182,13 +182,16 @@ class Model:
 
 
 def carry_named(module: "nn.Module", task: str) -> None:
-    """Let a module carry the task NAME, or NAME:KEY,KEY. In place."""
+    """Let a module carry the task NAME, or NAME:KEY,KEY; that of an artifact has to be the same. In place."""
     from ttmpd.method import method_of
-    from ttmpd.models.tokens import carry_task
+    from ttmpd.models.tokens import carried_task, carry_task
+    from ttmpd.training.task import check_agrees
 
     name, _, keys = task.partition(":")
     parts = tuple(key.strip() for key in keys.split(",") if key.strip())
-    carry_task(module, method_of("task", name).with_settings(parts=parts))
+    chosen: Any = method_of("task", name).with_settings(parts=parts)
+    check_agrees(chosen, carried_task(module))
+    carry_task(module, chosen)
 
 
 @dataclass(frozen=True, slots=True)
