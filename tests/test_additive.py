@@ -46,8 +46,8 @@ TOYS = '''
         source: ClassVar[str] = "a toy"
         share: float = 0.5
 
-        def find(self, model, batch):
-            found = Channel(least=2).find(model, batch)
+        def search(self, observation):
+            found = Channel(least=2).search(observation)
             halves = [dataclasses.replace(unit, kind=self.name, widths=(unit.n_members // 2,)) for unit in found.units]
             return dataclasses.replace(found, units=tuple(halves))
 

@@ -138,8 +138,8 @@ class Careless(Knapsack.__mro__[1]):  # type: ignore[misc]
 class WrongDrop(DepthUnits):  # type: ignore[misc]
     """Wrong on purpose: it leaves the unit in."""
 
-    def find(self, model, batch):
-        return Block().find(model, batch)
+    def search(self, observation):
+        return Block().search(observation)
 
     def example(self, n=4):
         return Block().example(n)

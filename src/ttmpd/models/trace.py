@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -103,7 +103,7 @@ def trace(
     *,
     paths: Collection[str] | None = None,
     values: bool = False,
-    gradients: bool | Literal["weights"] = False,
+    gradients: bool = False,
     note: Note | None = None,
 ) -> Trace:
     """Run the model once, in eval mode, and note every call of its modules.
@@ -113,8 +113,7 @@ def trace(
         batch: a few samples on its device.
         paths: modules to note, under any of their names; all of them when not given.
         values: keep arguments and outputs, which takes memory; the tensors are the model's own, not copies.
-        gradients: note where tensors stand in the autograd graph, and keep that; with "weights" the batch stays the
-            constant that it is, otherwise it has a node like everything else.
+        gradients: note where tensors stand in the autograd graph, and keep that; the batch has a node there, too.
         note: see :data:`Note`.
 
     Cost: one forward pass.
@@ -130,11 +129,10 @@ def trace(
     for module, names in _names(model).items():
         if paths is None or any(name in paths for name in names):
             handles += recorder.watch(module, names)
-    with evaluating(model, bool(gradients)), hooks(handles):
+    with evaluating(model, gradients), hooks(handles):
         if gradients:
             for parameter in model.parameters():
                 parameter.requires_grad_(parameter.is_floating_point())
-        if gradients is True:
             batch = batch.clone().requires_grad_(batch.is_floating_point())
             batch = batch.view_as(batch)  # a view has a node in the graph
         output = model(batch)

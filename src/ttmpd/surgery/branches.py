@@ -4,15 +4,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import count_parameters, module_at
 from ttmpd.models.run import output_tensors
-from ttmpd.models.trace import ModuleCall, Trace, trace
+from ttmpd.models.trace import ModuleCall, Trace
 from ttmpd.records import DepthUnit, Form, Layout
 from ttmpd.surgery.layers import is_layer
 from ttmpd.surgery.masks import proven
+from ttmpd.surgery.observation import Observation, note_of
 from ttmpd.surgery.reasons import Refusal
 from ttmpd.surgery.replacements import drop
 
@@ -40,14 +40,12 @@ class Branch:
         return not self.is_attention and len(self.layers) > 1 and all(map(is_layer, self.layers))
 
 
-def find_branches(model: nn.Module, batch: Tensor) -> list[Branch]:
+def find_branches(observation: Observation) -> list[Branch]:
     """The branches beside a shortcut around them, in the order of the network.
 
     A branch is computed from the shortcut's own tensor and from parameters alone, and nothing else reads it.
-
-    Cost: one forward pass with a graph.
     """
-    run = trace(model, batch, gradients=True, note=lambda _module, _args, output: _form(output))
+    model, run = observation.model, observation.trace
     users = _users([tensor.grad_fn for tensor in output_tensors(run.output) if tensor.grad_fn is not None])
     branches: list[Branch] = []
     for node in users:
@@ -61,18 +59,12 @@ def find_branches(model: nn.Module, batch: Tensor) -> list[Branch]:
 
 
 def branch_units(
-    model: nn.Module, batch: Tensor, kind: str, branches: Sequence[Branch]
+    observation: Observation, kind: str, branches: Sequence[Branch]
 ) -> tuple[list[DepthUnit], dict[str, Refusal]]:
     """(units of the branches that can be dropped exactly, path -> why the others cannot)."""
-    macs = count_macs(model, batch)
-    units = [_unit(model, kind, branch, macs) for branch in branches]
-    return proven(lambda student, unit, _: drop(student, unit), model, units, batch[:2])
-
-
-def _form(output: Any) -> Form | None:
-    if not isinstance(output, tuple):
-        return "plain"
-    return {1: "tuple", 2: "pair"}.get(len(output))  # type: ignore[return-value]
+    model = observation.model
+    units = [_unit(model, kind, branch, observation.macs) for branch in branches]
+    return proven(lambda student, unit, _: drop(student, unit), model, units, observation.batch[:2])
 
 
 def _name(node: Any) -> str:
@@ -139,7 +131,7 @@ def _branch(model: nn.Module, run: Trace, nodes: set[Any], users: Mapping[Any, S
     for path, call in run.once().items():
         module = module_at(model, path)
         within = any(path.startswith(f"{other}.") for other in inside)
-        if not path or within or call.output is None or call.output.node not in nodes or call.note is None:
+        if not path or within or call.output is None or call.output.node not in nodes or note_of(call).form is None:
             continue
         if all(id(parameter) in weights for parameter in module.parameters()):
             inside[path] = call
@@ -181,7 +173,8 @@ def _unit(model: nn.Module, kind: str, branch: Branch, macs: Mapping[str, int]) 
 
 
 def _called(call: ModuleCall) -> Form:
-    form: Form = call.note  # type: ignore[assignment]
+    form = note_of(call).form
+    assert form is not None
     return "arguments" if form == "plain" and not call.is_plain else form
 
 

@@ -10,6 +10,7 @@ from ttmpd.models.run import output_tensors
 from ttmpd.models.tokens import carried_task
 from ttmpd.models.trace import trace
 from ttmpd.records import DepthUnit, Scope, Unit, WidthUnit, touching
+from ttmpd.surgery.observation import Observation
 from ttmpd.surgery.reasons import Reason, Refusal
 from ttmpd.surgery.units.base import DepthUnits, UnitFinder, UnitSearch, WidthUnits
 from ttmpd.tasks.base import Task, predicted_tensors
@@ -55,26 +56,32 @@ def find_units(model: nn.Module, batch: Tensor, kinds: Sequence[str] | None = No
         model: left untouched.
         batch: a few samples on the model's device.
         kinds: names of kinds; those that are on by default when not given.
+
+    Raises:
+        ModelError: the model cannot be run on the batch or answers with NaN.
+
+    Cost: four forward passes for all kinds together (calls, operations, the output layer, a single sample), and what
+    each kind needs to prove that its units can go.
     """
-    searches = [kind_of(name).find(model, batch) for name in (default_kinds() if kinds is None else kinds)]
+    observation = Observation(model, batch)
+    searches = [kind_of(name).search(observation) for name in (default_kinds() if kinds is None else kinds)]
     units = [unit for search in searches for unit in search.units]
-    order, refusals = _looked_at(model, units, batch)
+    order, refusals = _looked_at(observation, units)
     units = _nested([unit for unit in units if unit.path not in refusals], refusals)
     units.sort(key=lambda unit: (order[unit.path], isinstance(unit, WidthUnit), unit.kind))
     not_removable = {path: refusal for search in searches for path, refusal in search.not_removable.items()}
     return UnitSearch(tuple(units), not_removable | refusals)
 
 
-def _looked_at(model: nn.Module, units: Sequence[Unit], batch: Tensor) -> tuple[dict[str, int], dict[str, Refusal]]:
-    """(path -> place in calling order, path -> why it cannot be removed after all), seen in a pass or two."""
-    paths = {unit.path for unit in units}
-    whole = trace(model, batch, paths=paths, gradients=True)
-    outputs = {path: calls[0].output for path, calls in whole.by_path().items()}
+def _looked_at(observation: Observation, units: Sequence[Unit]) -> tuple[dict[str, int], dict[str, Refusal]]:
+    """(path -> place in calling order, path -> why it cannot be removed after all)."""
+    paths, batch, whole = {unit.path for unit in units}, observation.batch, observation.trace
+    outputs = {path: calls[0].output for path, calls in whole.by_path().items() if path in paths}
     refusals: dict[str, Refusal] = {}
     if len(batch) > 1:
-        for call in trace(model, batch[:1], paths=paths).calls:
-            one, several = call.output, outputs[call.path]
-            if one is not None and several is not None and several.shape[0] != len(batch) * one.shape[0]:
+        for call in trace(observation.model, batch[:1], paths=paths).calls:
+            single, several = call.output, outputs[call.path]
+            if single is not None and several is not None and several.shape[0] != len(batch) * single.shape[0]:
                 refusals[call.path] = Refusal(Reason.MIXED_SAMPLES, f"it has the shape {several.shape}")
     leads_out = _ancestors(tensor.grad_fn for tensor in output_tensors(whole.output))
     predicted = _ancestors(tensor.grad_fn for tensor in _predicted(model, whole.output))

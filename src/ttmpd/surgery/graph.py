@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ttmpd.models.trace import ModuleCall, trace
-from ttmpd.surgery.layers import answers_plainly, is_convolution
+from ttmpd.models.trace import ModuleCall
+from ttmpd.surgery.observation import Observation, note_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -23,21 +23,16 @@ class Call:
     """Whether it is a convolution over all channels and answered what its weights make of the input."""
 
 
-def calls_of(model: nn.Module, batch: Tensor, watched: Callable[[nn.Module], bool]) -> dict[str, Call]:
+def calls_of(observation: Observation, watched: Callable[[nn.Module], bool]) -> dict[str, Call]:
     """Path -> call of every watched module that ran, in calling order; shapes without the batch."""
-    paths = {path for path, module in model.named_modules() if watched(module)}
-    notes = trace(model, batch, paths=paths, gradients="weights", note=_is_plain)
-    return {path: _call(calls) for path, calls in notes.by_path().items()}
+    paths = {path for path, module in observation.model.named_modules() if watched(module)}
+    return {path: _call(calls) for path, calls in observation.trace.by_path().items() if path in paths}
 
 
 def _call(calls: Sequence[ModuleCall]) -> Call:
     x, y = calls[-1].input, calls[-1].output
     assert x is not None and y is not None
-    return Call(len(calls), x.node, y.node, x.shape[1:], y.shape[1:], bool(calls[-1].note))
-
-
-def _is_plain(module: nn.Module, args: Any, output: Any) -> bool:
-    return is_convolution(module) and answers_plainly(module, args[0], output)
+    return Call(len(calls), x.node, y.node, x.shape[1:], y.shape[1:], note_of(calls[-1]).plain_convolution)
 
 
 def producers_of(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ttmpd.errors import UnsupportedError
 from ttmpd.method import Method
 from ttmpd.records import Action, DepthUnit, Unit, WidthUnit
+from ttmpd.surgery.observation import Observation
 from ttmpd.surgery.reasons import Refusal
 from ttmpd.surgery.replacements import copied_without, drop
 
@@ -35,14 +36,21 @@ class UnitFinder(Method, abc.ABC):
     actions: ClassVar[tuple[Action, ...]] = ("drop",)
     """What can be done to a unit of this kind."""
 
-    @abc.abstractmethod
     def find(self, model: nn.Module, batch: Tensor) -> UnitSearch:
-        """The units of ``model``, seen by running it.
+        """The units of this kind in a model, in the order of the network.
 
         Args:
             model: left untouched.
             batch: a few samples, on the model's device.
+
+        Raises:
+            ModelError: the model cannot be run on the batch or answers with NaN.
         """
+        return self.search(Observation(model, batch))
+
+    @abc.abstractmethod
+    def search(self, observation: Observation) -> UnitSearch:
+        """The same of a model that has been looked at already; what was seen is shared with other kinds."""
 
     @abc.abstractmethod
     def example(self, n: int = 4) -> tuple[nn.Module, Tensor]:

@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ttmpd.errors import ModelError, first_line
-from ttmpd.models.macs import count_macs
-from ttmpd.models.modules import count_parameters, has_nan, module_at, replace_module
-from ttmpd.models.run import evaluating, first_tensor, predict
+from ttmpd.errors import first_line
+from ttmpd.models.modules import count_parameters, module_at, replace_module
+from ttmpd.models.run import evaluating, predict
 from ttmpd.models.tiny import tiny_model
-from ttmpd.models.trace import ModuleCall, trace
+from ttmpd.models.trace import ModuleCall
 from ttmpd.records import Action, DepthUnit, Layout
+from ttmpd.surgery.observation import Observation
 from ttmpd.surgery.reasons import Reason, Refusal
 from ttmpd.surgery.replacements import drop
 from ttmpd.surgery.units.base import DepthUnits, UnitSearch
@@ -64,22 +64,18 @@ class Block(DepthUnits):
     source: ClassVar[str] = "PRACTISE (arXiv 2202.07861), section 3: blocks of equal shape; found here by running"
     actions: ClassVar[tuple[Action, ...]] = ("drop", "linear")
 
-    def find(self, model: nn.Module, batch: Tensor) -> UnitSearch:
-        """The removable blocks, in the order of the network.
-
-        Raises:
-            ModelError: the model cannot be run on the batch or answers with NaN.
-        """
-        seen = _watch(model, batch)
+    def search(self, observation: Observation) -> UnitSearch:
+        """The removable blocks, in the order of the network."""
+        model, seen = observation.model, _watch(observation)
         refused: dict[str, Refusal] = {}
         repeated = _in_rows(model, seen)
         chosen = _choose(model, "", seen, repeated, refused)
         order = {path: number for number, path in enumerate(seen)}
-        macs = count_macs(model, batch)
         units = [
-            _unit(path, module_at(model, path), seen[path], macs) for path in sorted(chosen, key=order.__getitem__)
+            _unit(path, module_at(model, path), seen[path], observation.macs)
+            for path in sorted(chosen, key=order.__getitem__)
         ]
-        kept = [unit for unit in units if _works_without(model, unit, batch, refused)]
+        kept = [unit for unit in units if _works_without(model, unit, observation.batch, refused)]
         return UnitSearch(tuple(kept), refused)
 
     def example(self, n: int = 4) -> tuple[nn.Module, Tensor]:
@@ -101,21 +97,11 @@ class Block(DepthUnits):
         return nn.Sequential(linear, {"relu": nn.ReLU, "relu6": nn.ReLU6}[unit.activation]())
 
 
-def _watch(model: nn.Module, batch: Tensor) -> dict[str, _Seen]:
+def _watch(observation: Observation) -> dict[str, _Seen]:
     """Every module that holds layers, as one run with gradients shows it, in calling order."""
-    holders = {path for path, module in model.named_modules() if path and list(module.children()) and _n_layers(module)}
-    try:
-        notes = trace(model, batch, paths=holders, values=True, gradients=True)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ModelError(
-            f"{type(model).__name__} must run on a batch of shape {tuple(batch.shape)}, but failed: "
-            f"{first_line(error)[:200]}; check the input size and the preprocessing"
-        ) from error
-    logits = first_tensor(notes.output)
-    if logits is None or has_nan(logits):
-        what = "none" if logits is None else "NaN or infinity"
-        raise ModelError(f"{type(model).__name__} must answer with a tensor of finite values, but got {what}")
-    return {path: _seen(calls) for path, calls in notes.by_path().items()}
+    modules = observation.model.named_modules()
+    holders = {path for path, module in modules if path and list(module.children()) and _n_layers(module)}
+    return {path: _seen(calls) for path, calls in observation.trace.by_path().items() if path in holders}
 
 
 def _seen(calls: Sequence[ModuleCall]) -> _Seen:

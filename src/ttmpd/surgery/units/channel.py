@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.method import check_fields
-from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import module_at
 from ttmpd.models.tiny import tiny_model
 from ttmpd.records import WidthUnit
@@ -24,6 +23,7 @@ from ttmpd.surgery.layers import (
     take_outputs,
 )
 from ttmpd.surgery.masks import proven
+from ttmpd.surgery.observation import Observation
 from ttmpd.surgery.reasons import Reason, Refusal
 from ttmpd.surgery.units.base import UnitSearch, WidthUnits
 
@@ -61,10 +61,10 @@ class Channel(WidthUnits):
     def __post_init__(self) -> None:
         check_fields(self, least=2, parts=2, most_inputs=1)
 
-    def find(self, model: nn.Module, batch: Tensor) -> UnitSearch:
+    def search(self, observation: Observation) -> UnitSearch:
         """The hidden channels of at least ``least``, in the order of the network."""
-        calls = calls_of(model, batch, lambda module: is_convolution(module) or _is_channelwise(module))
-        macs = count_macs(model, batch)
+        model = observation.model
+        calls = calls_of(observation, lambda module: is_convolution(module) or _is_channelwise(module))
         made_by = {path: _makers(model, path, calls) for path, seen in calls.items() if seen.plain}
         shared = [maker for makers in made_by.values() for maker in makers]
         wide = [
@@ -77,8 +77,12 @@ class Channel(WidthUnits):
             for path, n in read.items()
             if n > self.most_inputs
         }
-        units = [self._sized(_unit(model, path, made_by[path], calls, macs)) for path in wide if path not in large]
-        kept, refused = proven(self.narrow, model, units, batch[:2])
+        units = [
+            self._sized(_unit(model, path, made_by[path], calls, observation.macs))
+            for path in wide
+            if path not in large
+        ]
+        kept, refused = proven(self.narrow, model, units, observation.batch[:2])
         return UnitSearch(tuple(kept), refused | large)
 
     def _sized(self, unit: WidthUnit) -> WidthUnit:

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.method import check_fields
-from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import module_at, replace_module
 from ttmpd.models.run import first_tensor
 from ttmpd.models.tiny import tiny_tokens, tiny_transformer
-from ttmpd.models.trace import trace
 from ttmpd.records import WidthUnit
 from ttmpd.surgery.layers import is_layer, matrix_of, spread_out, take_inputs, take_outputs
 from ttmpd.surgery.masks import proven
+from ttmpd.surgery.observation import Observation
 from ttmpd.surgery.reasons import Reason, Refusal
 from ttmpd.surgery.units.base import UnitSearch, WidthUnits
 
@@ -62,15 +61,14 @@ class Head(WidthUnits):
     def __post_init__(self) -> None:
         check_fields(self, parts=1)
 
-    def find(self, model: nn.Module, batch: Tensor) -> UnitSearch:
+    def search(self, observation: Observation) -> UnitSearch:
         """Every attention of two or more heads or groups, in the order of the network."""
+        model = observation.model
         layers = {path for path, module in model.named_modules() if is_layer(module)}
-        counting = {path for path, module in model.named_modules() if _attribute(module, _COUNTS)}
-        notes = trace(model, batch, paths=layers | counting).calls
+        notes = observation.trace.calls
         calls = [note.path for note in notes if note.path in layers]
         shapes = {note.path: note.output.shape[1:] for note in notes if note.path in layers and note.output}
         tuples = {note.path for note in notes if issubclass(note.output_type, tuple)}
-        macs = count_macs(model, batch)
         units: list[WidthUnit] = []
         refused: dict[str, Refusal] = {}
         for path, module in model.named_modules():
@@ -79,12 +77,12 @@ class Head(WidthUnits):
                 continue
             found = _layers(path, module, calls, model)
             if found is not None:
-                unit = _unit(model, path, found, shapes, macs)
+                unit = _unit(model, path, found, shapes, observation.macs)
                 units.append(dataclasses.replace(unit, form="pair") if path in tuples else unit)
             elif _is_silent(path, module, shapes):
                 refused[path] = Refusal(Reason.HIDDEN_LAYERS)
         units = [self._sized(unit) for unit in units if unit.n_members > 1]
-        kept, others = proven(self.narrow, model, units, batch[:2])
+        kept, others = proven(self.narrow, model, units, observation.batch[:2])
         return UnitSearch(tuple(kept), refused | others)
 
     def _sized(self, unit: WidthUnit) -> WidthUnit:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ttmpd.models.tiny import tiny_tokens, tiny_transformer
 from ttmpd.surgery.branches import branch_units, find_branches
+from ttmpd.surgery.observation import Observation
 from ttmpd.surgery.units.base import DepthUnits, UnitSearch
 
 
@@ -20,10 +21,10 @@ class Mlp(DepthUnits):
 
     source: ClassVar[str] = "CoFi (ACL 2022, arXiv 2204.00408): FFN layers as units; found here in the autograd graph"
 
-    def find(self, model: nn.Module, batch: Tensor) -> UnitSearch:
+    def search(self, observation: Observation) -> UnitSearch:
         """The MLP sublayers, in the order of the network."""
-        branches = [branch for branch in find_branches(model, batch) if branch.is_mlp]
-        units, refusals = branch_units(model, batch, self.name, branches)
+        branches = [branch for branch in find_branches(observation) if branch.is_mlp]
+        units, refusals = branch_units(observation, self.name, branches)
         return UnitSearch(tuple(units), refusals)
 
     def example(self, n: int = 4) -> tuple[nn.Module, Tensor]:

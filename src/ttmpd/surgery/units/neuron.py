@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.method import check_fields
-from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import module_at
-from ttmpd.models.taps import find_output_layer
 from ttmpd.models.tiny import tiny_tokens, tiny_transformer
 from ttmpd.records import WidthUnit
 from ttmpd.surgery.graph import Call, calls_of, producers_of
 from ttmpd.surgery.layers import ROUND, is_layer, matrix_of, spread_out, take_inputs, take_outputs
 from ttmpd.surgery.masks import proven
+from ttmpd.surgery.observation import Observation
 from ttmpd.surgery.units.base import UnitSearch, WidthUnits
 
 _ELEMENTWISE = {
@@ -47,20 +46,19 @@ class Neuron(WidthUnits):
     def __post_init__(self) -> None:
         check_fields(self, least=2, parts=1)
 
-    def find(self, model: nn.Module, batch: Tensor) -> UnitSearch:
+    def search(self, observation: Observation) -> UnitSearch:
         """The hidden layers of at least ``least`` neurons, in the order of the network."""
-        calls = calls_of(model, batch, is_layer)
-        head = None if self.last else find_output_layer(model, batch)  # its input is what distillation compares
+        model, calls = observation.model, calls_of(observation, is_layer)
+        head = None if self.last else observation.output_layer  # its input is what distillation compares
         producers = {path: _producers(model, path, calls) for path in calls if path != head}
-        macs = count_macs(model, batch)
         units = [
-            self._sized(_unit(model, path, found, calls[path], macs))
+            self._sized(_unit(model, path, found, calls[path], observation.macs))
             for path, found in producers.items()
             if found and len(matrix_of(module_at(model, path))[0]) >= self.least
         ]
         shared = [f for found in producers.values() for f in found]
         units = [unit for unit in units if all(shared.count(producer) == 1 for producer in unit.producers)]
-        kept, refused = proven(self.narrow, model, units, batch[:2])
+        kept, refused = proven(self.narrow, model, units, observation.batch[:2])
         return UnitSearch(tuple(kept), refused)
 
     def _sized(self, unit: WidthUnit) -> WidthUnit:
