@@ -39,7 +39,7 @@ class Knapsack(Planner):
             inside = front
             for inner in tree.get(unit, ()):
                 inside = extended(inside, inner)
-            points = inside + _taken(front, by_unit.get(unit, ()))
+            points = inside + _with_each(front, by_unit.get(unit, ()))
             return _thinned(_pareto(points, needed_ms), self.max_front)
 
         front = extended([(0.0, 0.0, None)], OUTERMOST)
@@ -52,20 +52,20 @@ _Point = tuple[float, float, _Link]
 """(saved, harm, link); the link is (option, link before) so that choices are never copied."""
 
 
-def _taken(front: list[_Point], choices: Sequence[Option]) -> list[_Point]:
+def _with_each(front: list[_Point], choices: Sequence[Option]) -> list[_Point]:
     """Every point with every choice added."""
     return [(s + o.saved_ms, h + max(o.harm, 0.0), (o, link)) for s, h, link in front for o in choices]
 
 
 def _pareto(points: list[_Point], needed_ms: float) -> list[_Point]:
     """Points that no other beats, by falling savings; what is saved beyond the need counts nothing."""
-    kept: list[_Point] = []
+    front: list[_Point] = []
     least = float("inf")
     for point in sorted(points, key=lambda p: (-min(p[0], needed_ms), p[1], -p[0])):
         if point[1] < least:
-            kept.append(point)
+            front.append(point)
             least = point[1]
-    return kept
+    return front
 
 
 def _thinned(front: list[_Point], limit: int) -> list[_Point]:

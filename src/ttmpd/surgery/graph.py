@@ -15,8 +15,8 @@ class Call:
     """What was seen of a module: how often it ran, its shapes, and where its input and output stand in the graph."""
 
     count: int
-    given: Any
-    made: Any
+    input_node: Any
+    output_node: Any
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     plain: bool
@@ -44,9 +44,9 @@ def producers_of(
     ``ReluBackward0``) stands between, or the module ran twice. ``through`` says of which modules the producers are
     looked for, too.
     """
-    ends = {other.made: name for name, other in calls.items() if other.count == 1 and name != path}
-    found, met, visited = set(), set(), set()
-    stack = [calls[path].given] if calls[path].count == 1 else []
+    ends = {other.output_node: name for name, other in calls.items() if other.count == 1 and name != path}
+    producers, met, visited = set(), set(), set()
+    stack = [calls[path].input_node] if calls[path].count == 1 else []
     while stack:
         node = stack.pop()
         if node is None or node in visited:
@@ -54,11 +54,11 @@ def producers_of(
         visited.add(node)
         kind = str(node.name()).rpartition("::")[2].partition("Backward")[0]
         if node in ends:
-            found.add(ends[node])
-            stack += [calls[ends[node]].given] if through(ends[node]) else []
+            producers.add(ends[node])
+            stack += [calls[ends[node]].input_node] if through(ends[node]) else []
         elif kind in functions:
             met.add(kind)
             stack += [parent for parent, _ in node.next_functions]
         else:
             return (), met
-    return tuple(name for name in calls if name in found), met
+    return tuple(name for name in calls if name in producers), met

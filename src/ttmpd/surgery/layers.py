@@ -108,9 +108,9 @@ def _device(layer: nn.Module) -> torch.device:
     return next(itertools.chain(layer.parameters(), layer.buffers())).device
 
 
-def spread_out(kept: Sequence[int], width: int) -> Tensor:
+def spread_out(kept_members: Sequence[int], width: int) -> Tensor:
     """The positions of the kept members where each is ``width`` wide."""
-    return (torch.tensor(list(kept), dtype=torch.long)[:, None] * width + torch.arange(width)).flatten()
+    return (torch.tensor(list(kept_members), dtype=torch.long)[:, None] * width + torch.arange(width)).flatten()
 
 
 def inputs_of(layer: nn.Module) -> int:
@@ -118,9 +118,9 @@ def inputs_of(layer: nn.Module) -> int:
     return matrix_of(layer).shape[1] // kernel_area(layer)
 
 
-def columns(model: nn.Module, unit: WidthUnit, kept: Sequence[int]) -> Tensor:
+def columns(model: nn.Module, unit: WidthUnit, kept_members: Sequence[int]) -> Tensor:
     """What of that which the layer at ``unit.path`` reads belongs to the kept members."""
-    return spread_out(kept, inputs_of(module_at(model, unit.path)) // unit.n_members)
+    return spread_out(kept_members, inputs_of(module_at(model, unit.path)) // unit.n_members)
 
 
 def bias_of(layer: nn.Module) -> Tensor:

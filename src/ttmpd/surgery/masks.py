@@ -57,7 +57,7 @@ def masked(model: nn.Module, masks: Mapping[U, Tensor]) -> Iterator[None]:
         yield
 
 
-def mask_of(unit: Unit, kept: Sequence[int] = ()) -> Tensor:
+def mask_of(unit: Unit, kept_members: Sequence[int] = ()) -> Tensor:
     """The mask of a removal: 1 for the members that are kept, 0 for all others, and for a unit without members.
 
     Example:
@@ -67,7 +67,7 @@ def mask_of(unit: Unit, kept: Sequence[int] = ()) -> Tensor:
     if not isinstance(unit, WidthUnit):
         return torch.zeros(())
     mask = torch.zeros(unit.n_members)
-    mask[list(kept)] = 1
+    mask[list(kept_members)] = 1
     return mask
 
 
@@ -122,20 +122,22 @@ def proven(
         return [], {units[0].path: refusal}
     half = len(units) // 2
     first, refused = proven(remove, model, units[:half], batch)
-    second, others = proven(remove, model, units[half:], batch)
-    return first + second, refused | others
+    second, more_refusals = proven(remove, model, units[half:], batch)
+    return first + second, refused | more_refusals
 
 
-def _difference(remove: Remove[U], model: nn.Module, kept: Mapping[U, Sequence[int]], batch: Tensor) -> Refusal | None:
+def _difference(
+    remove: Remove[U], model: nn.Module, kept_members: Mapping[U, Sequence[int]], batch: Tensor
+) -> Refusal | None:
     """Why the units cannot be removed but for the members, None when they can."""
     try:
         student = copy.deepcopy(model)
-        for unit, members in kept.items():
+        for unit, members in kept_members.items():
             remove(student, unit, members)
         with evaluating(student):
             cut = student(batch)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError) as error:
         return Refusal(Reason.NEEDED, first_line(error)[:120])
-    with evaluating(model), masked(model, {unit: mask_of(unit, members) for unit, members in kept.items()}):
+    with evaluating(model), masked(model, {unit: mask_of(unit, members) for unit, members in kept_members.items()}):
         whole = model(batch)
     return None if same_outputs(cut, whole) else Refusal(Reason.DEPENDENT)

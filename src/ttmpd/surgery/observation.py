@@ -60,8 +60,8 @@ class Observation:
             ) from error
         output = first_tensor(run.output)
         if output is None or has_nan(output):
-            what = "none" if output is None else "NaN or infinity"
-            raise ModelError(f"{name} must answer with a tensor of finite values, but got {what}")
+            problem = "none" if output is None else "NaN or infinity"
+            raise ModelError(f"{name} must answer with a tensor of finite values, but got {problem}")
         return run
 
     @functools.cached_property

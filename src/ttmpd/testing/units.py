@@ -67,12 +67,12 @@ def check_masked_equals_cut(kind: UnitFinder) -> None:
     whole = answer(model, batch)
     for chosen in [(), *((unit,) for unit in units), units]:
         for removals in _removals(chosen) if chosen else [[]]:
-            found = _masked_answer(model, batch, removals)
-            gap = float((found - answer(_cut(kind, model, removals), batch)).abs().max())
+            masked_output = _masked_answer(model, batch, removals)
+            gap = float((masked_output - answer(_cut(kind, model, removals), batch)).abs().max())
             require(
                 gap <= 1e-5, f"masked output must equal cut output, but they differ by {gap} for {len(chosen)} units"
             )
-            alike = torch.equal(found, whole)
+            alike = torch.equal(masked_output, whole)
             require(alike == (not removals), "a removal must change the answer, and nothing else may")
     require(torch.equal(answer(model, batch), whole), "the model must answer as before once the mask is off")
 

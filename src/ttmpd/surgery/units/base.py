@@ -86,5 +86,5 @@ class WidthUnits(UnitFinder):
     actions: ClassVar[tuple[Action, ...]] = ("narrow",)
 
     @abc.abstractmethod
-    def narrow(self, student: nn.Module, unit: WidthUnit, kept: Sequence[int]) -> None:
-        """Take all members but ``kept`` out of ``student``, in place; they are numbered as found."""
+    def narrow(self, student: nn.Module, unit: WidthUnit, kept_members: Sequence[int]) -> None:
+        """Take all members but the kept ones out of ``student``, in place; they are numbered as found."""

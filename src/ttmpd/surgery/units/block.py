@@ -33,8 +33,8 @@ _TRANSPARENT = {
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Seen:
-    """What was seen of one module during a forward pass: its last call, and what leads around it."""
+class _ModuleRun:
+    """One module in a forward pass: its last call, how often it was called, and what leads around it."""
 
     call: ModuleCall
     count: int
@@ -66,17 +66,17 @@ class Block(DepthUnits):
 
     def search(self, observation: Observation) -> UnitSearch:
         """The removable blocks, in the order of the network."""
-        model, seen = observation.model, _watch(observation)
+        model, runs = observation.model, _watch(observation)
         refused: dict[str, Refusal] = {}
-        repeated = _in_rows(model, seen)
-        chosen = _choose(model, "", seen, repeated, refused)
-        order = {path: number for number, path in enumerate(seen)}
+        repeated = _in_rows(model, runs)
+        chosen = _choose(model, "", runs, repeated, refused)
+        order = {path: number for number, path in enumerate(runs)}
         units = [
-            _unit(path, module_at(model, path), seen[path], observation.macs)
+            _unit(path, module_at(model, path), runs[path], observation.macs)
             for path in sorted(chosen, key=order.__getitem__)
         ]
-        kept = [unit for unit in units if _works_without(model, unit, observation.batch, refused)]
-        return UnitSearch(tuple(kept), refused)
+        removable = [unit for unit in units if _works_without(model, unit, observation.batch, refused)]
+        return UnitSearch(tuple(removable), refused)
 
     def example(self, n: int = 4) -> tuple[nn.Module, Tensor]:
         """Three residual blocks between a stem and a head, and images for them."""
@@ -97,18 +97,18 @@ class Block(DepthUnits):
         return nn.Sequential(linear, {"relu": nn.ReLU, "relu6": nn.ReLU6}[unit.activation]())
 
 
-def _watch(observation: Observation) -> dict[str, _Seen]:
+def _watch(observation: Observation) -> dict[str, _ModuleRun]:
     """Every module that holds layers, as one run with gradients shows it, in calling order."""
     modules = observation.model.named_modules()
     holders = {path for path, module in modules if path and list(module.children()) and _n_layers(module)}
-    return {path: _seen(calls) for path, calls in observation.trace.by_path().items() if path in holders}
+    return {path: _module_run(calls) for path, calls in observation.trace.by_path().items() if path in holders}
 
 
-def _seen(calls: Sequence[ModuleCall]) -> _Seen:
+def _module_run(calls: Sequence[ModuleCall]) -> _ModuleRun:
     last = calls[-1]
     ends = (None if last.output is None else last.output.node, None if last.input is None else last.input.node)
     shortcut = _has_shortcut(*ends, _is_sum)
-    return _Seen(last, len(calls), shortcut, not shortcut and _has_shortcut(*ends, _is_product))
+    return _ModuleRun(last, len(calls), shortcut, not shortcut and _has_shortcut(*ends, _is_product))
 
 
 def _node_name(node: Any) -> str:
@@ -156,15 +156,15 @@ def _has_shortcut(start: Any, goal: Any, joins: Callable[[Any], bool]) -> bool:
     return False
 
 
-def _same_shape(record: _Seen) -> bool:
+def _same_shape(record: _ModuleRun) -> bool:
     x, y = record.input, record.output
     return x is not None and y is not None and x.shape == y.shape and x.dtype == y.dtype
 
 
-def _in_rows(model: nn.Module, seen: dict[str, _Seen]) -> set[str]:
+def _in_rows(model: nn.Module, runs: dict[str, _ModuleRun]) -> set[str]:
     """Paths of modules of several layers that keep the shape and have a sibling of the same class that does too."""
     rows: dict[tuple[str, type], list[str]] = {}
-    for path, record in seen.items():
+    for path, record in runs.items():
         module = module_at(model, path)
         if record.count == 1 and _same_shape(record) and type(module) is not nn.Sequential and _n_layers(module) > 1:
             rows.setdefault((path.rpartition(".")[0], type(module)), []).append(path)
@@ -172,14 +172,14 @@ def _in_rows(model: nn.Module, seen: dict[str, _Seen]) -> set[str]:
 
 
 def _choose(
-    model: nn.Module, path: str, seen: dict[str, _Seen], repeated: set[str], refused: dict[str, Refusal]
+    model: nn.Module, path: str, runs: dict[str, _ModuleRun], repeated: set[str], refused: dict[str, Refusal]
 ) -> list[str]:
     """The units below ``path``: a module itself, or its parts when they make up nearly all of it (a stage)."""
-    module, record = module_at(model, path), seen.get(path)
+    module, record = module_at(model, path), runs.get(path)
     refused_below: dict[str, Refusal] = {}
     below: list[str] = []
     for name, _ in module.named_children():
-        below += _choose(model, f"{path}.{name}" if path else name, seen, repeated, refused_below)
+        below += _choose(model, f"{path}.{name}" if path else name, runs, repeated, refused_below)
     weights = count_parameters(module)
     if record is None or weights == 0 or not path:
         refused.update(refused_below)
@@ -189,14 +189,14 @@ def _choose(
     if reason and not below and _worth_telling(module, record):
         refused[path] = reason
     # Parts without a shortcut of their own are no reason to pass by the shortcut around the whole.
-    parts_are_units = not record.shortcut or all(seen[part].shortcut for part in below)
+    parts_are_units = not record.shortcut or all(runs[part].shortcut for part in below)
     if reason or (covered >= 0.9 * weights and parts_are_units):
         refused.update(refused_below)
         return below
     return [path]
 
 
-def _refusal(record: _Seen, in_row: bool) -> Refusal | None:
+def _refusal(record: _ModuleRun, in_row: bool) -> Refusal | None:
     """Why a module is no unit; None when it is one."""
     x, y = record.call.input, record.call.output
     if x is None or y is None:
@@ -216,7 +216,7 @@ def _refusal(record: _Seen, in_row: bool) -> Refusal | None:
     return None
 
 
-def _worth_telling(module: nn.Module, record: _Seen) -> bool:
+def _worth_telling(module: nn.Module, record: _ModuleRun) -> bool:
     """Whether a user would expect to see this module in the list of refusals: block-like, not a layer's wrapper."""
     n_leaves = sum(1 for m in module.modules() if not list(m.children()) and count_parameters(m))
     is_map = record.call.input is None or len(record.call.input.shape) >= 3
@@ -228,7 +228,7 @@ def _n_layers(module: nn.Module) -> int:
     return sum(1 for parameter in module.parameters() if parameter.dim() >= 2)
 
 
-def _unit(path: str, module: nn.Module, record: _Seen, macs: dict[str, int]) -> DepthUnit:
+def _unit(path: str, module: nn.Module, record: _ModuleRun, macs: dict[str, int]) -> DepthUnit:
     assert record.output is not None
     answer = record.output.detach()
     return DepthUnit(

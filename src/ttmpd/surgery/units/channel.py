@@ -65,7 +65,7 @@ class Channel(WidthUnits):
         """The hidden channels of at least ``least``, in the order of the network."""
         model = observation.model
         calls = calls_of(observation, lambda module: is_convolution(module) or _is_channelwise(module))
-        made_by = {path: _makers(model, path, calls) for path, seen in calls.items() if seen.plain}
+        made_by = {path: _makers(model, path, calls) for path, call in calls.items() if call.plain}
         shared = [maker for makers in made_by.values() for maker in makers]
         wide = [
             path for path, makers in made_by.items()
@@ -82,8 +82,8 @@ class Channel(WidthUnits):
             for path in wide
             if path not in large
         ]
-        kept, refused = proven(self.narrow, model, units, observation.batch[:2])
-        return UnitSearch(tuple(kept), refused | large)
+        removable, refused = proven(self.narrow, model, units, observation.batch[:2])
+        return UnitSearch(tuple(removable), refused | large)
 
     def _sized(self, unit: WidthUnit) -> WidthUnit:
         """With equal steps down to the last one, in multiples of 8: kernels run other numbers of channels no faster."""
@@ -95,12 +95,12 @@ class Channel(WidthUnits):
         """Three residual blocks with hidden channels, and images for them."""
         return tiny_model(hidden=24), torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
-    def narrow(self, student: nn.Module, unit: WidthUnit, kept: Sequence[int]) -> None:
+    def narrow(self, student: nn.Module, unit: WidthUnit, kept_members: Sequence[int]) -> None:
         """Rows of what makes the channels and works on each alone, columns of the convolution behind."""
         for path in unit.producers:
-            take_outputs(module_at(student, path), spread_out(kept, 1))
+            take_outputs(module_at(student, path), spread_out(kept_members, 1))
         reader = module_at(student, unit.path)
-        take_inputs(reader, spread_out(kept, kernel_area(reader)))
+        take_inputs(reader, spread_out(kept_members, kernel_area(reader)))
 
 
 def _is_channelwise(module: nn.Module) -> bool:
@@ -115,25 +115,25 @@ def _makers(model: nn.Module, path: str, calls: dict[str, Call]) -> tuple[str, .
 
     () where anything else enters, or where two 1x1 convolutions have only functions in between: those are neurons.
     """
-    found, _ = producers_of(path, calls, _CHANNELWISE, through=lambda name: _is_channelwise(module_at(model, name)))
-    modules = [module_at(model, name) for name in found]
-    right = all(calls[name].outputs[:1] == calls[path].inputs[:1] for name in found)
+    makers, _ = producers_of(path, calls, _CHANNELWISE, through=lambda name: _is_channelwise(module_at(model, name)))
+    modules = [module_at(model, name) for name in makers]
+    right = all(calls[name].outputs[:1] == calls[path].inputs[:1] for name in makers)
     neurons = all(is_layer(module) for module in (module_at(model, path), *modules))
-    return found if right and any(map(is_convolution, modules)) and not neurons else ()
+    return makers if right and any(map(is_convolution, modules)) and not neurons else ()
 
 
 def _unit(
     model: nn.Module, path: str, makers: tuple[str, ...], calls: dict[str, Call], macs: dict[str, int]
 ) -> WidthUnit:
     layer = module_at(model, path)
-    own = [parameter for name in makers for parameter in module_at(model, name).parameters()]
+    parameters = [parameter for name in makers for parameter in module_at(model, name).parameters()]
     return WidthUnit(
         kind="channel",
         path=path,
         module=type(layer).__name__,
         shape=calls[path].outputs,
         layout="channels_first",
-        n_params=sum(parameter.numel() for parameter in own) + matrix_of(layer).numel(),
+        n_params=sum(parameter.numel() for parameter in parameters) + matrix_of(layer).numel(),
         macs=sum(macs.get(name, 0) for name in (path, *makers)),
         n_members=calls[path].inputs[0],
         consumers=(path,),

@@ -75,15 +75,15 @@ class Head(WidthUnits):
             if isinstance(module, nn.MultiheadAttention):
                 refused[path] = Refusal(Reason.FUSED_HEADS, "torch's MultiheadAttention")
                 continue
-            found = _layers(path, module, calls, model)
-            if found is not None:
-                unit = _unit(model, path, found, shapes, observation.macs)
+            layers_of_heads = _layers(path, module, calls, model)
+            if layers_of_heads is not None:
+                unit = _unit(model, path, layers_of_heads, shapes, observation.macs)
                 units.append(dataclasses.replace(unit, form="pair") if path in tuples else unit)
             elif _is_silent(path, module, shapes):
                 refused[path] = Refusal(Reason.HIDDEN_LAYERS)
         units = [self._sized(unit) for unit in units if unit.n_members > 1]
-        kept, others = proven(self.narrow, model, units, observation.batch[:2])
-        return UnitSearch(tuple(kept), refused | others)
+        removable, unproven = proven(self.narrow, model, units, observation.batch[:2])
+        return UnitSearch(tuple(removable), refused | unproven)
 
     def _sized(self, unit: WidthUnit) -> WidthUnit:
         """With every number of heads down to one, or equal steps where there are many."""
@@ -94,22 +94,22 @@ class Head(WidthUnits):
         """Two transformer blocks, and tokens for them."""
         return tiny_transformer(), tiny_tokens(n)
 
-    def narrow(self, student: nn.Module, unit: WidthUnit, kept: Sequence[int]) -> None:
+    def narrow(self, student: nn.Module, unit: WidthUnit, kept_members: Sequence[int]) -> None:
         """Rows of queries, keys and values, columns of the layer behind them, and what else there is once per head.
 
         Without any head, which no unit offers, the layer behind it is left with its bias.
         """
-        if not kept:
+        if not kept_members:
             return _silence(student, unit)
         attention = module_at(student, unit.producers[0].rpartition(".")[0])
         reader = module_at(student, unit.path)
         n_inputs = matrix_of(reader).shape[1]
         for path in unit.producers:
-            _take_rows(module_at(student, path), unit, kept, n_inputs)
-        for owner, name, axis, index in _per_head(attention, unit, kept, n_inputs):
+            _take_rows(module_at(student, path), unit, kept_members, n_inputs)
+        for owner, name, axis, index in _per_head(attention, unit, kept_members, n_inputs):
             _set(owner, name, axis, index)
-        _count(attention, n_inputs, unit.n_members, len(kept))
-        take_inputs(reader, spread_out(kept, n_inputs // unit.n_members))
+        _count(attention, n_inputs, unit.n_members, len(kept_members))
+        take_inputs(reader, spread_out(kept_members, n_inputs // unit.n_members))
 
 
 def _silence(student: nn.Module, unit: WidthUnit) -> None:
@@ -133,14 +133,14 @@ def _attribute(module: nn.Module, names: Sequence[str]) -> int:
 def _layers(path: str, module: nn.Module, calls: list[str], model: nn.Module) -> tuple[tuple[str, ...], str] | None:
     """(layers that make queries, keys and values; the layer that reads the heads), None when this is no attention."""
     heads = _attribute(module, _COUNTS)
-    own = [f"{path}.{name}" if path else name for name, child in module.named_children() if is_layer(child)]
-    own = [name for name in own if calls.count(name) == 1]
-    if heads < 2 or not own:
+    layers = [f"{path}.{name}" if path else name for name, child in module.named_children() if is_layer(child)]
+    layers = [name for name in layers if calls.count(name) == 1]
+    if heads < 2 or not layers:
         return None
-    own.sort(key=calls.index)
-    behind = calls[calls.index(own[-1]) + 1 :][:1]
+    layers.sort(key=calls.index)
+    behind = calls[calls.index(layers[-1]) + 1 :][:1]
     # The last of its own layers reads the heads, or else the layer that runs next.
-    for reader, makers in ((own[-1], own[:-1]), *((name, own) for name in behind)):
+    for reader, makers in ((layers[-1], layers[:-1]), *((name, layers) for name in behind)):
         if makers and calls.count(reader) == 1 and _fits(model, makers, reader, heads):
             return tuple(makers), reader
     return None
@@ -160,18 +160,18 @@ def _fits(model: nn.Module, makers: Sequence[str], reader: str, heads: int) -> b
 
 def _is_silent(path: str, module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> bool:
     """Whether it has heads and three layers' worth of weights that never run as modules."""
-    own = [f"{path}.{name}" for name, child in module.named_children() if is_layer(child)]
-    return _attribute(module, _COUNTS) > 1 and len(own) > 1 and any(name not in shapes for name in own)
+    layers = [f"{path}.{name}" for name, child in module.named_children() if is_layer(child)]
+    return _attribute(module, _COUNTS) > 1 and len(layers) > 1 and any(name not in shapes for name in layers)
 
 
 def _unit(
     model: nn.Module,
     path: str,
-    found: tuple[tuple[str, ...], str],
+    layers_of_heads: tuple[tuple[str, ...], str],
     shapes: dict[str, tuple[int, ...]],
     macs: dict[str, int],
 ) -> WidthUnit:
-    makers, reader = found
+    makers, reader = layers_of_heads
     attention, layer = module_at(model, path), module_at(model, reader)
     n_inputs = matrix_of(layer).shape[1]
     heads = _attribute(attention, _COUNTS)
@@ -194,16 +194,16 @@ def _unit(
     return dataclasses.replace(unit, n_params=unit.n_params + matrix_of(layer).numel() + owned)
 
 
-def _take_rows(layer: nn.Module, unit: WidthUnit, kept: Sequence[int], n_inputs: int) -> None:
+def _take_rows(layer: nn.Module, unit: WidthUnit, kept_members: Sequence[int], n_inputs: int) -> None:
     n_outputs = matrix_of(layer).shape[0]
     n_parts = 3 if n_outputs == 3 * n_inputs else 1
     size = n_outputs // n_parts
-    index = spread_out(kept, size // unit.n_members)
+    index = spread_out(kept_members, size // unit.n_members)
     take_outputs(layer, torch.cat([index + part * size for part in range(n_parts)]))
 
 
 def _per_head(
-    attention: nn.Module, unit: WidthUnit, kept: Sequence[int], n_inputs: int
+    attention: nn.Module, unit: WidthUnit, kept_members: Sequence[int], n_inputs: int
 ) -> Iterator[tuple[nn.Module, str, int, Tensor]]:
     """(module, name, axis, index) of parameters and buffers that hold something for each head: tables, biases."""
     heads = _attribute(attention, _COUNTS)
@@ -211,14 +211,14 @@ def _per_head(
         for size in dict.fromkeys((heads, n_inputs)):
             axes = [axis for axis, n in enumerate(value.shape) if n == size]
             if len(axes) == 1 and value.is_floating_point():
-                yield attention, name, axes[0], spread_out(kept, size // unit.n_members)
+                yield attention, name, axes[0], spread_out(kept_members, size // unit.n_members)
                 break
 
 
 def _set(owner: nn.Module, name: str, axis: int, index: Tensor) -> None:
     value = getattr(owner, name)
-    taken = value.detach().index_select(axis, index.to(value.device)).clone()
-    setattr(owner, name, nn.Parameter(taken, value.requires_grad) if isinstance(value, nn.Parameter) else taken)
+    values = value.detach().index_select(axis, index.to(value.device)).clone()
+    setattr(owner, name, nn.Parameter(values, value.requires_grad) if isinstance(value, nn.Parameter) else values)
 
 
 def _count(attention: nn.Module, n_inputs: int, before: int, now: int) -> None:

@@ -52,14 +52,14 @@ class Neuron(WidthUnits):
         head = None if self.last else observation.output_layer  # its input is what distillation compares
         producers = {path: _producers(model, path, calls) for path in calls if path != head}
         units = [
-            self._sized(_unit(model, path, found, calls[path], observation.macs))
-            for path, found in producers.items()
-            if found and len(matrix_of(module_at(model, path))[0]) >= self.least
+            self._sized(_unit(model, path, makers, calls[path], observation.macs))
+            for path, makers in producers.items()
+            if makers and len(matrix_of(module_at(model, path))[0]) >= self.least
         ]
-        shared = [f for found in producers.values() for f in found]
+        shared = [maker for makers in producers.values() for maker in makers]
         units = [unit for unit in units if all(shared.count(producer) == 1 for producer in unit.producers)]
-        kept, refused = proven(self.narrow, model, units, observation.batch[:2])
-        return UnitSearch(tuple(kept), refused)
+        removable, refused = proven(self.narrow, model, units, observation.batch[:2])
+        return UnitSearch(tuple(removable), refused)
 
     def _sized(self, unit: WidthUnit) -> WidthUnit:
         """With equal steps down to the last one, in multiples of 8 where there are enough."""
@@ -72,9 +72,9 @@ class Neuron(WidthUnits):
         """Two transformer blocks, and tokens for them."""
         return tiny_transformer(), tiny_tokens(n)
 
-    def narrow(self, student: nn.Module, unit: WidthUnit, kept: Sequence[int]) -> None:
+    def narrow(self, student: nn.Module, unit: WidthUnit, kept_members: Sequence[int]) -> None:
         """Rows of the producers and columns of the layer behind them."""
-        index = spread_out(kept, 1)
+        index = spread_out(kept_members, 1)
         for path in unit.producers:
             layer = module_at(student, path)
             n_parts = matrix_of(layer).shape[0] // unit.n_members  # gate and value in one matrix
@@ -84,13 +84,13 @@ class Neuron(WidthUnits):
 
 def _producers(model: nn.Module, path: str, calls: dict[str, Call]) -> tuple[str, ...]:
     """The layers that make what the layer reads, element by element; () when their sizes do not fit."""
-    found, met = producers_of(path, calls, _ELEMENTWISE | _SHAPING | _PARTING)
+    producers, met = producers_of(path, calls, _ELEMENTWISE | _SHAPING | _PARTING)
     n_in = matrix_of(module_at(model, path)).shape[1]
-    sizes = {len(matrix_of(module_at(model, name))) for name in found}
-    return found if sizes == {n_in} or (met & _PARTING and sizes == {2 * n_in}) else ()
+    sizes = {len(matrix_of(module_at(model, name))) for name in producers}
+    return producers if sizes == {n_in} or (met & _PARTING and sizes == {2 * n_in}) else ()
 
 
-def _unit(model: nn.Module, path: str, producers: tuple[str, ...], seen: Call, macs: dict[str, int]) -> WidthUnit:
+def _unit(model: nn.Module, path: str, producers: tuple[str, ...], call: Call, macs: dict[str, int]) -> WidthUnit:
     layer = module_at(model, path)
     parts = [module_at(model, name) for name in producers]
     weights = sum(matrix_of(part).numel() for part in (*parts, layer))
@@ -99,7 +99,7 @@ def _unit(model: nn.Module, path: str, producers: tuple[str, ...], seen: Call, m
         kind="neuron",
         path=path,
         module=type(layer).__name__,
-        shape=seen.outputs,
+        shape=call.outputs,
         layout="channels_first" if isinstance(layer, nn.Conv2d) else "channels_last",
         n_params=weights + biases,
         macs=macs.get(path, 0) + sum(macs.get(name, 0) for name in producers),
