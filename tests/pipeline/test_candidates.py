@@ -1,7 +1,5 @@
 """Units that lie in one another, on the way to a plan and through a whole run."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -23,8 +21,7 @@ def test_units_that_hold_a_chosen_one_or_lie_in_it_are_not_scored_again():
 
     def left(*chosen: str) -> set[str]:
         options = [Option(name, "drop", 1.0, 1.0, holders=holders[name]) for name in chosen]
-        analysis = SimpleNamespace(found=SimpleNamespace(units=units))
-        return {unit.id.replace(".0", "") for unit in _left(analysis, options) if ".0" in unit.id}
+        return {unit.id.replace(".0", "") for unit in _left(units, options) if ".0" in unit.id}
 
     assert left("blocks.0") == set()
     assert left("attention:blocks.0.attention") == {"mlp:blocks.down", "neuron:blocks.down"}
