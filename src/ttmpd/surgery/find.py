@@ -84,7 +84,7 @@ def _looked_at(observation: Observation, units: Sequence[Unit]) -> tuple[dict[st
             if single is not None and several is not None and several.shape[0] != len(batch) * single.shape[0]:
                 refusals[call.path] = Refusal(Reason.MIXED_SAMPLES, f"it has the shape {several.shape}")
     leads_out = _ancestors(tensor.grad_fn for tensor in output_tensors(whole.output))
-    predicted = _ancestors(tensor.grad_fn for tensor in _predicted(model, whole.output))
+    predicted = _ancestors(tensor.grad_fn for tensor in _predicted(observation.model, whole.output))
     for path, output in outputs.items():
         if output is not None and output.node is not None and output.node not in predicted:
             reason = Reason.FEEDS_UNPREDICTED if output.node in leads_out else Reason.FEEDS_NOTHING
