@@ -224,4 +224,4 @@ def test_preview_plans_and_keeps_nothing(quick_timing):
     removed = [len(planned.plan.removals) for planned in found.plans]
     assert min(removed) > 0
     assert found.plans[0].plan.budget_ms > found.plans[1].plan.budget_ms
-    assert found.plans[0].front
+    assert found.plans[0].pareto_front
