@@ -134,10 +134,10 @@ def test_text(device: str, text_folder: Callable[[str], Path], sentences: Callab
 @pytest.mark.parametrize("attack", [None, Attack()])
 def test_students(attack: Attack | None, device: str) -> None:
     student, teacher, labels = tiny_model(1).to(device), tiny_model().to(device), torch.arange(24) % 4
-    found = train_student(student, tiny_samples(24), labels, teacher=teacher, fraction=0.5, steps=2, batch=8, views=1,
-                          select="el2n", adapt="norm", attack=attack)  # fmt: skip
-    assert next(found.model.parameters()).device.type == "cuda"
-    assert len(found.selected) == 12
+    settings: dict[str, Any] = {"fraction": 0.5, "steps": 2, "batch_size": 8, "views": 1, "attack": attack}
+    result = train_student(student, tiny_samples(24), labels, teacher=teacher, select="el2n", adapt="norm", **settings)
+    assert next(result.model.parameters()).device.type == "cuda"
+    assert len(result.selected) == 12
 
 
 def test_margins(device: str) -> None:

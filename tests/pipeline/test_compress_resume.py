@@ -1,5 +1,7 @@
 """What targets and runs share: the teacher's outputs, scores, and the stages of a run that was stopped."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -136,7 +138,7 @@ def test_a_run_that_moved_to_another_machine_is_timed_anew(model, samples, tmp_p
     measure = analysis.time_units
     monkeypatch.setattr(analysis, "time_units", lambda *a, **k: timed.append(1) or measure(*a, **k))
     monkeypatch.setattr(TTMPD, "score", lambda *_a, **_k: pytest.fail("computed again"))
-    monkeypatch.setattr(run, "machine", lambda _device: here | {"device": "another"})
+    monkeypatch.setattr(run, "machine", lambda _device: dataclasses.replace(here, device="another"))
     monkeypatch.setattr(pipeline, "rescored_path", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         compress(model, samples, speedup=2.0, output=tmp_path / "out", resume=True, **QUICK)

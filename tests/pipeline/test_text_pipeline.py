@@ -282,8 +282,8 @@ def test_the_commands_take_text(
     }
     page = (out / "report.html").read_text()
     assert "Tokens per sample" in page and "of which the first were read" in page
-    parted = json.loads((out / "report.json").read_text())["parted"]
-    assert all(item["text"] and item["text"] in page for item in parted)
+    disagreements = json.loads((out / "report.json").read_text())["disagreements"]
+    assert all(item["text"] and item["text"] in page for item in disagreements)
     told = run("evaluate", "--model", out, "--data", table, "--labels", table, "--against", model, "--json", out / "e")
     assert told.exit_code == 0 and "accuracy" in said(told) and "40 samples left out" in said(told)
     assert "longer than 16 tokens" in said(told)

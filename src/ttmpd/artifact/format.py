@@ -4,8 +4,10 @@ Whatever is None, NaN or infinite is not known, and shown as a dash.
 """
 
 import math
+from typing import TYPE_CHECKING
 
-from ttmpd.latency.device import Machine
+if TYPE_CHECKING:  # --help must not load PyTorch
+    from ttmpd.latency.device import Machine
 
 UNKNOWN = "–"
 
@@ -89,10 +91,11 @@ def change(before: float | None, after: float | None) -> str:
     return "unchanged" if after == before else f"{100 * (after / before - 1):+.1f} %".replace("-", "−")
 
 
-def device(machine: Machine) -> str:
+def device(machine: "Machine") -> str:
     """The device by name, with the threads of a processor.
 
     Example:
+        >>> from ttmpd.latency.device import Machine
         >>> device(Machine("AMD EPYC", "cpu", 1, "2.14", "kept"))
         'AMD EPYC (cpu), 1 thread'
     """

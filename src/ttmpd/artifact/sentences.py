@@ -1,6 +1,7 @@
 """What a report says in words: what was done, whether the target is met, before and after."""
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from ttmpd.artifact.format import (
     UNKNOWN,
@@ -15,10 +16,12 @@ from ttmpd.artifact.format import (
     spread,
     times,
 )
-from ttmpd.artifact.measurements import LatencyReport, UnitReport
-from ttmpd.artifact.run_report import RunReport
-from ttmpd.latency.timing import Timing
-from ttmpd.quality.proportion import Proportion
+
+if TYPE_CHECKING:  # --help must not load PyTorch
+    from ttmpd.artifact.measurements import LatencyReport, UnitReport
+    from ttmpd.artifact.run_report import RunReport
+    from ttmpd.latency.timing import Timing
+    from ttmpd.quality.proportion import Proportion
 
 ACTIONS = {"keep": "kept", "drop": "dropped", "linear": "replaced by a linear map", "narrow": "narrowed"}
 """What was done to a unit."""
@@ -43,21 +46,21 @@ Row = tuple[str, str, str, str]
 """What, before, after, and by how much it changed."""
 
 
-def done_to(unit: UnitReport) -> str:
+def done_to(unit: "UnitReport") -> str:
     """What was done to a unit, with the members that stayed."""
     if unit.action == "narrow":
         return f"narrowed to {unit.n_kept} of {unit.n_members}"
     return ACTIONS[unit.action]
 
 
-def circumstances(report: RunReport) -> str:
+def circumstances(report: "RunReport") -> str:
     """What the milliseconds belong to: device, threads, batch size, runtime with its version."""
     batch = [f"batches of {report.latency.batch_size}"] if report.latency else []
     runtime = f"{report.runtime.name} {report.runtime.version}"
     return ", ".join([device(report.machine), *batch, f"runtime {runtime}"])
 
 
-def task_sentence(report: RunReport) -> str:
+def task_sentence(report: "RunReport") -> str:
     """What the model predicts, how that is known, and what agreement means."""
     task = report.task
     origin = "detected from the model" if task.detected else "as it was named"
@@ -65,7 +68,7 @@ def task_sentence(report: RunReport) -> str:
     return f"Task: {task.name}, {origin}; it predicts for each {task.each}.{same}"
 
 
-def runtime_sentence(report: RunReport) -> str:
+def runtime_sentence(report: "RunReport") -> str:
     """How the milliseconds of single units were brought into the runtime; "" where they were measured in it."""
     if report.runtime.ratio == 1:
         return ""
@@ -75,14 +78,14 @@ def runtime_sentence(report: RunReport) -> str:
     )
 
 
-def sentences(report: RunReport) -> list[str]:
+def sentences(report: "RunReport") -> list[str]:
     """What was done, whether the target is met, and what to be careful about."""
     done = {"compressed": _compressed, "adapted": _adapted, "exits": _exits, "student": _student}[report.kind](report)
     caution = f"{report.latency.caution}." if report.latency and report.latency.caution else ""
     return [text for text in (done, target_sentence(report), caution, report.restarted) if text]
 
 
-def _compressed(report: RunReport) -> str:
+def _compressed(report: "RunReport") -> str:
     lossless = report.latency.lossless if report.latency else None
     before = ""
     if lossless:
@@ -94,11 +97,11 @@ def _compressed(report: RunReport) -> str:
     return f"{before}{len(report.removed)} of {len(report.units)} removable units were removed or narrowed: {kinds}."
 
 
-def _adapted(report: RunReport) -> str:
+def _adapted(report: "RunReport") -> str:
     return f"Nothing was removed; the model was adapted to {plural(report.samples.n_fit, 'unlabelled sample')}."
 
 
-def _exits(report: RunReport) -> str:
+def _exits(report: "RunReport") -> str:
     """Where samples may leave, and when."""
     exits = report.exits
     if exits is None or not exits.exits:
@@ -112,7 +115,7 @@ def _exits(report: RunReport) -> str:
     return f"Samples may leave behind {plural(len(exits.exits), 'block')}; {when}."
 
 
-def _student(report: RunReport) -> str:
+def _student(report: "RunReport") -> str:
     """What a student was trained on, and with whom."""
     lesson, steps = report.lesson, report.training.steps if report.training else 0
     if lesson is None:
@@ -125,7 +128,7 @@ def _student(report: RunReport) -> str:
     return f"Trained for {plural(steps, 'step')} on {chosen}{selector}{teacher}."
 
 
-def target_sentence(report: RunReport) -> str:
+def target_sentence(report: "RunReport") -> str:
     """Whether the target is met; "" where none was set."""
     target = report.target
     if target is None:
@@ -136,7 +139,7 @@ def target_sentence(report: RunReport) -> str:
     return f"The target, {target.asked}, {verdict}{measured}."
 
 
-def before_after(report: RunReport) -> list[Row]:
+def before_after(report: "RunReport") -> list[Row]:
     """Rows of the table: what, before, after, change."""
     rows = [] if report.latency is None else _latency_rows(report.latency)
     model, student = report.model, report.student
@@ -152,7 +155,7 @@ def before_after(report: RunReport) -> list[Row]:
     return rows + _accuracy_rows(report)
 
 
-def _latency_rows(latency: LatencyReport) -> list[Row]:
+def _latency_rows(latency: "LatencyReport") -> list[Row]:
     original, compressed, size = latency.original, latency.compressed, latency.batch_size
     faster = f"{times(latency.speedup.median)} as fast"
     rows = [(f"Milliseconds per batch of {size}", spread_of(original), spread_of(compressed), faster)]
@@ -163,11 +166,11 @@ def _latency_rows(latency: LatencyReport) -> list[Row]:
     return [*rows, ("Samples per second", number(before), number(after), change(before, after))]
 
 
-def _agreement_row(name: str, agreement: Proportion | None) -> list[Row]:
+def _agreement_row(name: str, agreement: "Proportion | None") -> list[Row]:
     return [] if agreement is None else [(name, "", interval_of(agreement), "")]
 
 
-def _accuracy_rows(report: RunReport) -> list[Row]:
+def _accuracy_rows(report: "RunReport") -> list[Row]:
     if report.lesson is None or report.lesson.accuracy is None:
         return []
     student, teacher = report.lesson.accuracy, report.lesson.teacher_accuracy
@@ -175,17 +178,17 @@ def _accuracy_rows(report: RunReport) -> list[Row]:
     return [(words, "" if teacher is None else interval_of(teacher), interval_of(student), "")]
 
 
-def spread_of(timing: Timing) -> str:
+def spread_of(timing: "Timing") -> str:
     """Median milliseconds with their quartiles."""
     return spread(timing.median_ms, timing.low_ms, timing.high_ms)
 
 
-def interval_of(share: Proportion) -> str:
+def interval_of(share: "Proportion") -> str:
     """A share with its interval."""
     return interval(share.share, share.low, share.high)
 
 
-def best_step(report: RunReport) -> str:
+def best_step(report: "RunReport") -> str:
     """Which weights training kept; "" where nothing was trained."""
     training = report.training
     if training is None:

@@ -1,8 +1,11 @@
 """`ttmpd compress` on the demo's network: what it prints and writes, and how it ends."""
 
+import dataclasses
 import json
 import sys
 from inspect import signature
+
+import pytest
 
 import ttmpd
 from ttmpd.artifact import format
@@ -10,6 +13,7 @@ from ttmpd.artifact.read import read_artifact
 from ttmpd.cli.commands import _reporting, compress
 from ttmpd.latency.table import UnitLatency
 from ttmpd.pipeline import compress as pipeline
+from ttmpd.pipeline import report_data
 from ttmpd.pipeline.defaults import METHODS
 from ttmpd.pipeline.settings import Settings
 from ttmpd.storage import locked
@@ -127,31 +131,31 @@ def test_a_share_of_the_macs(data, quick_timing, tmp_path, run, said, demo, quic
         assert words in said(refused)
 
 
-def test_a_missed_share_of_the_macs_says_what_is_left(
-    data, quick_timing, tmp_path, monkeypatch, run, said, demo, quick
-):
+@pytest.fixture
+def missed(monkeypatch):
+    """Every target counts as missed."""
+    judge = report_data._target
 
-    monkeypatch.setattr(pipeline, "_verdict", lambda *_: {"met": False, "within_spread": False})
-    found = run("compress", "--model", demo, "--data", data, "--macs", "0.7x", "--score", "random", "--adapt", "none",
+    def missed(*arguments):
+        return dataclasses.replace(judge(*arguments), met=False, within_spread=False)
+
+    monkeypatch.setattr(report_data, "_target", missed)
+
+
+@pytest.mark.usefixtures("quick_timing", "missed")
+def test_a_missed_share_of_the_macs_says_what_is_left(data, tmp_path, run, said, demo, quick):
+    ended = run("compress", "--model", demo, "--data", data, "--macs", "0.7x", "--score", "random", "--adapt", "none",
                 "--output", tmp_path / "out", *quick)  # fmt: skip
-    assert found.exit_code == _reporting.TARGET_MISSED
-    assert "of the MACs are left" in said(found)
+    assert ended.exit_code == _reporting.TARGET_MISSED
+    assert "of the MACs are left" in said(ended)
 
 
-def test_missed_target_keeps_the_artifact(data, quick_timing, tmp_path, monkeypatch, run, demo, quick):
-
-    true = pipeline.Result
-
-    def missed(*arguments, **more):
-        made = true(*arguments, **more)
-        object.__setattr__(made, "met", False)
-        return made
-
-    monkeypatch.setattr(pipeline, "Result", missed)
-    found = run("compress", "--model", demo, "--data", data, "--speedup", 1.1, "--score", "random", "--adapt", "none",
+@pytest.mark.usefixtures("quick_timing", "missed")
+def test_missed_target_keeps_the_artifact(data, tmp_path, run, demo, quick):
+    ended = run("compress", "--model", demo, "--data", data, "--speedup", 1.1, "--score", "random", "--adapt", "none",
                 "--output", tmp_path / "out", *quick)  # fmt: skip
-    assert found.exit_code == _reporting.TARGET_MISSED
-    assert "Target missed" in found.stderr
+    assert ended.exit_code == _reporting.TARGET_MISSED
+    assert "Target missed" in ended.stderr
     assert ttmpd.load(tmp_path / "out") is not None
 
 

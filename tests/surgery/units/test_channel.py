@@ -6,6 +6,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+from reports import small_report
 from ttmpd.artifact.read import load
 from ttmpd.artifact.write import Result
 from ttmpd.data.samples import Samples
@@ -237,7 +238,13 @@ def test_a_narrowed_network_keeps_its_memory_format_and_comes_back(tmp_path):
     assert (conv.out_channels, norm.num_features, student.blocks[1].conv2.in_channels) == (16, 16, 16)
     assert torch.equal(norm.running_var, model.blocks[1].norm1.running_var[1:17])
     assert student.blocks[1].conv2.weight.is_contiguous(memory_format=torch.channels_last)
-    result = Result(student, Plan(removals, 0.0, 2.0, 1.0, 1.0), {}, (), open_model(tiny_model(hidden=24)))
+    result = Result(
+        student,
+        Plan(removals, 0.0, 2.0, 1.0, 1.0),
+        small_report(input_shape=(3, 8, 8)),
+        (),
+        open_model(tiny_model(hidden=24)),
+    )
     found = load(result.save(tmp_path / "out"), model=tiny_model(hidden=24))
     with evaluating(student), evaluating(found):
         assert torch.allclose(found(batch), student(batch), atol=1e-5)
