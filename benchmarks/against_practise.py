@@ -54,15 +54,16 @@ EQUAL = 0.02
 
 def settings(method: str, model: str) -> dict[str, Any]:
     """What each competitor is made of; what is not named is the default of ``compress``."""
-    plain = {"adapt": NoAdaptation(), "actions": ("drop",), "plan": Greedy()}
-    return {
+    plain: dict[str, Any] = {"adapt": NoAdaptation(), "actions": ("drop",), "plan": Greedy()}
+    competitors: dict[str, dict[str, Any]] = {
         "ttmpd": {"adapt": Norm(), "distill": OneTime(seconds=0.0)},
         "ttmpd, no adaptation": {"adapt": NoAdaptation(), "distill": OneTime(seconds=0.0)},
         "practise + mir": plain
         | {"score": Practise(steps=PRACTISE_STEPS[model]), "distill": Mimic(steps=2000), "holdout": 0.0},
         "random": plain | {"score": Random()},
         "magnitude": plain | {"score": Magnitude()},
-    }[method]
+    }
+    return competitors[method]
 
 
 METHODS = ("practise + mir", "ttmpd", "ttmpd, no adaptation", "random", "magnitude")
@@ -123,14 +124,15 @@ def timed_again(model: str, seed: int) -> list[dict[str, float]]:
         pixels, _ = cifar()
         opened = open_model(f"{DATA / 'zoo.py'}:{model}")
         batch = open_samples(pixels[:64], opened.preprocessing).batch(slice(None))
-        found = []
+        ratios: list[dict[str, float]] = []
         for share in TARGETS[model]:
             student = load(folder_of(model, METHODS[0], seed) / str(share), model=opened.module)
             ratio = compare(opened.module, student, batch, rounds=40, min_seconds=10.0).ratio("original", "compressed")
-            found.append({"speedup_again": ratio.median_ms, "low_again": ratio.low_ms, "high_again": ratio.high_ms})
-        return found
+            ratios.append({"speedup_again": ratio.median_ms, "low_again": ratio.low_ms, "high_again": ratio.high_ms})
+        return ratios
 
-    return cached(f"against_practise_timed/{model}-{seed}", compute)
+    timed: list[dict[str, float]] = cached(f"against_practise_timed/{model}-{seed}", compute)
+    return timed
 
 
 def reach(opened: Any, pixels: Any, targets: list[Target], **given: Any) -> list[Result]:

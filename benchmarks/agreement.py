@@ -41,8 +41,8 @@ BEHIND = 2500
 def parts_of(units: tuple[Unit, ...]) -> dict[str, list[tuple[Unit, ...]]]:
     """The units that each part lacks, by how parts are made."""
     one = random.Random(SEED).sample(units, min(8, len(units)))
-    found = {"one block": [(unit,) for unit in one]}
-    return found | {f"skip {share}": [drawn(units, share, SEED, i) for i in range(6)] for share in (0.1, 0.2)}
+    parts: dict[str, list[tuple[Unit, ...]]] = {"one block": [(unit,) for unit in one]}
+    return parts | {f"skip {share}": [drawn(units, share, SEED, i) for i in range(6)] for share in (0.1, 0.2)}
 
 
 def rows_of(model: str, shift: str) -> list[dict[str, Any]]:

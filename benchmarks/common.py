@@ -40,8 +40,8 @@ def cifar(name: str = "cifar10_jpeg") -> tuple[np.ndarray, np.ndarray]:
 def stamp() -> dict[str, Any]:
     """Machine, threads and date, to stand beside a row."""
     here = machine("cuda" if torch.cuda.is_available() else "cpu")
-    kept = {key: here[key] for key in ("threads", "torch", "freed_memory")}
-    return kept | {"machine": here["device"], "date": datetime.date.today().isoformat()}
+    versions = {"threads": here.threads, "torch": here.torch, "freed_memory": here.freed_memory}
+    return versions | {"machine": here.device, "date": datetime.date.today().isoformat()}
 
 
 def cached(key: str, compute: Callable[[], Any], *, stamped: bool = False) -> Any:

@@ -13,7 +13,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def run(name: str) -> dict[str, Any]:
     teacher = to_fast_format(open_model(f"{DATA / 'zoo.py'}:{name}").module)
     units = Block().find(teacher, samples.batch(slice(0, 2))).units
     probes = [units[0], units[len(units) // 2], units[-1]]
-    own: list[dict[str, float]] = []
+    own: list[Mapping[str, float]] = []
     adaptor, mimic = [], []
     for _ in range(ROUNDS):
         result = compress(opened, pixels, speedup=SPEEDUP, lossless=False)

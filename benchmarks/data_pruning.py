@@ -203,7 +203,7 @@ def run_cifar(seeds: Iterable[int], steps: int, kept: int) -> None:
     """Labels alone against labels and teacher, on images that are a 25th of those that the teacher knew."""
     require_data("zoo.py", "cifar10/train5k.npz", "cifar10/test.npz")
     alphas = (0.0, alpha_for(kept / CIFAR_TRAIN), 1.0)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for alpha in alphas:
         found = [cached(f"data_pruning/cifar-{alpha}-{kept}-{steps}-{seed}",
                         functools.partial(cifar_student, alpha, seed, steps, kept)) for seed in seeds]  # fmt: skip
@@ -230,8 +230,8 @@ def cifar_student(alpha: float, seed: int, steps: int, kept: int) -> float:
 def reset(model: nn.Module) -> nn.Module:
     """The model with new random weights, in place."""
     for module in model.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        if callable(start_again := getattr(module, "reset_parameters", None)):
+            start_again()
     return model
 
 

@@ -21,7 +21,7 @@ import argparse
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,9 @@ def rows_of(model: str, n_fit: int, n_test: int, seed: int) -> tuple[Any, Tensor
         order = draw.permutation(len(pixels))
         fit, test = order[:n_fit], order[n_fit : n_fit + n_test]
         return pixels[fit], torch.from_numpy(labels[fit]), pixels[test], torch.from_numpy(labels[test])
-    (fit_text, fit_labels), (text, labels) = (sentences(name) for name in ("dev", "test"))
-    fit, test = draw.permutation(len(fit_text))[:n_fit].tolist(), draw.permutation(len(text))[:n_test].tolist()
-    return [fit_text[i] for i in fit], fit_labels[fit], [text[i] for i in test], labels[test]
+    (fit_text, fit_labels), (text, truth) = (sentences(name) for name in ("dev", "test"))
+    fit, test = draw.permutation(len(fit_text))[:n_fit], draw.permutation(len(text))[:n_test]
+    return [fit_text[i] for i in fit], fit_labels[fit], [text[i] for i in test], truth[test]
 
 
 def sentences(split: str) -> tuple[list[str], Tensor]:
@@ -114,7 +114,7 @@ def base_speedup(base: str, key: str) -> float:
     if base == "alone":
         return 1.0
     report = json.loads((folder_of_pruned(key) / "report.json").read_text())
-    return round(report["latency"]["speedup"]["median"], 3)
+    return round(float(report["latency"]["speedup"]["median"]), 3)
 
 
 def prepared(model: str, base: str, seed: int, n_fit: int, n_test: int) -> Bench:
@@ -238,6 +238,11 @@ def points(rows: Iterable[dict[str, Any]]) -> list[tuple[float, float]]:
     return sorted((float(row["speedup"]), float(row["accuracy"])) for row in rows)
 
 
+def run_variant(bench: Callable[[], Bench], variant: str, known: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The rows of a variant; the bench is prepared only when they are not there yet."""
+    return run(bench(), variant, known, seed)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(IDS), nargs="+", default=sorted(IDS))
@@ -257,7 +262,8 @@ def main() -> None:
                 for variant in args.variant:
                     known = {"model": model, "base": base, "variant": variant, "seed": seed, "n_fit": n_fit}
                     key = f"early_exit/{model}-{base}-{variant}-{seed}-{n_fit}-{n_test}"
-                    done = cached(key, lambda b=bench, v=variant, k=known, s=seed: run(b(), v, k, s), stamped=True)
+                    compute = functools.partial(run_variant, bench, variant, known, seed)
+                    done = cached(key, compute, stamped=True)
                     times = base_speedup(base, f"{model}-{seed}-{n_fit}")
                     own = {name: value for name, value in done.items() if name not in ("rows", "exits")}  # the stamp
                     rows += [row | {"base_speedup": times} | own for row in done["rows"]]

@@ -102,9 +102,9 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for number in args.case:
-            rows.append(
-                cached(f"end_to_end/{number}", functools.partial(run, *CASES[number], Path(folder)), stamped=True)
-            )
+            model, data, labels, n, speedup, options = CASES[number]
+            run_case = functools.partial(run, model, data, labels, n, speedup, options, Path(folder))
+            rows.append(cached(f"end_to_end/{number}", run_case, stamped=True))
             print(rows[-1], flush=True)
     about = ("model", "options", "n_samples", "asked_speedup", "seed")
     print(write_csv("end_to_end.csv", with_earlier("end_to_end.csv", rows, about)))

@@ -13,6 +13,7 @@ in a fresh process (`fresh_gap`). Writes results/families.csv.
 
 import argparse
 import collections
+import functools
 import subprocess
 import sys
 import tempfile
@@ -36,21 +37,33 @@ from ttmpd.errors import TTMPDError
 from ttmpd.models.run import predict
 from ttmpd.pipeline.compress import compress
 from ttmpd.pipeline.inspect import inspect
-from ttmpd.records import Removal
+from ttmpd.records import Removal, WidthUnit
 from ttmpd.surgery.cut import cut
 from ttmpd.surgery.find import find_units
 from ttmpd.surgery.masks import mask_of, masked
 
 SIDE, TOKENS, WORDS, CLASSES = 64, 32, 200, 10
-LAYERS = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+LAYERS: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
 LAYERS |= {"num_labels": CLASSES, "initializer_range": 0.08}
+CLASSES_ONLY: dict[str, Any] = {"num_labels": CLASSES}
 SMALL = LAYERS | {"vocab_size": WORDS, "pad_token_id": 0}
 VIT = {"embed_dim": 128, "depth": 4, "num_heads": 4, "img_size": SIDE, "patch_size": 8}
 
 
 def text(config: Any) -> nn.Module:
-    model: nn.Module = hf.AutoModelForSequenceClassification.from_config(config)
-    model.pretrained_cfg = Tokenization("", padding=0, max_length=TOKENS, limit=TOKENS).to_dict()
+    model = from_config(hf.AutoModelForSequenceClassification, config)
+    vars(model)["pretrained_cfg"] = Tokenization("", padding=0, max_length=TOKENS, limit=TOKENS).to_dict()
+    return model
+
+
+def from_config(kind: Any, config: Any) -> nn.Module:
+    """A model of transformers with random weights."""
+    model: nn.Module = kind.from_config(config)
     return model
 
 
@@ -72,17 +85,18 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "torchvision Swin": lambda: torchvision.models.SwinTransformer(
         [4, 4], 64, [2, 2], [2, 4], [4, 4], num_classes=CLASSES
     ),
-    "HF ViT": lambda: hf.AutoModelForImageClassification.from_config(
+    "HF ViT": lambda: from_config(
+        hf.AutoModelForImageClassification,
         hf.ViTConfig(**LAYERS, image_size=SIDE, patch_size=8)
     ),
     "HF BERT, MiniLM": lambda: text(hf.BertConfig(**SMALL)),
     "HF RoBERTa": lambda: text(hf.RobertaConfig(**SMALL)),
     "HF DistilBERT": lambda: text(
-        hf.DistilBertConfig(vocab_size=WORDS, dim=128, hidden_dim=512, n_layers=4, n_heads=4, num_labels=CLASSES)
+        hf.DistilBertConfig(**CLASSES_ONLY, vocab_size=WORDS, dim=128, hidden_dim=512, n_layers=4, n_heads=4)
     ),
     "HF GPT-2": lambda: text(
         hf.GPT2Config(
-            vocab_size=WORDS, n_embd=128, n_layer=4, n_head=4, pad_token_id=0, num_labels=CLASSES, use_cache=False
+            vocab_size=WORDS, n_embd=128, n_layer=4, n_head=4, pad_token_id=0, use_cache=False, **CLASSES_ONLY
         )
     ),
     "HF Llama, grouped queries": lambda: text(hf.LlamaConfig(**SMALL, num_key_value_heads=2, use_cache=False)),
@@ -113,7 +127,7 @@ def answers(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def masked_gap(model: nn.Module, inputs: Tensor) -> float:
-    units = find_units(model, inputs[:2], ["head", "neuron"]).units
+    units = [unit for unit in find_units(model, inputs[:2], ["head", "neuron"]).units if isinstance(unit, WidthUnit)]
     kept = {unit: tuple(range(unit.n_members // 2)) for unit in units}
     with masked(model, {unit: mask_of(unit, members) for unit, members in kept.items()}):
         wanted = answers(model, inputs)
@@ -142,12 +156,14 @@ def row(family: str) -> dict[str, Any]:
     kinds = collections.Counter(unit.kind for unit in found.units)
     result = compress(model, inputs, speedup=1.3, num_samples=64, batch_size=32, distill=OneTime(steps=40))
     done = collections.Counter(f"{r.unit.kind} {r.action}" for r in result.plan.removals)
+    assert result.report.latency is not None
     speedup = result.report.latency.speedup
     with tempfile.TemporaryDirectory() as folder:
         result.save(Path(folder) / "out")
         return {
-            "family": family, "blocks": kinds["block"], "heads": kinds["head"], "neurons": kinds["neuron"],
-            "refused": len(found.not_removable), "speedup": round(speedup.median, 2), "met": result.met,
+            "family": family, "blocks": kinds["block"], "attentions": kinds["attention"], "mlps": kinds["mlp"],
+            "heads": kinds["head"], "neurons": kinds["neuron"],
+            "refused": len(found.refused), "speedup": round(speedup.median, 2), "met": result.met,
             "done": ", ".join(f"{n} {what}" for what, n in sorted(done.items())),
             "masked_gap": masked_gap(model, inputs), "export_gap": export_gap(result.model, inputs),
             "fresh_gap": fresh_gap(family, result.model, inputs, Path(folder) / "out"),
@@ -167,7 +183,7 @@ def main() -> None:
     rows = []
     for family in args.family:
         try:
-            rows.append(cached(f"families/{family.replace(' ', '_')}", lambda family=family: row(family), stamped=True))
+            rows.append(cached(f"families/{family.replace(' ', '_')}", functools.partial(row, family), stamped=True))
         except TTMPDError as error:
             rows.append({"family": family, "error": str(error)})
         print(rows[-1], flush=True)

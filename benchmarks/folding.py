@@ -20,7 +20,7 @@ from ttmpd.models.macs import count_macs
 from ttmpd.models.modules import module_at
 from ttmpd.models.run import evaluating
 from ttmpd.models.trace import trace
-from ttmpd.records import Removal, Unit
+from ttmpd.records import DepthUnit, Removal
 from ttmpd.surgery.cut import skeleton
 from ttmpd.surgery.find import find_units
 from ttmpd.surgery.replacements import put, replacement_at
@@ -28,7 +28,7 @@ from ttmpd.surgery.replacements import put, replacement_at
 CNNS = ("mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "resnet18")
 
 
-def folds(student: nn.Module, unit: Unit, batch: Tensor) -> bool:
+def folds(student: nn.Module, unit: DepthUnit, batch: Tensor) -> bool:
     """Fold the unit's replacement into the next layer, in place; False where that changes the outputs."""
     linear, reader = replacement_at(student, unit), next_layer(student, unit, batch)
     if reader is None or not isinstance(linear, nn.Linear | nn.Conv2d):
@@ -36,6 +36,7 @@ def folds(student: nn.Module, unit: Unit, batch: Tensor) -> bool:
     with evaluating(student):
         before = trace(student, batch, paths=()).output
         weight = reader.weight.flatten(1).double()
+        assert linear.bias is not None
         shift = weight @ linear.bias.double() + (0 if reader.bias is None else reader.bias.double())
         reader.weight = nn.Parameter((weight @ linear.weight.flatten(1).double()).view_as(reader.weight).float())
         reader.bias = nn.Parameter(shift.float())
@@ -45,7 +46,7 @@ def folds(student: nn.Module, unit: Unit, batch: Tensor) -> bool:
     return torch.allclose(after, before, rtol=0, atol=1e-4 * float(before.abs().max()))
 
 
-def next_layer(student: nn.Module, unit: Unit, batch: Tensor) -> nn.Linear | nn.Conv2d | None:
+def next_layer(student: nn.Module, unit: DepthUnit, batch: Tensor) -> nn.Linear | nn.Conv2d | None:
     """The first layer with weights that runs after the unit, if it is a matrix or a 1x1 convolution as wide as it."""
     layers = {
         name for name, m in student.named_modules() if not list(m.children()) and list(m.parameters(recurse=False))
@@ -61,7 +62,7 @@ def next_layer(student: nn.Module, unit: Unit, batch: Tensor) -> nn.Linear | nn.
 
 def row(name: str, model: nn.Module, batch: Tensor) -> dict[str, object]:
     units = find_units(model, batch, ["block"]).units
-    plain = [unit for unit in units if not unit.activation]
+    plain = [unit for unit in units if isinstance(unit, DepthUnit) and not unit.activation]
     macs, saved = count_macs(model, batch)[""], []
     for unit in plain:
         student = skeleton(model, [Removal(unit, "linear")])

@@ -53,10 +53,10 @@ def trained(seed: int) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
     model = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 10))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(60):
-        for index in train[torch.randperm(len(train))].split(64):
+        for index in torch.split(train[torch.randperm(len(train))], 64):
             loss = nn.functional.cross_entropy(model(x[index]), y[index])
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
     return model.eval(), x[train], x[test], y[test]
 

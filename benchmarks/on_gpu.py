@@ -47,13 +47,15 @@ def run(model: str, batch_size: int, seed: int) -> dict[str, Any]:
     assert found.model.accuracy is not None
     assert found.against is not None
     assert found.against.accuracy is not None
-    speedup, lossless = result.report.latency.speedup, result.report.latency.lossless
+    latency = result.report.latency
+    assert latency is not None
+    speedup, lossless = latency.speedup, latency.lossless
     kinds = collections.Counter(removal.unit.kind for removal in result.plan.removals)
     return {
         "model": model, "batch_size": batch_size, "seed": seed, "asked": SPEEDUP, "met": result.met,
         "speedup": round(speedup.median, 3), "low": round(speedup.low, 3), "high": round(speedup.high, 3),
         "lossless_speedup": round(lossless.speedup if lossless else 1.0, 3),
-        "original_ms": round(result.report.latency.original.median_ms, 3),
+        "original_ms": round(latency.original.median_ms, 3),
         "accuracy": round(100 * found.model.accuracy.share, 2),
         "original_accuracy": round(100 * found.against.accuracy.share, 2), "n_test": found.n_samples,
         "removed_or_narrowed": " ".join(f"{kind}:{count}" for kind, count in kinds.items()),

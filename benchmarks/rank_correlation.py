@@ -112,7 +112,7 @@ class Bench:
 
 def plans(units: tuple[Unit, ...], sizes: tuple[int, int]) -> list[list[str]]:
     """The units of each random plan, all different."""
-    draw, found = random.Random(SEED), []
+    draw, found = random.Random(SEED), list[list[int]]()
     while len(found) < N_PLANS:
         chosen = sorted(draw.sample(range(len(units)), draw.randint(*sizes)))
         if chosen not in found:
@@ -129,7 +129,7 @@ def trained(bench: Bench, paths: list[str], action: str) -> dict[str, Any]:
     student = repaired(bench.teacher, removals, bench.fit, batch_size=bench.case.batch, rows=ROWS)
     found["untrained_accuracy"] = bench.accuracy(student)
     method = OneTime(
-        steps=bench.case.steps, seconds=0.0, batch=bench.case.batch, views=2, smallest_crop=1.0, damaged=0.0,
+        steps=bench.case.steps, seconds=0.0, batch_size=bench.case.batch, views=2, smallest_crop=1.0, damaged=0.0,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         context = FitContext(folder=Path(folder), batch_size=bench.case.batch, seed=SEED, first=removals[0].unit.path)

@@ -26,13 +26,13 @@ from ttmpd.method import method_class, names
 from ttmpd.models.modules import clone, to_fast_format
 from ttmpd.models.open import open_model
 from ttmpd.models.run import predictions_of
-from ttmpd.records import Removal
+from ttmpd.records import Action, Removal
 from ttmpd.repair.sequential import repaired
 from ttmpd.select.base import Selector
 from ttmpd.surgery.units.block import Block
 
 POOL, SIZES, SEEDS = 5000, (64, 128, 256, 512), (0, 1, 2)
-PLAN = {"layer1.0": "drop", "layer1.1": "drop", "layer1.2": "linear", "layer2.2": "linear"}
+PLAN: dict[str, Action] = {"layer1.0": "drop", "layer1.1": "drop", "layer1.2": "linear", "layer2.2": "linear"}
 
 
 @functools.cache

@@ -154,7 +154,7 @@ def accuracies(stage: str, answer: Callable[[Tensor], Tensor], tests: dict[str, 
     """Percent of right answers on each part of the images that were never in the stream."""
     found: dict[str, Any] = {"stage": f"accuracy, {stage}"}
     for name, test in tests.items():
-        logits = torch.cat([answer(batch) for batch in test.inputs.split(250)])
+        logits = torch.cat([answer(batch) for batch in torch.split(test.inputs, 250)])
         found[f"accuracy_{name}"] = round(100 * float((logits.argmax(-1) == test.labels).float().mean()), 2)
     return found
 
@@ -214,7 +214,7 @@ def run(
         rows[-1] |= {"agreement": state["student"]["agreement"], "speedup": state["student"]["speedup"]}
         first = answers_of(ttmpd.load(args.folder / "first", model=opened.module))
         last = f"at the end ({state['answers']})"
-        answers = {"source": alone, "first student": first, last: answers_of(service._course.served.module)}
+        answers = {"source": alone, "first student": first, last: answers_of(service._controller.served.module)}
         rows += [accuracies(name, answer, tests) for name, answer in answers.items()]
     return rows
 

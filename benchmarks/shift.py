@@ -93,6 +93,7 @@ def student(model: str, shift: str, severity: int, seed: int, name: str, setting
     opened = open_model(f"{DATA / 'zoo.py'}:{model}")
     few, test = images(shift, severity, seed)
     result = compress(opened, few, latency=TARGET, num_samples=N_FIT, seed=seed, **settings)
+    assert result.report.latency is not None
     ratio = result.report.latency.speedup
     return (
         {"model": model, "shift": shift, "severity": severity, "seed": seed, "student": name, "target": TARGET}

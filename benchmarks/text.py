@@ -28,7 +28,7 @@ import torch
 
 from common import CACHE, DATA, RESULTS, cached, require_data, with_earlier, write_csv
 from ttmpd.artifact.read import load
-from ttmpd.data.tokenization import trim_padding
+from ttmpd.data.tokenization import Tokenization, trim_padding
 from ttmpd.distill.one_time import OneTime
 from ttmpd.latency.timing import time_models
 from ttmpd.models.macs import count_macs
@@ -91,7 +91,9 @@ def students(part: str, seed: int, share: float, name: str, settings: dict[str, 
     """One student: for a share of the MACs, or for the latency that KCM's student for that share has."""
     folder = CACHE / "text" / f"{part}-{name}-{share}-{seed}"
     batch = timed_batch(seed)
-    target = {"macs": share} if part == "macs" else {"speedup": (1 - EQUAL) * speedup_of_kcm(seed, share, batch)}
+    target: dict[str, Any] = (
+        {"macs": share} if part == "macs" else {"speedup": (1 - EQUAL) * speedup_of_kcm(seed, share, batch)}
+    )
     start = time.perf_counter()
     result = compress(
         opened(), sentences(), num_samples=N, batch_size=BATCH, seed=seed, output=folder, **target, **settings
@@ -101,7 +103,7 @@ def students(part: str, seed: int, share: float, name: str, settings: dict[str, 
     test = str(DATA / "sst2" / "test.tsv")
     found = evaluate(dataclasses.replace(opened(), module=result.model), test, test).model
     assert found.accuracy is not None
-    row = {
+    row: dict[str, Any] = {
         "model": MODEL, "part": part, "share": share, "method": name, "seed": seed,
         "macs": round(count_macs(result.model, batch)[""] / count_macs(opened().module, batch)[""], 3),
         "accuracy": round(100 * found.accuracy.share, 2), "seconds": round(seconds, 1),
@@ -114,10 +116,12 @@ def students(part: str, seed: int, share: float, name: str, settings: dict[str, 
 
 def timed(student: torch.nn.Module, kcm: torch.nn.Module, batch: torch.Tensor) -> dict[str, float]:
     """Speedups at batch 1 and 32, interleaved with the original and with KCM's student for the same share."""
-    row = {}
+    row: dict[str, float] = {}
     for size in (1, BATCH):
         models = {"original": opened().module, "kcm": kcm, "student": student}
-        few = trim_padding(batch[:size], opened().preprocessing.padding)
+        texts = opened().preprocessing
+        assert isinstance(texts, Tokenization)
+        few = trim_padding(batch[:size], texts.padding)
         rounds = time_models(models, few, rounds=15, min_seconds=2.0, max_seconds=10.0)
         ratio, against = rounds.ratio("original", "student"), rounds.ratio("student", "kcm")
         prefix = "" if size == BATCH else "batch1_"

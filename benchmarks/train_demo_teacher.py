@@ -27,7 +27,8 @@ ACCURACY_FLOOR = 0.98
 def prepared(pixels: np.ndarray) -> Tensor:
     """(N, 8, 8, 1) uint8 to (N, 1, 8, 8) as the model wants it."""
     cfg = DigitNet.pretrained_cfg
-    return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - cfg["mean"][0]) / cfg["std"][0]
+    scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    return (scaled - float(cfg["mean"][0])) / float(cfg["std"][0])
 
 
 def augmented(batch: Tensor, empty: float) -> Tensor:
@@ -52,7 +53,7 @@ def train(x: Tensor, y: Tensor) -> DigitNet:
     empty = float(prepared(np.zeros((1, 1, 1, 1), np.uint8)))
     for epoch in range(EPOCHS):
         order = torch.randperm(len(x))
-        for index in order[: len(x) // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE):
+        for index in torch.split(order[: len(x) // BATCH_SIZE * BATCH_SIZE], BATCH_SIZE):
             batch = augmented(x[index], empty).contiguous(memory_format=torch.channels_last)
             loss = loss_of(model(batch), y[index])
             optimizer.zero_grad()
@@ -67,7 +68,7 @@ def train(x: Tensor, y: Tensor) -> DigitNet:
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Share of right answers."""
-    return (model(x).argmax(1) == y).float().mean().item()
+    return float((model(x).argmax(1) == y).float().mean())
 
 
 def main() -> None:
