@@ -70,7 +70,7 @@ def test_the_page_says_it_all() -> None:
     text = text_of(render_html(rich()))
     for words in (
         "1.83x as fast", "107.8 ms → 58.9 ms per batch of 64", "1.80x to 1.86x", "84.0 %", "25.6 M → 15.2 M", "−40.6 %",
-        "95 % interval 74.1 % to 90.6 %", "This is agreement with the teacher, not accuracy.", "63.6 s", "truck",
+        "95 % interval 74.1 % to 90.6 %", "This is agreement with the adapted model, not accuracy.", "63.6 s", "truck",
         "The target, speedup 1.8, is met", "8 of 24 removable units were removed or narrowed", "attempt 3",
         "narrowed to 4 of 6", "changes the shape of its input layer2.0, layer3.0, layer4.0", "a.jpg cannot be read",
         "max_front", "ttmpd compress --model", "normalisation statistics mixed", "chosen, predicted 57.2 ms",

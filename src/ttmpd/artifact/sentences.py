@@ -68,6 +68,14 @@ def task_sentence(report: "RunReport") -> str:
     return f"Task: {task.name}, {origin}; it predicts for each {task.each}.{same}"
 
 
+def compared_with(report: "RunReport") -> str:
+    """The model that agreement is with."""
+    if report.kind == "compressed":
+        adapter = report.methods.get("adapt")
+        return "the original" if adapter is None or adapter.name == "none" else "the adapted model"
+    return {"adapted": "the original", "exits": "the model without exits", "student": "the teacher"}[report.kind]
+
+
 def runtime_sentence(report: "RunReport") -> str:
     """How the milliseconds of single units were brought into the runtime; "" where they were measured in it."""
     if report.runtime.ratio == 1:
@@ -150,8 +158,9 @@ def before_after(report: "RunReport") -> list[Row]:
             ("Parameters", model.parameters, student.parameters), ("MACs per sample", model.macs, student.macs),
         ):  # fmt: skip
             rows.append((name, count(before), count(after), change(before, after)))
-    rows += _agreement_row("Agreement with the teacher, before distillation", report.agreement_before)
-    rows += _agreement_row("Agreement with the teacher" + ", at the end" * bool(report.training), report.agreement)
+    agreement = f"Agreement with {compared_with(report)}"
+    rows += _agreement_row(f"{agreement}, before distillation", report.agreement_before)
+    rows += _agreement_row(agreement + ", at the end" * bool(report.training), report.agreement)
     return rows + _accuracy_rows(report)
 
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from ttmpd.artifact import format
-from ttmpd.artifact.sentences import circumstances, runtime_sentence, task_sentence
+from ttmpd.artifact.sentences import circumstances, compared_with, runtime_sentence, task_sentence
 from ttmpd.progress import watched
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 SHOW_AFTER = 1.0
 """Seconds before a stage gets a bar."""
 MAX_LISTED = 10
-
-NOT_ACCURACY = "agreement with the teacher, not accuracy"
 
 # ------------------------------------------------------------------------------------------------------------- console
 
@@ -155,15 +153,16 @@ def show_latency(console: Console, report: "RunReport") -> None:
 
 
 def show_agreement(console: Console, report: "RunReport") -> None:
-    """The share of held-out samples on which student and teacher predict the same, and what that means."""
+    """The share of held-out samples on which both models predict the same, and what that means."""
     console.print(escape(task_sentence(report)))
     if report.agreement is None:
-        console.print("Agreement with the teacher: not measured, no samples were held out.")
+        console.print(f"Agreement with {compared_with(report)}: not measured, no samples were held out.")
         return
     before = report.agreement_before
     earlier = f"; before distillation {format.percent(before.share)}" if before else ""
     held_out = format.plural(report.agreement.n, f"held-out {report.task.each}")
-    console.print(f"Agreement: {interval(report.agreement)} on {held_out}{earlier} ({NOT_ACCURACY})")
+    shown = f"{interval(report.agreement)} on {held_out}{earlier}"
+    console.print(f"Agreement with {compared_with(report)}: {shown} (this is not accuracy)")
 
 
 def show_seconds(seconds: "Mapping[str, float]") -> None:

@@ -21,6 +21,7 @@ from ttmpd.models.run import predictions_of
 from ttmpd.pipeline.analysis import Analysis, scores_of
 from ttmpd.pipeline.candidates import PartialPlan, rescored_path
 from ttmpd.pipeline.planning import Attempt, MeasuredPlan, make_plan, needed_ms
+from ttmpd.pipeline.reach import within_reach
 from ttmpd.pipeline.report_data import RunInputs, compressed_report
 from ttmpd.pipeline.run import Run, analyzed
 from ttmpd.pipeline.settings import Settings, Target, settings_of
@@ -133,7 +134,8 @@ def compress_many(
         for folder in folders[1:]:  # the first is locked with its stages
             if folder is not None:
                 locks.enter_context(locked(folder))
-        # All plans come before any training: a target out of reach ends the run at once.
+        # A target out of reach ends the run before anything is scored, and all plans come before any training.
+        analysis = within_reach(analysis, targets, chosen, run.stages)
         path = rescored_path(analysis, max(needed_ms(analysis, target) for target in targets), chosen, run.stages)
         plans = [_planned(analysis, path, target, run) for target in targets]
         teacher = predictions_of(analysis.teacher, analysis.calibration.held_out, analysis.pass_size)

@@ -19,6 +19,7 @@ from ttmpd.pipeline.analysis import Analysis
 from ttmpd.pipeline.candidates import rescored_path
 from ttmpd.pipeline.planning import MeasuredPlan, make_plan, needed_ms
 from ttmpd.pipeline.preparation import working_copy
+from ttmpd.pipeline.reach import within_reach
 from ttmpd.pipeline.run import analyzed
 from ttmpd.pipeline.settings import DEFAULT_UNITS, Target, check_kinds, settings_of
 from ttmpd.records import Unit
@@ -181,6 +182,7 @@ def preview(
     """
     chosen = settings_of(settings)
     with analyzed(model, samples, chosen) as (analysis, run):
+        analysis = within_reach(analysis, targets, chosen, run.stages)
         path = rescored_path(analysis, max(needed_ms(analysis, target) for target in targets), chosen, run.stages)
         plans = tuple(make_plan(analysis, path, target, settings=chosen, stages=run.stages) for target in targets)
         return Preview(analysis, plans, run.stages.seconds())

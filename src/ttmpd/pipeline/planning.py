@@ -99,7 +99,7 @@ def make_plan(
     harm_of = plan_judge(analysis, settings)
     attempts: dict[Attempt, tuple[Option, ...]] = {}
     if search.needed_ms <= 0:
-        unpruned = _measured(analysis, (), settings)
+        unpruned = measure_plan(analysis, (), settings)
         attempts[unpruned] = ()
         search.begin(unpruned)
     if search.needed_ms > 0:
@@ -108,7 +108,7 @@ def make_plan(
             _search(search, attempts, analysis, path, settings=settings, harm_of=harm_of)
         except BudgetUnreachableError as error:
             best_ms = analysis.lossless_ms - error.best_ms
-            raise BudgetUnreachableError(_unreachable(analysis, target, best_ms), best_ms) from None
+            raise BudgetUnreachableError(unreachable(analysis, target, best_ms), best_ms) from None
     best, harm = _best(attempts, search.limit_ms, harm_of)
     plan = Plan(best.removals, harm, analysis.original_ms, search.budget_ms, best.predicted_ms)
     front = pareto_front(analysis, path, settings) if plan.removals else ()
@@ -186,7 +186,7 @@ def _search(
             raise
         if any(attempt.removals == analysis.removals(chosen) for attempt in attempts):
             return  # what is asked differs, the plan does not
-        attempt = _measured(analysis, chosen, settings)
+        attempt = measure_plan(analysis, chosen, settings)
         attempts[attempt] = chosen
         if not search.update(attempt, analysis.lossless_ms - attempt.predicted_ms) or search.needed_ms <= 0:
             return
@@ -251,7 +251,8 @@ def _same_removals(options: Sequence[Option], chosen: Sequence[Option]) -> list[
     return [option for option in options if (option.unit_id, option.action, option.kept) in removed]
 
 
-def _unreachable(analysis: Analysis, target: Target, best_ms: float) -> str:
+def unreachable(analysis: Analysis, target: Target, best_ms: float) -> str:
+    """Says that a target is out of reach, and what is not, given the milliseconds with everything removed."""
     return (
         f"the target must be reachable by removing units, but {target} is not: with all {len(analysis.units)} "
         f"units removed {best_ms:.3g} of {analysis.original_ms:.3g} ms remain; ask for --speedup "
@@ -259,7 +260,7 @@ def _unreachable(analysis: Analysis, target: Target, best_ms: float) -> str:
     )
 
 
-def _measured(analysis: Analysis, chosen: Sequence[Option], settings: Settings) -> Attempt:
+def measure_plan(analysis: Analysis, chosen: Sequence[Option], settings: Settings) -> Attempt:
     """Cut the model by the chosen options and time it."""
     removals = analysis.removals(chosen)
     timings = compare(

@@ -94,7 +94,10 @@ class _StateCollector(Collector):
             "ttmpd_rounds_total": (state.get("n_rounds"), "Compressions that were begun."),
             "ttmpd_moves_total": (state.get("n_moves"), "How often the data moved."),
             "ttmpd_swaps_total": (state.get("n_swaps"), "How often another model took over."),
-            "ttmpd_student_agreement": (student.get("agreement"), "Agreement with the teacher on held-out samples."),
+            "ttmpd_student_agreement": (
+                student.get("agreement"),
+                "Agreement with the adapted model on held-out samples.",
+            ),
             "ttmpd_student_speedup": (student.get("speedup"), "Times faster than the teacher, measured in service."),
             "ttmpd_drift_statistic": (drift.get("statistic"), "Largest z-value of the last window."),
             "ttmpd_drift_threshold": (drift.get("threshold"), "What it exceeds when answers changed."),

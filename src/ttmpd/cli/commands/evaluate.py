@@ -56,7 +56,7 @@ def command(
 def _show(found: "Evaluation") -> None:
     """Accuracy, calibration and agreement, with intervals."""
     console = display.out()
-    columns = ["model", *(["against"] if found.against else [])]
+    columns = ["--model", *(["--against"] if found.against else [])]
     rows = [found.model, *([found.against] if found.against else [])]
     table = display.new_table("", *columns)
     if found.model.accuracy is not None:
