@@ -211,7 +211,9 @@ def run(
             if end - start > 0.2:
                 rows.append(row(name, calls, end - start))
         rows.append(throughput(f"at the end ({state['answers']} answers)", service, moved, args.seconds))
-        rows[-1] |= {"agreement": state["student"]["agreement"], "speedup": state["student"]["speedup"]}
+        student = state["student"]
+        assert student is not None
+        rows[-1] |= {"agreement": student["agreement"], "speedup": student["speedup"]}
         first = answers_of(ttmpd.load(args.folder / "first", model=opened.module))
         last = f"at the end ({state['answers']})"
         answers = {"source": alone, "first student": first, last: answers_of(service._controller.served.module)}

@@ -64,3 +64,68 @@ def test_no_file_is_too_long(folder):
         if (n := len(path.read_text(encoding="utf-8").splitlines())) > MAX_FILE
     }
     assert long == {}
+
+
+MAPPINGS = {
+    "choose_methods": "verb -> method, as many as are asked for",
+    "named": "name of a setting -> value, whatever the user passes",
+}
+"""Functions that return a mapping whose keys are data, not fields."""
+
+
+def untyped_readers(texts: dict[str, str]) -> dict[str, set[str]]:
+    """Function that returns ``dict[str, Any]`` -> the files, but for its own, that read a key of what it returned."""
+    trees = {name: ast.parse(text) for name, text in texts.items()}
+    makers: dict[str, str] = {}
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.returns and "dict[str, Any]" in ast.unparse(node.returns):
+                makers |= {} if node.name in MAPPINGS else {node.name: name}
+    readers: dict[str, set[str]] = {}
+    for name, tree in trees.items():
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef):
+                for made in keys_read(function, set(makers)):
+                    if makers[made] != name:
+                        readers.setdefault(made, set()).add(name)
+    return readers
+
+
+def keys_read(function: ast.FunctionDef, makers: set[str]) -> set[str]:
+    """The makers of whose results this function reads a key that stands in the code."""
+
+    def maker(node: ast.expr) -> str:
+        if isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            return called if called in makers else ""
+        return held.get(node.id, "") if isinstance(node, ast.Name) else ""
+
+    held: dict[str, str] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and (made := maker(node.value)):
+            held |= {target.id: made for target in node.targets if isinstance(target, ast.Name)}
+    read = set()
+    for node in ast.walk(function):
+        if (
+            isinstance(node, ast.Subscript)
+            and isinstance(node.slice, ast.Constant)
+            and isinstance(node.slice.value, str)
+        ):
+            read.add(maker(node.value))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+            read.add(maker(node.func.value))
+    return read - {""}
+
+
+def test_a_dict_without_types_that_another_file_reads_is_seen():
+    made = "def state() -> dict[str, Any]: ...\ndef own():\n    return state()['a']\n"
+    assert untyped_readers({"a.py": made}) == {}
+    assert untyped_readers({"a.py": made, "b.py": "def f(s):\n    return s.state()['a']\n"}) == {"state": {"b.py"}}
+    assert untyped_readers({"a.py": made, "b.py": "def f():\n    x = state()\n    x.get('a')\n"}) == {"state": {"b.py"}}
+    assert untyped_readers({"a.py": made, "b.py": "def f():\n    return dump(state())\n"}) == {}
+
+
+def test_no_dict_without_types_is_read_by_another_file():
+    texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in python_files("src")}
+    del texts["src/ttmpd/models/hub.py"]  # reads those of transformers' processors
+    assert untyped_readers(texts) == {}

@@ -23,9 +23,9 @@ def timed_cuts(monkeypatch):
     removed = []
     honest = reach.measure_plan
 
-    def counted(here, chosen, settings):
+    def counted(here, chosen, settings, **limits):
         removed.append(len(chosen))
-        return honest(here, chosen, settings)
+        return honest(here, chosen, settings, **limits)
 
     monkeypatch.setattr(reach, "measure_plan", counted)
     return removed

@@ -369,10 +369,11 @@ def compare(
     rounds: int = 15,
     min_seconds: float = 2.0,
     max_seconds: float = 10.0,
+    precision: float = PRECISION,
 ) -> Timings:
     """Interleaved forward passes under the names "original" and "compressed", and "lossless" where that is given.
 
-    It takes longer, up to twice ``max_seconds``, until the speedup is known to ``PRECISION``.
+    It takes longer, up to twice ``max_seconds``, until the speedup is known to ``precision``.
 
     Args:
         original: the model before.
@@ -383,6 +384,7 @@ def compare(
         rounds: see :func:`ttmpd.latency.timing.interleaved`.
         min_seconds: of the counted rounds together.
         max_seconds: of the counted rounds together.
+        precision: standard error of the speedup, as a share of it.
     """
     models = {"original": original, "compressed": student} | ({} if unpruned is None else {"lossless": unpruned})
     return time_models(
@@ -391,6 +393,6 @@ def compare(
         rounds=rounds,
         min_seconds=min_seconds,
         max_seconds=max_seconds,
-        precision=PRECISION,
+        precision=precision,
         runtime=runtime,
     )

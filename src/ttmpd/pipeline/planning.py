@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ttmpd.errors import BudgetUnreachableError
-from ttmpd.latency.table import compare, count_units
+from ttmpd.latency.table import PRECISION, compare, count_units
 from ttmpd.models.macs import count_macs
 from ttmpd.pipeline.analysis import Analysis, scores_of
 from ttmpd.pipeline.candidates import (
@@ -260,8 +260,23 @@ def unreachable(analysis: Analysis, target: Target, best_ms: float) -> str:
     )
 
 
-def measure_plan(analysis: Analysis, chosen: Sequence[Option], settings: Settings) -> Attempt:
-    """Cut the model by the chosen options and time it."""
+def measure_plan(
+    analysis: Analysis,
+    chosen: Sequence[Option],
+    settings: Settings,
+    *,
+    seconds: tuple[float, float] = (3.0, 6.0),
+    precision: float = PRECISION,
+) -> Attempt:
+    """Cut the model by the chosen options and time it.
+
+    Args:
+        analysis: of the model.
+        chosen: what is removed.
+        settings: of the run.
+        seconds: least and most of the counted rounds together.
+        precision: see :func:`ttmpd.latency.table.compare`.
+    """
     removals = analysis.removals(chosen)
     timings = compare(
         analysis.source,
@@ -269,8 +284,9 @@ def measure_plan(analysis: Analysis, chosen: Sequence[Option], settings: Setting
         analysis.batch,
         runtime=settings.runtime,
         rounds=15,
-        min_seconds=3.0,
-        max_seconds=6.0,
+        min_seconds=seconds[0],
+        max_seconds=seconds[1],
+        precision=precision,
     )
     ratio = timings.ratio("original", "compressed")
     predicted = analysis.lossless_ms - sum(option.saved_ms for option in chosen)

@@ -18,6 +18,8 @@ from ttmpd.records import Option, Score, Unit, WidthUnit
 
 NEAR = 0.7
 """Share of what all units promise up to which a target is believed to be in reach without a measurement."""
+ROUGHLY = 0.05
+"""How well the speedup without any unit is to be known: only what is clearly out of reach is refused."""
 PLAUSIBLE = 0.9
 """Share of the whole model's latency up to which the sum of what units promise is believed."""
 
@@ -70,5 +72,5 @@ def _removals_of(unit: Unit) -> list[Score]:
 
 def _fastest(analysis: Analysis, largest: Sequence[Option], settings: Settings) -> list[float]:
     """(milliseconds, their standard error) of the model without all that may go."""
-    attempt = measure_plan(analysis, largest, settings)
+    attempt = measure_plan(analysis, largest, settings, seconds=(0.5, 2.0), precision=ROUGHLY)
     return [attempt.measured_ms, attempt.error_ms]

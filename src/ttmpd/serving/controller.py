@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from ttmpd.serving.job import Begin, Clock, CompressionJob
 from ttmpd.serving.monitor import AnswerMonitor, Served
 from ttmpd.serving.policy import Policy
 from ttmpd.serving.reservoir import Reservoir
-from ttmpd.serving.worker import STUDENT, JobInputs, Kind
+from ttmpd.serving.state import ControllerState, ProgressState, StudentState
+from ttmpd.serving.worker import STUDENT, JobInputs, Kind, Progress
 from ttmpd.tasks.base import Task
 from ttmpd.training.task import adopt_task
 
@@ -248,7 +248,7 @@ class ServiceController:
         self._events = (*self._events[-19:], (round(self._clock() - self._began, 3), event))
         _log.info("%s", event)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> ControllerState:
         """The state of the service as plain data; may be called from any thread."""
         job, reservoir, acceptance = self._job, self.reservoir, self._acceptance
         return {
@@ -265,9 +265,17 @@ class ServiceController:
             "worker": self._kind,
             "worker_note": self._worker_note,
             "tries": 0 if job is None else job.tries,
-            "progress": None if job is None else asdict(job.progress()),
-            "student": None if acceptance is None else asdict(acceptance),
+            "progress": None if job is None else _progress(job.progress()),
+            "student": None if acceptance is None else _student(acceptance),
             **self.monitor.state(),
             "seconds": {"service": self._clock() - self._began} | self._seconds,
-            "events": [list(event) for event in self._events],
+            "events": list(self._events),
         }
+
+
+def _progress(progress: Progress) -> ProgressState:
+    return {"stage": progress.stage, "done": progress.done, "total": progress.total}
+
+
+def _student(test: Acceptance) -> StudentState:
+    return {"refused": test.refused, "agreement": test.agreement, "speedup": test.speedup}

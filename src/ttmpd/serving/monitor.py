@@ -2,7 +2,7 @@
 
 from collections import deque
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,6 +12,7 @@ from ttmpd.serving.acceptance import predictions_on
 from ttmpd.serving.drift import Drift, DriftTest
 from ttmpd.serving.policy import Policy
 from ttmpd.serving.reservoir import Recent
+from ttmpd.serving.state import MonitorState
 from ttmpd.training.task import task_of
 
 FEWEST = 16
@@ -106,7 +107,7 @@ class AnswerMonitor:
             return candidates[0]
         return max(candidates, key=lambda served: float(task.information(predictions_on(served.module, rows))))
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> MonitorState:
         """The last drift test and the last comparison with the teacher, as plain data."""
         test, drift, shadow = self._test, self._drift, self._shadow
         return {

@@ -34,6 +34,7 @@ from ttmpd.serving.job import Begin, Clock
 from ttmpd.serving.monitor import Served
 from ttmpd.serving.policy import Policy
 from ttmpd.serving.reservoir import Reservoir
+from ttmpd.serving.state import ServiceState
 from ttmpd.serving.worker import Kind, start
 from ttmpd.storage import disk_guarded, write_copy
 
@@ -226,10 +227,17 @@ class OnlineService:
 
     # ---------------------------------------------------------------------------------------------------------- state
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> ServiceState:
         """Everything that is known about the service, as plain data; at any time and from any thread."""
-        counts = {"n_calls": self._n_calls, "n_seen": self._n_seen, "n_unnoted": self._n_unnoted}
-        return self._controller.state() | counts | ({"phase": "closed"} if self._closing.is_set() else {})
+        known: ServiceState = {
+            **self._controller.state(),
+            "n_calls": self._n_calls,
+            "n_seen": self._n_seen,
+            "n_unnoted": self._n_unnoted,
+        }
+        if self._closing.is_set():
+            known["phase"] = "closed"
+        return known
 
     @property
     def device(self) -> torch.device:

@@ -13,6 +13,8 @@ from ttmpd.cli.commands._reporting import reporting, write_result
 from ttmpd.pipeline import defaults
 
 if TYPE_CHECKING:
+    from ttmpd.latency.table import UnitLatency
+    from ttmpd.latency.timing import Timing
     from ttmpd.pipeline.inspect import Inspection
 
 PLACE = 10
@@ -57,12 +59,13 @@ def _show(found: "Inspection") -> None:
         extra = ("ms", "of ms", "linear ms") if timed else ()
         numbers = ("parameters", "MACs", "of MACs", *extra)
         table = display.new_table("unit", "class", "shape", *numbers, right=numbers)
-        for unit in found.to_dict()["units"]:
-            linear = format.milliseconds(unit["linear_ms"]) if "linear_ms" in unit else ""
-            times = (format.milliseconds(unit["ms"]), format.percent(unit["ms_share"]), linear) if timed else ()
-            shape = "x".join(map(str, unit["shape"]))
-            sizes = (format.count(unit["n_params"]), format.count(unit["macs"]), format.percent(unit["macs_share"]))
-            table.add_row(escape(unit["id"]), escape(unit["module"]), shape, *sizes, *times)
+        latencies = {latency.unit: latency for latency in found.timings}
+        for unit in found.units:
+            shape = "x".join(map(str, unit.shape))
+            share = format.percent(unit.macs / max(1, found.macs))
+            times = _times(latencies[unit.id], found.whole) if found.whole else ()
+            sizes = (format.count(unit.n_params), format.count(unit.macs), share)
+            table.add_row(escape(unit.id), escape(unit.module), shape, *sizes, *times)
         console.print(table)
         console.print(f"{len(found.units)} removable units hold {format.percent(found.removable_share)} of the MACs.")
     else:
@@ -72,6 +75,13 @@ def _show(found: "Inspection") -> None:
         for path, reason in _grouped(found.refused):
             table.add_row(escape(path), escape(reason))
         console.print(table)
+
+
+def _times(latency: "UnitLatency", whole: "Timing") -> tuple[str, str, str]:
+    """Milliseconds of a unit, their share of the whole model's, and those of its linear replacement."""
+    linear = latency.replacements.get("linear")
+    share = format.percent(latency.ms / whole.median_ms)
+    return format.milliseconds(latency.ms), share, "" if linear is None else format.milliseconds(linear)
 
 
 def _grouped(refused: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
