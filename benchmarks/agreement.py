@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from common import DATA, cached, cifar, require_data, with_earlier, write_csv
-from ttmpd.adapt._learner import answers_by
+from ttmpd.adapt._learner import answers_by_batch
 from ttmpd.adapt.eata_c import drawn
 from ttmpd.adapt.norm import Norm
 from ttmpd.data.corruptions import corrupted
@@ -58,11 +58,11 @@ def rows_of(model: str, shift: str) -> list[dict[str, Any]]:
     known = {"model": model, "shift": shift, "accuracy": percent((wanted.argmax(-1) == truth).double().mean())}
     rows = [known | {"parts": "none", "ece": percent(calibration_error(wanted, truth))}]
     for name, parts in parts_of(Block().find(net, few.batch(slice(0, 2))).units).items():
-        for batch in (True, False):
+        for batch, answered in ((True, answers_by_batch), (False, predictions_of)):
             answers = []
             for left_out in parts:
                 with skipped(net, left_out):
-                    answers.append(answers_by(net, few, 64, batch_statistics=batch).argmax(-1))
+                    answers.append(answered(net, few, 64).argmax(-1))
             alike = torch.cat(answers) == whole.argmax(-1).repeat(len(parts))
             temperatures = {
                 "median": statistics.median(fit_temperature(whole, one) for one in answers),

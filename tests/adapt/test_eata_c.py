@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ttmpd.adapt._learner import answers_by
+from ttmpd.adapt._learner import answers_by_batch
 from ttmpd.adapt.eata_c import EATAC, HOTTEST, _temperature, drawn
 from ttmpd.adapt.norm import Norm
 from ttmpd.data.samples import Samples
@@ -85,19 +85,15 @@ def test_parts_are_drawn_by_seed_and_step():
 def test_it_learns_and_leaves_no_mask(unguarded):
     model, samples = tiny_model(), tiny_samples(40)
     with assert_untouched(model, samples):
-        adapted = EATAC(e0=0.9, redundancy=9.0, batch_size=10, skip=0.5, batch_statistics=False).adapt(model, samples)
-    mixed = Norm().adapt(model, samples).model
+        adapted = EATAC(e0=0.9, redundancy=9.0, batch_size=10, skip=0.5).adapt(model, samples)
+    mixed = Norm(weights=(0.5,)).adapt(model, samples).model
     changed = {k for k, v in adapted.model.state_dict().items() if not torch.equal(v, mixed.state_dict()[k])}
     assert changed and not any("conv" in name or "head" in name for name in changed)
     assert not any("forward" in module.__dict__ for module in adapted.model.modules())
 
 
 def test_backward_passes_are_those_of_the_selected(unguarded):
-    facts = (
-        EATAC(e0=0.9, beta=0.0, batch_size=10, epochs=2, batch_statistics=False, parts=2)
-        .adapt(tiny_model(), tiny_samples(40))
-        .facts
-    )
+    facts = EATAC(e0=0.9, beta=0.0, batch_size=10, epochs=2, parts=2).adapt(tiny_model(), tiny_samples(40)).facts
     assert 0.0 < facts["selected_share"] < 1.0
     assert facts["backward_per_sample"] == pytest.approx(2 * facts["selected_share"])
     assert facts["forward_per_sample"] == pytest.approx(
@@ -106,9 +102,7 @@ def test_backward_passes_are_those_of_the_selected(unguarded):
 
 
 def settings_without_steps(**more: object) -> EATAC:
-    return EATAC(
-        e0=0.0, beta=0.0, batch_size=10, batch_statistics=False, **more
-    )  # nothing is sure enough to learn from
+    return EATAC(e0=0.0, beta=0.0, batch_size=10, **more)  # nothing is sure enough to learn from
 
 
 def sure_model(factor: float) -> nn.Module:
@@ -137,7 +131,7 @@ def test_the_temperature_is_the_median_over_parts_by_hand():
     with torch.no_grad():
         for unit in units:
             with skipped(model, (unit,)):
-                answers = answers_by(model, samples, 64, batch_statistics=True).argmax(-1)
+                answers = answers_by_batch(model, samples, 64).argmax(-1)
             found.append(fit_temperature(model(batch), answers))
     assert 1.0 < statistics.median(found) < HOTTEST
     assert _temperature(model, samples, units, 64) == pytest.approx(statistics.median(found), rel=1e-4)

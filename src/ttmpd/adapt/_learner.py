@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ttmpd.adapt._evidence import parting
 from ttmpd.adapt.base import Adapted, Adapter
 from ttmpd.adapt.norm import Norm
 from ttmpd.data.samples import Samples
@@ -42,6 +43,15 @@ Below 1, since a method that lowers the confidence of unsure predictions loses a
 """
 
 
+_NOTHING_LEARNED = {
+    "selected_share": 0.0,
+    "forward_per_sample": 0.0,
+    "backward_per_sample": 0.0,
+    "epochs": 0.0,
+    "rolled_back": 0.0,
+}
+
+
 class Learner(Adapter):
     """Trains scale and shift of the normalisation layers on the samples and mixes their statistics as `norm` does."""
 
@@ -54,11 +64,6 @@ class Learner(Adapter):
     """Passes over the samples."""
     batch_size: int = 64
     """Samples per step."""
-    batch_statistics: bool = True
-    """Steps use the statistics of the batch, as in the paper, and `norm` mixes them after the last step.
-
-    Otherwise it mixes them before the first step, and steps use the mixed ones.
-    """
     max_samples: int = 512
     """Samples that are used, from the first on."""
 
@@ -79,11 +84,13 @@ class Learner(Adapter):
         return ""
 
     def adapt(self, teacher: nn.Module, samples: Samples, *, batch_size: int = 64, seed: int = 0) -> Adapted:
-        """A copy of the teacher that learned from the samples; the teacher itself where nothing can be done.
+        """A copy of the teacher that learned from the samples; the teacher itself where nothing can or shall be done.
+
+        Steps begin from, and use, the statistics that `norm` mixes. Where it finds no shift there is nothing to learn.
 
         Facts: ``selected_share`` of the samples that steps saw, forward and backward passes per sample (those for
-        mixing left out), ``epochs`` that were kept, ``rolled_back`` 0 or 1, and the facts of mixing before anything
-        was learned.
+        mixing left out), ``epochs`` that were kept, ``rolled_back`` 0 or 1, and the facts of mixing, ``explained``
+        before anything was learned.
 
         Raises:
             UnsupportedError: the teacher answers each token of a text.
@@ -95,16 +102,16 @@ class Learner(Adapter):
         if reason := self.reason_not_to_adapt(teacher, samples):
             return Adapted(teacher, reason)
         subset = samples.first(self.max_samples)
-        mixed = Norm().adapt(teacher, subset, batch_size=batch_size, seed=seed)
-        adaptation = self.begin(clone(teacher if self.batch_statistics else mixed.model), subset, seed)
-        n_epochs, reason = self._learn(adaptation, subset, batch_size, seed)
-        model = adaptation.model
-        if self.batch_statistics:
-            model, worse = _remixed(mixed, model, subset, batch_size) if n_epochs else (mixed.model, "")
-            n_epochs, reason = (0, worse) if worse else (n_epochs, reason)
-        facts = mixed.facts | _counts(adaptation, subset)
+        mixed, source = Norm().mixed(teacher, subset, batch_size)
+        if source is not None and mixed.model is teacher:
+            return Adapted(teacher, mixed.note, mixed.facts | _NOTHING_LEARNED)
+        adaptation = self.begin(clone(mixed.model), subset, seed)
+        start = _answers(adaptation, subset, batch_size)
+        answers, n_epochs, reason = self._learn(adaptation, start, subset, batch_size, seed)
+        told = parting(start if source is None else source, answers, task_of(teacher))
+        facts = mixed.facts | _counts(adaptation, subset) | told.facts
         facts |= {"epochs": float(n_epochs), "rolled_back": float(bool(reason))}
-        return Adapted(model, _note(mixed, n_epochs, reason), facts)
+        return Adapted(adaptation.model, f"{_note(mixed, n_epochs, reason)}{told.note}", facts)
 
     def check_task(self, teacher: nn.Module, samples: Samples) -> None:
         """Raise :class:`UnsupportedError` where the teacher's predictions cannot be learned from."""
@@ -122,29 +129,28 @@ class Learner(Adapter):
 
     def adaptation(self, model: nn.Module, loss: Loss, **more: Any) -> Adaptation:
         """An adaptation by this method's hyper-parameters."""
-        return Adaptation(
-            model, loss, lr=self.lr, optimizer=self.optimizer, batch_statistics=self.batch_statistics, **more
-        )
+        return Adaptation(model, loss, lr=self.lr, optimizer=self.optimizer, **more)
 
-    def _learn(self, adaptation: Adaptation, samples: Samples, batch_size: int, seed: int) -> tuple[int, str]:
+    def _learn(
+        self, adaptation: Adaptation, start: Tensor, samples: Samples, batch_size: int, seed: int
+    ) -> tuple[Tensor, int, str]:
         """Train epoch by epoch; at the first sign of collapse go back to the last good one.
 
         Returns:
-            The number of epochs that were kept, and why no more; "" where all were.
+            The answers in the end, the number of epochs that were kept, and why no more; "" where all were.
         """
         device = adaptation.parameters[0].device
-        start, good = _answers(adaptation, samples, batch_size), adaptation.state()
-        answers = start
+        good, answers = (adaptation.state(), start), start
         for epoch in track(range(self.epochs), "adapt", self.epochs):
             for index in self._batches(adaptation, answers, seed * 100_003 + epoch):
                 adaptation.learn(samples.trimmed(index, device))
             answers = _answers(adaptation, samples, batch_size)
             reason = collapse(start, answers, task_of(adaptation.model))
             if reason:
-                adaptation.load(good)
-                return epoch, f"rolled back after epoch {epoch + 1}: {reason}"
-            good = adaptation.state()
-        return self.epochs, ""
+                adaptation.load(good[0])
+                return good[1], epoch, f"rolled back after epoch {epoch + 1}: {reason}"
+            good = adaptation.state(), answers
+        return answers, self.epochs, ""
 
     def _batches(self, adaptation: Adaptation, answers: Tensor, seed: int) -> Iterator[Tensor]:
         """Positions of the samples of every step of an epoch, selected by the predictions with which it begins.
@@ -161,7 +167,7 @@ class Learner(Adapter):
             ]
             order = torch.cat(parts)
         size = min(self.batch_size, len(order))
-        return iter(torch.split(order[: len(order) // size * size], size) if size > self.batch_statistics else ())
+        return iter(torch.split(order[: len(order) // size * size], size) if size else ())
 
 
 class SelectiveLearner(Learner):
@@ -204,7 +210,7 @@ class SelectiveLearner(Learner):
         classes = n_classes(model, samples)
         margin = self.e0 * math.log(classes)
         subset = samples.first(self.fisher_samples)
-        penalty = fisher_penalty(model, subset, self.batch_size, self.batch_statistics) if self.beta else None
+        penalty = fisher_penalty(model, subset, self.batch_size) if self.beta else None
         selection = ReliableSampleFilter(margin, self.redundancy or redundancy_for(classes))
         penalized = self._penalized(loss(margin), penalty)
         adaptation = self.adaptation(model, penalized, selection=selection, separate_forward=separate_forward)
@@ -238,28 +244,17 @@ def collapse(start: Tensor, now: Tensor, task: Task | None = None) -> str:
 
 
 def _answers(adaptation: Adaptation, samples: Samples, batch_size: int) -> Tensor:
-    """(N, n_classes) logits in the configuration in which steps are made, on the CPU."""
+    """(N, n_classes) logits, on the CPU; the pass is counted."""
     adaptation.n_forward += len(samples)
-    return answers_by(adaptation.model, samples, batch_size, adaptation.batch_statistics)
+    return predictions_of(adaptation.model, samples, batch_size)
 
 
-def answers_by(model: nn.Module, samples: Samples, batch_size: int, batch_statistics: bool) -> Tensor:
-    """(N, n_classes) logits, on the CPU, with the statistics that batch normalisation holds or those of each batch."""
-    if not batch_statistics:
-        return predictions_of(model, samples, batch_size)
+def answers_by_batch(model: nn.Module, samples: Samples, batch_size: int) -> Tensor:
+    """(N, n_classes) logits, on the CPU, of a model whose batch normalisation takes the statistics of each batch."""
     device = next(model.parameters()).device
     with evaluating(model), using_batch_statistics(model):
         answers = [predict(model, samples.trimmed(index, device)) for index in pieces(len(samples), batch_size)]
     return torch.cat(answers).float().cpu()
-
-
-def _remixed(before: Adapted, learned: nn.Module, samples: Samples, batch_size: int) -> tuple[nn.Module, str]:
-    """The trained model with mixed statistics; where its predictions are worse, the model before training and why."""
-    norm = Norm(weights=(before.facts.get("weight", 0.0),))  # the shift is still that to which it was chosen
-    after = norm.adapt(learned, samples, batch_size=batch_size).model
-    start, now = (predictions_of(model, samples, batch_size) for model in (before.model, after))
-    worse = collapse(start, now, task_of(learned))
-    return (before.model, f"rolled back, for with mixed statistics {worse}") if worse else (after, "")
 
 
 def _counts(adaptation: Adaptation, samples: Samples) -> dict[str, float]:
@@ -271,8 +266,8 @@ def _counts(adaptation: Adaptation, samples: Samples) -> dict[str, float]:
 
 
 def _note(mixed: Adapted, n_epochs: int, reason: str) -> str:
-    parts = [mixed.note] if mixed.facts else []
-    parts += [
+    statistics = mixed.note.partition(";")[0] if mixed.facts else ""
+    learned = (
         f"scale and shift trained without labels, epochs: {n_epochs}" if n_epochs else "scale and shift left alone"
-    ]
-    return "; ".join([*parts, reason] if reason else parts)
+    )
+    return "; ".join(part for part in (statistics, learned, reason) if part)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ttmpd.adapt._learner import SelectiveLearner, answers_by
+from ttmpd.adapt._learner import SelectiveLearner, answers_by_batch
 from ttmpd.adapt.base import Adapted
 from ttmpd.data.samples import Samples
 from ttmpd.method import check_fields
@@ -65,7 +65,7 @@ class EATAC(SelectiveLearner):
         Cost: that of `eata`, a further forward pass per step, one for each of the `parts`, and one for the whole.
         """
         adapted = super().adapt(teacher, samples, batch_size=batch_size, seed=seed)
-        if not self.parts or not adapted.facts:  # nothing was done
+        if not self.parts or adapted.model is teacher:
             return adapted
         subset, units = samples.first(self.max_samples), _units(adapted.model, samples)
         left_out = random.Random(seed).sample(units, min(self.parts, len(units)))
@@ -125,7 +125,7 @@ def _temperature(model: nn.Module, samples: Samples, left_out: Sequence[Unit], b
     whole, temperatures = predictions_of(model, samples, batch_size), []
     for unit in left_out:
         with skipped(model, (unit,)):
-            part = answers_by(model, samples, batch_size, batch_statistics=True)
+            part = answers_by_batch(model, samples, batch_size)
         temperatures.append(fit_temperature(whole, part.argmax(-1)))
     return min(HOTTEST, max(1.0, statistics.median(temperatures)))
 
