@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import DATA, ROOT, with_earlier, write_csv
+from common import DATA, ROOT, commit_of, with_earlier, write_csv
 
 AFTER = ROOT.parent
 STAMP = ("threads", "torch", "freed_memory", "machine", "date", "commit")
@@ -98,12 +98,6 @@ def compared(name: str, before: Sequence[Numbers], after: Sequence[Numbers]) -> 
                 }
             )
     return rows
-
-
-def commit_of(checkout: Path) -> str:
-    """The commit that is checked out, short."""
-    command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import csv
 import datetime
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +36,12 @@ def cifar(name: str = "cifar10_jpeg") -> tuple[np.ndarray, np.ndarray]:
     """(pixels, labels) of a CIFAR-10 test set."""
     with np.load(DATA / name / "test.npz") as file:
         return file["x"], file["y"]
+
+
+def commit_of(checkout: Path) -> str:
+    """The commit that is checked out, short."""
+    command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def stamp() -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Answers:
         """
         task, reference = self.task, self.reference[rows]
         variety = float(task.information(reference) + task.uncertainty(reference).mean())
-        share = 1 - float(task.uncertainty(self.outputs[rows]).mean()) / max(variety, 1e-9)
+        share = (variety - float(task.uncertainty(self.outputs[rows]).mean())) / max(variety, 1e-6)
         return share if math.isfinite(share) else -math.inf
 
     @functools.cached_property

@@ -26,7 +26,7 @@ def test_compress_says_what_it_did(made, said):
     for words in (
         "Device: ",
         "1 thread",
-        "Adaptation: normalisation statistics mixed",
+        "Adaptation: normalisation statistics",
         "Plan",
         "compressed, predicted",
         "compressed, measured",
