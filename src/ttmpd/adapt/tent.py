@@ -15,7 +15,7 @@ class Tent(Learner):
 
     source: ClassVar[str] = (
         "Tent (Wang et al., ICLR 2021, arXiv 2006.10726); here on a fixed set in several passes, with a guard against "
-        "collapse; afterwards `norm` mixes statistics that hold for any batch"
+        "collapse, and with the statistics that `norm` mixes, which hold for any batch, in the place of the batch's own"
     )
 
     def begin(self, model: nn.Module, samples: Samples, seed: int) -> Adaptation:
