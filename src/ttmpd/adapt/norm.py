@@ -22,6 +22,9 @@ from ttmpd.models.run import predictions_of
 from ttmpd.progress import track
 from ttmpd.training.task import task_of
 
+MOST_ROWS = 50_000
+"""Predictions that are compared: of pixels and tokens, which resemble their neighbors, every so many-th."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Candidate:
@@ -133,6 +136,8 @@ class _Trials:
     def __init__(self, model: nn.Module, samples: Samples, batch_size: int, depth: float) -> None:
         self.model, self.samples, self.batch_size, self.task = model, samples, batch_size, task_of(model)
         outputs, order = predictions_and_order(model, samples, batch_size)
+        self.step = -(-len(outputs) // MOST_ROWS)
+        outputs = outputs[:: self.step]
         n_early = max(1, round(depth * len(order)))
         self.early, self.late = order[:n_early], order[n_early:]
         self.source = _Candidate(0.0, 0.0, statistics_of(model), Answers(self.task, outputs, outputs))
@@ -142,7 +147,7 @@ class _Trials:
         load_statistics(self.model, self.source.statistics)
         shares = dict.fromkeys(self.early, early) | dict.fromkeys(self.late, late)
         mix_statistics(self.model, self.samples, self.batch_size, shares)
-        outputs = predictions_of(self.model, self.samples, self.batch_size)
+        outputs = predictions_of(self.model, self.samples, self.batch_size)[:: self.step]
         answers = Answers(self.task, outputs, outputs if reference is None else reference)
         return _Candidate(early, late, statistics_of(self.model), answers)
 
