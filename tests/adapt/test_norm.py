@@ -169,6 +169,15 @@ def test_late_layers_follow_only_where_answers_become_surer():
     assert many["weight_late"] == many["weight"] > 0.0
 
 
+def test_of_very_many_predictions_every_so_many_th_is_compared(monkeypatch):
+    samples = samples_of(moved(drawn(300, range(N_CLASSES), 1)[0]))
+    everything = Norm().mixed(trained(), samples, 64)[1]
+    monkeypatch.setattr("ttmpd.adapt.norm.MOST_ROWS", 100)
+    adapted, compared = Norm().mixed(trained(), samples, 64)
+    assert torch.equal(compared, everything[::3])
+    assert adapted.facts["weight"] > 0
+
+
 def test_passes_are_counted():
     model, samples, n_seen = clone(trained()), samples_of(drawn(60, (0, 1), 1)[0]), []
     model.register_forward_pre_hook(lambda _model, args: n_seen.append(len(args[0])))

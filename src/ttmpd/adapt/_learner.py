@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ttmpd.adapt._evidence import parting
 from ttmpd.adapt.base import Adapted, Adapter
 from ttmpd.adapt.norm import Norm
 from ttmpd.data.samples import Samples
@@ -19,6 +18,7 @@ from ttmpd.models.norms import norm_parameters, using_batch_statistics
 from ttmpd.models.run import evaluating, predict, predictions_of
 from ttmpd.models.tokens import predicted_token_mask
 from ttmpd.progress import track
+from ttmpd.quality.evidence import parting
 from ttmpd.tasks.base import OneOf, Task
 from ttmpd.tasks.classification import Classification
 from ttmpd.training.task import task_of

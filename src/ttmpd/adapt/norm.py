@@ -5,7 +5,6 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ttmpd.adapt._evidence import Answers, parting
 from ttmpd.adapt._statistics import (
     Statistics,
     layers_with_statistics,
@@ -20,6 +19,7 @@ from ttmpd.method import check_fields, check_range
 from ttmpd.models.modules import clone
 from ttmpd.models.run import predictions_of
 from ttmpd.progress import track
+from ttmpd.quality.evidence import Answers, parting
 from ttmpd.training.task import task_of
 
 MOST_ROWS = 50_000
@@ -136,8 +136,8 @@ class _Trials:
     def __init__(self, model: nn.Module, samples: Samples, batch_size: int, depth: float) -> None:
         self.model, self.samples, self.batch_size, self.task = model, samples, batch_size, task_of(model)
         outputs, order = predictions_and_order(model, samples, batch_size)
-        self.step = -(-len(outputs) // MOST_ROWS)
-        outputs = outputs[:: self.step]
+        self.step = max(1, -(-len(outputs) // MOST_ROWS))
+        outputs = outputs[:: self.step].clone()
         n_early = max(1, round(depth * len(order)))
         self.early, self.late = order[:n_early], order[n_early:]
         self.source = _Candidate(0.0, 0.0, statistics_of(model), Answers(self.task, outputs, outputs))
@@ -147,7 +147,7 @@ class _Trials:
         load_statistics(self.model, self.source.statistics)
         shares = dict.fromkeys(self.early, early) | dict.fromkeys(self.late, late)
         mix_statistics(self.model, self.samples, self.batch_size, shares)
-        outputs = predictions_of(self.model, self.samples, self.batch_size)[:: self.step]
+        outputs = predictions_of(self.model, self.samples, self.batch_size)[:: self.step].clone()
         answers = Answers(self.task, outputs, outputs if reference is None else reference)
         return _Candidate(early, late, statistics_of(self.model), answers)
 

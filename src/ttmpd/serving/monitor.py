@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
+from ttmpd.quality.evidence import Answers
 from ttmpd.quality.proportion import Proportion, proportion
 from ttmpd.serving.acceptance import predictions_on
 from ttmpd.serving.drift import Drift, DriftTest
@@ -97,15 +98,17 @@ class AnswerMonitor:
         return self._shadow
 
     def better(self, candidates: list[Served]) -> Served:
-        """The model whose predictions for the recent samples are surest and most varied.
+        """The model the variety of whose predictions the recent samples explain best.
 
-        There are no labels: it is the criterion by which the teacher's statistics are mixed. Where there are too few
-        samples, or the task has no such criterion, it is the first one.
+        There are no labels: it is the criterion by which the teacher's statistics are mixed, and few classes do not
+        deceive it. Where there are too few samples, or the task has no such criterion, it is the first one.
         """
         rows, task = self.recent.rows(), task_of(candidates[0].module)
         if rows is None or len(rows) < FEWEST or task.reason_not_to_adapt:
             return candidates[0]
-        return max(candidates, key=lambda served: float(task.information(predictions_on(served.module, rows))))
+        outputs = [predictions_on(served.module, rows) for served in candidates]
+        explained = [Answers(task, values, values).explained() for values in outputs]
+        return candidates[explained.index(max(explained))]
 
     def state(self) -> MonitorState:
         """The last drift test and the last comparison with the teacher, as plain data."""

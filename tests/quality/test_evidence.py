@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ttmpd.adapt._evidence import GROUPS, Answers, parting
+from ttmpd.quality.evidence import GROUPS, Answers, parting
 from ttmpd.tasks.classification import Classification
 from ttmpd.tasks.embedding import Embedding
 
