@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from ttmpd.adapt.norm import Norm
+from ttmpd.adapt.norm import Norm, _Trials
 from ttmpd.data.samples import Samples
 from ttmpd.errors import InvalidValueError
 from ttmpd.models.modules import clone
+from ttmpd.quality.evidence import Answers
 from ttmpd.testing.tiny_models import tiny_model, tiny_samples
 
 
@@ -167,6 +168,28 @@ def test_late_layers_follow_only_where_answers_become_surer():
     )
     assert few["weight_late"] == 0.0
     assert many["weight_late"] == many["weight"] > 0.0
+
+
+def test_a_shift_is_plain_by_the_gentlest_move_alone(monkeypatch):
+    # All candidates explain as much as the source; those that move far part from it beyond doubt, which proves nothing.
+    asked = []
+    monkeypatch.setattr(Answers, "gain", lambda *_: (-1e-6, 1.0))
+
+    def parted(self, other, certainty):
+        asked.append(self)
+        return False
+
+    monkeypatch.setattr(Answers, "parted_beyond_doubt", parted)
+    samples = samples_of(moved(drawn(300, range(N_CLASSES), 1)[0]))
+    assert Norm(weights=(1.0, 0.5, 0.25)).adapt(trained(), samples).model is trained()
+    gentle = trials_of(samples).candidate(0.25, 0.0)
+    assert len(asked) == 1 and torch.allclose(asked[0].outputs, gentle.answers.outputs, atol=1e-5)
+    monkeypatch.setattr(Answers, "parted_beyond_doubt", lambda *_: True)
+    assert Norm().adapt(trained(), samples).facts["weight"] > 0
+
+
+def trials_of(samples: Samples) -> _Trials:
+    return _Trials(clone(trained()), samples, 64, 2 / 3)
 
 
 def test_of_very_many_predictions_every_so_many_th_is_compared(monkeypatch):
