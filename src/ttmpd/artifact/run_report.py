@@ -164,6 +164,7 @@ class RunReport:
         seconds: of each stage.
         restarted: what of an interrupted run was not taken over, and why; "" when all of it was, or there was none.
         adaptation: of the model to the samples.
+        unfitted: (path, reason) of layers behind a removal that are too large to be fitted again on this device.
         target: what was asked for.
         units: what could be removed, in the order of the network.
         not_removable: (path, reason) of what could not.
@@ -198,6 +199,7 @@ class RunReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     restarted: str = ""
     adaptation: Adaptation | None = None
+    unfitted: tuple[tuple[str, str], ...] = ()
     target: TargetReport | None = None
     units: tuple[UnitReport, ...] = ()
     not_removable: tuple[tuple[str, str], ...] = ()

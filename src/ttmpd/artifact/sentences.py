@@ -90,7 +90,16 @@ def sentences(report: "RunReport") -> list[str]:
     """What was done, whether the target is met, and what to be careful about."""
     done = {"compressed": _compressed, "adapted": _adapted, "exits": _exits, "student": _student}[report.kind](report)
     caution = f"{report.latency.caution}." if report.latency and report.latency.caution else ""
-    return [text for text in (done, target_sentence(report), caution, report.restarted) if text]
+    return [text for text in (done, target_sentence(report), _unfitted(report), caution, report.restarted) if text]
+
+
+def _unfitted(report: "RunReport") -> str:
+    """Which layers were left as they are because their fit is beyond the device; "" where there are none."""
+    if not report.unfitted:
+        return ""
+    path, reason = report.unfitted[0]
+    n = plural(len(report.unfitted), "layer")
+    return f"Not fitted again after the removals: {n}, the first of them {path}, which {reason}."
 
 
 def _compressed(report: "RunReport") -> str:

@@ -51,6 +51,7 @@ from ttmpd.pipeline.preparation import latency_batch
 from ttmpd.pipeline.report_predictions import Predictions, agreement_of, disagreements_of, held_out_of
 from ttmpd.pipeline.settings import Settings
 from ttmpd.records import Lossless, Plan, Score, Unit, WidthUnit
+from ttmpd.repair.limits import layers_too_large
 from ttmpd.training.loop import TrainingResult
 from ttmpd.training.task import task_of
 
@@ -122,6 +123,7 @@ def compressed_report(
         _compared(report, inputs, teacher, final),
         runtime=dataclasses.replace(report.runtime, ratio=analysis.runtime_ratio),
         adaptation=Adaptation(analysis.adapt_note, dict(analysis.adapt_facts)),
+        unfitted=tuple(layers_too_large(analysis.source).items()) if planned.plan.removals else (),
         units=unit_reports(analysis, planned.plan, scores),
         not_removable=tuple((path, str(reason)) for path, reason in analysis.not_removable.items()),
         target=_target(planned, report, latency),

@@ -10,6 +10,9 @@ from torch.nn import functional as F
 CHUNK_ROWS = 4096
 """Rows whose products are summed in their own precision."""
 
+BLOCK = 2048
+"""Columns of the second moments that are summed at once: what a product takes beside them."""
+
 Solve = Callable[[], tuple[Tensor, Tensor | None]]
 """Returns (weight, bias) for the targets that are set when it is called; see :meth:`NormalEquations.solve`."""
 
@@ -48,10 +51,15 @@ class NormalEquations:
         """Add rows: ``x`` (rows, n_inputs), ``y`` (rows, n_outputs), ``weight`` (rows,); those of weight 0 are skipped.
 
         Products of ``CHUNK_ROWS`` rows at a time are taken in the precision of ``x``: for wide layers single precision
-        is twice as fast and as accurate, since the sums over all chunks are in float64.
+        is twice as fast and as accurate, since the sums over all chunks are in float64. Of wide ones only one half of
+        the products is computed, block by block: they are symmetric.
         """
         for weighted, design, targets in self._chunks(x, y, weight):
-            self.gram += weighted.T @ design
+            for start in range(0, self.n_inputs + 1, BLOCK):
+                columns, before = slice(start, start + BLOCK), slice(start)
+                products = weighted[:, columns].T @ design[:, : start + BLOCK]
+                self.gram[columns, : start + BLOCK] += products
+                self.gram[before, columns] += products[:, before].T
             self.cross += weighted.T @ targets
 
     def set_targets(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:

@@ -73,6 +73,32 @@ def select_members(
     return selected
 
 
+def largest_members(
+    energies: Tensor, matrix: Tensor, bias: Tensor, n_members: int, widths: Sequence[int]
+) -> list[MemberChoice]:
+    """The members to keep at every width where the layer cannot be fitted: those that add most to its output.
+
+    Args:
+        energies: (n_inputs,) summed squares of the layer's inputs.
+        matrix: (n_outputs, n_inputs), the layer's weight, which stays.
+        bias: (n_outputs,), which stays.
+        n_members: heads, neurons or channels; all have the same number of inputs.
+        widths: numbers of members, falling.
+
+    Cost: one product; the error takes the members as independent.
+    """
+    size = len(energies) // n_members
+    shares = (matrix.double().square().sum(0).to(energies) * energies).view(n_members, size).sum(1)
+    order, total = shares.argsort(descending=True, stable=True), float(shares.sum())
+    choices = []
+    for width in widths:
+        members = order[:width].sort().values
+        lost = float(shares[order[width:]].sum()) / max(total, 1e-12)
+        kept_inputs = _inputs(members, size).to(matrix.device)
+        choices.append(MemberChoice(tuple(members.tolist()), lost, matrix[:, kept_inputs], bias))
+    return choices
+
+
 def _inputs(members: Tensor, size: int) -> Tensor:
     """Numbers of the inputs that belong to the members."""
     return (members[:, None] * size + torch.arange(size, device=members.device)).flatten()

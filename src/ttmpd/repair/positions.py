@@ -43,7 +43,7 @@ def squared_gradients(
     samples, device = samples.first(GRADIENT_SAMPLES), next(model.parameters()).device
     feature_tap = find_feature_tap(model, samples.batch(slice(0, 2), device), pooled=True)
     taps = {location.id: Tap(location.path, "output") for location in locations}
-    energies = {location.id: torch.zeros(_n_positions(location)) for location in locations}
+    energies = {location.id: torch.zeros(n_positions(location)) for location in locations}
     generator = torch.Generator().manual_seed(seed)
     features_at = {} if feature_tap is None else {"": feature_tap}
     with (
@@ -88,13 +88,14 @@ def _scaled(energy: Tensor, tokens: Tensor | None = None) -> Tensor:
     return energy / n_samples.clamp_min(1) * (n_samples.sum() / energy.sum())
 
 
-def _n_positions(location: Location) -> int:
+def n_positions(location: Location) -> int:
+    """Pixels or tokens of an output, for one sample."""
     return max(1, int(torch.tensor(location.shape).prod()) // location.channels)
 
 
 def tokens_at(location: Location, samples: Samples, batch: Tensor) -> Tensor | None:
     """(B, T) mask of the positions that hold tokens of the batch, not padding; None where positions are no tokens."""
-    per_token = samples.is_text and samples.inputs.shape[1] == _n_positions(location)
+    per_token = samples.is_text and samples.inputs.shape[1] == n_positions(location)
     return samples.token_mask(batch) if per_token else None
 
 
@@ -118,7 +119,7 @@ def choose_positions(
     """
     generator = torch.Generator().manual_seed(seed)
     if tokens is None:
-        order = torch.randperm(_n_positions(location), generator=generator)
+        order = torch.randperm(n_positions(location), generator=generator)
     else:
         occupied = tokens.any(0).nonzero().flatten().cpu()
         shares = tokens.double().mean(0).cpu()[occupied]

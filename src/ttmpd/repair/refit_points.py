@@ -7,6 +7,7 @@ layer makes up for what the shortcut has lost.
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,14 +20,14 @@ from ttmpd.models.run import first_tensor
 from ttmpd.models.taps import find_output_layer
 from ttmpd.models.trace import trace
 from ttmpd.records import DepthUnit, Layout, Removal, WidthUnit
+from ttmpd.repair.limits import too_large_to_fit
 from ttmpd.surgery.cut import cut
 from ttmpd.surgery.dataflow import ADDING, Layer, layers_of
 from ttmpd.surgery.layers import is_convolution, is_layer, matrix_of, set_matrix
 from ttmpd.surgery.replacements import replacement_at
 
-MAX_INPUTS = 2304
-"""Layers that read more values per output than this (256 channels under a 3x3 kernel) stay as they are: the cost of a
-fit grows with the third power."""
+_log = logging.getLogger(__name__)
+
 POINTS_PER_CONTAINER = 8
 """How many points the module may hold that is run by itself to fit them: each of them takes one more run of it."""
 
@@ -72,9 +73,16 @@ class RefitPoint:
 
 
 def find_refit_points(
-    teacher: nn.Module, student: nn.Module, removals: Sequence[Removal], batch: Tensor, *, later_layers: bool = True
+    teacher: nn.Module,
+    student: nn.Module,
+    removals: Sequence[Removal],
+    batch: Tensor,
+    *,
+    later_layers: bool = True,
 ) -> list[RefitPoint]:
     """The layers that can be fitted, in the order in which the student runs them.
+
+    Those whose fit is beyond this device are left out, and named in a warning.
 
     Args:
         teacher: the original model.
@@ -97,25 +105,37 @@ def find_refit_points(
     first = next((i for i, path in enumerate(order) if path in starts), len(order))
     layers, output_layer = layers_of(teacher, batch), find_output_layer(student, batch)
     removed = {path for removal in removals if isinstance(removal.unit, DepthUnit) for path in removal.unit.paths}
+    shared = _shared_weights(teacher)
     fitted = {
         path
         for path, layer in layers.items()
-        if layer.plain and path not in removed and (path in readers or (later_layers and path != output_layer))
+        if layer.plain and path not in removed | shared and (path in readers or (later_layers and path != output_layer))
     }
     points = []
     for path in order[first:]:
         if path in replaced:
             unit = replaced[path]
             points.append(RefitPoint(path, unit.path, unit.shape, unit.layout, activation=unit.activation))
-        elif path in fitted and matrix_of(module_at(student, path)).shape[1] <= MAX_INPUTS:
+        elif path in fitted and (reason := too_large_to_fit(module_at(student, path))):
+            _log.warning("%s is not fitted again: it %s", path, reason)
+        elif path in fitted:
             points.append(_point(student, layers[path], len(readers[path].kept) if path in readers else 0))
     points = _with_kept_outputs(teacher, removals, points)
     containers = _containers(points, layers, order)
     return [dataclasses.replace(point, container=path) for point, path in zip(points, containers, strict=True)]
 
 
+def _shared_weights(model: nn.Module) -> set[str]:
+    """Paths of modules with a weight that another module has, too: what suits one place need not suit the other."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(path)
+    return {path for paths in owners.values() if len(paths) > 1 for path in paths}
+
+
 def _point(student: nn.Module, layer: Layer, n_members: int) -> RefitPoint:
-    is_convolution = isinstance(module_at(student, layer.path), nn.Conv2d)
+    is_convolution = isinstance(module_at(student, layer.path), nn.Conv1d | nn.Conv2d | nn.Conv3d)
     return RefitPoint(
         layer.path,
         layer.norm or layer.path,

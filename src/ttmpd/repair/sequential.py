@@ -18,16 +18,13 @@ from ttmpd.models.modules import module_at
 from ttmpd.models.run import StopForwardError, evaluating
 from ttmpd.progress import track
 from ttmpd.records import RefitScope, Removal
+from ttmpd.repair.limits import ROWS
 from ttmpd.repair.positions import PositionSample, sample_positions
 from ttmpd.repair.refit import FitRows, refit, rescale_members
 from ttmpd.repair.refit_points import RefitPoint, Role, find_refit_points, watch_points
 from ttmpd.repair.runner import Call, ModuleRunner
 from ttmpd.repair.unfold import input_rows, rows
 from ttmpd.surgery.cut import build
-
-ROWS = 1 << 15
-"""Rows of every fit."""
-
 
 MAX_TARGETS = 64 * 2**20
 """Values of the teacher's outputs that are held at once; for more the teacher runs again."""

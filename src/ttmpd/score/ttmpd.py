@@ -18,9 +18,10 @@ from ttmpd.progress import track
 from ttmpd.quality.damage import Replacement, replacement_damage, student_damage
 from ttmpd.records import Action, DepthUnit, Removal, Scope, Score, Unit, WidthUnit
 from ttmpd.repair.least_squares import NormalEquations
+from ttmpd.repair.limits import too_large_to_fit
 from ttmpd.repair.linear import ReplacementFit
-from ttmpd.repair.obs import MemberChoice, narrowed_output, select_members
-from ttmpd.repair.positions import sample_positions
+from ttmpd.repair.obs import MemberChoice, largest_members, narrowed_output, select_members
+from ttmpd.repair.positions import MAX_POSITIONS, n_positions, sample_positions
 from ttmpd.repair.sequential import repaired
 from ttmpd.repair.unfold import input_rows, rows
 from ttmpd.score.base import Scorer, ScoringInputs
@@ -137,18 +138,21 @@ class TTMPD(Scorer):
 
     def _width_scores(self, inputs: ScoringInputs, blocks: Sequence[Unit]) -> Iterable[Score]:
         """Repaired damage of every width: measured at the outer ones, interpolated by the layer's error in between."""
-        choices = self._member_choices(inputs)
+        apart = self._has_few_rows(inputs)
+        fit_samples, samples = self._parts(inputs.samples, apart)
+        choices = self._member_choices(inputs, fit_samples)
+        measured_choices = {name: _measured(own, apart) for name, own in choices.items()}
 
         def replacements(unit: WidthUnit) -> dict[str, Replacement]:
             return {
                 str(len(choice.members)): narrowed_output(inputs.teacher, unit, choice)
-                for choice in _measured(choices[unit.id])
+                for choice in measured_choices[unit.id]
             }
 
         damages = replacement_damage(
             inputs.teacher,
             inputs.width_units,
-            inputs.samples.first(self.tail_samples),
+            samples,
             replacements,
             batch_size=inputs.batch_size,
             containers=blocks,
@@ -156,27 +160,53 @@ class TTMPD(Scorer):
         has_norms = has_batch_norm(inputs.teacher)
         for unit in inputs.width_units:
             factor = self.channels if has_norms and is_convolution(module_at(inputs.teacher, unit.path)) else 1.0
-            errors = [choice.error for choice in _measured(choices[unit.id])]
-            measured = [damages[unit.id, str(len(choice.members))] for choice in _measured(choices[unit.id])]
+            errors = [choice.error for choice in measured_choices[unit.id]]
+            measured = [damages[unit.id, str(len(choice.members))] for choice in measured_choices[unit.id]]
             for choice in choices[unit.id]:
                 harm = float(np.interp(choice.error, errors, np.maximum.accumulate(measured)))
                 yield Score(unit.id, "narrow", factor * harm, {"lost": choice.error}, choice.members)
 
-    def _member_choices(self, inputs: ScoringInputs) -> dict[str, list[MemberChoice]]:
-        equations = fit_layers(inputs, inputs.samples.first(self.max_samples), self.sensitivity)
+    def _member_choices(self, inputs: ScoringInputs, samples: Samples) -> dict[str, list[MemberChoice]]:
+        """Members at every width; where the layer cannot be fitted on this device, it keeps its weights."""
+        layers = {unit.id: module_at(inputs.teacher, unit.path) for unit in inputs.width_units}
+        fitted = [unit for unit in inputs.width_units if not too_large_to_fit(layers[unit.id])]
+        equations = fit_layers(dataclasses.replace(inputs, units=fitted), samples, self.sensitivity)
+        others = [unit for unit in inputs.width_units if unit.id not in equations]
+        energies = input_energies(dataclasses.replace(inputs, units=others), samples, self.sensitivity)
         choices = {}
         for unit in inputs.width_units:
-            layer = module_at(inputs.teacher, unit.path)
-            matrix, bias = matrix_of(layer).detach(), bias_of(layer)
-            choices[unit.id] = select_members(
-                equations.pop(unit.id), matrix, bias, unit.n_members, unit.widths, self.ridge
-            )
+            matrix, bias = matrix_of(layers[unit.id]).detach(), bias_of(layers[unit.id])
+            sizes = (matrix, bias, unit.n_members, unit.widths)
+            if unit.id in equations:
+                choices[unit.id] = select_members(equations.pop(unit.id), *sizes, self.ridge)
+            else:
+                choices[unit.id] = largest_members(energies[unit.id], *sizes)
         return choices
 
+    def _has_few_rows(self, inputs: ScoringInputs) -> bool:
+        """Whether a fit has so few rows for its inputs that its errors on them say little of other samples."""
+        widest = max(matrix_of(module_at(inputs.teacher, unit.path)).shape[1] for unit in inputs.width_units)
+        fewest = min(n_positions(unit) for unit in inputs.width_units)
+        n_rows = len(inputs.samples.first(self.max_samples)) * min(fewest, MAX_POSITIONS)
+        return n_rows < ROWS_PER_INPUT * widest and len(inputs.samples) > 1
 
-def _measured(choices: Sequence[MemberChoice]) -> list[MemberChoice]:
-    """The largest and the smallest width."""
-    return list({len(choice.members): choice for choice in (choices[0], choices[-1])}.values())
+    def _parts(self, samples: Samples, apart: bool) -> tuple[Samples, Samples]:
+        """The samples of the fit, and those on which damage is measured, which may be some of the same or ``apart``."""
+        if not apart:
+            return samples.first(self.max_samples), samples.first(self.tail_samples)
+        n_fit = max(1, min(self.max_samples, len(samples) - min(self.tail_samples, len(samples) // 3)))
+        return samples.first(n_fit), samples.subset(range(n_fit, min(len(samples), n_fit + self.tail_samples)))
+
+
+def _measured(choices: Sequence[MemberChoice], apart: bool) -> list[MemberChoice]:
+    """The largest and the smallest width; where errors of a fit on few rows tell little of those between, more of them.
+
+    Then the first, second, fourth, eighth width and so on: little goes at a time where most stays.
+    """
+    numbers = {0, len(choices) - 1}
+    if apart:
+        numbers |= {2**k - 1 for k in range(len(choices).bit_length()) if 2**k <= len(choices)}
+    return [choices[number] for number in sorted(numbers)]
 
 
 def branch_means(inputs: ScoringInputs, samples: Samples) -> dict[str, Tensor]:
@@ -197,6 +227,8 @@ def branch_means(inputs: ScoringInputs, samples: Samples) -> dict[str, Tensor]:
     return means
 
 
+ROWS_PER_INPUT = 4
+"""Rows of a fit for each input, from which on its own rows tell how well it does on others."""
 MAX_SUMS = 64 * 2**20
 """Values of second moments that are held at once: 512 MiB in double precision."""
 
@@ -244,9 +276,20 @@ def fit_layers(inputs: ScoringInputs, samples: Samples, sensitivity: float) -> d
     for unit in inputs.units:
         n_outputs, n_inputs = matrix_of(module_at(inputs.teacher, unit.path)).shape
         equations[unit.id] = NormalEquations(n_inputs, n_outputs, inputs.device)
-    for unit, x, y, weight in _unit_rows(inputs, samples, sensitivity):
-        equations[unit.id].add(x, y, weight)
+    if equations:
+        for unit, x, y, weight in _unit_rows(inputs, samples, sensitivity):
+            equations[unit.id].add(x, y, weight)
     return equations
+
+
+def input_energies(inputs: ScoringInputs, samples: Samples, sensitivity: float) -> dict[str, Tensor]:
+    """Unit id -> (n_inputs,) summed squares of what the layer reads that reads the unit's members."""
+    energies: dict[str, Tensor] = {}
+    if inputs.units:
+        for unit, x, _, weight in _unit_rows(inputs, samples, sensitivity):
+            squares = (x.double().square() * weight.to(x.device, torch.float64)[:, None]).sum(0)
+            energies[unit.id] = energies.get(unit.id, torch.zeros_like(squares)) + squares
+    return energies
 
 
 def fit_replacements(inputs: ScoringInputs, samples: Samples, ridge: float, sensitivity: float) -> dict[str, LinearMap]:

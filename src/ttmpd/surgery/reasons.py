@@ -18,7 +18,6 @@ class Reason(enum.Enum):
     DEPENDENT = "what it computes depends on all of its members"
     FUSED_HEADS = "computes with all heads at once"
     HIDDEN_LAYERS = "computes with the weights of its layers without calling them"
-    TOO_WIDE = "reads too many values for each of its own to choose among"
     MIXED_SAMPLES = "samples must come first in its output"
     FEEDS_NOTHING = "feeds nothing that the model predicts"
     FEEDS_UNPREDICTED = "feeds only outputs that the task does not predict"

@@ -24,7 +24,6 @@ from ttmpd.surgery.layers import (
 )
 from ttmpd.surgery.masks import proven
 from ttmpd.surgery.observation import Observation
-from ttmpd.surgery.reasons import Reason, Refusal
 from ttmpd.surgery.units.base import UnitSearch, WidthUnits
 
 _CHANNELWISE = {
@@ -54,12 +53,9 @@ class Channel(WidthUnits):
     """Convolutions with fewer hidden channels are left alone."""
     parts: int = 8
     """Into how many widths a hidden layer is divided."""
-    most_inputs: int = 2304
-    """Convolutions that read more values per output than this (256 channels under a 3x3 kernel) are left alone: what it
-    takes to choose among their inputs grows with the third power."""
 
     def __post_init__(self) -> None:
-        check_fields(self, least=2, parts=2, most_inputs=1)
+        check_fields(self, least=2, parts=2)
 
     def search(self, observation: Observation) -> UnitSearch:
         """The hidden channels of at least ``least``, in the order of the network."""
@@ -71,19 +67,9 @@ class Channel(WidthUnits):
             path for path, makers in made_by.items()
             if makers and calls[path].inputs[0] >= self.least and all(shared.count(maker) == 1 for maker in makers)
         ]  # fmt: skip
-        read = {path: matrix_of(module_at(model, path)).shape[1] for path in wide}
-        large = {
-            path: Refusal(Reason.TOO_WIDE, f"{n}, more than {self.most_inputs}")
-            for path, n in read.items()
-            if n > self.most_inputs
-        }
-        units = [
-            self._sized(_unit(model, path, made_by[path], calls, observation.macs))
-            for path in wide
-            if path not in large
-        ]
+        units = [self._sized(_unit(model, path, made_by[path], calls, observation.macs)) for path in wide]
         removable, refused = proven(self.narrow, model, units, observation.batch[:2])
-        return UnitSearch(tuple(removable), refused | large)
+        return UnitSearch(tuple(removable), refused)
 
     def _sized(self, unit: WidthUnit) -> WidthUnit:
         """With equal steps down to the last one, in multiples of 8: kernels run other numbers of channels no faster."""
