@@ -57,7 +57,16 @@ class MissingPackageError(TTMPDError, ImportError):
 
 
 class SamplesError(TTMPDError):
-    """No usable samples at the given place; the message lists what was skipped and why."""
+    """No usable samples at the given place; the message lists what was skipped and why.
+
+    Args:
+        message: the rule, the value and the next step.
+        skipped: (name, reason) of what could not be used.
+    """
+
+    def __init__(self, message: str, skipped: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.skipped = tuple(skipped)
 
 
 class ModelError(TTMPDError):

@@ -78,15 +78,13 @@ def test_what_is_answered_is_collected(client, service):
     assert service.state()["n_seen"] == 3
 
 
-def test_what_the_model_says_about_its_inputs_is_handed_on(net):
+def test_what_the_model_cannot_take_is_refused_by_its_shape(net):
     opened = OpenedModel(net, "", False)
     with (
         OnlineService(opened, speedup=1.5, worker=begin, poll_seconds=math.inf) as service,
         TestClient(create_app(service)) as client,
     ):
-        problem(
-            client.post("/predict", json={"inputs": [[1.0, 2.0]]}), 422, "the model must be able to take the inputs"
-        )
+        problem(client.post("/predict", json={"inputs": [[1.0, 2.0]]}), 422, "cannot take values of the shape 2")
         problem(post(client, image(), "image/png"), 422, "must say how it wants them")
 
 

@@ -1,6 +1,5 @@
 """A service in front of a tiny model: answers, swaps, drift, failures; worker and clock are in the test's hands."""
 
-import os
 import shutil
 import tempfile
 import threading
@@ -258,19 +257,25 @@ def test_a_student_that_is_taken_in_while_the_service_closes_is_kept(artifact, m
     assert stage.service.state()["phase"] == "closed"
 
 
-def test_what_a_killed_service_left_is_removed_by_the_next_one(model, tmp_path, monkeypatch):
+def test_what_a_killed_service_left_is_removed_at_once_by_the_next_one(model, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    left, young, other = (tmp_path / name for name in ("ttmpd-online-left", "ttmpd-online-young", "other"))
-    for folder in (left, young, other):
-        (folder / "job-1").mkdir(parents=True)
+    left, unlocked, other = (tmp_path / name for name in ("ttmpd-online-left", "ttmpd-online-unlocked", "other"))
+    for folder in (left, unlocked, other):
+        (folder / "job-1" / "student").mkdir(parents=True)
     (left / ".lock").touch()
+    (left / "job-1" / "student" / "plan.json").touch()
+
+    def folders():
+        return sorted(path for path in tmp_path.iterdir() if path.is_dir())
+
     with OnlineService(model, speedup=1.5, poll_seconds=float("inf")) as first:
         own = Path(first._folder.name)
-        for folder in (left, other, own):
-            os.utime(folder, (0, 0))
+        assert folders() == sorted([other, own])
         OnlineService(model, speedup=1.5, poll_seconds=float("inf")).close()
-        assert sorted(tmp_path.iterdir()) == sorted([young, other, own])
-    assert sorted(tmp_path.iterdir()) == sorted([young, other])
+        assert folders() == sorted([other, own])  # that of a service that runs stays
+    assert folders() == [other]
+    assert f"{left}: its samples, and a student, which was not saved" in caplog.text
+    assert f"{unlocked}: its samples, and no student yet" in caplog.text
 
 
 def test_close_ends_everything_twice(stage):

@@ -15,6 +15,7 @@ from ttmpd.artifact.write import WEIGHTS
 from ttmpd.data.samples import Samples
 from ttmpd.errors import ModelError, cause
 from ttmpd.models.modules import clone, has_nan
+from ttmpd.models.state import load_tensor_state
 from ttmpd.records import Removal
 from ttmpd.serving.acceptance import frozen, predictions_on
 from ttmpd.serving.policy import Policy
@@ -117,7 +118,7 @@ class CompressionJob:
             return None
         self.has_teacher = True
         teacher = clone(source)
-        teacher.load_state_dict(load_file(path))
+        load_tensor_state(teacher, load_file(path))
         predicted = predictions_on(teacher, self.held_out)
         if predicted.shape[1:] != predictions_on(source, self.held_out.first(1)).shape[1:] or has_nan(predicted):
             raise ModelError("the adapted teacher must predict finite values, as many as the source, but does not")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ttmpd.data.open import open_samples
 from ttmpd.data.preprocessing import Preprocessing
-from ttmpd.errors import InvalidValueError, SamplesError, UnsupportedError, cause
+from ttmpd.errors import InvalidValueError, SamplesError, UnsupportedError
 from ttmpd.method import check_fields
 
 IMAGE_FORMATS = ("PNG", "JPEG")
@@ -30,10 +30,11 @@ class Limits:
     Args:
         max_bytes: of the body; no more than this is read.
         max_batch: samples of one request.
-        max_pixels: of one image, known before it is decoded.
+        max_pixels: of all images of a request together, known before any is decoded.
         running: requests that are worked on at once, each in a thread.
-        waiting: further requests that may wait; what comes beyond is turned away.
+        waiting: further requests whose bodies have arrived and that may wait; what comes beyond is turned away.
         body_seconds: time that a body may take to arrive.
+        arriving_bytes: of all bodies that are on their way in.
     """
 
     max_bytes: int = 16 << 20
@@ -42,9 +43,12 @@ class Limits:
     running: int = 8
     waiting: int = 32
     body_seconds: float = 30.0
+    arriving_bytes: int = 256 << 20
 
     def __post_init__(self) -> None:
-        check_fields(self, max_bytes=1, max_batch=1, max_pixels=1, running=1, waiting=0, body_seconds=1e-3)
+        check_fields(
+            self, max_bytes=1, max_batch=1, max_pixels=1, running=1, waiting=0, body_seconds=1e-3, arriving_bytes=1
+        )
 
 
 def from_images(bodies: Sequence[bytes], preprocessing: Preprocessing | None, limits: Limits) -> Tensor:
@@ -60,24 +64,36 @@ def from_images(bodies: Sequence[bytes], preprocessing: Preprocessing | None, li
             "send prepared values as JSON or .npy, or set `pretrained_cfg` on the module"
         )
     _check_batch(len(bodies), limits)
+    images = [_opened(body) for body in bodies]
+    n_pixels = sum(image.width * image.height for image in images)
+    if n_pixels > limits.max_pixels:
+        largest = max(images, key=lambda image: image.width * image.height)
+        raise InvalidValueError(
+            f"the images of a request must have at most {limits.max_pixels} pixels together, but have {n_pixels}, the "
+            f"largest {largest.width}x{largest.height}; shrink them, or send several requests"
+        )
     # One after the other: only what the preprocessing leaves of an image is kept.
-    return _prepared(torch.stack([_pixels(body, preprocessing, limits) for body in bodies]), preprocessing)
+    return _prepared(torch.stack([_pixels(image, preprocessing) for image in images]), preprocessing)
 
 
-def _pixels(body: bytes, preprocessing: Preprocessing, limits: Limits) -> Tensor:
-    """(C, H, W) uint8."""
+def _opened(body: bytes) -> Image.Image:
+    """The image with its header read, and nothing decoded."""
     try:
-        image = Image.open(io.BytesIO(body), formats=IMAGE_FORMATS)  # reads the header alone
-        size = f"{image.width}x{image.height}"
-        if image.width * image.height > limits.max_pixels:
-            raise InvalidValueError(f"an image must have at most {limits.max_pixels} pixels, but has {size}; shrink it")
-        return preprocessing.pixels(ImageOps.exif_transpose(image))
-    except (InvalidValueError, UnsupportedError):
-        raise
+        return Image.open(io.BytesIO(body), formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
         raise InvalidValueError(f"an image must be {' or '.join(IMAGE_FORMATS)}, but the body is neither") from None
     except Exception as error:  # decoders raise almost anything on broken files
-        raise InvalidValueError(f"an image must be whole, but cannot be decoded ({error}); send it again") from error
+        raise InvalidValueError("an image must be whole, but its header is broken; send it again") from error
+
+
+def _pixels(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
+    """(C, H, W) uint8."""
+    try:
+        return preprocessing.pixels(ImageOps.exif_transpose(image))
+    except (InvalidValueError, UnsupportedError):
+        raise
+    except Exception as error:  # decoders raise almost anything on broken files
+        raise InvalidValueError("an image must be whole, but cannot be decoded; send it again") from error
 
 
 def from_npy(body: bytes, preprocessing: Preprocessing | None, limits: Limits) -> Tensor:
@@ -94,8 +110,9 @@ def from_npy(body: bytes, preprocessing: Preprocessing | None, limits: Limits) -
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = read(file)
     except Exception as error:  # the reader of headers raises almost anything on broken ones
-        why = cause(error)
-        raise InvalidValueError(f"the body must be a .npy file of format 1 or 2, but is not ({why})") from error
+        raise InvalidValueError(
+            "the body must be a .npy file of format 1 or 2, but its header is none; write it with numpy.save"
+        ) from error
     if dtype.name not in _DTYPES:
         raise InvalidValueError(f"a .npy file must hold uint8 pixels or floating values, but holds {dtype}; convert it")
     if len(shape) > _MOST_AXES or any(type(side) is not int or side < 1 for side in shape):
@@ -125,10 +142,23 @@ def from_json(body: bytes, preprocessing: Preprocessing | None, limits: Limits) 
         raise
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise InvalidValueError(
-            'the body must be JSON like {"inputs": [[0.1, ...], ...]}, a list of samples of equal shape, but is not '
-            f"({type(error).__name__}: {str(error)[:100]})"
+            'the body must be JSON like {"inputs": [[0.1, ...], ...]}, a list of samples of equal shape, but '
+            f"{_fault_of(error)}; correct it"
         ) from error
     return _from_array(array, preprocessing, limits)
+
+
+def _fault_of(error: Exception) -> str:
+    """What is wrong with a body of JSON, in words of our own."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is no JSON at character {error.pos}"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no text in UTF-8"
+    if isinstance(error, KeyError):
+        return 'it has no "inputs"'
+    if isinstance(error, RecursionError):
+        return "its lists are nested too deep"
+    return "it holds other things than finite numbers in lists of equal length"
 
 
 def _refuse_constant(name: str) -> float:
@@ -167,7 +197,8 @@ def _prepared(data: Any, preprocessing: Preprocessing | None) -> Tensor:
     try:
         samples = open_samples(data, preprocessing)
     except SamplesError as error:
-        raise InvalidValueError(str(error)) from error
+        reason = f"sample {' '.join(error.skipped[0])}" if error.skipped else "there is none"
+        raise InvalidValueError(f"every sample must be usable, but {reason}; correct it") from error
     if samples.skipped:
         name, reason = samples.skipped[0]
         raise InvalidValueError(f"every sample must be usable, but sample {name} {reason}; leave it out")

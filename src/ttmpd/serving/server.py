@@ -15,19 +15,22 @@ from starlette.applications import Starlette
 from starlette.datastructures import QueryParams, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
-from ttmpd.errors import InvalidValueError, TTMPDError, UnsupportedError, cause
+from ttmpd.errors import InvalidValueError, TTMPDError, UnsupportedError
+from ttmpd.serving.bodies import BodyReader, check_whole
 from ttmpd.serving.metrics import CONTENT_TYPE, Metrics
 from ttmpd.serving.requests import NPY_TYPES, Limits, from_images, from_json, from_npy
 from ttmpd.serving.service import OnlineService
 
 TYPES = 'application/json with "inputs", image/png, image/jpeg, multipart/form-data with images, application/x-npy'
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+DISCARD_SECONDS = 2.0
+"""How long a body that is too large is read before it is turned away."""
 MAX_TOP = 1000
 """Most classes that an answer lists."""
 
@@ -65,23 +68,21 @@ def serve(service: OnlineService, *, host: str = "127.0.0.1", port: int = 8000, 
 
 
 def _predict_route(service: OnlineService, limits: Limits, metrics: Metrics) -> Route:
-    limiter = anyio.CapacityLimiter(limits.running)
+    limiter, bodies = anyio.CapacityLimiter(limits.running), BodyReader(limits)
     under_way = 0
 
     async def predict(request: Request) -> JSONResponse:
         nonlocal under_way
         top, with_scores = _query(request.query_params)
+        kind = _kind(request)
+        body = await bodies.read(request)
+        # A place is taken only now: a client that sends slowly keeps none from others.
         if under_way >= limits.running + limits.waiting:
             raise HTTPException(503, "the server must have a place for a request, but is busy; try again")
         under_way += 1
         try:
-            with anyio.fail_after(limits.body_seconds):
-                read = await _reader(request, service, limits)
-            answer = await run_sync(_answer, service, read, top, with_scores, metrics, limiter=limiter)
-        except ClientDisconnect:
-            raise HTTPException(400, "a body must arrive whole, but the connection was closed; send it again") from None
-        except TimeoutError:
-            raise HTTPException(408, f"a body must arrive within {limits.body_seconds:g} s; send it again") from None
+            decode = await _decoder(request, kind, body, service, limits)
+            answer = await run_sync(_answer, service, decode, top, with_scores, metrics, limiter=limiter)
         finally:
             under_way -= 1
         return JSONResponse(answer)
@@ -99,33 +100,43 @@ def _query(parameters: QueryParams) -> tuple[int, bool]:
     return int(top), scores in ("true", "1", "yes", "on")
 
 
-async def _reader(request: Request, service: OnlineService, limits: Limits) -> Callable[[], Tensor]:
-    """Reads the body; what decodes it is handed back, to be run in a thread."""
-    preprocessing = service.preprocessing
+def _kind(request: Request) -> str:
+    """The type of the body; known before any of it is read."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
-        bodies = await _files(request, limits)
-        return lambda: from_images(bodies, preprocessing, limits)
-    if kind not in ("application/json", "image/png", "image/jpeg", *NPY_TYPES):
+    if kind not in ("application/json", "image/png", "image/jpeg", "multipart/form-data", *NPY_TYPES):
         raise HTTPException(415, f"the content type must be one of {TYPES}, but got {kind[:80]!r}")
-    body = await request.body()
+    return kind
+
+
+async def _decoder(
+    request: Request, kind: str, body: bytes, service: OnlineService, limits: Limits
+) -> Callable[[], Tensor]:
+    """What decodes the body, to be run in a thread."""
+    preprocessing = service.preprocessing
+    if kind == "multipart/form-data":
+        files = await _files(request, body, limits)
+        return lambda: from_images(files, preprocessing, limits)
     if kind.startswith("image/"):
         return lambda: from_images([body], preprocessing, limits)
     decode = from_json if kind == "application/json" else from_npy
     return lambda: decode(body, preprocessing, limits)
 
 
-async def _files(request: Request, limits: Limits) -> list[bytes]:
+async def _files(request: Request, body: bytes, limits: Limits) -> list[bytes]:
     """The bodies of the files of a form."""
+    check_whole(body, request.headers["content-type"])
+
+    async def whole() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
     try:
-        async with request.form(max_files=limits.max_batch, max_fields=8) as form:
+        async with Request(request.scope, whole).form(max_files=limits.max_batch, max_fields=8) as form:
             return [await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)]
     except (HTTPException, FormParserError) as error:  # of Starlette or of the gate; of the parser, which some hand on
         if isinstance(error, HTTPException) and error.status_code != 400:
             raise
-        reason = error.detail if isinstance(error, HTTPException) else error
-        rule = f"a form must be whole and hold at most {limits.max_batch} files"
-        raise HTTPException(422, f"{rule}, but: {reason}; send several") from error
+        rule = f"a form must be well formed and hold at most {limits.max_batch} files and 8 other fields"
+        raise HTTPException(422, f"{rule}, but does not; send several") from error
 
 
 def _answer(
@@ -139,8 +150,11 @@ def _answer(
         records = service.records(batch, answer, top=top, scores=with_scores)
     except torch.OutOfMemoryError:
         raise HTTPException(503, f"the device must have room for {len(batch)} samples; send fewer at once") from None
-    except (RuntimeError, ValueError, IndexError) as error:  # what modules raise for inputs they cannot take
-        raise InvalidValueError(f"the model must be able to take the inputs, but said {cause(error)}") from error
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:  # what modules raise for what they cannot take
+        shape = "x".join(map(str, batch.shape[1:]))
+        raise InvalidValueError(
+            f"a sample must be what the model takes, but it cannot take values of the shape {shape}; send others"
+        ) from error
     metrics.answered(answer.by, len(batch), time.perf_counter() - begun)
     return {"answered_by": answer.by, "answers": records}
 
@@ -229,11 +243,15 @@ class Gate:
             message = await receive()
             n_read += len(message.get("body", b""))
             if n_read > self.max_bytes:
-                raise HTTPException(413, self._rule)
+                await _discard(receive, message, self.max_bytes)
+                raise HTTPException(413, self._rule, {"connection": "close"})
             return message
 
-        stated = dict(scope["headers"]).get(b"content-length", b"0")
+        headers = dict(scope["headers"])
+        stated = headers.get(b"content-length", b"0")
         if not stated.isdigit() or int(stated[:20]) > self.max_bytes:
+            if b"expect" not in headers:  # such a client waits for the answer before it sends
+                await _discard(receive, {"more_body": True}, self.max_bytes)
             await _problem(413, self._rule, {"connection": "close"})(scope, receive, noted)
         else:
             try:
@@ -246,6 +264,15 @@ class Gate:
     @property
     def _rule(self) -> str:
         return f"a body must have at most {self.max_bytes} bytes; send fewer samples at once"
+
+
+async def _discard(receive: Receive, message: Message, n_bytes: int) -> None:
+    """Read on for a while and keep nothing: a connection that is closed while a client sends may lose the answer."""
+    n_left = 4 * n_bytes
+    with anyio.move_on_after(DISCARD_SECONDS):
+        while message.get("more_body") and n_left > 0:
+            message = await receive()
+            n_left -= len(message.get("body", b""))
 
 
 def default_limits(max_mb: float, max_batch: int) -> Limits:

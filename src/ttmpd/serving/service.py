@@ -7,6 +7,7 @@ the worker and at the answers, and in the worker; neither can reach a caller.
 import atexit
 import contextlib
 import dataclasses
+import getpass
 import logging
 import shutil
 import tempfile
@@ -41,7 +42,6 @@ from ttmpd.storage import disk_guarded, write_copy
 FEWEST = 8
 """Least samples with which a compression can begin."""
 _PREFIX, _LOCK = "ttmpd-online-", ".lock"
-_TO_LOCK = 60.0  # seconds that a new service has at least to lock its folder
 
 _log = logging.getLogger("ttmpd")
 
@@ -295,15 +295,21 @@ class OnlineService:
 
 
 def _new_folder() -> tuple[tempfile.TemporaryDirectory[str], BaseFileLock]:
-    """A new folder and its lock, once those are removed that killed services left: nobody holds their locks."""
-    for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):  # in service, or another user's
-            if time.time() - left.stat().st_mtime > _TO_LOCK:
+    """A new folder and its lock, once those are removed that killed services left: nobody holds their locks.
+
+    Services begin one after the other, so that none takes a folder that is not locked yet for one that was left.
+    """
+    place = Path(tempfile.gettempdir())
+    with FileLock(place / f".{_PREFIX}{getpass.getuser()}.lock"):
+        for left in place.glob(f"{_PREFIX}*"):
+            with contextlib.suppress(OSError):  # in service, or another user's
                 with FileLock(left / _LOCK, timeout=0):
+                    lost = "a student, which was not saved" if any(left.glob(f"*/*/{PLAN}")) else "no student yet"
                     shutil.rmtree(left, ignore_errors=True)
-    folder = tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True)
-    lock = FileLock(Path(folder.name, _LOCK), thread_local=False)  # any thread may close the service
-    lock.acquire()
+                _log.warning("removed what a killed service left at %s: its samples, and %s", left, lost)
+        folder = tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True)
+        lock = FileLock(Path(folder.name, _LOCK), thread_local=False)  # any thread may close the service
+        lock.acquire()
     return folder, lock
 
 
