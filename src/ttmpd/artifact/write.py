@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +17,7 @@ from ttmpd.artifact.run_report import RunReport
 from ttmpd.errors import InvalidValueError
 from ttmpd.models.open import is_rebuildable
 from ttmpd.models.opened import OpenedModel
+from ttmpd.models.state import tensor_state
 from ttmpd.records import UNCHANGED, Lossless, Plan
 from ttmpd.storage import disk_guarded, write_json
 from ttmpd.surgery.cut import joined
@@ -87,7 +90,9 @@ def write_artifact(folder: Path, result: Result) -> Path:
         unfinished = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
         try:
             # Tied tensors are written once each: loading copies them into one place again.
-            state = {key: value.detach().cpu().contiguous().clone() for key, value in result.model.state_dict().items()}
+            state = {
+                key: value.detach().cpu().contiguous().clone() for key, value in tensor_state(result.model).items()
+            }
             save_file(state, unfinished / WEIGHTS)
             hugging_face = _stock(result, unfinished / STOCK)
             write_report(dataclasses.replace(result.report, hugging_face=hugging_face), unfinished)
@@ -126,20 +131,50 @@ def _stock(result: Result, folder: Path) -> str:
 
 
 def check_output(folder: Path) -> None:
-    """Refuse to write among files that are not ours.
+    """Refuse to write where nothing can be written, or among files that are not ours, before any time is spent.
 
     Raises:
-        InvalidValueError: the folder is a file, or holds files and is no artifact.
+        InvalidValueError: the folder is a file or lies below one, may not be written to, or holds files of an
+            artifact's names and is no artifact.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InvalidValueError(f"output must be a folder, but {str(folder)!r} is a file; choose another")
-    if folder.is_dir() and not (folder / PLAN).exists():
-        others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-        if any((folder / name).exists() for name in _FILES) and not (folder / UNFINISHED).exists():
-            raise InvalidValueError(
-                f"output must be a new or empty folder, or an artifact, but {str(folder)!r} holds other files "
-                f"({', '.join(others[:3])}) that would be overwritten; choose another"
-            )
+    try:
+        _check_place(folder)
+        if not folder.is_dir() or _is_ours(folder):
+            return
+        others = [name for name in (PLAN, *_FILES) if (folder / name).exists()]
+    except OSError as error:
+        raise InvalidValueError(
+            f"output must be a folder that can be made, but {str(folder)[:200]!r} cannot ({error.strerror}); choose "
+            "another"
+        ) from error
+    if others:
+        raise InvalidValueError(
+            f"output must be a new or empty folder, or an artifact, but {str(folder)!r} holds other files "
+            f"({', '.join(others[:3])}) that would be overwritten; choose another"
+        )
+
+
+def _check_place(folder: Path) -> None:
+    """Refuse a folder that is a file, lies below one, or may not be written to."""
+    place = folder
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        where = "is" if place == folder else f"lies below {str(place)!r}, which is"
+        raise InvalidValueError(f"output must be a folder, but {str(folder)!r} {where} a file; choose another")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InvalidValueError(f"output must be a folder to write to, but {str(place)!r} is read-only; choose another")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether an artifact lies there, or an unfinished one: its plan states the format and the version of ttmpd."""
+    if (folder / UNFINISHED).exists():
+        return True
+    try:
+        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return False
+    return isinstance(plan, dict) and isinstance(plan.get("format"), int) and "ttmpd" in plan
 
 
 def _described(result: Result) -> dict[str, Any]:
