@@ -164,3 +164,35 @@ def test_only_texts_are_sorted():
     samples = Samples(torch.arange(6.0)[:, None], tuple("abcdef"))
     assert by_length(samples, 2) is samples
     assert by_length(texts([3, 1, 2]), 8).ids == ("1", "2", "3")
+
+
+def test_a_stream_without_an_end_is_read_so_far_and_no_further(caplog: pytest.LogCaptureFixture) -> None:
+    read = []
+
+    def endless() -> Iterator[Tensor]:
+        for i in itertools.count():
+            read.append(i)
+            yield torch.full((4,), float(i))
+
+    samples = open_samples(endless(), None, num_samples=5)
+    assert len(samples) == 5
+    assert 20 * 5 <= len(read) <= 20 * 5 + 1
+    assert "not read to its end: samples are chosen from its first 100 items" in caplog.text
+
+
+def test_items_that_a_dataset_cannot_give_are_skipped_whatever_it_raises() -> None:
+    class Broken(Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, i: int) -> Tensor:
+            if i == 3:
+                raise TypeError("'NoneType' object is not subscriptable")
+            if i == 4:
+                raise AttributeError("no shape")
+            return torch.full((4,), float(i))
+
+    samples = open_samples(Broken(), None)
+    assert len(samples) == 10
+    assert [name for name, _ in samples.skipped] == ["3", "4"]
+    assert "TypeError: 'NoneType' object is not subscriptable" in samples.skipped[0][1]

@@ -22,6 +22,9 @@ from ttmpd.errors import InvalidValueError, SamplesError
 
 _log = logging.getLogger("ttmpd")
 
+STREAM_FACTOR = 20
+"""Items of a stream that are read at most, for each sample that is wanted."""
+
 
 def open_samples(
     data: Any,
@@ -48,7 +51,8 @@ def open_samples(
         SamplesError: nothing usable is there; the message lists what was skipped.
         InvalidValueError: ``num_samples`` is not positive.
 
-    Cost: only the chosen images of a folder are decoded; a stream without a length is read to its end.
+    Cost: only the chosen images of a folder are decoded; of a stream without a length at most 20 times
+    ``num_samples`` items are read.
 
     Example:
         >>> import torch
@@ -144,12 +148,18 @@ def _choose(source: Indexed, num_samples: int, seed: int) -> list[Row]:
 
 
 def _reservoir(rows: Iterable[Row], num_samples: int, seed: int) -> list[Row]:
-    """Algorithm R (Waterman): every usable row of the stream has the same chance; then shuffled."""
+    """Algorithm R (Waterman): every usable row that is read has the same chance; then shuffled.
+
+    A stream may have no end: no more than ``STREAM_FACTOR`` times what is wanted is read of it.
+    """
     rng = random.Random(seed)
     chosen: list[Row] = []
     skipped: list[Row] = []
     n_usable = 0
-    for row in rows:
+    for n_read, row in enumerate(rows):
+        if n_read == STREAM_FACTOR * num_samples:
+            _log.warning("the stream was not read to its end: samples are chosen from its first %d items", n_read)
+            break
         if row.value is None:
             skipped.append(row)
             continue
@@ -180,7 +190,8 @@ def _pack(rows: Sequence[Row], preprocessing: Preparation | None, data: Any, lik
         listed = "; ".join(f"{name}: {reason}" for name, reason in skipped[:5])
         problem = f"skipped all {len(skipped)}: {listed}" if skipped else "it is empty"
         forms = FORMS if text is None else tables.FORMS
-        raise SamplesError(f"data must hold usable samples, but got none at {place_of(data)} ({problem}); pass {forms}")
+        rule = f"data must hold usable samples, but got none at {place_of(data)} ({problem})"
+        raise SamplesError(f"{rule}; pass {forms}", skipped)
     values = [value for _, value in usable]
     inputs = torch.stack(values) if text is None else pad_sequence(values, True, text.padding)
     names, ids = tuple(row.name for row, _ in usable), tuple(row.id for row, _ in usable)

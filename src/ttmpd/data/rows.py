@@ -88,7 +88,9 @@ def load_item(data: Any, i: int, seed: int) -> Any:
     torch.default_generator.manual_seed(seed + i)  # random transforms repeat; the caller's state is restored
     try:
         return data[i]
-    except (OSError, ValueError, SyntaxError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the owner's own code: an image that is not there shows as any kind of error
         return Row(str(i), reason=f"cannot be read ({type(error).__name__}: {error})"[:200])
     finally:
         torch.set_rng_state(outer)

@@ -101,7 +101,7 @@ def read_table(path: Path) -> Table:
         columns = dict.fromkeys(name for row in rows[:_LOOKED_AT] if isinstance(row, Mapping) for name in row)
         return Table(path.name, tuple(columns), rows)
     # Quotes in a .tsv are characters like any other, as in the files of GLUE.
-    records = (line.split("\t") for line in _lines(text)) if kind == ".tsv" else _quoted(text)
+    records = (line.split("\t") for line in _lines(text)) if kind == ".tsv" else _quoted(path.name, text)
     return _with_names(path.name, records)
 
 
@@ -137,15 +137,52 @@ def _row_of(value: Any) -> Mapping[str, Any] | str:
     return value if isinstance(value, Mapping) else f"must be a JSON object, but is a {type(value).__name__}"
 
 
-def _quoted(text: str) -> Iterator[list[str] | str]:
-    reader = csv.reader(io.StringIO(text, newline=""))
+SEPARATORS = (",", ";", "\t", "|")
+"""What may stand between the values of a .csv file."""
+
+
+def _quoted(source: str, text: str) -> Iterator[list[str] | str]:
+    """The rows of a .csv file, separated as its first line is.
+
+    Raises:
+        SamplesError: a quote is opened that nothing closes, so that all that follows would be one value.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_separator(text))
     while True:
+        first_line = reader.line_num
         try:
-            yield next(reader)
+            record = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             yield f"is no row of a .csv file ({error})"
+            continue
+        if reader.line_num - first_line > 1:
+            _check_closed(source, text, first_line, reader)
+        yield record
+
+
+def _separator(text: str) -> str:
+    """The separator that makes most columns of the first line; a comma where several do."""
+    first_line = text.split("\n", 1)[0]
+
+    def n_columns(separator: str) -> int:
+        return max((len(row) for row in csv.reader([first_line], delimiter=separator)), default=0)
+
+    return max(SEPARATORS, key=n_columns)
+
+
+def _check_closed(source: str, text: str, first_line: int, reader: Any) -> None:
+    """Raise where a row of several lines ends with the file, in the middle of a quoted value."""
+    lines = io.StringIO(text, newline="").readlines()[first_line : reader.line_num]
+    try:
+        list(csv.reader(lines, reader.dialect, strict=True))
+    except csv.Error as error:
+        if "end of data" in str(error):
+            raise SamplesError(
+                f"every quote in {source} must be closed, but one in line {first_line + 1} is not: the {len(lines)} "
+                "lines from there on would be one value; close it, or double the quotes that are meant as characters"
+            ) from None
 
 
 def _with_names(source: str, records: Iterator[list[str] | str]) -> Table:
@@ -153,6 +190,11 @@ def _with_names(source: str, records: Iterator[list[str] | str]) -> Table:
     if isinstance(columns, str) or any(_is_number(name) or len(name) > 100 for name in columns):
         raise SamplesError(
             f"the first line of {source} must name the columns, but is {str(columns)[:200]}; add such a line"
+        )
+    if source.removesuffix(".gz").endswith(".tsv") and len(columns) == 1 and any(map(columns[0].__contains__, ",;|")):
+        raise SamplesError(
+            f"the values of {source} must be separated by tabs, but its first line is one name, {columns[0][:200]!r}; "
+            "rename it to .csv"
         )
     rows = (record if isinstance(record, str) else dict(zip(columns, record, strict=False)) for record in records)
     return Table(source, tuple(columns), tuple(rows))
