@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from ttmpd.errors import InvalidValueError, TTMPDError
 
@@ -27,6 +27,9 @@ def weights_fingerprint(model: nn.Module) -> str:
     """A short hash of a model's class, its weight names and their values."""
     digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=12)
     for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):  # what a module keeps as plain data beside its weights
+            digest.update(f"{name}{value!r}".encode())
+            continue
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from photos import HALF, photo
@@ -19,6 +20,7 @@ from ttmpd.errors import InvalidValueError, MissingPackageError, ModelError, Uns
 from ttmpd.models.config import preprocessing_of
 from ttmpd.models.open import open_model
 from ttmpd.models.opened import OpenedModel
+from ttmpd.testing.tiny_models import tiny_model
 
 DATA = Path(os.environ.get("TTMPD_DATA", Path(__file__).resolve().parents[2] / "../shared/data"))
 
@@ -343,3 +345,24 @@ def test_the_real_zoo_opens() -> None:
     assert opened.preprocessing is not None
     assert opened.preprocessing.input_size == (3, 32, 32)
     assert opened.module(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_a_prefix_before_every_name_of_a_file_of_weights_is_taken_off(
+    prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, other = tiny_model(), tiny_model()
+    with torch.no_grad():
+        other.head.bias.add_(1.0)
+    save_file({f"{prefix}{name}": value for name, value in other.state_dict().items()}, tmp_path / "w.safetensors")
+    opened = open_model(model, weights=tmp_path / "w.safetensors")
+    assert torch.equal(opened.module.head.bias, other.head.bias)
+    assert "before every name in w.safetensors is taken off" in caplog.text
+
+
+def test_a_prefix_that_is_the_models_own_stays(tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module("model", nn.Linear(2, 2))
+    save_file({name: value + 1 for name, value in model.state_dict().items()}, tmp_path / "w.safetensors")
+    before = model.model.weight.detach().clone()
+    assert torch.equal(open_model(model, weights=tmp_path / "w.safetensors").module.model.weight, before + 1)

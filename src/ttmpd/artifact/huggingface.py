@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ttmpd.data.preprocessing import Preparation
 from ttmpd.data.tokenization import Tokenization, hide_progress_bars, load_tokenizer
 from ttmpd.models.run import evaluating, predict, same_outputs
+from ttmpd.models.state import tensor_state
 from ttmpd.models.tokens import mask_padding, random_ids
 from ttmpd.records import Removal, WidthUnit
 
@@ -56,7 +57,7 @@ def _rebuilt(student: nn.Module, config: Any, removals: Sequence[Removal]) -> nn
         _shortened(config, layers)
     with torch.random.fork_rng():
         fresh: nn.Module = type(student)._from_config(config).float().eval()  # type: ignore[attr-defined]
-    state = student.state_dict()
+    state = tensor_state(student)
     fresh.load_state_dict({layers.renamed(key): value for key, value in state.items() if not layers.is_gone(key)})
     return fresh
 

@@ -22,6 +22,7 @@ from ttmpd.data.preprocessing import Preparation, preparation_from
 from ttmpd.data.tokenization import Tokenization
 from ttmpd.errors import CheckpointError, TTMPDError, UnknownMethodError
 from ttmpd.method import loaded_class
+from ttmpd.models.admission import admitted
 from ttmpd.models.config import preprocessing_of
 from ttmpd.models.open import is_rebuildable, open_model
 from ttmpd.models.opened import OpenedModel
@@ -103,7 +104,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         torch.Size([1, 4])
     """
     artifact = read_artifact(folder)
-    return _restored(artifact, stock_model(artifact) if model is None else model)[0]
+    return _restored(artifact, stock_model(artifact) if model is None else admitted(model))[0]
 
 
 def open_artifact(folder: str | Path, source: str | None = None) -> OpenedModel:

@@ -16,6 +16,7 @@ from ttmpd.method import check_fields
 from ttmpd.models.batch_size import measure_activations
 from ttmpd.models.modules import has_batch_norm, to_fast_format, to_plain_format
 from ttmpd.models.run import evaluating, predict
+from ttmpd.models.state import tensor_state
 from ttmpd.models.taps import Tap, find_feature_tap, tapped
 from ttmpd.models.tokens import prediction_offsets
 from ttmpd.progress import track
@@ -161,7 +162,7 @@ class OneTime(Distiller):
         amp = self.steps > 0 and _faster_with_amp(student, loss_with, context.amp)
         n_values = 0 if targets.features is None else targets.features[0, 0].numel()
         steps = self._n_steps(self._times(context.agreement, n, n_values), size, context)
-        start = {name: value.detach().clone() for name, value in student.state_dict().items()}
+        start = {name: value.detach().clone() for name, value in tensor_state(student).items()}
         check = held_out_check(student, held_out, targets, context.batch_size)
         fit = train(
             student,

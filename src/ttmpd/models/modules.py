@@ -1,9 +1,10 @@
 """Modules of a model by path: found, replaced, hooked and patched for a while, copied, counted."""
 
+import collections
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,9 +40,34 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
                 setattr(parent, name, new)
 
 
-def clone(model: nn.Module) -> nn.Module:
-    """An independent copy: own weights, no hooks shared."""
-    return copy.deepcopy(model)
+def clone(model: nn.Module, shared: Sequence[nn.Module] = ()) -> nn.Module:
+    """An independent copy: own weights, no hooks shared; but for modules in it that are not copied.
+
+    Tensors that a pass with gradients left on the model (a feature map for a heat map, a cache of eval mode) are copied
+    without their graph, which cannot be copied.
+    """
+    left = [tensor for module in model.modules() for tensor in _computed_in(vars(module), set())]
+    copies: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in left}
+    return copy.deepcopy(model, copies | {id(module): module for module in shared})
+
+
+def _computed_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Tensors with a graph in nested containers and plain objects; modules are looked at by themselves."""
+    if isinstance(value, Tensor):
+        if value.grad_fn is not None:
+            yield value
+        return
+    if id(value) in seen or isinstance(value, nn.Module | type):
+        return
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        parts: Iterable[Any] = list(value.values())
+    elif isinstance(value, list | tuple | set | frozenset | collections.deque):
+        parts = list(value)
+    else:
+        parts = list(vars(value).values()) if hasattr(value, "__dict__") and not callable(value) else ()
+    for part in parts:
+        yield from _computed_in(part, seen)
 
 
 @contextlib.contextmanager
@@ -89,9 +115,18 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
+_PLAIN = "ttmpd_plain_format"
+
+
+def keep_plain_format(model: nn.Module) -> None:
+    """Let a model and its later copies say that they run in contiguous memory alone (``x.view(len(x), -1)``)."""
+    model.__dict__[_PLAIN] = True
+
+
 def prefers_channels_last(model: nn.Module) -> bool:
-    """Whether the model is convolutional, so that the channels_last memory format pays."""
-    return any(isinstance(m, nn.Conv2d) for m in model.modules())
+    """Whether the model is convolutional, so that the channels_last memory format pays, and runs in it."""
+    modules = list(model.modules())
+    return any(isinstance(m, nn.Conv2d) for m in modules) and not any(_PLAIN in vars(m) for m in modules)
 
 
 def to_fast_format(model: nn.Module) -> nn.Module:

@@ -1,18 +1,24 @@
 """Open a model by id, with its own preprocessing; nothing is unpickled and no remote code is run."""
 
 import importlib.util
+import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ttmpd.data.tokenization import Tokenization
 from ttmpd.errors import InvalidValueError, ModelError, cause
+from ttmpd.models.admission import admitted
 from ttmpd.models.config import preprocessing_of
 from ttmpd.models.factory import call_factory, is_factory
 from ttmpd.models.hub import _BUILDERS, _refuse_keys, _require
 from ttmpd.models.modules import clone
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.tokens import mask_of, mask_padding
+
+_log = logging.getLogger(__name__)
 
 FORMS = (
     "timm:NAME, torchvision:NAME, hf:ORG/NAME, hf:/local/directory, path/to/file.py:factory or package.module:factory"
@@ -56,6 +62,7 @@ def open_model(model: str | nn.Module, *, weights: Path | None = None, pretraine
 
 def _from_module(module: nn.Module, model_id: str = "") -> OpenedModel:
     """A module of the user's own code; it is left as it is, so one that takes text gets its mask on a copy."""
+    module = admitted(module)
     preparation = preprocessing_of(module)
     if isinstance(preparation, Tokenization) and mask_of(module) is None:
         module = mask_padding(clone(module), preparation)
@@ -99,6 +106,7 @@ def _load_weights(module: nn.Module, path: Path) -> None:
     except Exception as error:
         raise ModelError(f"{path.name} must be a readable safetensors file, but got {cause(error)}") from error
     expected = module.state_dict()
+    state = _without_prefix(state, expected, path.name)
     present = {expected[key].data_ptr() for key in state if key in expected}  # tied tensors are stored once
     missing = [key for key, value in expected.items() if key not in state and value.data_ptr() not in present]
     extra = [
@@ -108,3 +116,20 @@ def _load_weights(module: nn.Module, path: Path) -> None:
     ]
     _refuse_keys(path.name, [key for key in missing if not key.endswith(".num_batches_tracked")], extra)
     module.load_state_dict(state, strict=False)
+
+
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.", "student.", "teacher.")
+"""What training code puts before every name."""
+
+
+def _without_prefix(state: dict[str, Tensor], expected: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    """The weights without what a wrapper has put before all of their names, as far as that makes more of them fit."""
+    while prefix := next((each for each in PREFIXES if state and all(name.startswith(each) for name in state)), ""):
+        shorter = {name.removeprefix(prefix): value for name, value in state.items()}
+        if len(expected.keys() & shorter.keys()) <= len(expected.keys() & state.keys()) and not any(
+            name.startswith(PREFIXES) for name in shorter
+        ):
+            break
+        _log.warning("%r before every name in %s is taken off", prefix, source)
+        state = shorter
+    return state

@@ -125,14 +125,33 @@ def predict(model: nn.Module, batch: Tensor) -> Tensor:
     return logits if tokens is None or logits.dim() != 3 else logits[tokens]
 
 
+def forget_caches(model: nn.Module) -> None:
+    """Let modules make anew what they keep in eval mode, in place: weights, or a graph of gradients, may have changed.
+
+    Attention of several families keeps its biases until it is put into train mode (LeViT, EfficientFormer, TinyViT).
+    """
+    keeping = [module for module in model.modules() if type(module).train is not nn.Module.train]
+    if not keeping:
+        return
+    flags = [(module, module.training) for module in model.modules()]
+    learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for module in keeping:
+        module.train(True)
+    for module, training in flags:
+        module.training = training
+    for parameter, requires_grad in learning:
+        parameter.requires_grad_(requires_grad)
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[nn.Module]:
-    """Run ``model`` in eval mode; train flags, gradients and the random state are as found afterwards."""
+    """Run ``model`` in eval mode; train flags, gradients and the random state are as before afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     gradients_before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     model.eval()
+    forget_caches(model)
     for parameter in model.parameters():
-        parameter.grad = None  # a backward pass would add to what was found
+        parameter.grad = None  # a backward pass would add to what is there
     with torch.random.fork_rng(enabled=True), torch.set_grad_enabled(gradients):
         try:
             yield model

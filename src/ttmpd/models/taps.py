@@ -151,6 +151,7 @@ def find_feature_tap(model: nn.Module, batch: Tensor, pooled: bool = False) -> T
     reached_head = False
 
     def finish(name: str, output: Any) -> None:
+        output = output[0] if type(output) is tuple and output else output
         # A map before pooling: 4 axes, as wide as the head's input, more than one position.
         if reached_head or not isinstance(output, Tensor) or output.dim() != 4:
             return

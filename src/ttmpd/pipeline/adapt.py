@@ -16,6 +16,7 @@ from ttmpd.pipeline.preparation import prepare
 from ttmpd.pipeline.report_data import RunInputs, adapted_report
 from ttmpd.pipeline.settings import settings_of
 from ttmpd.records import Plan
+from ttmpd.training.task import check_finite
 
 _USED = ("adapt", "num_samples", "holdout", "batch_size", "device", "seed", "task")
 """The settings of a run that an adaptation alone looks at."""
@@ -58,6 +59,7 @@ def adapt_to(
     adapted = chosen.adapt.adapt(source, calibration.fit, batch_size=size, seed=chosen.seed)
     seconds = time.perf_counter() - start
     before, after = (predictions_of(net, calibration.held_out, chosen.batch_size) for net in (source, adapted.model))
+    check_finite(adapted.model, after)
     report = adapted_report(RunInputs(opened, source, calibration, chosen), adapted, (before, after), seconds)
     net = to_plain_format(adapted.model).cpu().eval()
     result = Result(net, Plan((), 0.0, 0.0, 0.0, 0.0), report, calibration.ids, opened)

@@ -15,6 +15,7 @@ from ttmpd.latency.lossless import find_lossless, unchanged
 from ttmpd.latency.table import UnitLatency, runtime_ratio, time_units
 from ttmpd.models.batch_size import ActivationMemory
 from ttmpd.models.modules import clone, to_fast_format
+from ttmpd.models.state import load_tensor_state, tensor_state
 from ttmpd.pipeline.calibration import Calibration
 from ttmpd.pipeline.preparation import PASS_SIZE, Prepared, latency_batch
 from ttmpd.pipeline.settings import Settings, judged_kinds
@@ -99,7 +100,7 @@ def analyze(prepared: Prepared, settings: Settings, stages: Stages) -> Analysis:
         search = _find(source, calibration.fit.batch(slice(0, 2), prepared.device), settings)
     teacher = clone(source)
     state, adapted = stages.tensors(ADAPT_STAGE, lambda: _adapt(teacher, prepared, calibration, settings))
-    teacher.load_state_dict(state)
+    load_tensor_state(teacher, state)
     batch = latency_batch(source, calibration.fit, settings)
     timed = stages.json("timing", lambda: _time(source, search.units, batch, settings))
     pass_size = prepared.pass_size(max(settings.batch_size, PASS_SIZE))
@@ -181,7 +182,7 @@ def _adapt(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     size = prepared.step_size(settings.batch_size)
     adapted = settings.adapt.adapt(to_fast_format(teacher), calibration.fit, batch_size=size, seed=settings.seed)
-    return adapted.model.state_dict(), {"note": adapted.note, "facts": adapted.facts}
+    return tensor_state(adapted.model), {"note": adapted.note, "facts": adapted.facts}
 
 
 def _time(source: nn.Module, units: Sequence[Unit], batch: Tensor, settings: Settings) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ttmpd.latency.timing import Timings
 from ttmpd.models.modules import to_plain_format
 from ttmpd.models.opened import OpenedModel
 from ttmpd.models.run import predictions_of
+from ttmpd.models.state import load_tensor_state, tensor_state
 from ttmpd.pipeline.analysis import Analysis, scores_of
 from ttmpd.pipeline.candidates import PartialPlan, rescored_path
 from ttmpd.pipeline.planning import Attempt, MeasuredPlan, make_plan, needed_ms
@@ -31,7 +32,7 @@ from ttmpd.storage import fingerprint, locked
 from ttmpd.surgery.cut import replay
 from ttmpd.surgery.lossless import applied, apply, present
 from ttmpd.training.loop import TrainingResult
-from ttmpd.training.task import task_of
+from ttmpd.training.task import check_finite, task_of
 from ttmpd.training.teacher_outputs import load_teacher_outputs, save_teacher_outputs
 
 NOTHING_TO_FIT = TrainingResult(steps=0, stopped="nothing removed", rolled_back=False, best_step=0)
@@ -185,6 +186,7 @@ def finish(analysis: Analysis, start: Start, context: FitContext, run: Run, comm
     lossless = present(start.student, analysis.lossless)
     student = apply(to_plain_format(start.student), lossless)
     final = predictions_of(student, held_out, analysis.pass_size)
+    check_finite(student, final)
     with stages.timed("measure", key):
         timings = _measured(analysis, student, plan, run.settings)
     inputs = RunInputs(run.opened, analysis.source, analysis.calibration, run.settings)
@@ -267,7 +269,7 @@ def _repaired(analysis: Analysis, planned: MeasuredPlan, run: Run) -> nn.Module:
         nonlocal student
         samples, scope = analysis.calibration.fit.first(MAX_REPAIR), run.settings.score.refit_scope
         student = repaired(analysis.teacher, removals, samples, batch_size=analysis.pass_size, refit_scope=scope)
-        return student.state_dict(), None
+        return tensor_state(student), None
 
     state, _ = run.stages.tensors("repair", compute, _key(planned.target))
     return student if student is not None else replay(analysis.teacher, removals, state)
@@ -320,8 +322,8 @@ def _distill(analysis: Analysis, start: Start, context: FitContext, run: Run) ->
 
     def compute() -> tuple[dict[str, Tensor], Any]:
         fit = method.fit(start.student, calibration.fit, calibration.held_out, targets, student_context)
-        return start.student.state_dict(), dataclasses.asdict(fit)
+        return tensor_state(start.student), dataclasses.asdict(fit)
 
     state, fit = stages.tensors("distill", compute, key)
-    start.student.load_state_dict(state)
+    load_tensor_state(start.student, state)
     return TrainingResult(**fit), targets.held_out

@@ -28,7 +28,7 @@ from ttmpd.pipeline.settings import Settings, Target, settings_of
 from ttmpd.records import Plan
 from ttmpd.surgery.exits.model import check_without_exits
 from ttmpd.tasks.classification import Classification
-from ttmpd.training.task import task_of
+from ttmpd.training.task import check_finite, task_of
 
 _USED = ("num_samples", "holdout", "batch_size", "device", "seed", "task")
 """The settings of a run that exits look at."""
@@ -93,6 +93,7 @@ def add_early_exits(
     equipped, confidences, choice = _timed(prepared, method, equipped, confidences, target, chosen.batch_size)
     plan = Plan((), 0.0, choice.original_ms, choice.budget_ms, choice.predicted_ms)
     logits = (before, predictions_of(equipped.model, calibration.held_out, PASS_SIZE))
+    check_finite(equipped.model, logits[1])
     report = exits_report(
         RunInputs(opened, source, calibration, chosen),
         equipped.model,

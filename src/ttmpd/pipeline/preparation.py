@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
+from ttmpd.errors import SamplesError
 from ttmpd.latency.device import choose_device
 from ttmpd.models.batch_size import ActivationMemory, measure_activations
 from ttmpd.models.modules import clone
@@ -16,7 +17,7 @@ from ttmpd.pipeline.calibration import Calibration, open_calibration
 from ttmpd.pipeline.settings import Settings
 from ttmpd.surgery.exits.model import check_without_exits
 from ttmpd.tasks.base import Task
-from ttmpd.training.task import assign_task, check_structure
+from ttmpd.training.task import NOT_FINITE, answered, assign_task, check_structure
 
 PASS_SIZE = 64
 """Samples per pass, if memory has room, where latency is measured on fewer."""
@@ -82,7 +83,14 @@ def prepare(opened: OpenedModel, data: Any, settings: Settings) -> Prepared:
     calibration = open_calibration(data, opened, settings)
     device = choose_device(settings.device)
     first_samples = calibration.fit.first(4).trimmed(slice(None), device)
-    return Prepared(opened, working_copy(opened, first_samples, settings.task), calibration)
+    source = working_copy(opened, first_samples, settings.task)
+    parts = (answered(source, part, settings.batch_size) for part in (calibration.fit, calibration.held_out) if part)
+    fit, held_out = (*parts, calibration.held_out)[:2]
+    skipped = dict.fromkeys((*fit.skipped, *held_out.skipped))  # reports ask the samples of the fit
+    fit = dataclasses.replace(fit, skipped=tuple(skipped))
+    if len(fit) < 2:
+        raise SamplesError(f"a run must have at least 2 samples to fit on, but {NOT_FINITE} for all but {len(fit)}")
+    return Prepared(opened, source, Calibration(fit, held_out))
 
 
 def working_copy(opened: OpenedModel, batch: Tensor, task: Task | None = None) -> nn.Module:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ttmpd.errors import InvalidValueError
 from ttmpd.models.modules import count_parameters, module_at, to_fast_format
+from ttmpd.models.state import load_tensor_state
 from ttmpd.records import NOTHING_FOLDED, UNCHANGED, DepthUnit, Folded, Lossless, Removal, Unit, WidthUnit, check_apart
 from ttmpd.surgery.find import depth_kind, holds, width_kind
 from ttmpd.surgery.layers import matrix_of
@@ -120,7 +121,7 @@ def replay(
         RuntimeError: the weights do not fit (torch's own message names the keys).
     """
     student = with_norms_gone(build(model, removals, folded), lossless)
-    student.load_state_dict(dict(state))
+    load_tensor_state(student, state)
     return to_fast_format(student) if lossless.channels_last else student
 
 

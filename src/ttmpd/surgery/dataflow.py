@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ttmpd.models.modules import hooks
 from ttmpd.models.run import evaluating, predict
-from ttmpd.surgery.layers import answers_plainly, is_convolution, is_layer, kernel_area
+from ttmpd.surgery.layers import answers_plainly, is_convolution, is_layer
 
 ADDING = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 """Names of the functions that add."""
@@ -103,7 +103,7 @@ def layers_of(model: nn.Module, batch: Tensor) -> dict[str, Layer]:
             outputs[path] = (flow.value(output), tuple(output.shape[1:]))
             if layer:
                 fits = is_layer(module) or is_convolution(module)
-                fits = fits and (kernel_area(module) == 1 or answers_plainly(module, args[0], output))
+                fits = fits and len(args) == 1 and answers_plainly(module, args[0], output)
                 plain.setdefault(path, []).append(fits)
 
     handles = []

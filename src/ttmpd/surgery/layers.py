@@ -16,9 +16,15 @@ ROUND = 8
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether the module is a matrix applied at every position: Linear, Hugging Face's Conv1D, a 1x1 convolution."""
+    """Whether the module is a matrix applied at every position: Linear, Hugging Face's Conv1D, a 1x1 convolution.
+
+    Of convolutions along one axis or three those that also have no stride.
+    """
     if isinstance(module, nn.Conv2d):
         return module.kernel_size == (1, 1) and module.groups == 1 and module.padding == (0, 0)
+    if isinstance(module, nn.Conv1d | nn.Conv3d):
+        sizes = {*module.kernel_size, *module.stride, module.groups}
+        return sizes == {1} and not any(module.padding)
     return isinstance(module, nn.Linear) or _transposed(module)
 
 
@@ -28,17 +34,30 @@ def is_convolution(module: nn.Module) -> bool:
 
 
 def answers_plainly(layer: nn.Module, x: Tensor, y: Tensor) -> bool:
-    """True if ``y`` is the convolution of ``x`` with the layer's weights: not where a subclass pads or scales."""
-    if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        return False
+    """True if ``y`` is what the layer's weight and bias alone make of ``x``.
+
+    Not where a subclass or a hook pads, scales or standardises, or adds a low-rank part (LoRA).
+    """
     with torch.no_grad():
-        plain = nn.functional.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation)
-    return same_outputs(plain, y, OTHER_KERNELS)
+        plain = _product(layer, x)
+    return plain is not None and same_outputs(plain, y, OTHER_KERNELS)
+
+
+def _product(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """The product of the layer's weight with its inputs, plus its bias; None where the padding is of another kind."""
+    if isinstance(layer, nn.Conv2d) and kernel_area(layer) > 1:
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            return None
+        return nn.functional.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation)
+    if isinstance(layer, nn.Conv2d):
+        return nn.functional.conv2d(x, layer.weight, layer.bias, layer.stride)
+    axis = 1 if isinstance(layer, nn.Conv1d | nn.Conv3d) else -1
+    return nn.functional.linear(x.movedim(axis, -1), matrix_of(layer), bias_of(layer)).movedim(-1, axis)
 
 
 def kernel_area(layer: nn.Module) -> int:
     """Places under the kernel of a convolution; 1 of any other layer."""
-    return math.prod(layer.kernel_size) if isinstance(layer, nn.Conv2d) else 1
+    return math.prod(layer.kernel_size) if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 1
 
 
 def _transposed(module: nn.Module) -> bool:
@@ -55,7 +74,7 @@ def matrix_of(layer: nn.Module) -> Tensor:
 def set_matrix(layer: nn.Module, matrix: Tensor, bias: Tensor | None) -> None:
     """Give the layer a weight of (outputs, inputs) and a bias, in place; its sizes follow."""
     shaped = matrix.T if _transposed(layer) else matrix
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         shaped = shaped.reshape(len(matrix), matrix.shape[1] // kernel_area(layer), *layer.kernel_size)
     _replace(layer, "weight", shaped)
     if bias is not None:

@@ -1,6 +1,5 @@
 """What replaces a unit that is removed as a whole: an identity, zeros or a linear map."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ttmpd.models.modules import module_at, replace_module
+from ttmpd.models.modules import clone, module_at, replace_module
 from ttmpd.models.trace import first_argument
 from ttmpd.records import DepthUnit, Form, Unit
 
@@ -31,10 +30,9 @@ class LinearMap:
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         if unit.layout == "channels_last":
             y = F.linear(x, weight, bias)
-        elif x.dim() == 4:
-            y = F.conv2d(x, weight[:, :, None, None], bias)
         else:
-            y = F.conv1d(x, weight[:, :, None], bias)
+            convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
+            y = convolve(x, weight[(..., *[None] * (x.dim() - 2))], bias)
         return {"": y, "relu": y.relu(), "relu6": F.relu6(y)}[unit.activation] if unit.activation else y
 
 
@@ -104,9 +102,8 @@ def drop(student: nn.Module, unit: DepthUnit) -> None:
 
 def copied_without(model: nn.Module, units: Sequence[DepthUnit]) -> nn.Module:
     """A copy of the model in which what is about to go is not copied, but shared."""
-    gone = (module_at(model, path) for unit in units for path in unit.paths)
-    student: nn.Module = copy.deepcopy(model, {id(module): module for module in gone})
-    return student
+    gone = [module_at(model, path) for unit in units for path in unit.paths]
+    return clone(model, shared=gone)
 
 
 def _axis(unit: DepthUnit) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ttmpd.data.samples import Samples
 from ttmpd.models.run import predictions_of
+from ttmpd.models.state import load_tensor_state, tensor_state
 from ttmpd.training.loop import MIN_LOSS_GAIN, Check
 from ttmpd.training.task import task_of
 from ttmpd.training.teacher_outputs import TeacherOutputs
@@ -56,9 +57,9 @@ def mix_with_start(
     """
     if not share:
         return False
-    trained = {name: value.detach().clone() for name, value in student.state_dict().items()}
-    student.load_state_dict(mixture(trained, start, share))
+    trained = {name: value.detach().clone() for name, value in tensor_state(student).items()}
+    load_tensor_state(student, mixture(trained, start, share))
     if end.better_than(check(), by=MIN_LOSS_GAIN):
-        student.load_state_dict(trained)
+        load_tensor_state(student, trained)
         return False
     return True

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ttmpd.method import check_fields
+from ttmpd.models.run import forget_caches
+from ttmpd.models.state import load_tensor_state, tensor_state
 from ttmpd.progress import tell
 from ttmpd.storage import replacing
 
@@ -244,6 +246,7 @@ class _Run:
         """
         with torch.random.fork_rng():
             torch.manual_seed(self.step)
+            forget_caches(self.model)
             loss = loss_at(self.step)
         self.step += 1
         if self.optimizer is None or not bool(torch.isfinite(loss.detach())):
@@ -271,7 +274,7 @@ class _Run:
         start = Check(self.checks[0][1], self.checks[0][2], now.n_samples)
         if self.best is None or (now.better_than(self.best) and not start.better_than(now)):
             self.best, self.best_step, self.idle = now, self.step, 0
-            self.best_state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            self.best_state = {name: value.detach().clone() for name, value in tensor_state(self.model).items()}
         else:
             self.idle += 1
             if now.diverged(self.best):
@@ -281,7 +284,7 @@ class _Run:
 
     def _back_off(self) -> None:
         """Go on from the best state at a third of the learning rate, without the old momentum."""
-        self.model.load_state_dict(self.best_state)
+        load_tensor_state(self.model, self.best_state)
         self.optimizer = self._fresh_optimizer()
         self.lr_scale /= 3
 
@@ -296,7 +299,7 @@ class _Run:
         if self._ended_well():
             self.best_step = self.step
         elif self.best_state:
-            self.model.load_state_dict(self.best_state)
+            load_tensor_state(self.model, self.best_state)
         return TrainingResult(
             steps=self.step,
             stopped=self.stopped or "finished",
@@ -328,7 +331,7 @@ class _Run:
 
     def save(self, path: Path) -> None:
         """Write the state of the run, whole or not at all."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors = {f"model.{name}": value for name, value in tensor_state(self.model).items()}
         tensors |= {f"best.{name}": value for name, value in self.best_state.items()}
         tensors |= {f"optimizer.{i}.{key}": value for i, key, value in self._optimizer_tensors()}
         facts = {
@@ -360,7 +363,7 @@ class _Run:
                 facts = json.loads(file.metadata()["facts"])
             device = next(self.model.parameters()).device
             model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-            self.model.load_state_dict(model)
+            load_tensor_state(self.model, model)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError):
             return False  # an unreadable state, or that of another run: start from the beginning
         self.best_state = {k.removeprefix("best."): v.to(device) for k, v in tensors.items() if k.startswith("best.")}

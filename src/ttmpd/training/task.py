@@ -1,17 +1,25 @@
 """The task of a model: found once, and carried by every copy; and train mode for those layers alone that need it."""
 
+import dataclasses
+import logging
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ttmpd.data.samples import Samples
 from ttmpd.data.tokenization import Tokenization
-from ttmpd.errors import InvalidValueError, ModelError, cause
-from ttmpd.models.modules import clone, has_nan
-from ttmpd.models.run import evaluating
+from ttmpd.errors import InvalidValueError, ModelError, SamplesError, cause
+from ttmpd.models.modules import clone, has_nan, keep_plain_format, prefers_channels_last, to_fast_format
+from ttmpd.models.run import OTHER_KERNELS, evaluating, predict, same_outputs
 from ttmpd.models.tokens import carried_task, carry_task
 from ttmpd.tasks.base import Clues, Task, detect_task
 from ttmpd.tasks.classification import Classification
+
+_log = logging.getLogger(__name__)
+
+NOT_FINITE = "the model answers NaN or infinity"
+"""Why a sample is left out."""
 
 _RANDOM = ("Drop", "StochasticDepth")
 """Beginnings of the names of layers that draw at random in train mode."""
@@ -36,12 +44,83 @@ def assign_task(model: nn.Module, batch: Tensor, task: Task | None = None, prepa
     """
     raw = _run(model, batch)
     chosen = adopt_task(model, raw, batch, task, preparation)
-    if has_nan(chosen.outputs(raw, batch)):
+    _check_repeatable(model, batch)
+    if not bool(torch.isfinite(chosen.outputs(raw, batch)).all(1).any()):
         raise ModelError(
-            f"{type(model).__name__} must predict finite values, but got NaN or infinity; check the weights and the "
-            "preprocessing"
+            f"{type(model).__name__} must predict finite values, but got NaN or infinity for every sample; check the "
+            "weights and the preprocessing"
         )
     return chosen
+
+
+def answered(model: nn.Module, samples: Samples, batch_size: int) -> Samples:
+    """The samples for which the model predicts finite values; the others are among those that were skipped.
+
+    Args:
+        model: in eval mode, with its task.
+        samples: on which it can be run.
+        batch_size: samples per pass.
+
+    Raises:
+        SamplesError: there are none.
+
+    Cost: one pass over the samples.
+    """
+    device, task = next(model.parameters()).device, task_of(model)
+    finite: list[bool] = []
+    with evaluating(model):
+        for batch in samples.batches(batch_size, device):
+            rows = torch.isfinite(predict(model, batch)).flatten(1).all(1).cpu()
+            finite += [bool(part.all()) for part in torch.split(rows, task.row_counts(batch).tolist())]
+    if all(finite):
+        return samples
+    names = samples.names or tuple(map(str, range(len(samples))))
+    skipped = [(name, NOT_FINITE) for name, is_finite in zip(names, finite, strict=True) if not is_finite]
+    if len(skipped) == len(samples):
+        raise SamplesError(
+            f"{type(model).__name__} must predict finite values, but answers NaN or infinity for all {len(samples)} "
+            "samples; check the weights and the preprocessing"
+        )
+    _log.warning(
+        "%d of %d samples are left out: %s, the first for %s", len(skipped), len(samples), NOT_FINITE, skipped[0][0]
+    )
+    left = samples.subset([number for number, is_finite in enumerate(finite) if is_finite])
+    return dataclasses.replace(left, skipped=(*samples.skipped, *skipped))
+
+
+def check_finite(model: nn.Module, predictions: Tensor) -> None:
+    """Refuse to hand on a model that predicts NaN or infinity.
+
+    Raises:
+        ModelError: it does.
+    """
+    if has_nan(predictions):
+        raise ModelError(
+            f"{type(model).__name__} must predict finite values when it is done, but predicts NaN or infinity; nothing "
+            "was written: try another seed, fewer steps, or --adapt none"
+        )
+
+
+def _check_repeatable(model: nn.Module, batch: Tensor) -> None:
+    """Refuse a model that draws at random in eval mode; note of one that needs contiguous memory that it does.
+
+    Raises:
+        ModelError: two passes over the same samples give other answers.
+    """
+    with evaluating(model):
+        first, second = model(batch), model(batch)
+    if not same_outputs(second, first, OTHER_KERNELS):
+        raise ModelError(
+            f"{type(model).__name__} must answer alike when it is asked twice in eval mode, but does not: something in "
+            "it draws at random, such as F.dropout without training=self.training"
+        )
+    if prefers_channels_last(model):
+        trial = to_fast_format(clone(model))
+        try:
+            with evaluating(trial):
+                trial(batch)
+        except RuntimeError:
+            keep_plain_format(model)
 
 
 def adopt_task(model: nn.Module, raw: Any, batch: Tensor, task: Task | None = None, preparation: object = None) -> Task:

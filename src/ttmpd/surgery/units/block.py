@@ -18,7 +18,7 @@ from ttmpd.models.modules import count_parameters, module_at, replace_module
 from ttmpd.models.run import evaluating, predict
 from ttmpd.models.tiny import tiny_model
 from ttmpd.models.trace import ModuleCall
-from ttmpd.records import Action, DepthUnit, Layout
+from ttmpd.records import Action, DepthUnit, Form, Layout
 from ttmpd.surgery.observation import Observation
 from ttmpd.surgery.reasons import Reason, Refusal
 from ttmpd.surgery.replacements import drop
@@ -30,6 +30,10 @@ _TRANSPARENT = {
     "ReshapeAlias", "Permute", "Transpose", "T", "Clone", "ToCopy", "Alias", "Slice", "Squeeze", "Unsqueeze", "Roll",
     "NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "NativeGroupNorm", "NativeDropout", "Contiguous",
 }  # fmt: skip
+
+
+_CONVOLUTIONS: dict[int, Callable[[int, int, int], nn.Module]] = {2: nn.Conv1d, 3: nn.Conv2d, 4: nn.Conv3d}
+"""Axes of a map, the channels included -> the convolution over the others."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,10 +90,8 @@ class Block(DepthUnits):
         """A 1x1 convolution or a square matrix, followed by the block's own activation."""
         linear: nn.Module
         with torch.random.fork_rng():
-            if unit.layout == "channels_first" and len(unit.shape) == 3:
-                linear = nn.Conv2d(unit.channels, unit.channels, 1)
-            elif unit.layout == "channels_first" and len(unit.shape) == 2:
-                linear = nn.Conv1d(unit.channels, unit.channels, 1)
+            if unit.layout == "channels_first":
+                linear = _CONVOLUTIONS[len(unit.shape)](unit.channels, unit.channels, 1)
             else:
                 linear = nn.Linear(unit.channels, unit.channels)
         if not unit.activation:
@@ -240,8 +242,16 @@ def _unit(path: str, module: nn.Module, record: _ModuleRun, macs: dict[str, int]
         activation=_activation(answer),
         n_params=count_parameters(module),
         macs=macs.get(path, 0),
-        form="tuple" if record.call.output_type is tuple else "plain" if record.call.is_plain else "arguments",
+        form=_form(record.call),
     )
+
+
+def _form(call: ModuleCall) -> Form:
+    """In what a module answers: a tuple of one, or of a tensor and None where that is what it gave."""
+    if call.output_type is not tuple:
+        return "plain" if call.is_plain else "arguments"
+    others = call.result[1:] if isinstance(call.result, tuple) else ()
+    return "pair" if len(others) == 1 and others[0] is None else "tuple"
 
 
 def _layout(module: nn.Module, answer: Tensor) -> Layout:
@@ -249,11 +259,11 @@ def _layout(module: nn.Module, answer: Tensor) -> Layout:
     if answer.dim() == 2:
         return "channels_last"
     for layer in module.modules():
-        if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.in_channels == answer.shape[1]:
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and layer.in_channels == answer.shape[1]:
             return "channels_first"
         if isinstance(layer, nn.Linear | nn.LayerNorm) and layer.weight.shape[-1] == answer.shape[-1]:
             return "channels_last"
-    return "channels_first" if answer.dim() == 4 else "channels_last"
+    return "channels_first" if answer.dim() in (4, 5) else "channels_last"
 
 
 def _activation(answer: Tensor) -> str:
