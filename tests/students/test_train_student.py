@@ -46,6 +46,10 @@ def counted(teacher: nn.Module) -> list[int]:
 # --- the loss
 
 
+LOOKED_AT = 3 * 2
+"""Samples of three passes over two: a first one, one more to see that nothing is random, one in channels-last."""
+
+
 def test_alpha_by_fraction():
     # 1 - f / 2, cut at both ends: 0.98 up to f = 0.04, and 0.5 at f = 1.
     found = {f: alpha_for(f) for f in (0.0, 0.01, 0.04, 0.1, 0.3, 0.5, 1.0)}
@@ -114,7 +118,7 @@ def test_an_alpha_of_0_is_the_same_with_a_teacher_who_is_not_asked(pool):
     sizes = counted(teacher)
     found = train_student(tiny_model(1), pool, LABELS, teacher=teacher, alpha=0, **QUICK)
     assert torch.equal(weights(found.model), weights(alone.model))
-    assert sum(sizes) == 2  # to see that the classes are the same
+    assert sum(sizes) == LOOKED_AT  # to see that the classes are the same
 
 
 def test_an_alpha_of_1_ignores_labels(pool):
@@ -130,7 +134,7 @@ def test_the_teacher_passes_once_over_each_view_of_each_kept_sample(pool):
     sizes = counted(teacher)
     found = train_student(tiny_model(1), pool, LABELS, teacher=teacher, **QUICK)
     assert (len(found.selected), found.n_views, found.alpha) == (20, 2, 0.75)
-    assert sum(sizes) == 2 + 2 * 20
+    assert sum(sizes) == LOOKED_AT + 2 * 20
     # Twenty samples make two batches an epoch: six steps come to see three views, never eight.
     assert train_student(tiny_model(1), pool, LABELS, teacher=teacher, **QUICK | {"views": 8}).n_views == 3
 
@@ -197,12 +201,12 @@ def test_a_killed_run_goes_on_with_what_was_answered(pool, tmp_path, monkeypatch
     assert (tmp_path / WORK / "training.safetensors").exists()
     sizes = counted(settings["teacher"])
     found = train_student(tiny_model(1), pool, LABELS, **settings)
-    assert sum(sizes) == 2
+    assert sum(sizes) == LOOKED_AT
     assert torch.equal(weights(found.model), weights(whole.model))
     assert found.fit.steps == 8
     # Other labels are another run.
     assert train_student(tiny_model(1), pool, LABELS.flip(0), **settings).fit.steps == 8
-    assert sum(sizes) == 2 + 2 + 2 * 20
+    assert sum(sizes) == LOOKED_AT + LOOKED_AT + 2 * 20
 
 
 def test_teacher_and_student_may_want_their_inputs_otherwise(pool):

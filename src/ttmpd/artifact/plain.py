@@ -104,13 +104,19 @@ def _items(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
 def _record(kind: Any, value: Any, where: str) -> Any:
     _checked(isinstance(value, dict), "an object", value, where)
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    missing, unknown = [name for name in fields if name not in value], sorted(set(value) - set(fields))
+    # What has a default may have come later than the file.
+    missing = [name for name, field in fields.items() if name not in value and _is_required(field)]
+    unknown = sorted(set(value) - set(fields))
     if missing or unknown:
         words = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(unknown)
         raise InvalidValueError(f"{where.lstrip('.') or 'it'} must have the keys of {kind.__name__}, but "
                                 f"{' and '.join(words)}")  # fmt: skip
     hints = typing.get_type_hints(kind)
-    return kind(**{name: _value(hints[name], value[name], f"{where}.{name}") for name in fields})
+    return kind(**{name: _value(hints[name], value[name], f"{where}.{name}") for name in fields if name in value})
+
+
+def _is_required(field: "dataclasses.Field[Any]") -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _scalar(kind: Any, value: Any, where: str) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ttmpd.models.modules import module_at
 from ttmpd.records import WidthUnit
 from ttmpd.repair.least_squares import NormalEquations
-from ttmpd.surgery.layers import columns
+from ttmpd.surgery.layers import columns, n_axes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,6 +139,8 @@ def narrowed_output(model: nn.Module, unit: WidthUnit, choice: MemberChoice) -> 
             kernel = weight.reshape(len(weight), -1, *layer.kernel_size)
             inputs = h[:, index.to(h.device)]
             return nn.functional.conv2d(inputs, kernel, bias, layer.stride, layer.padding, layer.dilation)
-        return nn.functional.linear(h[..., index.to(h.device)], weight, bias)
+        axis = 1 if n_axes(layer) else -1
+        inputs = h.movedim(axis, -1)[..., index.to(h.device)]
+        return nn.functional.linear(inputs, weight, bias).movedim(-1, axis)
 
     return output

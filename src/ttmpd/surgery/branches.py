@@ -10,7 +10,7 @@ from ttmpd.models.modules import count_parameters, module_at
 from ttmpd.models.run import output_tensors
 from ttmpd.models.trace import ModuleCall, Trace
 from ttmpd.records import DepthUnit, Form, Layout
-from ttmpd.surgery.layers import is_layer
+from ttmpd.surgery.layers import is_layer, matrix_of, n_axes
 from ttmpd.surgery.masks import proven
 from ttmpd.surgery.observation import Observation, note_of
 from ttmpd.surgery.reasons import Refusal
@@ -179,5 +179,6 @@ def _called(call: ModuleCall) -> Form:
 
 
 def _layout(branch: Branch, shape: tuple[int, ...]) -> Layout:
-    convolution = any(isinstance(layer, nn.Conv2d) and layer.out_channels == shape[0] for layer in branch.layers)
-    return "channels_first" if convolution and len(shape) == 3 else "channels_last"
+    axes = len(shape) - 1
+    convolution = any(axes and n_axes(layer) == axes and len(matrix_of(layer)) == shape[0] for layer in branch.layers)
+    return "channels_first" if convolution else "channels_last"

@@ -96,7 +96,7 @@ def build(model: nn.Module, removals: Sequence[Removal], folded: Folded = NOTHIN
             put(student, removal.unit, as_identity(replacement(removal.unit)))
     for path in folded.biases:
         layer = module_at(student, path)
-        if isinstance(layer, nn.Linear | nn.Conv2d) and layer.bias is None:
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and layer.bias is None:
             layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
     return student.to(next(model.parameters()).device).eval()
 

@@ -28,6 +28,11 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or _transposed(module)
 
 
+def n_axes(layer: nn.Module) -> int:
+    """Axes behind the channels of what a convolution reads; 0 of a layer whose channels come last."""
+    return len(layer.kernel_size) if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 0
+
+
 def is_convolution(module: nn.Module) -> bool:
     """Whether the module is a 2-D convolution from all channels to all channels, of any kernel and stride."""
     return isinstance(module, nn.Conv2d) and module.groups == 1
@@ -51,7 +56,7 @@ def _product(layer: nn.Module, x: Tensor) -> Tensor | None:
         return nn.functional.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation)
     if isinstance(layer, nn.Conv2d):
         return nn.functional.conv2d(x, layer.weight, layer.bias, layer.stride)
-    axis = 1 if isinstance(layer, nn.Conv1d | nn.Conv3d) else -1
+    axis = 1 if n_axes(layer) else -1
     return nn.functional.linear(x.movedim(axis, -1), matrix_of(layer), bias_of(layer)).movedim(-1, axis)
 
 

@@ -14,7 +14,7 @@ from ttmpd.models.modules import hooks, module_at, patched_forward
 from ttmpd.models.run import evaluating, first_tensor, same_outputs
 from ttmpd.models.trace import first_argument
 from ttmpd.records import DepthUnit, Unit, WidthUnit
-from ttmpd.surgery.layers import inputs_of
+from ttmpd.surgery.layers import inputs_of, n_axes
 from ttmpd.surgery.reasons import Reason, Refusal
 from ttmpd.surgery.replacements import dropped, forward_of, in_form
 
@@ -74,7 +74,7 @@ def mask_of(unit: Unit, kept_members: Sequence[int] = ()) -> Tensor:
 def _scaling(layer: nn.Module, mask: Tensor) -> Callable[..., tuple[Any, ...]]:
     def scale(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         spread = mask.to(args[0]).repeat_interleave(inputs_of(layer) // len(mask))
-        return (args[0] * spread.view((-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)), *args[1:])
+        return (args[0] * spread.view(-1, *[1] * n_axes(layer)), *args[1:])
 
     return scale
 

@@ -44,7 +44,7 @@ def assign_task(model: nn.Module, batch: Tensor, task: Task | None = None, prepa
     """
     raw = _run(model, batch)
     chosen = adopt_task(model, raw, batch, task, preparation)
-    _check_repeatable(model, batch)
+    _check_repeatable(model, raw, batch)
     if not bool(torch.isfinite(chosen.outputs(raw, batch)).all(1).any()):
         raise ModelError(
             f"{type(model).__name__} must predict finite values, but got NaN or infinity for every sample; check the "
@@ -101,15 +101,21 @@ def check_finite(model: nn.Module, predictions: Tensor) -> None:
         )
 
 
-def _check_repeatable(model: nn.Module, batch: Tensor) -> None:
+def _check_repeatable(model: nn.Module, raw: Any, batch: Tensor) -> None:
     """Refuse a model that draws at random in eval mode; note of one that needs contiguous memory that it does.
 
+    Args:
+        model: in eval mode.
+        raw: its output for the batch.
+        batch: (B, ...) a few samples.
+
     Raises:
-        ModelError: two passes over the same samples give other answers.
+        ModelError: another pass over the same samples gives other answers.
     """
     with evaluating(model):
-        first, second = model(batch), model(batch)
-    if not same_outputs(second, first, OTHER_KERNELS):
+        torch.rand(1, device=batch.device)  # the state of the generator is not the one that the first pass began with
+        again = model(batch)
+    if not same_outputs(again, raw, OTHER_KERNELS):
         raise ModelError(
             f"{type(model).__name__} must answer alike when it is asked twice in eval mode, but does not: something in "
             "it draws at random, such as F.dropout without training=self.training"

@@ -12,7 +12,7 @@ from ttmpd.models.modules import module_at, replace_module
 from ttmpd.models.run import first_tensor
 from ttmpd.models.tiny import tiny_tokens, tiny_transformer
 from ttmpd.records import WidthUnit
-from ttmpd.surgery.layers import is_layer, matrix_of, spread_out, take_inputs, take_outputs
+from ttmpd.surgery.layers import is_layer, matrix_of, n_axes, spread_out, take_inputs, take_outputs
 from ttmpd.surgery.masks import proven
 from ttmpd.surgery.observation import Observation
 from ttmpd.surgery.reasons import Reason, Refusal
@@ -182,7 +182,7 @@ def _unit(
         path=reader,
         module=type(attention).__name__,
         shape=shapes[reader],
-        layout="channels_first" if isinstance(layer, nn.Conv2d) else "channels_last",
+        layout="channels_first" if n_axes(layer) else "channels_last",
         n_params=sum(p.numel() for name in makers for p in module_at(model, name).parameters(recurse=False)),
         macs=macs.get(path, 0) + (0 if within else macs.get(reader, 0)),
         n_members=members,

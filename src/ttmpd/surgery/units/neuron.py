@@ -12,7 +12,7 @@ from ttmpd.models.modules import module_at
 from ttmpd.models.tiny import tiny_tokens, tiny_transformer
 from ttmpd.records import WidthUnit
 from ttmpd.surgery.graph import Call, calls_of, producers_of
-from ttmpd.surgery.layers import ROUND, is_layer, matrix_of, spread_out, take_inputs, take_outputs
+from ttmpd.surgery.layers import ROUND, is_layer, matrix_of, n_axes, spread_out, take_inputs, take_outputs
 from ttmpd.surgery.masks import proven
 from ttmpd.surgery.observation import Observation
 from ttmpd.surgery.units.base import UnitSearch, WidthUnits
@@ -100,7 +100,7 @@ def _unit(model: nn.Module, path: str, producers: tuple[str, ...], call: Call, m
         path=path,
         module=type(layer).__name__,
         shape=call.outputs,
-        layout="channels_first" if isinstance(layer, nn.Conv2d) else "channels_last",
+        layout="channels_first" if n_axes(layer) else "channels_last",
         n_params=weights + biases,
         macs=macs.get(path, 0) + sum(macs.get(name, 0) for name in producers),
         n_members=matrix_of(layer).shape[1],
