@@ -56,7 +56,7 @@ def test_what_numpy_counts_is_a_number() -> None:
         ({"pair": ["y"]}, "pair must be a list of 2"),
         ({"inner": {"n": 1.5, "ratio": None}}, r"inner\.n must be a whole number"),
         ({"inner": {"n": True, "ratio": None}}, r"inner\.n must be a whole number"),
-        ({"inner": {"n": 1}}, "inner must have the keys of Inner, but lacks ratio"),
+        ({"inner": {"ratio": 1.0}}, "inner must have the keys of Inner, but lacks n"),
         ({"inners": {"z": {"n": 1, "ratio": None, "more": 1}}}, r"inners\.z must have .* has unknown more"),
         ({"inners": []}, "inners must be an object"),
         ({"flag": 1}, "flag must be true or false"),

@@ -7,7 +7,7 @@ import ttmpd
 from ttmpd.testing.random_nets import check_random_net
 
 pytestmark = pytest.mark.usefixtures("quick_timing")
-N = 60
+N = 40
 
 
 @pytest.mark.parametrize("seed", range(N))
@@ -16,8 +16,8 @@ def test_a_random_network_is_compressed_exactly_or_refused(seed, tmp_path):
 
 
 def test_most_of_them_are_compressed(tmp_path):
-    outcomes = [check_random_net(seed, tmp_path / str(seed), ttmpd.compress, ttmpd.load) for seed in range(8)]
-    assert sum(outcome == "compressed" for outcome in outcomes) >= 4, outcomes
+    outcomes = [check_random_net(seed, tmp_path / str(seed), ttmpd.compress, ttmpd.load) for seed in range(4)]
+    assert sum(outcome == "compressed" for outcome in outcomes) >= 2, outcomes
 
 
 def test_a_difference_is_seen(tmp_path, monkeypatch):
@@ -32,7 +32,7 @@ def test_a_difference_is_seen(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ttmpd, "load", broken)
     answers = []
-    for seed in range(8):
+    for seed in range(4):
         try:
             answers.append(check_random_net(seed, tmp_path / str(seed), ttmpd.compress, ttmpd.load))
         except AssertionError as error:
